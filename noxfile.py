@@ -1,0 +1,273 @@
+"""Everything the project runs, locally and in CI: `python -m nox -l` lists it.
+
+The law: a session runs against the package as it is installed, never against the source tree,
+and no session depends on another.
+
+What must not live here: checks that only CI could run, and paths of one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typing", "tests", "docs"]
+
+ROOT = Path(__file__).resolve().parent
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+VERSIONS = nox.project.python_versions(PYPROJECT)  # from the classifiers
+
+# Programs that a session starts find the installed package, not the folder they stand in
+# (from Python 3.11 on).
+ENV = {"PYTHONSAFEPATH": "1"}
+
+
+# -- Which Pythons are installed --------------------------------------------------------------
+#
+# "Found on PATH" is not "installed": a version manager puts a `python3.10` on PATH that only
+# says which version to select first. So each candidate is run and asked what it is.
+
+PROBE = """\
+import json, platform, sys, sysconfig
+print(json.dumps({
+    "version": "%d.%d" % sys.version_info[:2],
+    "implementation": platform.python_implementation(),
+    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "executable": getattr(sys, "_base_executable", "") or sys.executable,
+}))
+"""
+
+
+def _output(*command: str | Path) -> str | None:
+    """What the command prints, or None if it cannot be run or fails."""
+    try:
+        return subprocess.run(
+            command,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=30,
+            encoding="utf-8",
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _newest_first(directory: Path, pattern: str) -> list[Path]:
+    def numbers(path: Path) -> list[int]:
+        digits = "".join(c if c.isdigit() else " " for c in path.name)
+        return [int(number) for number in digits.split()]
+
+    return sorted(directory.glob(pattern), key=numbers, reverse=True)
+
+
+def _candidates(version: str) -> Iterator[Path]:
+    """Files that may be this version of Python, the most deliberately chosen first."""
+    name = f"python{version}"
+    for folder in os.get_exec_path():
+        if (Path(folder) / name).is_file():
+            yield Path(folder) / name
+    if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
+        yield Path(sys.executable)
+
+    pyenv_root = os.environ.get("PYENV_ROOT") or _output("pyenv", "root") or "~/.pyenv"
+    for folder in _newest_first(Path(pyenv_root).expanduser() / "versions", f"{version}*"):
+        yield folder / "bin" / name
+
+    uv_root = (
+        os.environ.get("UV_PYTHON_INSTALL_DIR")
+        or _output("uv", "python", "dir")
+        or "~/.local/share/uv/python"
+    )
+    for folder in _newest_first(Path(uv_root).expanduser(), f"cpython-{version}*"):
+        yield folder / "bin" / name
+
+
+def _find_python(version: str) -> Path | None:
+    for candidate in _candidates(version):
+        answer = _output(candidate, "-I", "-c", PROBE)
+        if answer is None:
+            continue
+        found = json.loads(answer)
+        if (
+            found["version"] == version
+            and found["implementation"] == "CPython"
+            and not found["free_threaded"]
+        ):
+            return Path(found["executable"])
+    return None
+
+
+def _put_on_path(version: str, python: Path) -> None:
+    """Make `pythonX.Y` mean this file for nox, which looks versions up on PATH."""
+    on_path = shutil.which(f"python{version}")
+    if on_path is None or Path(on_path) != python:
+        os.environ["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+
+
+PYTHONS = {version: python for version in VERSIONS if (python := _find_python(version))}
+MISSING = [version for version in VERSIONS if version not in PYTHONS]
+for _version, _python in PYTHONS.items():
+    _put_on_path(_version, _python)
+
+
+def _group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+# -- Sessions ---------------------------------------------------------------------------------
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """The main job on real input: `nox -s demo -- [FILE...]`."""
+    session.install(".[cli]")
+    session.run("trio-wal", "demo", *session.posargs, env=ENV)
+
+
+@nox.session(python=list(PYTHONS))
+def tests(session: nox.Session) -> None:
+    """The tests, on each installed Python: `nox -s tests -- [PYTEST ARGUMENTS]`."""
+    if MISSING:
+        session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
+    session.install(".[cli,zstd]", *_group("test"))
+    with session.chdir("tests"):
+        session.run("python", "-c", INSTALLED, str(session.python), log=False)
+        # A path is given as it is seen from the project's folder.
+        arguments = [argument.removeprefix("tests/") for argument in session.posargs]
+        session.run("pytest", *arguments, env=ENV)
+
+
+INSTALLED = """\
+import sys, sysconfig, trio_wal
+assert "%d.%d" % sys.version_info[:2] == sys.argv[1], sys.version
+assert trio_wal.__file__.startswith(sysconfig.get_path("purelib")), trio_wal.__file__
+print("testing", trio_wal.__file__, "on Python", sys.version)
+"""
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (rules and format) and flake8-async."""
+    session.install(*_group("lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+    for folder, disabled in FLAKE8_ASYNC_DISABLED.items():
+        files = sorted(str(path) for path in Path(folder).rglob("*.py"))
+        if files:
+            session.run("flake8-async", "--disable", ",".join(disabled), *files)
+
+
+# The rules that flake8-async itself leaves to choice are off: imports of trio's names, async
+# generators (ours are context managers' bodies), and checkpoints on every path of every function,
+# private ones included.
+OPTIONAL = ("ASYNC106", "ASYNC900", "ASYNC910", "ASYNC911", "ASYNC912", "ASYNC913")
+FLAKE8_ASYNC_DISABLED = {
+    "trio_wal": OPTIONAL,
+    # A test's stand-in is often async without awaiting anything.
+    "tests": (*OPTIONAL, "ASYNC124"),
+    "perf": (*OPTIONAL, "ASYNC124"),
+}
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy --strict for three platforms, pyright, and how complete the public types are."""
+    session.install(".[cli,zstd]", *_group("typing"))
+    for platform in ("linux", "darwin", "win32"):
+        session.run("mypy", "--strict", "--platform", platform, *session.posargs)
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "trio_wal", "--ignoreexternal")
+
+
+@nox.session(default=False)
+def typing_compat(session: nox.Session) -> None:
+    """A user's module, checked as those who still have trio-typing check theirs."""
+    session.install(".", *_group("typing-compat"))
+    # Away from the source tree, so that the installed package is what mypy reads.
+    with session.chdir("tests/typing_compat"):
+        session.run("mypy", "--config-file", "mypy.ini", "consumer.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, warnings being errors, and the news of the next release."""
+    session.install(".[cli,zstd]", *_group("docs"))
+    shutil.rmtree("docs/_build", ignore_errors=True)
+    session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
+    session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """The wheel, made from the sdist, used in an environment and a folder with nothing else."""
+    session.install("build", "virtualenv")
+    temporary = Path(session.create_tmp()).resolve()
+    shutil.rmtree(temporary)
+    dist, environment, empty = (temporary / name for name in ("dist", "environment", "empty"))
+    empty.mkdir(parents=True)
+
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    (wheel,) = dist.glob("*.whl")
+    strangers = [
+        name
+        for name in zipfile.ZipFile(wheel).namelist()
+        if not name.startswith(("trio_wal/", "trio_wal-"))
+    ]
+    if strangers:
+        session.error(f"the wheel holds more than the package: {strangers}")
+
+    session.run("virtualenv", "--quiet", str(environment))
+    python = environment / "bin" / "python"
+    session.run(str(python), "-m", "pip", "install", "--quiet", str(wheel), external=True)
+    with session.chdir(empty):
+        session.run(str(python), "-c", SMOKE, external=True, log=False)
+    if left := [path.name for path in empty.iterdir() if path.name != "log"]:
+        session.error(f"using the package left files behind: {left}")
+
+
+SMOKE = """\
+import importlib.resources
+import importlib.util
+
+import trio
+import trio_wal
+
+for extra in ("cyclopts", "rich", "zstandard"):
+    assert importlib.util.find_spec(extra) is None, extra + " is here without its extra"
+assert (importlib.resources.files(trio_wal) / "py.typed").is_file()
+
+
+async def main():
+    async with trio_wal.open_wal("log") as wal:
+        assert await wal.append(b"one record") == 1
+    async with trio_wal.open_wal("log") as wal:
+        assert (wal.first_lsn, wal.last_lsn, wal.durable_lsn) == (1, 1, 1)
+        async with wal.read() as records:
+            found = [(record.lsn, record.data) async for record in records]
+    assert found == [(1, b"one record")], found
+
+
+trio.run(main)
+print("a record written, the log opened again, the record read:", trio_wal.__file__)
+"""
+
+
+@nox.session(default=False)
+def perf(session: nox.Session) -> None:
+    """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""
+    session.install(".[cli,zstd]", *_group("perf"))
+    session.run("python", "perf/run.py", *session.posargs, env=ENV)

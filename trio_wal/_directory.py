@@ -1,0 +1,587 @@
+"""The log as a directory of segments: open, write, rotate, truncate, close.
+
+Law: blocking; no trio; one handle per open log.  `write`, `sync`, `truncate_after`
+and `close` are called by one thread, the I/O worker, one after the other;
+`prepare_spare` and `drop_before` may run in another at the same time.  Nothing is
+acknowledged here: a caller may do that when `write` with ``sync=True`` has returned.
+
+Three locks: ``_shape`` guards the list of segments and is held for an instant only,
+``_truncating`` guards ``log.meta``, ``_spare_lock`` the segment that is being prepared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+from . import _scan
+from ._codec import require_zstd
+from ._exceptions import LogFullError
+from ._files import NO_SPACE, Directory, File, Files, close_quietly
+from ._frame import FEATURE_ZSTD, SegmentHeader, Truncation
+from ._recovery import (
+    TRUNCATE_NAME,
+    VERIFY_BYTES,
+    Plan,
+    RecoveryReport,
+    examine,
+    repair,
+    write_meta,
+)
+from ._retention import Retention
+from ._scan import FrameScanner, Position, start_of
+from ._segment import (
+    CAPACITY_GROWTH,
+    FIRST_CAPACITY,
+    SPARE_PREFIX,
+    ActiveSegment,
+    SegmentInfo,
+    capacity_for,
+    create_segment,
+    encode,
+)
+from ._util import KiB
+
+ZERO_CHUNK: Final = 256 * KiB
+ZERO_FRAMES_BELOW: Final = 32 * KiB
+"""Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
+needs no block allocation): it pays while the mean frame is smaller than this."""
+
+
+@attrs.define(eq=False)
+class _Spare:
+    """A file that reads as zeros, to become the next segment."""
+
+    name: str
+    file: File
+    capacity: int
+
+
+class LogDirectory:
+    """One open log on its files."""
+
+    def __init__(
+        self,
+        files: Files,
+        directory: Directory,
+        plan: Plan,
+        *,
+        segment_size: int,
+        features: int,
+        started_us: int,
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._segment_size = segment_size
+        self._shape = threading.Lock()
+        self._truncating = threading.Lock()
+        self._spare_lock = threading.Condition()
+        self._spare: _Spare | None = None
+        self._preparing = False
+        self._hurry = False
+        self._recycled: list[str] = []
+        self._spares_made = 0
+        self._readers: dict[bytes, int] = {}
+        opened = repair(files, directory, plan, segment_size=segment_size, features=features)
+        self._meta = opened.meta
+        self._sealed = opened.sealed
+        self.active = opened.active
+        self._untouched = plan.meta is not None and plan.clean
+        self.report: RecoveryReport = attrs.evolve(
+            opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
+        )
+        self._unsynced = False
+        directory.publish(self.last_lsn)
+
+    # -- what it is --
+
+    @property
+    def path(self) -> str:
+        return self._directory.path
+
+    @property
+    def first_lsn(self) -> int:
+        return self._meta.base_lsn
+
+    @property
+    def last_lsn(self) -> int:
+        return self.active.position.next_lsn - 1
+
+    @property
+    def compressed(self) -> bool:
+        return bool(self._meta.features & FEATURE_ZSTD)
+
+    @property
+    def segments(self) -> int:
+        return len(self._sealed) + 1
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of segment files, space prepared but not yet written included."""
+        spare = self._spare
+        with self._shape:
+            total = sum(segment.bytes for segment in self._sealed) + self.active.capacity
+        return total + (spare.capacity if spare is not None else 0)
+
+    def sealed(self) -> list[SegmentInfo]:
+        with self._shape:
+            return list(self._sealed)
+
+    # -- writing --
+
+    def write(self, records: Sequence[bytes], durable_lsn: int, *, sync: bool) -> bool:
+        """Append one frame; with ``sync`` it is durable on return.
+
+        Returns whether the next segment should be prepared now.
+
+        Raises:
+          LogFullError: the next segment cannot be prepared; nothing was written.
+          OSError: the log is broken; the frame may be there or not.
+        """
+        body = encode(records, self._meta.features)
+        if not self.active.fits(body.stored_length):
+            self._rotate(body.stored_length)
+        active = self.active
+        active.write(body, durable_lsn, self._files.time_us())
+        self._untouched = False
+        self._unsynced = True
+        if sync:
+            self.sync()
+        return self._spare is None and 4 * active.position.offset > active.capacity
+
+    def sync(self) -> None:
+        """On return everything written is durable."""
+        if self._unsynced:
+            self.active.file.sync()
+            self._unsynced = False
+        self._directory.publish(self.last_lsn)
+
+    def make_room(self) -> None:
+        """See whether a segment can be prepared again; `LogFullError` where not."""
+        if self._spare is None:
+            self._spare = self._take_spare(0)
+
+    def rotate(self) -> None:
+        """Finish the active segment, if it has records, and start the next one."""
+        if self.active.records:
+            self._rotate(0)
+
+    def _rotate(self, stored_length: int) -> None:
+        """The next segment, durable; then the footer of this one, durable.
+
+        In this order a sealed last segment means that the next one was lost.
+        """
+        spare = self._take_spare(stored_length)
+        try:
+            self.sync()
+            old = self.active
+            header = SegmentHeader(
+                old.header.log_uuid,
+                old.header.number + 1,
+                old.position.next_lsn,
+                self._files.random_bytes(16),
+                self._files.time_us(),
+                old.position.previous,
+                self._meta.features,
+            )
+            # The file keeps its temporary name until its header is durable.
+            active = create_segment(
+                self._directory, spare.file, spare.name, header, spare.capacity
+            )
+        except BaseException:
+            close_quietly(spare.file)
+            raise
+        active.position = attrs.evolve(active.position, time_us=old.position.time_us)
+        info = old.seal()
+        with self._shape:
+            self._sealed.append(info)
+            self.active = active
+
+    # -- the next segment --
+
+    def _next_capacity(self, stored_length: int) -> int:
+        wanted = max(FIRST_CAPACITY, CAPACITY_GROWTH * self.active.capacity)
+        return capacity_for(stored_length, min(self._segment_size, wanted))
+
+    def _take_spare(self, stored_length: int) -> _Spare:
+        """The prepared segment, or one made now without writing its zeros."""
+        needed = capacity_for(stored_length, 0)
+        with self._spare_lock:
+            self._hurry = True
+            self._spare_lock.wait_for(lambda: not self._preparing)
+            self._hurry = False
+            spare, self._spare = self._spare, None
+            if spare is not None and spare.capacity >= needed:
+                return spare
+            if spare is not None:
+                spare.file.close()
+                self._directory.unlink(spare.name)
+            return self._reserve_spare(self._next_capacity(stored_length))
+
+    def _reserve_spare(self, capacity: int) -> _Spare:
+        """A new file of ``capacity`` bytes that reads as zeros, its space reserved."""
+        name = self._spare_name()
+        file: File | None = None
+        try:
+            file = self._directory.open(name, create=True)
+            file.allocate(capacity)
+        except OSError as exc:
+            if file is not None:
+                close_quietly(file)
+                self._directory.unlink(name)
+            if exc.errno in NO_SPACE:
+                raise LogFullError(self.path, capacity) from exc
+            raise
+        return _Spare(name, file, capacity)
+
+    def _spare_name(self) -> str:
+        """Never the name of a file that a rotation may be renaming at this moment."""
+        self._spares_made += 1
+        return f"{SPARE_PREFIX}{self._spares_made}.tmp"
+
+    def prepare_spare(self) -> None:
+        """Make the next segment ready in the background: space reserved, zeros written
+        and synced, so that a commit meets neither ENOSPC nor block allocation.
+
+        A rotation that cannot wait takes it as it is.  A full disk is not an error
+        here: the rotation will say so, if it is still full then.
+        """
+        with self._spare_lock:
+            if self._spare is not None or self._preparing:
+                return
+            self._preparing = True
+        spare: _Spare | None = None
+        try:
+            spare = self._recycle() or self._reserve_spare(self._next_capacity(0))
+            if self.active.mean_frame_bytes < ZERO_FRAMES_BELOW:
+                self._write_zeros(spare)
+        except (OSError, LogFullError):
+            if spare is not None:
+                close_quietly(spare.file)
+                self._directory.unlink(spare.name)
+                spare = None
+        finally:
+            with self._spare_lock:
+                self._spare = spare
+                self._preparing = False
+                self._spare_lock.notify_all()
+
+    def _recycle(self) -> _Spare | None:
+        """A dropped segment's file: its blocks are allocated and need only new zeros."""
+        if not self._recycled:
+            return None
+        name = self._recycled[0]
+        file = self._directory.open(name, writable=True)
+        try:
+            capacity = self._next_capacity(0)
+            self._zero(file, 0, min(file.size(), capacity))
+            if file.size() > capacity:
+                file.truncate(capacity)
+            file.allocate(capacity)
+        except BaseException:
+            close_quietly(file)
+            raise
+        self._recycled.remove(name)
+        return _Spare(name, file, capacity)
+
+    def _zero(self, file: File, start: int, end: int) -> int:
+        """Write zeros from ``start`` on; returns how far it came before a rotation asked
+        for the file.  What is left of an old file's content is cut off."""
+        zeros = bytes(ZERO_CHUNK)
+        for offset in range(start, end, ZERO_CHUNK):
+            if self._hurry:
+                file.truncate(offset)
+                return offset
+            file.pwrite([zeros[: end - offset]], offset)
+            file.sync()
+        return end
+
+    def _write_zeros(self, spare: _Spare) -> None:
+        if self._zero(spare.file, 0, spare.capacity) < spare.capacity:
+            spare.file.allocate(spare.capacity)
+
+    # -- truncation --
+
+    def drop_before(self, lsn: int) -> int:
+        """Drop the sealed segments that hold only records below ``lsn``.
+
+        Durable on return: first ``log.meta`` says where the log starts, then files go.
+        Returns how many were dropped.
+        """
+        with self._truncating:
+            sealed = self.sealed()
+            dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
+            if not dropped:
+                return 0
+            kept = sealed[len(dropped) :]
+            first = kept[0].header if kept else self._header_after(dropped[-1])
+            meta = attrs.evolve(self._meta, base_number=first.number, base_lsn=first.first_lsn)
+            write_meta(self._directory, meta)
+            with self._shape:
+                self._meta = meta
+                # The I/O worker may have added one meanwhile.
+                del self._sealed[: len(dropped)]
+            for segment in dropped:
+                self._drop_file(segment)
+            self._directory.sync()
+        return len(dropped)
+
+    def _header_after(self, segment: SegmentInfo) -> SegmentHeader:
+        with self._shape:
+            following = [s.header for s in self._sealed if s.first_lsn >= segment.next_lsn]
+            return following[0] if following else self.active.header
+
+    def _drop_file(self, segment: SegmentInfo) -> None:
+        """Keep one file for the next segment, unless somebody still reads it."""
+        with self._spare_lock:
+            recycle = (
+                self._spare is None
+                and not self._preparing
+                and not self._recycled
+                and segment.header.salt not in self._readers
+                and self.active.mean_frame_bytes < ZERO_FRAMES_BELOW
+            )
+            if recycle:
+                name = self._spare_name()
+                self._directory.rename(segment.name, name)
+                self._recycled.append(name)
+            else:
+                self._directory.unlink(segment.name)
+
+    def apply_retention(self, policy: Retention) -> int:
+        """Drop what ``policy`` does not keep; returns how many segments."""
+        sealed = self.sealed()
+        count = policy.droppable(sealed, self.active.position.offset, self._files.time_us())
+        return self.drop_before(sealed[count - 1].next_lsn) if count else 0
+
+    def next_retention_us(self, policy: Retention) -> int | None:
+        """Microseconds until time alone changes what ``policy`` keeps."""
+        due = policy.next_change_us(self.sealed())
+        return None if due is None else max(0, due - self._files.time_us())
+
+    def truncate_after(self, lsn: int) -> None:
+        """Drop the records above ``lsn``, durably and all or none.
+
+        The frames that stay in part are copied into a new segment; ``log.meta`` then
+        decides, in one rename, that this segment is the log's end; only then does
+        anything go.  A crash in between is finished by recovery.
+        """
+        if lsn >= self.last_lsn:
+            return
+        with self._truncating:
+            self.sync()
+            keep, position, counts, records = self._find_cut(lsn)
+            header = SegmentHeader(
+                self.active.header.log_uuid,
+                keep.number + 1 if keep is not None else self._meta.base_number,
+                position.next_lsn,
+                self._files.random_bytes(16),
+                self._files.time_us(),
+                position.previous,
+                self._meta.features,
+            )
+            body = encode(records, self._meta.features)
+            spare = self._take_spare(body.stored_length)
+            try:
+                spare.file.pwrite([header.encode()], 0)
+                new = ActiveSegment(spare.file, header, spare.capacity)
+                new.position = attrs.evolve(new.position, time_us=position.time_us)
+                if records:
+                    new.write(body, position.next_lsn - 1, position.time_us)
+                spare.file.sync()
+                self._directory.rename(spare.name, TRUNCATE_NAME)
+                self._directory.sync()
+                keep_number = keep.number if keep is not None else self._meta.base_number - 1
+                cut = Truncation(
+                    header.salt, keep_number, position.offset, position.previous, header.first_lsn
+                )
+                write_meta(self._directory, attrs.evolve(self._meta, truncation=cut))
+                self._finish_truncation(new, keep, position, counts)
+            except BaseException:
+                close_quietly(spare.file)
+                raise
+
+    def _finish_truncation(
+        self,
+        new: ActiveSegment,
+        keep: SegmentHeader | None,
+        position: Position,
+        counts: tuple[int, int],
+    ) -> None:
+        """Carry out what ``log.meta`` now says (`_recovery` does the same after a crash)."""
+        old = self.active
+        keep_number = keep.number if keep is not None else self._meta.base_number - 1
+        dropped = [segment.header for segment in self._sealed if segment.header.number > keep_number]
+        if old.header.number > keep_number:
+            dropped.append(old.header)
+        for dead in dropped:
+            self._directory.unlink(dead.name)
+        self._directory.rename(TRUNCATE_NAME, new.header.name)
+        self._directory.sync()
+        old.file.close()
+        sealed = [s for s in self._sealed if s.header.number < keep_number]
+        if keep is not None:
+            file = self._directory.open(keep.name, writable=True)
+            sealed.append(
+                ActiveSegment(
+                    file, keep, file.size(), position, records=counts[0], frames=counts[1]
+                ).seal()
+            )
+        write_meta(self._directory, self._meta)
+        with self._shape:
+            self._sealed = sealed
+            self.active = new
+        self._untouched = False
+        self._directory.publish(self.last_lsn)
+
+    def _find_cut(
+        self, lsn: int
+    ) -> tuple[SegmentHeader | None, Position, tuple[int, int], list[bytes]]:
+        """Where the log will end: (last segment that stays, its end, its counts, the records
+        behind that end which stay)."""
+        sealed = [s for s in self._sealed if s.first_lsn <= lsn + 1]
+        header = self.active.header
+        if header.first_lsn > lsn + 1:
+            header = sealed.pop().header
+        file = self._directory.open(header.name)
+        records: list[bytes] = []
+        total = frames = 0
+        try:
+            scanner = FrameScanner(file.pread, header, start_of(header))
+            position = scanner.position
+            for frame, body in scanner:
+                if frame.next_lsn > lsn + 1:
+                    if frame.first_lsn <= lsn:
+                        records = _scan.payloads(frame, body)[: lsn + 1 - frame.first_lsn]
+                        position = attrs.evolve(position, time_us=frame.time_us)
+                    break
+                total += frame.count
+                frames += bool(frame.count)
+                position = scanner.position
+        finally:
+            file.close()
+        if position.offset == start_of(header).offset:
+            # Nothing of this segment stays: the new one takes its place in the chain.
+            previous = attrs.evolve(position, previous=header.previous)
+            return (sealed[-1].header if sealed else None), *self._sealed_end(sealed, previous), records
+        return header, position, (total, frames), records
+
+    def _sealed_end(
+        self, sealed: list[SegmentInfo], fallback: Position
+    ) -> tuple[Position, tuple[int, int]]:
+        """The end of the last sealed segment, before its footer."""
+        if not sealed:
+            return fallback, (0, 0)
+        header = sealed[-1].header
+        file = self._directory.open(header.name)
+        try:
+            scanner = FrameScanner(file.pread, header, start_of(header))
+            position, total, frames = scanner.position, 0, 0
+            for frame, _ in scanner:
+                if frame.next_lsn > fallback.next_lsn or (
+                    frame.next_lsn == fallback.next_lsn and frame.previous == fallback.previous
+                ):
+                    break
+                total += frame.count
+                frames += bool(frame.count)
+                position = scanner.position
+        finally:
+            file.close()
+        return attrs.evolve(position, time_us=fallback.time_us), (total, frames)
+
+    # -- reading --
+
+    def pin(self, header: SegmentHeader) -> None:
+        """Somebody reads this segment: its file may be unlinked, but not written over."""
+        with self._spare_lock:
+            self._readers[header.salt] = self._readers.get(header.salt, 0) + 1
+
+    def unpin(self, header: SegmentHeader) -> None:
+        with self._spare_lock:
+            self._readers[header.salt] -= 1
+            if not self._readers[header.salt]:
+                del self._readers[header.salt]
+
+    def open_segment(self, header: SegmentHeader) -> File:
+        return self._directory.open(header.name)
+
+    # -- closing --
+
+    def close(self, *, orderly: bool = True) -> None:
+        """Sync, mark the clean close, give everything back.
+
+        ``orderly=False`` after a failure: only let go.
+        """
+        try:
+            if orderly:
+                self.sync()
+                if not self._untouched:
+                    self.active.mark_closed()
+                self._discard_spares()
+        finally:
+            close_quietly(self.active.file)
+            if self._spare is not None:
+                close_quietly(self._spare.file)
+            close_quietly(self._directory)
+
+    def stop_preparing(self) -> None:
+        """Have `prepare_spare` return soon, for a close."""
+        with self._spare_lock:
+            self._hurry = True
+            self._spare_lock.wait_for(lambda: not self._preparing)
+
+    def _discard_spares(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.file.close()
+            self._directory.unlink(spare.name)
+        for name in self._recycled:
+            self._directory.unlink(name)
+        self._recycled.clear()
+
+
+def open_log_directory(
+    files: Files,
+    path: str,
+    *,
+    segment_size: int,
+    verify_bytes: float = VERIFY_BYTES,
+    compression: str | None = None,
+) -> LogDirectory:
+    """Lock, recover and open the log in a directory, which is created if it is missing.
+
+    Raises:
+      LogLockedError, CorruptLogError, UnsupportedFormatError, LogFullError, OSError
+      ModuleNotFoundError: the log is compressed and zstandard is not installed.
+    """
+    if compression == "zstd":
+        require_zstd()
+    started_us = files.time_us()
+    directory = files.open_directory(path, create=True)
+    try:
+        directory.lock()
+        plan = examine(directory, verify_bytes=verify_bytes)
+        features = FEATURE_ZSTD if compression == "zstd" else 0
+        if plan.meta is not None:
+            if compression is not None and features != plan.meta.features:
+                raise ValueError(
+                    f"compression must be what the log was created with, not {compression!r}"
+                )
+            if plan.meta.features & FEATURE_ZSTD:
+                require_zstd()
+        # Only now, when nothing can be refused any more, is anything written.
+        directory.sign()
+        return LogDirectory(
+            files,
+            directory,
+            plan,
+            segment_size=segment_size,
+            features=features,
+            started_us=started_us,
+        )
+    except BaseException:
+        close_quietly(directory)
+        raise

@@ -1,0 +1,212 @@
+"""Every error of the package's own, in one place.
+
+Law: an error carries attributes, not only text; its message says what happened,
+where (path, offset, LSN) and what to run next.  `trio` is imported here for one
+base class only: `LogFailedError` must be caught by ``except trio.BrokenResourceError``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import trio
+
+Outcome = Literal["not written", "unknown"]
+
+
+class WalError(Exception):
+    """Base of every error that trio-wal defines itself."""
+
+
+class CorruptLogError(WalError):
+    """The log on disk is not what a crash can leave behind: something damaged it.
+
+    Nothing was modified.  ``trio-wal verify DIR`` lists every finding.
+
+    Attributes:
+      path: the file (or directory) in which the damage was found.
+      offset: the byte offset of the damage in that file; 0 where the file as a whole is wrong.
+      reason: what is wrong there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
+        super().__init__(path, offset, reason)
+        self.path = os.fspath(path)
+        self.offset = offset
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: damaged at offset {self.offset}: {self.reason}; "
+            "nothing was modified, 'trio-wal verify' lists every finding"
+        )
+
+
+class UnsupportedFormatError(WalError):
+    """The log was written in a format that this version of trio-wal cannot read.
+
+    Nothing was modified.
+
+    Attributes:
+      path: the file that says so.
+      version: the format version found, or the unknown feature flags where the
+          version is known but a feature is not.
+      reason: which of the two it is.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], version: int, reason: str = "format version"
+    ) -> None:
+        super().__init__(path, version, reason)
+        self.path = os.fspath(path)
+        self.version = version
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.reason} {self.version} is not supported; "
+            "nothing was modified, open it with the trio-wal that wrote it or a newer one"
+        )
+
+
+class LogLockedError(WalError):
+    """Another handle, in this process or another, owns the log.
+
+    Attributes:
+      path: the log's directory.
+      pid: the owner's process id; None where it cannot be told.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], pid: int | None) -> None:
+        super().__init__(path, pid)
+        self.path = os.fspath(path)
+        self.pid = pid
+
+    def __str__(self) -> str:
+        owner = "another process" if self.pid is None else f"process {self.pid}"
+        return (
+            f"{self.path}: the log is open in {owner}; close it there, "
+            "or read with open_reader(), which needs no lock"
+        )
+
+
+class LogFullError(WalError):
+    """There is no disk space to prepare the next segment; the record was not accepted.
+
+    The log is not broken: it works again when there is space.  ``__cause__`` is the
+    operating system's error.
+
+    Attributes:
+      path: the log's directory.
+      needed: bytes that the next segment needs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], needed: int) -> None:
+        super().__init__(path, needed)
+        self.path = os.fspath(path)
+        self.needed = needed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: no space for a segment of {self.needed} bytes; nothing was "
+            "accepted, free disk space or call truncate_before(), then try again"
+        )
+
+
+class RecordTooLargeError(WalError, ValueError):
+    """A record, or the sum of an ``append_many``, is over a limit; nothing was queued.
+
+    Attributes:
+      size: bytes asked for.
+      limit: bytes allowed.
+      parameter: the name of the limit.
+    """
+
+    def __init__(self, size: int, limit: int, parameter: str = "max_record_size") -> None:
+        super().__init__(size, limit, parameter)
+        self.size = size
+        self.limit = limit
+        self.parameter = parameter
+
+    def __str__(self) -> str:
+        return f"data of {self.size} bytes is over {self.parameter} of {self.limit} bytes"
+
+
+class LsnTruncatedError(WalError, LookupError):
+    """The records asked for are no longer in the log (or, for a reader overtaken by
+    ``truncate_after``, no longer the same).
+
+    Attributes:
+      first_lsn: the first LSN that the log still holds.
+      lsn: the LSN that was asked for; None where it is not known.
+    """
+
+    def __init__(self, first_lsn: int, lsn: int | None = None) -> None:
+        super().__init__(first_lsn, lsn)
+        self.first_lsn = first_lsn
+        self.lsn = lsn
+
+    def __str__(self) -> str:
+        asked = "the records asked for are" if self.lsn is None else f"LSN {self.lsn} is"
+        return f"{asked} truncated: the log now starts at LSN {self.first_lsn}; read from there"
+
+
+class LogFailedError(WalError, trio.BrokenResourceError):
+    """A write or a sync failed; the log is broken and this handle takes nothing more.
+
+    ``__cause__`` is the `OSError`.  A sync is never retried: the kernel may have
+    dropped the pages that it could not write and would report success.  Close the
+    log, mend the disk, open it again: recovery finds what is durable.
+
+    Attributes:
+      path: the log's directory.
+      outcome: ``"not written"``: the records of this call never reached the file;
+          ``"unknown"``: they were in the batch being written, and only recovery can
+          tell whether they are there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], outcome: Outcome) -> None:
+        super().__init__(path, outcome)
+        self.path = os.fspath(path)
+        self.outcome: Outcome = outcome
+
+    def __str__(self) -> str:
+        fate = (
+            "the records of this call were not written"
+            if self.outcome == "not written"
+            else "whether the records of this call are durable is unknown until the log is reopened"
+        )
+        return f"{self.path}: a write or sync failed and the log is closed for writing; {fate}"
+
+
+class TransactionConflict(WalError):
+    """Something that the transaction read was changed by another commit since.
+
+    Nothing of the transaction reached the log; run it again.
+
+    Attributes:
+      key: the key, or the first key of the scanned range, that changed.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"key {self.key!r}, read by this transaction, was changed by another commit"
+
+
+class KeyExistsError(WalError):
+    """``insert`` of a key that is already there.
+
+    Attributes:
+      key: that key.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} exists; use put() or update() to replace its value"

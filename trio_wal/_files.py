@@ -1,0 +1,467 @@
+"""Every call to the operating system, behind three small protocols.
+
+Law: `os`, `fcntl` and the clock are used here and nowhere else in the package.
+Nothing here knows what a frame is.  All of it blocks and belongs in a worker
+thread; `trio_wal.testing` has the same three classes in memory, with faults.
+
+Files are opened with ``O_NOFOLLOW`` and must be regular; they never get the number
+of a standard stream, so that a stray ``print`` cannot write into a segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from ._exceptions import CorruptLogError, LogLockedError
+
+LOCK_NAME: Final = "lock"
+_IOV_MAX: Final = 1024
+_PID_BYTES: Final = 32
+_PUBLISHED: Final = 16
+
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The errors that mean "no room": not a failure while a segment is being prepared."""
+
+
+class File(Protocol):
+    path: str
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+
+    def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
+        """All the pieces one after the other, or an `OSError`."""
+
+    def sync(self) -> None:
+        """On return all that was written is durable, sizes included."""
+
+    def allocate(self, size: int) -> None:
+        """Grow to ``size`` with space reserved where the file system can; reads as zeros."""
+
+    def truncate(self, size: int) -> None: ...
+
+    def size(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Directory(Protocol):
+    path: str
+
+    def names(self) -> list[str]: ...
+
+    def open(self, name: str, *, create: bool = False, writable: bool = False) -> File:
+        """A file of this directory; ``create`` demands that it is not there yet."""
+
+    def rename(self, old: str, new: str) -> None: ...
+
+    def unlink(self, name: str) -> None: ...
+
+    def sync(self) -> None:
+        """On return all that was created, renamed and unlinked is durable."""
+
+    def lock(self) -> None:
+        """Become the owner, or `LogLockedError` at once; changes no file."""
+
+    def sign(self) -> None:
+        """Leave the owner's pid for those who find the lock taken."""
+
+    def publish(self, durable_lsn: int) -> None:
+        """Tell readers in other processes, without durability."""
+
+    def published(self) -> int:
+        """What the owner last told; 0 where nothing can be trusted."""
+
+    def close(self) -> None: ...
+
+
+class Files(Protocol):
+    """A file system and a clock."""
+
+    threaded: bool
+    """Whether its calls block and so belong in a worker thread."""
+
+    def exists(self, path: str) -> bool: ...
+
+    def open_directory(self, path: str, *, create: bool = False) -> Directory: ...
+
+    def time_us(self) -> int:
+        """UTC, microseconds since 1970-01-01; may jump."""
+
+    def random_bytes(self, count: int) -> bytes:
+        """For the log's UUID and the salts of its segments."""
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        """Call a bound method in every forked child, as long as its object lives."""
+
+
+# -- the operating system ---------------------------------------------------------
+
+_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
+_NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)
+_NONBLOCK: Final[int] = getattr(os, "O_NONBLOCK", 0)
+_CLOEXEC: Final[int] = getattr(os, "O_CLOEXEC", 0)
+_HAS_DIR_FD: Final = (
+    sys.platform != "win32" and os.open in os.supports_dir_fd and os.unlink in os.supports_dir_fd
+)
+
+
+def _sync(fd: int) -> None:
+    """Make a file's data durable: the one place that decides how.
+
+    fdatasync on Linux.  macOS: F_FULLFSYNC, because fsync there stops at the drive's
+    cache (fsync(2)); fsync where the file system has no F_FULLFSYNC, and elsewhere.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                raise
+            os.fsync(fd)
+    elif sys.platform == "linux":
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)
+
+
+def _above_stdio(fd: int) -> int:
+    """The same file under a number above 2."""
+    if fd > 2:
+        return fd
+    if sys.platform == "win32":
+        raise OSError(errno.EBADF, "standard streams are closed: open them before the log")
+    import fcntl
+
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
+class OsFile:
+    """A regular file by its descriptor."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+        self._seek = threading.Lock()
+
+    def pread(self, length: int, offset: int) -> bytes:
+        data = self._pread(length, offset)
+        if len(data) == length or not data:
+            return data
+        pieces = [data]
+        got = len(data)
+        while got < length:
+            data = self._pread(length - got, offset + got)
+            if not data:
+                break
+            pieces.append(data)
+            got += len(data)
+        return b"".join(pieces)
+
+    def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
+        total = sum(map(len, pieces))
+        written = self._pwrite(pieces, offset)
+        if written != total:
+            self._pwrite_rest(pieces, offset, written)
+
+    def _pwrite_rest(self, pieces: Sequence[bytes], offset: int, written: int) -> None:
+        """Go on after a short write, which is not an error yet."""
+        rest = memoryview(b"".join(pieces))
+        while written < len(rest):
+            step = self._pwrite([bytes(rest[written : written + (1 << 20)])], offset + written)
+            if step <= 0:
+                raise OSError(errno.EIO, "the file takes no more bytes", self.path)
+            written += step
+
+    if sys.platform == "win32":
+
+        def _pread(self, length: int, offset: int) -> bytes:
+            with self._seek:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                return os.read(self._fd, length)
+
+        def _pwrite(self, pieces: Sequence[bytes], offset: int) -> int:
+            with self._seek:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                return os.write(self._fd, b"".join(pieces))
+
+    else:
+
+        def _pread(self, length: int, offset: int) -> bytes:
+            return os.pread(self._fd, length, offset)
+
+        def _pwrite(self, pieces: Sequence[bytes], offset: int) -> int:
+            if len(pieces) > _IOV_MAX:
+                pieces = [b"".join(pieces)]
+            return os.pwritev(self._fd, pieces, offset)
+
+    def sync(self) -> None:
+        _sync(self._fd)
+
+    def allocate(self, size: int) -> None:
+        have = os.fstat(self._fd).st_size
+        if size <= have:
+            return
+        if sys.platform not in ("win32", "darwin"):
+            try:
+                os.posix_fallocate(self._fd, have, size - have)
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+            else:
+                return
+        zeros = bytes(min(size - have, 1 << 20))
+        for offset in range(have, size, len(zeros)):
+            self.pwrite([zeros[: size - offset]], offset)
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+_directories: weakref.WeakSet[OsDirectory] = weakref.WeakSet()
+_fork_callbacks: set[weakref.WeakMethod[Callable[[], None]]] = set()
+
+
+def _after_fork_in_child() -> None:
+    for directory in list(_directories):
+        directory.disown()
+    for reference in list(_fork_callbacks):
+        callback = reference()
+        if callback is not None:
+            callback()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class OsDirectory:
+    """A directory by its descriptor, where the platform has such: renaming it, or
+    putting another in its place, does not redirect what an open log writes.
+
+    The lock is an flock on the directory itself: no lock file that somebody could
+    unlink.  It goes away with the process, however that ends.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        self._lock_file: OsFile | None = None
+        self._windows_lock: int = -1
+        if sys.platform != "win32":
+            flags = os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC
+            self._fd = _above_stdio(os.open(path, flags))
+        _directories.add(self)
+
+    def _where(self, name: str) -> tuple[str, int | None]:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"name must be one of a file in the directory, not {name!r}")
+        return (name, self._fd) if _HAS_DIR_FD else (os.path.join(self.path, name), None)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._fd if self._fd >= 0 and _HAS_DIR_FD else self.path))
+
+    def open(self, name: str, *, create: bool = False, writable: bool = False) -> OsFile:
+        where, dir_fd = self._where(name)
+        path = os.path.join(self.path, name)
+        flags = os.O_RDWR if writable or create else os.O_RDONLY
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        flags |= _BINARY | _NOFOLLOW | _CLOEXEC | _NONBLOCK
+        if create:
+            flags |= os.O_CREAT | os.O_EXCL
+        try:
+            fd = _above_stdio(os.open(where, flags, 0o600, dir_fd=dir_fd))
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+                raise CorruptLogError(path, 0, "not a regular file") from exc
+            exc.filename = path
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CorruptLogError(path, 0, "not a regular file")
+            if create and sys.platform != "win32":
+                os.fchmod(fd, 0o600)
+        except BaseException:
+            os.close(fd)
+            raise
+        return OsFile(path, fd)
+
+    def rename(self, old: str, new: str) -> None:
+        old_where, dir_fd = self._where(old)
+        new_where, _ = self._where(new)
+        os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    def unlink(self, name: str) -> None:
+        where, dir_fd = self._where(name)
+        os.unlink(where, dir_fd=dir_fd)
+
+    def sync(self) -> None:
+        if self._fd >= 0:
+            _sync_directory(self._fd)
+
+    # -- ownership --
+
+    def lock(self) -> None:
+        if sys.platform == "win32":
+            self._lock_windows()
+        else:
+            import fcntl
+
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as exc:
+                if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise LogLockedError(self.path, self._owner()) from exc
+                raise
+
+    def sign(self) -> None:
+        try:
+            self._lock_file = self.open(LOCK_NAME, writable=True)
+        except FileNotFoundError:
+            self._lock_file = self.open(LOCK_NAME, create=True)
+        self._lock_file.pwrite([str(os.getpid()).encode().ljust(_PID_BYTES, b"\n")], 0)
+
+    def _lock_windows(self) -> None:
+        if sys.platform == "win32":
+            import msvcrt
+
+            where = os.path.join(self.path, LOCK_NAME)
+            fd = _above_stdio(os.open(where, os.O_RDWR | os.O_CREAT | _BINARY, 0o600))
+            try:
+                # A byte far behind the text, so that others can read the owner's pid.
+                os.lseek(fd, 1 << 20, os.SEEK_SET)
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            except OSError as exc:
+                os.close(fd)
+                raise LogLockedError(self.path, self._owner()) from exc
+            self._windows_lock = fd
+
+    def _read_lock_file(self) -> bytes:
+        try:
+            file = self._lock_file or self.open(LOCK_NAME)
+        except (OSError, CorruptLogError):
+            return b""
+        try:
+            return file.pread(_PID_BYTES + _PUBLISHED, 0)
+        finally:
+            if file is not self._lock_file:
+                file.close()
+
+    def _owner(self) -> int | None:
+        digits = self._read_lock_file()[:_PID_BYTES].strip()
+        return int(digits) if digits.isdigit() and len(digits) < 12 else None
+
+    def publish(self, durable_lsn: int) -> None:
+        if self._lock_file is not None:
+            low = durable_lsn.to_bytes(8, "little")
+            self._lock_file.pwrite([low, bytes(255 - byte for byte in low)], _PID_BYTES)
+
+    def published(self) -> int:
+        raw = self._read_lock_file()[_PID_BYTES:]
+        low = raw[:8]
+        if len(raw) != _PUBLISHED or bytes(255 - byte for byte in raw[8:]) != low:
+            return 0
+        return int.from_bytes(low, "little")
+
+    def disown(self) -> None:
+        """In a forked child: let go of the descriptors, so that the lock is the parent's
+        alone, without unlocking it for the parent."""
+        self.close()
+
+    def close(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        fd, self._windows_lock = self._windows_lock, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        # Some file systems (CIFS, some FUSE) cannot sync a directory and say EINVAL.
+        if exc.errno != errno.EINVAL:
+            raise
+
+
+def _make_directory(path: str) -> None:
+    """Create the directory with mode 0700 whatever the umask, missing parents with it,
+    and make every new entry durable."""
+    parent = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(parent):
+        _make_directory(parent)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    if sys.platform != "win32":
+        os.chmod(path, 0o700)
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+        try:
+            _sync_directory(fd)
+        finally:
+            os.close(fd)
+
+
+class OsFiles:
+    """The real file system and the real clock."""
+
+    threaded = True
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(path)
+
+    def open_directory(self, path: str, *, create: bool = False) -> OsDirectory:
+        if create and not os.path.lexists(path):
+            _make_directory(path)
+        try:
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise CorruptLogError(path, 0, "not a directory")
+        except NotADirectoryError as exc:
+            raise CorruptLogError(path, 0, "not a directory") from exc
+        return OsDirectory(os.path.abspath(path))
+
+    def time_us(self) -> int:
+        return time.time_ns() // 1000
+
+    def random_bytes(self, count: int) -> bytes:
+        return os.urandom(count)
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        reference: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(
+            callback, _fork_callbacks.discard
+        )
+        _fork_callbacks.add(reference)
+
+
+def close_quietly(file: File | Directory) -> None:
+    """Close what is given up anyway, after an error that must not be hidden."""
+    with contextlib.suppress(OSError):
+        file.close()

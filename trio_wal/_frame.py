@@ -1,0 +1,493 @@
+"""The bytes of the log: segment header, pointer, frame, log.meta; their checksums and limits.
+
+Law: values in, bytes out, and back; no file is touched here.  Every byte that
+this module writes is described in docs/format, and a test reads the worked
+example there with nothing but `struct`.  Decoders take hostile bytes: they return
+None (not one of ours) or raise `FrameError`, and believe no length before its
+checksum.
+
+Checksums are CRC-32C (Castagnoli; RFC 3720 appendix B.4).  A frame's checksum
+starts from the salt and number of its segment and covers its own offset and the
+checksum of the frame before it: stale, swapped, misplaced or copied frames fail.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
+from itertools import accumulate
+from typing import Final, cast
+
+import attrs
+import google_crc32c
+
+from ._util import KiB, align_up
+
+FORMAT_VERSION: Final = 1
+BLOCK: Final = 512
+"""Frames start at multiples of this: the unit in which disks tear.  A frame shares
+no block with the frame before it, so writing it cannot tear what is durable."""
+DATA_OFFSET: Final = 4 * KiB
+"""Where a segment's first frame starts: the header has a page of its own."""
+POINTER_OFFSET: Final = BLOCK
+FRAME_HEADER_SIZE: Final = 64
+SEGMENT_HEADER_SIZE: Final = 128
+FRAME_BODY_MAX: Final = 1 << 30
+"""Bytes of one frame's body, stored or decompressed: what a reader may have to
+hold at once.  `append_many` refuses a unit above it."""
+BATCH_RECORDS_MAX: Final = 1 << 24
+INDEX_STEP_MIN: Final = 256 * KiB
+INDEX_ENTRIES_MAX: Final = 256
+"""A footer's index has an entry each max(256 KiB, capacity / 256)."""
+
+SEGMENT_MAGIC: Final = b"trio-wal"
+META_MAGIC: Final = b"triowal\n"
+FRAME_MAGIC: Final = b"TWF\x01"
+POINTER_MAGIC: Final = b"TWP\x01"
+
+FEATURE_ZSTD: Final = 1
+"""Incompatible feature: frames of this log may be compressed with Zstandard (RFC 8878)."""
+FEATURES_KNOWN: Final = FEATURE_ZSTD
+
+_CHECKED_SECTOR: Final = struct.Struct(f"<{BLOCK - 4}sI")
+_SEGMENT: Final = struct.Struct("<8sHHIII16sQQ16sqIII")
+_FRAME: Final = struct.Struct("<4sIQQqIBBHIIIIQ")
+_POINTER: Final = struct.Struct("<4sIB7xQQQI")
+_META: Final = struct.Struct("<8sHHI16sQQBB6x16sQQIIQQ")
+_FOOTER: Final = struct.Struct("<QQQ")
+_SEED: Final = struct.Struct("<16sQ")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+assert _FRAME.size == FRAME_HEADER_SIZE
+assert _SEGMENT.size <= SEGMENT_HEADER_SIZE
+
+
+class Kind(enum.IntEnum):
+    DATA = 1
+    SEAL = 2
+    """The segment ends here and another follows."""
+    CLOSE = 3
+    """A clean close: everything before is durable.  Frames of a later session may follow."""
+
+
+class Codec(enum.IntEnum):
+    NONE = 0
+    ZSTD = 1
+
+
+class FrameError(ValueError):
+    """The bytes are not a valid one of what was asked for; the text says why."""
+
+
+def crc32c(data: bytes, start: int = 0) -> int:
+    return cast(int, google_crc32c.extend(start, data))
+
+
+def to_datetime(time_us: int) -> datetime:
+    """UTC time from microseconds since 1970-01-01."""
+    return _EPOCH + timedelta(microseconds=time_us)
+
+
+TIME_US_MAX: Final = (datetime.max.replace(tzinfo=timezone.utc) - _EPOCH) // timedelta(
+    microseconds=1
+)
+
+
+# -- segment header ---------------------------------------------------------------
+
+
+def segment_name(first_lsn: int) -> str:
+    return f"wal-{first_lsn:020d}.log"
+
+
+def segment_name_lsn(name: str) -> int | None:
+    """The first LSN in a segment's file name; None where it is no such name."""
+    digits = name[4:-4]
+    if name[:4] != "wal-" or name[-4:] != ".log" or len(digits) != 20:
+        return None
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+@attrs.frozen
+class SegmentHeader:
+    log_uuid: bytes
+    number: int
+    first_lsn: int
+    salt: bytes
+    created_us: int
+    previous: int
+    """Checksum of the last frame before this segment (of the previous segment's header
+    where that is empty); 0 in the first segment of a log."""
+    features: int = 0
+
+    @property
+    def name(self) -> str:
+        return segment_name(self.first_lsn)
+
+    @property
+    def seed(self) -> int:
+        """Where the checksums of this segment's frames start."""
+        return crc32c(_SEED.pack(self.salt, self.number))
+
+    def encode(self) -> bytes:
+        return _seal_sector(
+            _SEGMENT.pack(
+                SEGMENT_MAGIC,
+                FORMAT_VERSION,
+                SEGMENT_HEADER_SIZE,
+                self.features,
+                0,
+                0,
+                self.log_uuid,
+                self.number,
+                self.first_lsn,
+                self.salt,
+                self.created_us,
+                self.previous,
+                DATA_OFFSET,
+                BLOCK,
+            )
+        )
+
+    @property
+    def digest(self) -> int:
+        """The checksum that the first frame names as its predecessor's."""
+        return cast(int, _CHECKED_SECTOR.unpack(self.encode())[1])
+
+
+class UnsupportedVersion(FrameError):
+    """Whole and ours, but of a version or with features that we do not know."""
+
+    def __init__(self, version: int, reason: str) -> None:
+        super().__init__(f"{reason} {version} is not supported")
+        self.version = version
+        self.reason = reason
+
+
+def _seal_sector(fields: bytes) -> bytes:
+    padded = fields.ljust(BLOCK - 4, b"\0")
+    return _CHECKED_SECTOR.pack(padded, crc32c(padded))
+
+
+def _open_sector(sector: bytes, magic: bytes, what: str) -> None:
+    """Check what every version of a header keeps in place: magic, checksum, version."""
+    if len(sector) < BLOCK:
+        raise FrameError(f"{what} cut short: {len(sector)} of {BLOCK} bytes")
+    padded, crc = _CHECKED_SECTOR.unpack(sector[:BLOCK])
+    if padded[:8] != magic:
+        raise FrameError(f"no {what}: it starts with {padded[:8]!r}")
+    if crc32c(padded) != crc:
+        raise FrameError(f"checksum of the {what} does not match")
+    version = int.from_bytes(padded[8:10], "little")
+    if version != FORMAT_VERSION:
+        raise UnsupportedVersion(version, "format version")
+
+
+def decode_segment_header(sector: bytes) -> SegmentHeader:
+    """The header in a segment's first block.
+
+    Raises:
+      FrameError: it is not one; `UnsupportedVersion` where a newer trio-wal wrote it.
+    """
+    _open_sector(sector, SEGMENT_MAGIC, "segment header")
+    (_, _, size, features, _, _, uuid, number, first_lsn, salt, created, previous, data, block) = (
+        _SEGMENT.unpack_from(sector)
+    )
+    if features & ~FEATURES_KNOWN:
+        raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
+    if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
+        raise FrameError("the segment header declares another layout than version 1 has")
+    return SegmentHeader(
+        log_uuid=uuid,
+        number=number,
+        first_lsn=first_lsn,
+        salt=salt,
+        created_us=created,
+        previous=previous,
+        features=features,
+    )
+
+
+# -- frames -----------------------------------------------------------------------
+
+
+@attrs.frozen
+class FrameHeader:
+    kind: Kind
+    offset: int
+    first_lsn: int
+    durable_lsn: int
+    """The highest LSN whose sync had returned when this frame was written."""
+    time_us: int
+    count: int
+    codec: Codec
+    stored_length: int
+    raw_length: int
+    body_crc: int
+    previous: int
+    crc: int
+
+    @property
+    def next_lsn(self) -> int:
+        return self.first_lsn + self.count
+
+    @property
+    def end(self) -> int:
+        """Offset behind the frame and its padding: where the next one starts."""
+        return self.offset + frame_size(self.stored_length)
+
+
+def frame_size(stored_length: int) -> int:
+    """Bytes in the file, padding included."""
+    return align_up(FRAME_HEADER_SIZE + stored_length, BLOCK)
+
+
+def index_step(capacity: int) -> int:
+    """Bytes of a segment between two entries of its footer's index."""
+    return max(INDEX_STEP_MIN, -(-capacity // INDEX_ENTRIES_MAX))
+
+
+def footer_reserve(capacity: int) -> int:
+    """Room that a segment keeps free for a CLOSE and the SEAL frame."""
+    return 2 * frame_size(_FOOTER.size + 16 * (capacity // index_step(capacity) + 1))
+
+
+def encode_frame_header(header: FrameHeader, seed: int) -> bytes:
+    """The 64 bytes; `header.crc` is ignored and computed."""
+    fields = _FRAME.pack(
+        FRAME_MAGIC,
+        0,
+        header.first_lsn,
+        header.durable_lsn,
+        header.time_us,
+        header.count,
+        header.kind,
+        header.codec,
+        0,
+        header.stored_length,
+        header.raw_length,
+        header.body_crc,
+        header.previous,
+        header.offset,
+    )[8:]
+    return FRAME_MAGIC + crc32c(fields, seed).to_bytes(4, "little") + fields
+
+
+def decode_frame_header(data: bytes, offset: int, seed: int) -> FrameHeader | None:
+    """The frame header that starts ``data``, if it was written at ``offset`` of the
+    segment that ``seed`` stands for; None for anything else."""
+    if data[:4] != FRAME_MAGIC or len(data) < FRAME_HEADER_SIZE:
+        return None
+    (_, crc, first, durable, time_us, count, kind, codec, flags, stored, raw, body, prev, at) = (
+        _FRAME.unpack(data[:FRAME_HEADER_SIZE])
+    )
+    if at != offset or crc32c(data[8:FRAME_HEADER_SIZE], seed) != crc:
+        return None
+    if flags or kind not in _KINDS or codec not in _CODECS or not 0 <= time_us <= TIME_US_MAX:
+        return None
+    if max(stored, raw) > FRAME_BODY_MAX or durable >= first or (kind == Kind.DATA) != (count > 0):
+        return None
+    return FrameHeader(
+        kind=_KINDS[kind],
+        offset=at,
+        first_lsn=first,
+        durable_lsn=durable,
+        time_us=time_us,
+        count=count,
+        codec=_CODECS[codec],
+        stored_length=stored,
+        raw_length=raw,
+        body_crc=body,
+        previous=prev,
+        crc=crc,
+    )
+
+
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_CODECS: Final = {int(codec): codec for codec in Codec}
+_JOIN_RECORDS: Final = 1 << 16
+
+
+def encode_body(records: Sequence[bytes]) -> list[bytes]:
+    """A table of lengths (``<u32`` each), then the payloads, as a few large pieces.
+
+    The pieces of a unit of a million records are joined slice by slice: its memory
+    is one copy of the payload.
+    """
+    count = len(records)
+    table = struct.pack(f"<{count}I", *map(len, records))
+    if count <= _JOIN_RECORDS:
+        return [b"".join((table, *records))]
+    return [
+        table,
+        *(b"".join(records[i : i + _JOIN_RECORDS]) for i in range(0, count, _JOIN_RECORDS)),
+    ]
+
+
+def decode_body(body: bytes, count: int) -> list[bytes]:
+    """The payloads of a decompressed body.
+
+    Raises:
+      FrameError: the table does not add up to the body.
+    """
+    ends = body_ends(body, count)
+    start = 4 * count
+    records = []
+    append = records.append
+    for end in ends:
+        append(body[start:end])
+        start = end
+    return records
+
+
+def body_ends(body: bytes, count: int) -> list[int]:
+    """Where each payload ends in the body, after a check that the table adds up."""
+    table = 4 * count
+    if table > len(body):
+        raise FrameError(f"a table of {count} lengths does not fit a body of {len(body)} bytes")
+    ends = list(accumulate(struct.unpack_from(f"<{count}I", body), initial=table))
+    if ends[-1] != len(body):
+        raise FrameError(f"the lengths add up to {ends[-1]} bytes, the body has {len(body)}")
+    del ends[0]
+    return ends
+
+
+@attrs.frozen
+class Footer:
+    """Body of a SEAL or CLOSE frame."""
+
+    records: int
+    """Records in this segment."""
+    last_lsn: int
+    frames: int
+    """Data frames in this segment."""
+    index: tuple[tuple[int, int], ...] = ()
+    """(first LSN, offset) of some frames, ascending: where a read may start."""
+
+    def encode(self) -> bytes:
+        flat = [number for pair in self.index for number in pair]
+        return _FOOTER.pack(self.records, self.last_lsn, self.frames) + struct.pack(
+            f"<{len(flat)}Q", *flat
+        )
+
+
+def decode_footer(body: bytes) -> Footer:
+    """Raises `FrameError` where the body is not a footer's."""
+    if len(body) < _FOOTER.size or (len(body) - _FOOTER.size) % 16:
+        raise FrameError(f"a footer cannot have {len(body)} bytes")
+    flat = struct.unpack_from(f"<{(len(body) - _FOOTER.size) // 8}Q", body, _FOOTER.size)
+    index = tuple(zip(flat[::2], flat[1::2]))
+    if any(a >= b for a, b in zip(index, index[1:])):
+        raise FrameError("the footer's index is not ascending")
+    records, last_lsn, frames = _FOOTER.unpack_from(body)
+    return Footer(records, last_lsn, frames, index)
+
+
+# -- pointer ----------------------------------------------------------------------
+
+
+@attrs.frozen
+class Pointer:
+    """Second block of a segment: where its SEAL or last CLOSE frame is.
+
+    Only a hint that saves scanning; zeros or a wrong checksum mean that there is none.
+    """
+
+    kind: Kind
+    offset: int
+    last_lsn: int
+    crc: int
+    """Checksum of that frame."""
+
+
+def encode_pointer(pointer: Pointer, seed: int) -> bytes:
+    fields = _POINTER.pack(
+        POINTER_MAGIC, 0, pointer.kind, pointer.offset, pointer.last_lsn, 0, pointer.crc
+    )
+    crc = crc32c(fields[8:], seed)
+    return (POINTER_MAGIC + crc.to_bytes(4, "little") + fields[8:]).ljust(BLOCK, b"\0")
+
+
+def decode_pointer(data: bytes, seed: int) -> Pointer | None:
+    if len(data) < _POINTER.size or data[:4] != POINTER_MAGIC:
+        return None
+    _, crc, kind, offset, last_lsn, _, frame_crc = _POINTER.unpack_from(data)
+    if crc32c(data[8 : _POINTER.size], seed) != crc or kind not in (Kind.SEAL, Kind.CLOSE):
+        return None
+    return Pointer(_KINDS[kind], offset, last_lsn, frame_crc)
+
+
+# -- log.meta ---------------------------------------------------------------------
+
+
+@attrs.frozen
+class Truncation:
+    """A ``truncate_after`` that was decided and must be carried out.
+
+    Segments above ``keep_number`` are dropped but for the one with ``salt``, the new
+    end of the log; segment ``keep_number`` (none, where it is below the log's base) is
+    sealed at ``offset``.
+    """
+
+    salt: bytes
+    keep_number: int
+    offset: int
+    previous: int
+    first_lsn: int
+    """First LSN of the new last segment."""
+
+
+@attrs.frozen
+class Meta:
+    """``log.meta``: which segment is the log's first, so that a missing one is noticed."""
+
+    log_uuid: bytes
+    base_number: int
+    base_lsn: int
+    features: int = 0
+    live: bool = False
+    """False until the first segment is durable: a crash before may be started over."""
+    truncation: Truncation | None = None
+
+    def encode(self) -> bytes:
+        cut = self.truncation or Truncation(bytes(16), 0, 0, 0, 0)
+        return _seal_sector(
+            _META.pack(
+                META_MAGIC,
+                FORMAT_VERSION,
+                0,
+                self.features,
+                self.log_uuid,
+                self.base_number,
+                self.base_lsn,
+                self.live,
+                self.truncation is not None,
+                cut.salt,
+                cut.keep_number,
+                cut.offset,
+                cut.previous,
+                0,
+                cut.first_lsn,
+                0,
+            )
+        )
+
+
+def decode_meta(sector: bytes) -> Meta:
+    """Raises `FrameError` (`UnsupportedVersion`) like `decode_segment_header`."""
+    _open_sector(sector, META_MAGIC, "log.meta")
+    (_, _, _, features, uuid, number, lsn, live, cut, salt, keep, offset, prev, _, first, _) = (
+        _META.unpack_from(sector)
+    )
+    if features & ~FEATURES_KNOWN:
+        raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
+    return Meta(
+        log_uuid=uuid,
+        base_number=number,
+        base_lsn=lsn,
+        features=features,
+        live=bool(live),
+        truncation=Truncation(salt, keep, offset, prev, first) if cut else None,
+    )

@@ -1,0 +1,761 @@
+"""A directory -> a plan, or a typed error; and carrying the plan out.
+
+Law: `examine` only reads and decides; `repair` only does what the plan says, can be
+interrupted anywhere, and is then simply done again.  Damage is an error, never a
+reason to drop something.  No trio.
+
+What can be there after a crash, and what becomes of it:
+
+  the log's last segment ends in an invalid frame     the unfinished batch of a crash: cut
+  ... and a later frame says it had been durable      damage: refuse
+  the last frames are not proven durable by a         copied into a new segment, synced, and
+  later frame                                         the old segment sealed before them
+  the last segment but one has no footer              a rotation was interrupted: sealed
+  log.meta tells of a decided truncate_after          carried out
+  segments below log.meta's base                      a truncate_before was interrupted: dropped
+  the last segment ends in a footer                   the segment behind it is missing: refuse
+  anything else that is not a chain                   refuse
+
+Copying instead of trusting what can be read matters: after a failed sync the kernel
+keeps pages that are not on the disk and calls them clean (see "Can Applications Recover
+from fsync Failures?", USENIX ATC 2020).  And copying instead of writing the same
+bytes again: an acknowledged frame is never written over before its copy is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import attrs
+
+from . import _scan
+from ._exceptions import CorruptLogError, LogFullError, UnsupportedFormatError
+from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files
+from ._frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FRAME_HEADER_SIZE,
+    POINTER_OFFSET,
+    Footer,
+    FrameError,
+    FrameHeader,
+    Kind,
+    Meta,
+    Pointer,
+    SegmentHeader,
+    UnsupportedVersion,
+    crc32c,
+    decode_footer,
+    decode_meta,
+    decode_pointer,
+    decode_segment_header,
+    index_step,
+    segment_name,
+    segment_name_lsn,
+)
+from ._scan import FrameScanner, Position, start_of
+from ._segment import (
+    FIRST_CAPACITY,
+    NEW_NAME,
+    SPARE_PREFIX,
+    ActiveSegment,
+    Body,
+    SegmentInfo,
+    capacity_for,
+)
+from ._util import KiB, MiB
+
+META_NAME: Final = "log.meta"
+META_NEW_NAME: Final = "log.meta.tmp"
+TRUNCATE_NAME: Final = "truncate.tmp"
+VERIFY_BYTES: Final = 32 * MiB
+"""How much of the log is checked record by record on every open, newest first."""
+_FRAME_COST: Final = 4 * KiB
+"""What checking one more frame costs, as bytes: about 3 us at 1-2 GB/s."""
+
+
+@attrs.frozen
+class RecoveryReport:
+    """What opening the log found and did."""
+
+    first_lsn: int
+    last_lsn: int
+    segments: int
+    records_replayed: int
+    """Records whose checksums were checked on this open."""
+    bytes_scanned: int
+    torn_bytes: int
+    """Bytes of an unfinished batch that were cut; nobody had been told it was durable."""
+    clean_shutdown: bool
+    """True where the log was closed in order, and for a new log."""
+    seconds: float
+    transactions_replayed: int = 0
+    """For a database: transactions applied from the log's tail."""
+    checkpoint_lsn: int = 0
+    """For a database: the LSN up to which the store already held everything."""
+
+
+@attrs.frozen
+class FoundSegment:
+    """A segment file of the chain, as its header and pointer describe it."""
+
+    header: SegmentHeader
+    file_name: str
+    """Differs from the header's where a decided truncation is not yet carried out."""
+    size: int
+    pointer: Pointer | None
+
+    @property
+    def number(self) -> int:
+        return self.header.number
+
+
+@attrs.frozen
+class Plan:
+    """What `repair` will do, and what is known when it is done."""
+
+    meta: Meta | None
+    """None: there is no log yet."""
+    leftovers: tuple[str, ...] = ()
+    """Files to unlink: nothing of the log needs them."""
+    sealed: tuple[SegmentInfo, ...] = ()
+    last: FoundSegment | None = None
+    end: Position | None = None
+    """Behind the last valid frame."""
+    counts: tuple[int, int] = (0, 0)
+    """(records, data frames) of the last segment."""
+    index: tuple[tuple[int, int], ...] = ()
+    copy_from: Position | None = None
+    """Frames from here on go into a new segment; None: go on in the last one."""
+    copy_counts: tuple[int, int] = (0, 0)
+    """(records, data frames) before ``copy_from``."""
+    seal_previous: tuple[FoundSegment, Position, int, int] | None = None
+    """The last segment but one, its end, records and frames: it gets its missing footer."""
+    previous: FoundSegment | None = None
+    """The last segment but one."""
+    torn_bytes: int = 0
+    clean: bool = True
+    records_replayed: int = 0
+    bytes_scanned: int = 0
+
+
+def read_meta(directory: Directory) -> Meta | None:
+    """The log's meta; None where the file is not there.
+
+    Raises:
+      CorruptLogError, UnsupportedFormatError
+    """
+    path = f"{directory.path}/{META_NAME}"
+    try:
+        file = directory.open(META_NAME)
+    except FileNotFoundError:
+        return None
+    try:
+        return decode_meta(file.pread(BLOCK, 0))
+    except UnsupportedVersion as exc:
+        raise UnsupportedFormatError(path, exc.version, exc.reason) from exc
+    except FrameError as exc:
+        raise CorruptLogError(path, 0, str(exc)) from exc
+    finally:
+        file.close()
+
+
+def write_meta(directory: Directory, meta: Meta) -> None:
+    """Replace ``log.meta``, durably and atomically."""
+    if META_NEW_NAME in directory.names():
+        directory.unlink(META_NEW_NAME)
+    file = directory.open(META_NEW_NAME, create=True)
+    try:
+        file.pwrite([meta.encode()], 0)
+        file.sync()
+    finally:
+        file.close()
+    directory.rename(META_NEW_NAME, META_NAME)
+    directory.sync()
+
+
+def _is_ours(name: str) -> bool:
+    return name in (LOCK_NAME, META_NEW_NAME, TRUNCATE_NAME, NEW_NAME) or (
+        name.startswith(SPARE_PREFIX) and name.endswith(".tmp")
+    )
+
+
+def _temporary(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name != LOCK_NAME and _is_ours(name)]
+
+
+def read_segment(directory: Directory, name: str) -> FoundSegment:
+    """Open one segment file and check its header.
+
+    Raises:
+      CorruptLogError, UnsupportedFormatError, FileNotFoundError
+    """
+    file = directory.open(name)
+    try:
+        head = file.pread(POINTER_OFFSET + BLOCK, 0)
+        header = decode_segment_header(head)
+        size = file.size()
+        if size < DATA_OFFSET:
+            raise FrameError(f"the file has only {size} bytes")
+        return FoundSegment(header, name, size, decode_pointer(head[POINTER_OFFSET:], header.seed))
+    except UnsupportedVersion as exc:
+        raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
+    except FrameError as exc:
+        raise CorruptLogError(file.path, 0, str(exc)) from exc
+    finally:
+        file.close()
+
+
+def find_segments(directory: Directory, meta: Meta) -> tuple[list[FoundSegment], list[str]]:
+    """The chain of segments by number, and the names of files that it no longer needs.
+
+    Raises:
+      CorruptLogError: a file is foreign, renamed, duplicate or missing.
+      UnsupportedFormatError
+    """
+    names = directory.names()
+    leftovers = _temporary(names)
+    cut = meta.truncation
+    candidates = [name for name in names if name.startswith("wal-")]
+    if cut is not None and TRUNCATE_NAME in names:
+        candidates.append(TRUNCATE_NAME)
+        leftovers.remove(TRUNCATE_NAME)
+    chain: dict[int, FoundSegment] = {}
+    for name in candidates:
+        path = f"{directory.path}/{name}"
+        lsn = segment_name_lsn(name)
+        if lsn is None and name != TRUNCATE_NAME:
+            raise CorruptLogError(path, 0, "this is not the name of a segment")
+        found = read_segment(directory, name)
+        header = found.header
+        if header.log_uuid != meta.log_uuid:
+            raise CorruptLogError(path, 0, "this segment belongs to another log")
+        if lsn is not None and lsn != header.first_lsn:
+            raise CorruptLogError(
+                path, 0, f"the header says that this file is {segment_name(header.first_lsn)}"
+            )
+        if cut is not None and header.number > cut.keep_number and header.salt != cut.salt:
+            leftovers.append(name)
+        elif header.number < meta.base_number and header.first_lsn < meta.base_lsn:
+            leftovers.append(name)
+        elif header.number in chain:
+            raise CorruptLogError(
+                path, 0, f"both this file and {chain[header.number].file_name} are segment "
+                f"{header.number}"
+            )  # fmt: skip
+        else:
+            chain[header.number] = found
+    return _check_chain(directory, meta, chain), leftovers
+
+
+def _check_chain(
+    directory: Directory, meta: Meta, chain: dict[int, FoundSegment]
+) -> list[FoundSegment]:
+    segments = [chain[number] for number in sorted(chain)]
+    if not segments:
+        raise CorruptLogError(
+            f"{directory.path}/{segment_name(meta.base_lsn)}", 0, "the log's segments are missing"
+        )
+    first = segments[0]
+    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):
+        raise CorruptLogError(
+            f"{directory.path}/{segment_name(meta.base_lsn)}",
+            0,
+            f"segment {meta.base_number} is missing: the log starts with it",
+        )
+    for before, after in zip(segments, segments[1:]):
+        path = f"{directory.path}/{after.file_name}"
+        if after.number != before.number + 1:
+            raise CorruptLogError(path, 0, f"segment {before.number + 1} before it is missing")
+        if after.header.first_lsn < before.header.first_lsn:
+            raise CorruptLogError(path, 0, "its first LSN is below that of the segment before")
+    return segments
+
+
+# -- examine ----------------------------------------------------------------------
+
+
+@attrs.define
+class _Walk:
+    """A full pass over one segment: what `examine` needs to know of it."""
+
+    end: Position
+    records: int = 0
+    frames: int = 0
+    bytes: int = 0
+    reason: str = ""
+    last_kind: Kind | None = None
+    index: list[tuple[int, int]] = attrs.Factory(list)
+    unproven: list[tuple[Position, int, int]] = attrs.Factory(list)
+    """(position, records before, frames before) of each frame not proven durable."""
+
+
+def _walk(
+    file: File,
+    segment: FoundSegment,
+    start: Position,
+    *,
+    counts: tuple[int, int] = (0, 0),
+    until: SegmentHeader | None = None,
+) -> _Walk:
+    """Check every frame from ``start`` on; stops before the segment ``until``."""
+    scanner = FrameScanner(file.pread, segment.header, start)
+    walk = _Walk(start, *counts)
+    step = index_step(segment.size)
+    before = start
+    frames = iter(scanner)
+    while until is None or not _joins(before, until):
+        frame_body = next(frames, None)
+        if frame_body is None:
+            break
+        frame, body = frame_body
+        try:
+            _scan.check_body(frame, body)
+        except FrameError as exc:
+            raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
+        if frame.kind is Kind.DATA:
+            if not walk.index or frame.offset - walk.index[-1][1] >= step:
+                walk.index.append((frame.first_lsn, frame.offset))
+            walk.unproven.append((before, walk.records, walk.frames))
+            walk.records += frame.count
+            walk.frames += 1
+        while walk.unproven and _last_lsn_of(walk.unproven, before) <= frame.durable_lsn:
+            del walk.unproven[0]
+        walk.last_kind = frame.kind
+        before = scanner.position
+        if frame.kind is Kind.SEAL:
+            break
+    walk.end = before
+    walk.bytes = before.offset - start.offset
+    walk.reason = scanner.reason
+    return walk
+
+
+def _last_lsn_of(unproven: list[tuple[Position, int, int]], before: Position) -> int:
+    """Last LSN of the first unproven frame: one below the next frame's first."""
+    following = unproven[1][0] if len(unproven) > 1 else before
+    return following.next_lsn - 1
+
+
+def _joins(end: Position, following: SegmentHeader) -> bool:
+    """Whether the segment starts just where ``end`` is."""
+    return following.first_lsn == end.next_lsn and following.previous == end.previous
+
+
+def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan:
+    """Read the directory and decide.  Nothing is written.
+
+    Args:
+      verify_bytes: how much of the log, newest first, is checked frame by frame; the
+          rest by the headers and footers of its segments.
+
+    Raises:
+      CorruptLogError, UnsupportedFormatError: the log must not be opened.
+    """
+    meta = read_meta(directory)
+    names = directory.names()
+    if meta is None:
+        foreign = [n for n in names if not _is_ours(n) and n[0] != "." and n != "lost+found"]
+        if any(segment_name_lsn(name) is not None for name in foreign):
+            raise CorruptLogError(f"{directory.path}/{META_NAME}", 0, "the file is missing")
+        if foreign:
+            raise CorruptLogError(
+                directory.path, 0, f"this is no log: it holds {foreign[0]!r} but no {META_NAME}"
+            )
+        return Plan(None, tuple(_temporary(names)))
+    if not meta.live:
+        # Its creation was interrupted; nothing was ever accepted.
+        segments = [name for name in names if segment_name_lsn(name) is not None]
+        if len(segments) > 1:
+            raise CorruptLogError(
+                f"{directory.path}/{segments[1]}", 0, "a log that was never in use has segments"
+            )
+        return Plan(None, (*_temporary(names), *segments))
+    found, leftovers = find_segments(directory, meta)
+    return _examine_chain(directory, meta, found, leftovers, verify_bytes)
+
+
+def _examine_chain(
+    directory: Directory,
+    meta: Meta,
+    found: list[FoundSegment],
+    leftovers: list[str],
+    verify_bytes: float,
+) -> Plan:
+    last = found[-1]
+    tail = _examine_last(directory, last, verify_bytes)
+    budget = verify_bytes - tail.bytes_scanned - _FRAME_COST * tail.counts[1]
+    sealed: list[SegmentInfo] = []
+    replayed, scanned = tail.records_replayed, tail.bytes_scanned
+    seal_previous = None
+    for segment, following in zip(reversed(found[:-1]), reversed(found[1:])):
+        may_be_open = following is last
+        info, walk, unsealed = _examine_sealed(
+            directory, segment, following.header, meta, full=budget > 0, may_be_open=may_be_open
+        )
+        sealed.append(info)
+        if walk is not None:
+            replayed += walk.records
+            scanned += walk.bytes
+            budget -= walk.bytes + _FRAME_COST * walk.frames
+        if unsealed and walk is not None:
+            seal_previous = (segment, walk.end, walk.records, walk.frames)
+    return attrs.evolve(
+        tail,
+        meta=meta,
+        leftovers=tuple(leftovers),
+        sealed=tuple(reversed(sealed)),
+        seal_previous=seal_previous,
+        previous=found[-2] if len(found) > 1 else None,
+        clean=tail.clean and seal_previous is None and meta.truncation is None,
+        records_replayed=replayed,
+        bytes_scanned=scanned,
+    )
+
+
+def _examine_sealed(
+    directory: Directory,
+    segment: FoundSegment,
+    following: SegmentHeader,
+    meta: Meta,
+    *,
+    full: bool,
+    may_be_open: bool,
+) -> tuple[SegmentInfo, _Walk | None, bool]:
+    """A segment with another behind it: (what it is, the full pass, footer missing)."""
+    cut = meta.truncation
+    may_be_open = may_be_open or (cut is not None and segment.number == cut.keep_number)
+    file = directory.open(segment.file_name)
+    try:
+        seal = _find_seal(file, segment, following)
+        walk = None
+        if full or seal is None:
+            walk = _walk(file, segment, start_of(segment.header), until=following)
+            if not _joins(walk.end, following):
+                reason = walk.reason or f"the records before LSN {following.first_lsn} are missing"
+                raise CorruptLogError(file.path, walk.end.offset, reason)
+            if seal is None and not may_be_open:
+                raise CorruptLogError(file.path, walk.end.offset, "the segment's footer is damaged")
+            if seal is not None:
+                _check_seal(file, segment, walk, seal)
+        end = seal.end if seal is not None else segment.size
+        time_us = seal.time_us if seal is not None else (walk.end.time_us if walk else 0)
+        info = SegmentInfo(segment.header, following.first_lsn, end, time_us)
+        return info, walk, seal is None
+    finally:
+        file.close()
+
+
+def _find_seal(
+    file: File, segment: FoundSegment, following: SegmentHeader
+) -> FrameHeader | None:
+    """The SEAL frame that the pointer tells of, if it fits the segment behind."""
+    pointer = segment.pointer
+    if pointer is None or pointer.kind is not Kind.SEAL:
+        return None
+    frame = _scan.frame_at(file.pread, segment.header, pointer.offset)
+    if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.SEAL:
+        return None
+    end = Position(frame.offset, frame.first_lsn, frame.previous)
+    return frame if _joins(end, following) else None
+
+
+def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeader) -> None:
+    scanner = FrameScanner(file.pread, segment.header, walk.end)
+    frame_body = next(iter(scanner), None)
+    if frame_body is None or frame_body[0].crc != seal.crc:
+        raise CorruptLogError(file.path, walk.end.offset, scanner.reason or "no footer here")
+    try:
+        footer = decode_footer(frame_body[1])
+    except FrameError as exc:
+        raise CorruptLogError(file.path, seal.offset, str(exc)) from exc
+    if (footer.records, footer.last_lsn) != (walk.records, walk.end.next_lsn - 1):
+        raise CorruptLogError(
+            file.path,
+            seal.offset,
+            f"the footer counts {footer.records} records up to LSN {footer.last_lsn}, "
+            f"the segment has {walk.records} up to {walk.end.next_lsn - 1}",
+        )
+    if _scan.examine_tail(file.pread, segment.size, segment.header, scanner.position).torn_end > (
+        seal.end
+    ):
+        raise CorruptLogError(file.path, seal.end, "bytes behind the segment's footer")
+
+
+def _footer_at(file: File, frame: FrameHeader) -> Footer | None:
+    """The footer of a SEAL or CLOSE frame; None where its body is damaged."""
+    body = file.pread(frame.stored_length, frame.offset + FRAME_HEADER_SIZE)
+    if len(body) != frame.stored_length or crc32c(body) != frame.body_crc:
+        return None
+    try:
+        return decode_footer(body)
+    except FrameError:
+        return None
+
+
+def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | None:
+    """The CLOSE frame that the pointer tells of."""
+    pointer = last.pointer
+    if pointer is None or pointer.kind is not Kind.CLOSE:
+        return None
+    frame = _scan.frame_at(file.pread, last.header, pointer.offset)
+    if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.CLOSE:
+        return None
+    footer = _footer_at(file, frame)
+    return None if footer is None else (frame, footer)
+
+
+def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float) -> Plan:
+    """The segment in which the log ends; the rest of the plan is filled in by the caller."""
+    file = directory.open(last.file_name)
+    try:
+        start = start_of(last.header)
+        counts, index = (0, 0), ()
+        close = _find_close(file, last)
+        if close is not None:
+            frame, footer = close
+            if frame.offset + _FRAME_COST * footer.frames > verify_bytes:
+                # Too long to check all of it: start behind the CLOSE frame.
+                start = Position(
+                    frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us
+                )
+                counts, index = (footer.records, footer.frames), footer.index
+        walk = _walk(file, last, start, counts=counts)
+        where = walk.end.offset
+        if walk.last_kind is Kind.SEAL:
+            raise CorruptLogError(
+                f"{directory.path}/{segment_name(walk.end.next_lsn)}",
+                0,
+                f"segment {last.number + 1} is missing: {last.file_name} is sealed",
+            )
+        if last.pointer is not None and last.pointer.offset > where:
+            raise CorruptLogError(
+                file.path, where, walk.reason or "frames that had been durable are missing"
+            )
+        ends_closed = close is not None and where == close[0].end
+        if ends_closed and not walk.reason:
+            # The first write behind a CLOSE frame takes the pointer away, in the same
+            # sync: while it stands, nothing behind it was ever acknowledged.
+            torn = 0
+        else:
+            torn = _torn_bytes(file, last, walk)
+        copy_from: Position | None = None
+        copy_counts = (0, 0)
+        if walk.unproven:
+            copy_from, *before = walk.unproven[0]
+            copy_counts = (before[0], before[1])
+        elif torn:
+            copy_from, copy_counts = walk.end, (walk.records, walk.frames)
+        return Plan(
+            None,
+            last=last,
+            end=walk.end,
+            counts=(walk.records, walk.frames),
+            index=(*index, *walk.index),
+            copy_from=copy_from,
+            copy_counts=copy_counts,
+            torn_bytes=torn,
+            clean=torn == 0 and (ends_closed or walk.last_kind is Kind.CLOSE),
+            records_replayed=walk.records - counts[0],
+            bytes_scanned=walk.bytes,
+        )
+    finally:
+        file.close()
+
+
+def _torn_bytes(file: File, last: FoundSegment, walk: _Walk) -> int:
+    """Bytes of the unfinished batch behind the last valid frame.
+
+    Raises:
+      CorruptLogError: it was finished, and durable, once.
+    """
+    tail = _scan.examine_tail(file.pread, last.size, last.header, walk.end)
+    if tail.covering is not None:
+        raise CorruptLogError(
+            file.path,
+            walk.end.offset,
+            f"{walk.reason or 'a frame is missing'}; the frame at offset "
+            f"{tail.covering.offset} says that LSN {walk.end.next_lsn} had been durable",
+        )
+    return tail.torn_end - walk.end.offset
+
+
+# -- repair -----------------------------------------------------------------------
+
+
+@attrs.define
+class OpenLog:
+    """What `repair` hands over: the log's end, ready for the next frame."""
+
+    meta: Meta
+    sealed: list[SegmentInfo]
+    active: ActiveSegment
+    report: RecoveryReport
+
+
+def repair(files: Files, directory: Directory, plan: Plan, *, segment_size: int, features: int) -> OpenLog:
+    """Make the log what the plan says it is, durably.
+
+    Every step leaves a directory that `examine` reads the same way, so that a crash
+    here, or in the repair of that crash, changes nothing.
+
+    Args:
+      segment_size: bytes of a full-grown segment.
+      features: what a log that does not exist yet is created with.
+    """
+    for name in plan.leftovers:
+        directory.unlink(name)
+    if plan.meta is None:
+        meta, sealed, active = _create(files, directory, segment_size, features)
+    else:
+        meta = plan.meta
+        sealed, active = _reopen(files, directory, plan, segment_size)
+        if meta.truncation is not None:
+            meta = attrs.evolve(meta, truncation=None)
+            write_meta(directory, meta)
+    report = RecoveryReport(
+        first_lsn=meta.base_lsn,
+        last_lsn=active.position.next_lsn - 1,
+        segments=len(sealed) + 1,
+        records_replayed=plan.records_replayed,
+        bytes_scanned=plan.bytes_scanned,
+        torn_bytes=plan.torn_bytes,
+        clean_shutdown=plan.clean,
+        seconds=0.0,
+    )
+    return OpenLog(meta, sealed, active, report)
+
+
+def _create(
+    files: Files, directory: Directory, segment_size: int, features: int
+) -> tuple[Meta, list[SegmentInfo], ActiveSegment]:
+    meta = Meta(files.random_bytes(16), base_number=1, base_lsn=1, features=features)
+    write_meta(directory, meta)
+    header = SegmentHeader(
+        meta.log_uuid, 1, 1, files.random_bytes(16), files.time_us(), 0, features
+    )
+    active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
+    active.file.sync()
+    directory.rename(NEW_NAME, header.name)
+    directory.sync()
+    meta = attrs.evolve(meta, live=True)
+    write_meta(directory, meta)
+    return meta, [], active
+
+
+def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
+    """A segment under its temporary name, zeros written; not yet durable."""
+    capacity = capacity_for(0, capacity)
+    try:
+        file = directory.open(NEW_NAME, create=True)
+        file.pwrite([header.encode(), bytes(min(capacity, FIRST_CAPACITY) - BLOCK)], 0)
+        file.allocate(capacity)
+    except OSError as exc:
+        if exc.errno in NO_SPACE:
+            raise LogFullError(directory.path, capacity) from exc
+        raise
+    return ActiveSegment(file, header, capacity)
+
+
+def _reopen(
+    files: Files, directory: Directory, plan: Plan, segment_size: int
+) -> tuple[list[SegmentInfo], ActiveSegment]:
+    last, end = plan.last, plan.end
+    assert last is not None and end is not None
+    sealed = list(plan.sealed)
+    if last.file_name != last.header.name:
+        directory.rename(last.file_name, last.header.name)
+    if plan.leftovers or not plan.clean:
+        # Also what an interrupted session renamed, and was seen here, is durable now.
+        directory.sync()
+    if plan.seal_previous is not None:
+        segment, position, records, frames = plan.seal_previous
+        sealed[-1] = _seal(directory, segment, position, (records, frames))
+    elif plan.previous is not None and not plan.clean:
+        _rewrite_footer(directory, plan.previous)
+    if plan.copy_from is not None:
+        return _copy_tail(files, directory, plan, sealed, segment_size)
+    file = directory.open(last.header.name, writable=True)
+    active = ActiveSegment(
+        file,
+        last.header,
+        last.size,
+        end,
+        records=plan.counts[0],
+        frames=plan.counts[1],
+        index=plan.index,
+        has_pointer=True,
+    )
+    return sealed, active
+
+
+def _seal(
+    directory: Directory, segment: FoundSegment, end: Position, counts: tuple[int, int]
+) -> SegmentInfo:
+    file = directory.open(segment.header.name, writable=True)
+    return ActiveSegment(
+        file, segment.header, segment.size, end, records=counts[0], frames=counts[1]
+    ).seal()
+
+
+def _rewrite_footer(directory: Directory, segment: FoundSegment) -> None:
+    """The last sync of the session before may have failed on it: what was read may be
+    in the page cache only."""
+    assert segment.pointer is not None
+    file = directory.open(segment.header.name, writable=True)
+    try:
+        for offset, end in ((segment.pointer.offset, segment.size), (POINTER_OFFSET, DATA_OFFSET)):
+            file.pwrite([file.pread(end - offset, offset)], offset)
+        file.sync()
+    finally:
+        file.close()
+
+
+def _copy_tail(
+    files: Files,
+    directory: Directory,
+    plan: Plan,
+    sealed: list[SegmentInfo],
+    segment_size: int,
+) -> tuple[list[SegmentInfo], ActiveSegment]:
+    """Start a new segment with a copy of the frames that are not proven durable."""
+    last, end, start = plan.last, plan.end, plan.copy_from
+    assert last is not None and end is not None and start is not None
+    replaces = start.offset == DATA_OFFSET
+    header = attrs.evolve(
+        last.header,
+        number=last.number if replaces else last.number + 1,
+        first_lsn=start.next_lsn,
+        salt=files.random_bytes(16),
+        created_us=files.time_us(),
+        previous=last.header.previous if replaces else start.previous,
+    )
+    wanted = min(segment_size, max(FIRST_CAPACITY, last.size))
+    active = _new_segment(directory, header, capacity_for(end.offset - start.offset, wanted))
+    old = directory.open(last.header.name)
+    try:
+        for frame, body in FrameScanner(old.pread, last.header, start):
+            if frame.offset >= end.offset:
+                break
+            if frame.kind is Kind.DATA:
+                active.write(
+                    Body(
+                        [body],
+                        frame.codec,
+                        frame.count,
+                        frame.stored_length,
+                        frame.raw_length,
+                        frame.body_crc,
+                    ),
+                    start.next_lsn - 1,
+                    frame.time_us,
+                )
+    finally:
+        old.close()
+    active.file.sync()
+    directory.rename(NEW_NAME, header.name)
+    directory.sync()
+    if not replaces:
+        sealed.append(_seal(directory, last, start, plan.copy_counts))
+    return sealed, active

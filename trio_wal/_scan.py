@@ -1,0 +1,200 @@
+"""Bytes of one segment -> frames, or a verdict on where and why they end.
+
+Law: pure.  Bytes come from a `Read` callable; nothing is written, and no decision
+about other segments is made here (that is `_recovery`).  A length is believed only
+after the checksum of the header that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import attrs
+
+from . import _codec
+from ._frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FRAME_HEADER_SIZE,
+    FRAME_MAGIC,
+    POINTER_OFFSET,
+    Codec,
+    FrameError,
+    FrameHeader,
+    Kind,
+    Pointer,
+    SegmentHeader,
+    body_ends,
+    crc32c,
+    decode_body,
+    decode_footer,
+    decode_frame_header,
+    decode_pointer,
+    frame_size,
+)
+from ._util import MiB, align_up
+
+Read = Callable[[int, int], bytes]
+"""``read(length, offset)``; shorter only at the end of the file."""
+
+WINDOW: Final = 1 * MiB
+_ZEROS: Final = bytes(WINDOW)
+
+
+@attrs.frozen
+class Position:
+    """Between two frames: everything that the next frame must fit."""
+
+    offset: int
+    next_lsn: int
+    previous: int
+    durable_lsn: int = 0
+    time_us: int = 0
+
+
+def start_of(header: SegmentHeader) -> Position:
+    return Position(DATA_OFFSET, header.first_lsn, header.digest, header.first_lsn - 1)
+
+
+class FrameScanner:
+    """Walks the frames of one segment from a position on.
+
+    Iterating yields ``(header, stored body)`` of each valid frame.  When it ends,
+    ``position`` is where the next frame would stand and ``reason`` says why what
+    stands there is none ("" where there is nothing but zeros or the file's end).
+
+    ``chained=False`` is for a walk that starts in the middle, where the checksum of
+    the frame before is not known: the first frame is then taken as it stands.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        segment: SegmentHeader,
+        position: Position,
+        *,
+        chained: bool = True,
+        bodies: bool = True,
+    ) -> None:
+        self._read = read
+        self._seed = segment.seed
+        self._chained = chained
+        self._bodies = bodies
+        self._window = b""
+        self._window_offset = 0
+        self.position = position
+        self.reason = ""
+
+    def _bytes(self, length: int, offset: int) -> bytes:
+        start = offset - self._window_offset
+        if start < 0 or start + length > len(self._window):
+            self._window = self._read(max(length, WINDOW), offset)
+            self._window_offset = offset
+            start = 0
+        return self._window[start : start + length]
+
+    def __iter__(self) -> Iterator[tuple[FrameHeader, bytes]]:
+        while True:
+            here = self.position
+            head = self._bytes(FRAME_HEADER_SIZE, here.offset)
+            frame = decode_frame_header(head, here.offset, self._seed)
+            if frame is None:
+                self.reason = "" if head.count(0) == len(head) else "no valid frame header"
+                return
+            if frame.first_lsn != here.next_lsn:
+                self.reason = f"frame of LSN {frame.first_lsn} where {here.next_lsn} is due"
+                return
+            if self._chained and frame.previous != here.previous:
+                self.reason = "the frame does not follow the one before it"
+                return
+            body = b""
+            if self._bodies:
+                whole = self._bytes(frame_size(frame.stored_length), here.offset)
+                end = FRAME_HEADER_SIZE + frame.stored_length
+                body = whole[FRAME_HEADER_SIZE:end]
+                if len(body) < frame.stored_length:
+                    self.reason = f"frame body cut short: {len(body)} of {frame.stored_length}"
+                    return
+                if crc32c(body) != frame.body_crc:
+                    self.reason = "checksum of the frame body does not match"
+                    return
+                if whole.count(0, end) != len(whole) - end:
+                    self.reason = "padding behind the frame is not zero"
+                    return
+            self._chained = True
+            self.position = Position(
+                frame.end,
+                frame.next_lsn,
+                frame.crc,
+                max(here.durable_lsn, frame.durable_lsn),
+                max(here.time_us, frame.time_us),
+            )
+            yield frame, body
+
+
+def check_body(frame: FrameHeader, body: bytes) -> None:
+    """Raises `FrameError` where a body with a good checksum does not hold what it declares."""
+    if frame.kind is not Kind.DATA:
+        decode_footer(body)
+    elif frame.codec is Codec.NONE:
+        if frame.raw_length != frame.stored_length:
+            raise FrameError("an uncompressed frame declares two lengths")
+        body_ends(body, frame.count)
+    else:
+        body_ends(_codec.decompress(body, frame.raw_length), frame.count)
+
+
+def payloads(frame: FrameHeader, body: bytes) -> list[bytes]:
+    """The records of a data frame."""
+    if frame.codec is not Codec.NONE:
+        body = _codec.decompress(body, frame.raw_length)
+    return decode_body(body, frame.count)
+
+
+def read_pointer(read: Read, segment: SegmentHeader) -> tuple[Pointer | None, bool]:
+    """The segment's pointer, and whether its block is clean (a pointer or zeros)."""
+    block = read(BLOCK, POINTER_OFFSET)
+    pointer = decode_pointer(block, segment.seed)
+    return pointer, pointer is not None or block.count(0) == len(block)
+
+
+def frame_at(read: Read, segment: SegmentHeader, offset: int) -> FrameHeader | None:
+    return decode_frame_header(read(FRAME_HEADER_SIZE, offset), offset, segment.seed)
+
+
+# -- the tail ---------------------------------------------------------------------
+
+
+@attrs.frozen
+class Tail:
+    """What stands behind the last valid frame."""
+
+    torn_end: int
+    """Offset behind the last byte that is not zero; the position itself where all are."""
+    covering: FrameHeader | None = None
+    """A later frame which says that what is invalid here had been durable."""
+
+
+def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Position) -> Tail:
+    """Look at everything behind ``position`` for proof that it once was durable.
+
+    A frame names the highest LSN that was durable when it was written.  If such a
+    frame stands behind an invalid one and covers its first LSN, then the invalid one
+    had been synced and acknowledged, and is damaged, not torn.
+    """
+    end = position.offset
+    for offset in range(position.offset, size, WINDOW):
+        window = read(WINDOW, offset)
+        if window == _ZEROS[: len(window)]:
+            continue
+        end = offset + len(window.rstrip(b"\0"))
+        at = window.find(FRAME_MAGIC)
+        while at >= 0:
+            if at % BLOCK == 0:
+                head = window[at : at + FRAME_HEADER_SIZE]
+                frame = decode_frame_header(head, offset + at, segment.seed)
+                if frame is not None and frame.durable_lsn >= position.next_lsn:
+                    return Tail(end, frame)
+            at = window.find(FRAME_MAGIC, at + 1)
+    return Tail(min(align_up(end, BLOCK), max(size, position.offset)))

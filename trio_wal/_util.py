@@ -1,0 +1,53 @@
+"""Units and argument checks that every band may use.
+
+Law: no I/O, no trio; a check either returns the value it was given or raises a
+`TypeError` or `ValueError` that names the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+
+
+def align_up(number: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is not below ``number``."""
+    return -(-number // unit) * unit
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` as an `int` within ``low <= value <= high``; bools are refused."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        above = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} must be at least {low}{above}, not {value}")
+    return value
+
+
+def check_int_or_inf(name: str, value: object, low: int) -> int | float:
+    """Like `check_int`, and `math.inf` passes."""
+    if isinstance(value, float) and value == math.inf:
+        return value
+    if isinstance(value, float):
+        raise TypeError(f"{name} must be an int or math.inf, not {value!r}")
+    return check_int(name, value, low)
+
+
+def check_seconds(name: str, value: object, low: float = 0.0) -> float:
+    """``value`` as a finite number of seconds, at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if not math.isfinite(value) or value < low:
+        raise ValueError(f"{name} must be finite and at least {low:g} seconds, not {value}")
+    return float(value)
+
+
+def check_bytes(name: str, value: object) -> bytes:
+    """``value`` if it is `bytes`: a mutable buffer could change while it waits."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{name} must be bytes, not {type(value).__name__}")
+    return value
