@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Final
 
 import attrs
@@ -94,7 +95,13 @@ class LogDirectory:
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
         )
         self._unsynced = False
-        directory.publish(self.last_lsn)
+        self.synced_lsn = self.last_lsn
+        """Up to here a sync has returned."""
+        self.cuts = 0
+        """Counts before and after the log's end is cut: a reader compares."""
+        self.sync_seconds = 0.0
+        """How long the last sync took."""
+        directory.publish(self.synced_lsn)
 
     # -- what it is --
 
@@ -126,6 +133,11 @@ class LogDirectory:
             total = sum(segment.bytes for segment in self._sealed) + self.active.capacity
         return total + (spare.capacity if spare is not None else 0)
 
+    def shape(self) -> tuple[list[SegmentInfo], ActiveSegment]:
+        """The sealed segments and the one being written, at one moment."""
+        with self._shape:
+            return list(self._sealed), self.active
+
     def sealed(self) -> list[SegmentInfo]:
         with self._shape:
             return list(self._sealed)
@@ -155,9 +167,12 @@ class LogDirectory:
     def sync(self) -> None:
         """On return everything written is durable."""
         if self._unsynced:
+            started = perf_counter()
             self.active.file.sync()
+            self.sync_seconds = perf_counter() - started
             self._unsynced = False
-        self._directory.publish(self.last_lsn)
+        self.synced_lsn = self.last_lsn
+        self._directory.publish(self.synced_lsn)
 
     def make_room(self) -> None:
         """See whether a segment can be prepared again; `LogFullError` where not."""
@@ -178,13 +193,15 @@ class LogDirectory:
         try:
             self.sync()
             old = self.active
+            # An empty segment that is too small is replaced: the new one has its name.
+            replaces = not old.records
             header = SegmentHeader(
                 old.header.log_uuid,
-                old.header.number + 1,
+                old.header.number if replaces else old.header.number + 1,
                 old.position.next_lsn,
                 self._files.random_bytes(16),
                 self._files.time_us(),
-                old.position.previous,
+                old.header.previous if replaces else old.position.previous,
                 self._meta.features,
             )
             # The file keeps its temporary name until its header is durable.
@@ -195,9 +212,13 @@ class LogDirectory:
             close_quietly(spare.file)
             raise
         active.position = attrs.evolve(active.position, time_us=old.position.time_us)
-        info = old.seal()
+        if replaces:
+            old.file.close()
+        else:
+            info = old.seal()
         with self._shape:
-            self._sealed.append(info)
+            if not replaces:
+                self._sealed.append(info)
             self.active = active
 
     # -- the next segment --
@@ -372,6 +393,7 @@ class LogDirectory:
         if lsn >= self.last_lsn:
             return
         with self._truncating:
+            self.cuts += 1
             self.sync()
             keep, position, counts, records = self._find_cut(lsn)
             header = SegmentHeader(
@@ -434,8 +456,10 @@ class LogDirectory:
         with self._shape:
             self._sealed = sealed
             self.active = new
+        self.cuts += 1
         self._untouched = False
-        self._directory.publish(self.last_lsn)
+        self.synced_lsn = self.last_lsn
+        self._directory.publish(self.synced_lsn)
 
     def _find_cut(
         self, lsn: int
@@ -529,9 +553,7 @@ class LogDirectory:
 
     def stop_preparing(self) -> None:
         """Have `prepare_spare` return soon, for a close."""
-        with self._spare_lock:
-            self._hurry = True
-            self._spare_lock.wait_for(lambda: not self._preparing)
+        self._hurry = True
 
     def _discard_spares(self) -> None:
         spare, self._spare = self._spare, None

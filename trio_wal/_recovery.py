@@ -35,7 +35,6 @@ from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files
 from ._frame import (
     BLOCK,
     DATA_OFFSET,
-    FRAME_HEADER_SIZE,
     POINTER_OFFSET,
     Footer,
     FrameError,
@@ -45,7 +44,6 @@ from ._frame import (
     Pointer,
     SegmentHeader,
     UnsupportedVersion,
-    crc32c,
     decode_footer,
     decode_meta,
     decode_pointer,
@@ -193,6 +191,14 @@ def read_segment(directory: Directory, name: str) -> FoundSegment:
     """
     file = directory.open(name)
     try:
+        return look_at(file, name)
+    finally:
+        file.close()
+
+
+def look_at(file: File, name: str) -> FoundSegment:
+    """Header and pointer of an open segment file."""
+    try:
         head = file.pread(POINTER_OFFSET + BLOCK, 0)
         header = decode_segment_header(head)
         size = file.size()
@@ -203,8 +209,6 @@ def read_segment(directory: Directory, name: str) -> FoundSegment:
         raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
     except FrameError as exc:
         raise CorruptLogError(file.path, 0, str(exc)) from exc
-    finally:
-        file.close()
 
 
 def find_segments(directory: Directory, meta: Meta) -> tuple[list[FoundSegment], list[str]]:
@@ -483,17 +487,6 @@ def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeade
         raise CorruptLogError(file.path, seal.end, "bytes behind the segment's footer")
 
 
-def _footer_at(file: File, frame: FrameHeader) -> Footer | None:
-    """The footer of a SEAL or CLOSE frame; None where its body is damaged."""
-    body = file.pread(frame.stored_length, frame.offset + FRAME_HEADER_SIZE)
-    if len(body) != frame.stored_length or crc32c(body) != frame.body_crc:
-        return None
-    try:
-        return decode_footer(body)
-    except FrameError:
-        return None
-
-
 def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | None:
     """The CLOSE frame that the pointer tells of."""
     pointer = last.pointer
@@ -502,7 +495,7 @@ def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | 
     frame = _scan.frame_at(file.pread, last.header, pointer.offset)
     if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.CLOSE:
         return None
-    footer = _footer_at(file, frame)
+    footer = _scan.read_footer(file.pread, frame)
     return None if footer is None else (frame, footer)
 
 

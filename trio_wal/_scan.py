@@ -20,6 +20,7 @@ from ._frame import (
     FRAME_MAGIC,
     POINTER_OFFSET,
     Codec,
+    Footer,
     FrameError,
     FrameHeader,
     Kind,
@@ -161,6 +162,28 @@ def read_pointer(read: Read, segment: SegmentHeader) -> tuple[Pointer | None, bo
 
 def frame_at(read: Read, segment: SegmentHeader, offset: int) -> FrameHeader | None:
     return decode_frame_header(read(FRAME_HEADER_SIZE, offset), offset, segment.seed)
+
+
+def footer_index(
+    read: Read, segment: SegmentHeader, pointer: Pointer | None
+) -> tuple[tuple[int, int], ...]:
+    """(first LSN, offset) of some frames, from the footer that the pointer tells of."""
+    if pointer is None:
+        return ()
+    frame = frame_at(read, segment, pointer.offset)
+    footer = None if frame is None or frame.crc != pointer.crc else read_footer(read, frame)
+    return () if footer is None else footer.index
+
+
+def read_footer(read: Read, frame: FrameHeader) -> Footer | None:
+    """The footer of a SEAL or CLOSE frame; None where its body is damaged."""
+    body = read(frame.stored_length, frame.offset + FRAME_HEADER_SIZE)
+    if len(body) != frame.stored_length or crc32c(body) != frame.body_crc:
+        return None
+    try:
+        return decode_footer(body)
+    except FrameError:
+        return None
 
 
 # -- the tail ---------------------------------------------------------------------

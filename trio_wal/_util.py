@@ -7,6 +7,7 @@ Law: no I/O, no trio; a check either returns the value it was given or raises a
 from __future__ import annotations
 
 import math
+from os import PathLike, fspath
 from typing import Final
 
 KiB: Final = 1024
@@ -51,3 +52,23 @@ def check_bytes(name: str, value: object) -> bytes:
     if not isinstance(value, bytes):
         raise TypeError(f"{name} must be bytes, not {type(value).__name__}")
     return value
+
+
+def check_path(path: str | PathLike[str]) -> str:
+    """A path as a `str`."""
+    try:
+        text = fspath(path)
+    except TypeError:
+        raise TypeError(f"path must be a str or os.PathLike, not {type(path).__name__}") from None
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or os.PathLike of str, not {type(text).__name__}")
+    if not text or "\0" in text:
+        raise ValueError(f"path must be a path, not {text!r}")
+    return text
+
+
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

@@ -1,0 +1,40 @@
+"""A write-ahead log for trio: group commit, bounded memory, recovery that tells the truth.
+
+Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (pure),
+``_files`` ``_segment`` ``_recovery`` ``_directory`` (blocking), ``_queue`` ``_flusher``
+``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
+"""
+
+from ._exceptions import (
+    CorruptLogError as CorruptLogError,
+    KeyExistsError as KeyExistsError,
+    LogFailedError as LogFailedError,
+    LogFullError as LogFullError,
+    LogLockedError as LogLockedError,
+    LsnTruncatedError as LsnTruncatedError,
+    RecordTooLargeError as RecordTooLargeError,
+    TransactionConflict as TransactionConflict,
+    UnsupportedFormatError as UnsupportedFormatError,
+    WalError as WalError,
+)
+from ._reader import (
+    LogReader as LogReader,
+    Record as Record,
+    RecordStream as RecordStream,
+    open_reader as open_reader,
+)
+from ._recovery import RecoveryReport as RecoveryReport
+from ._retention import (
+    KeepAll as KeepAll,
+    KeepBytes as KeepBytes,
+    KeepFor as KeepFor,
+    KeepSegments as KeepSegments,
+    Retention as Retention,
+)
+from ._wal import (
+    WalStatistics as WalStatistics,
+    WriteAheadLog as WriteAheadLog,
+    open_wal as open_wal,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,315 @@
+"""Group commit: takes one batch after the other, makes it durable, acknowledges it.
+
+Law: one write in flight.  Write, sync, only then acknowledge, then the next: at every
+acknowledgement ``acknowledged <= synced`` is asserted.  The first failure ends it; a
+sync is never tried again.  The loop is shielded from cancellation and from Ctrl-C and
+ends when the queue's channel is closed and empty.
+
+There is no fixed delay.  A batch is whatever queued while the last sync ran; after an
+acknowledgement the woken tasks run once before the next batch is taken, so that N
+busy writers share one sync instead of falling into two halves that alternate.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Final, Literal, Protocol
+
+import attrs
+import trio
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+
+from ._directory import LogDirectory
+from ._exceptions import LogFullError
+from ._queue import Barrier, Batch, State, WriteQueue
+from ._worker import Worker
+
+log = logging.getLogger("trio_wal")
+
+Durability = Literal["sync", "interval", "none"]
+
+FULL_RETRY_SECONDS: Final = 0.25
+"""How often a full disk is looked at again when nobody asks."""
+HISTOGRAM_BOUNDS: Final = (
+    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds, in seconds, of the buckets of ``sync_seconds_histogram``."""
+
+
+class CutStream(Protocol):
+    """A reader of this log."""
+
+    def cut(self, lsn: int) -> None: ...
+
+
+@attrs.define
+class SyncCounters:
+    """Running totals; `WalStatistics` says what they mean."""
+
+    records_appended: int = 0
+    bytes_appended: int = 0
+    batches_synced: int = 0
+    seconds_total: float = 0.0
+    seconds_max: float = 0.0
+    buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+    last_us: int | None = None
+
+
+class Flusher:
+    """The task between the queue and the I/O worker."""
+
+    def __init__(
+        self,
+        queue: WriteQueue,
+        directory: LogDirectory,
+        worker: Worker,
+        durability: Durability,
+        flush_interval: float,
+        clock_us: Callable[[], int],
+    ) -> None:
+        self._queue = queue
+        self._directory = directory
+        self._worker = worker
+        self._durability = durability
+        self._flush_interval = flush_interval
+        self._clock_us = clock_us
+        self.counters = SyncCounters()
+        self.last_lsn = directory.last_lsn
+        """Of what is written."""
+        self.durable_lsn = directory.last_lsn
+        """Of what is synced."""
+        self.in_flight: Batch | None = None
+        self.maintenance = trio.Event()
+        """Set when there may be something to do beside the writing."""
+        self.spare_wanted = False
+        """Whether the next segment should be prepared now."""
+        self.done = trio.Event()
+        self.followers = trio.lowlevel.ParkingLot()
+        """Tasks that wait for any new durable record."""
+        self.streams: weakref.WeakSet[CutStream] = weakref.WeakSet()
+        """Readers, who must notice when the log's end is cut."""
+        self._active_number = directory.active.header.number
+        self._sync_due: float | None = None
+        self._waiters: list[tuple[int, int, Task]] = []
+        self._waiter_numbers = count()
+
+    # -- waiting for durability --
+
+    @property
+    def waiting(self) -> int:
+        """Tasks in `wait_durable` and in the batch being written."""
+        batch = self.in_flight
+        return len(self._waiters) + (
+            0 if batch is None else len(batch.entries) - batch.unwaited
+        )
+
+    async def wait_durable(self, lsn: int) -> None:
+        if self.durable_lsn >= lsn:
+            await trio.lowlevel.checkpoint()
+            return
+        self._queue.check_open()
+        self._queue.wake_flusher()
+        waiter = (lsn, next(self._waiter_numbers), current_task())
+        heapq.heappush(self._waiters, waiter)
+
+        def abort(_: object) -> Abort:
+            self._waiters.remove(waiter)
+            heapq.heapify(self._waiters)
+            return Abort.SUCCEEDED
+
+        await wait_task_rescheduled(abort)
+        if self.durable_lsn < lsn:
+            self._queue.check_open()
+            raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")
+
+    def _durable_up_to(self, lsn: int) -> None:
+        self.durable_lsn = lsn
+        waiters = self._waiters
+        while waiters and waiters[0][0] <= lsn:
+            reschedule(heapq.heappop(waiters)[2])
+        if self.followers:
+            self.followers.unpark_all()
+
+    def _release_all(self) -> None:
+        """Nothing will become durable any more."""
+        waiters, self._waiters = self._waiters, []
+        for _, _, task in waiters:
+            reschedule(task)
+        self.followers.unpark_all()
+
+    # -- the loop --
+
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        """Until the queue is closed and empty, or something failed."""
+        with trio.CancelScope(shield=True):
+            try:
+                while (batch := await self._next_batch()) is not None:
+                    await self._commit(batch)
+                if self.durable_lsn < self.last_lsn:
+                    await self._sync()
+            except OSError as exc:
+                self._fail(exc)
+            except BaseException as exc:
+                # Not the disk but this program is at fault: nobody may hang on it.
+                self._fail(exc)
+                raise
+            finally:
+                self._release_all()
+                self.maintenance.set()
+                self.done.set()
+
+    async def _next_batch(self) -> Batch | None:
+        receive = self._queue.batches
+        while True:
+            try:
+                return receive.receive_nowait()
+            except trio.WouldBlock:
+                pass
+            except trio.EndOfChannel:
+                return None
+            if self._sync_due is None:
+                try:
+                    return await receive.receive()
+                except trio.EndOfChannel:
+                    return None
+            with trio.move_on_at(self._sync_due):
+                try:
+                    return await receive.receive()
+                except trio.EndOfChannel:
+                    return None
+            await self._sync()
+
+    async def _commit(self, batch: Batch) -> None:
+        queue = self._queue
+        if self._flush_interval and self._durability == "sync":
+            await queue.doze(batch, self._flush_interval)
+        queue.take(batch)
+        self.in_flight = batch
+        while batch.entries:
+            try:
+                await self._write(batch)
+                break
+            except LogFullError as exc:
+                await self._wait_for_space(batch, exc)
+        self.in_flight = None
+
+    async def _write(self, batch: Batch) -> None:
+        """One write, one sync, one acknowledgement."""
+        barrier = batch.barrier
+        now = trio.current_time()
+        sync = (
+            self._durability == "sync"
+            or barrier is not None
+            or (self._sync_due is not None and now >= self._sync_due)
+            or (self._durability == "interval" and not self._flush_interval)
+        )
+        first_lsn = self.last_lsn + 1
+        records = batch.payload()
+        if records:
+            wants_spare = await self._worker.call(
+                partial(self._directory.write, records, self.durable_lsn, sync=sync)
+            )
+            self.last_lsn += len(records)
+            self.counters.records_appended += len(records)
+            self.counters.bytes_appended += batch.bytes
+            if sync:
+                self._count_sync()
+            elif self._sync_due is None and self._durability == "interval":
+                self._sync_due = now + self._flush_interval
+            self._look_after(wants_spare)
+            del records
+        elif sync and self.durable_lsn < self.last_lsn:
+            await self._sync()
+        if barrier is not None and barrier.job is not None:
+            await self._run_job(barrier, barrier.job)
+        elif self._durability == "sync":
+            # The law of this file; a bug here must stop the log, not lose a record.
+            assert first_lsn + batch.records - 1 <= self._directory.synced_lsn
+        if sync:
+            self._sync_due = None
+            self._durable_up_to(self._directory.synced_lsn)
+        self._queue.settle(batch, first_lsn)
+        self.in_flight = None
+        # Let the woken run once: what they append next goes into one batch.
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def _run_job(self, barrier: Barrier, job: Callable[[], None]) -> None:
+        """A job may cut the log's end, or finish a segment."""
+        try:
+            await self._worker.call(job)
+        except LogFullError as exc:
+            barrier.error = exc
+        if self._directory.last_lsn < self.last_lsn:
+            self.last_lsn = self.durable_lsn = self._directory.last_lsn
+            for stream in list(self.streams):
+                stream.cut(self.last_lsn)
+        self._look_after(False)
+
+    def _look_after(self, wants_spare: bool) -> None:
+        """Have the next segment prepared, or retention applied to a finished one."""
+        number = self._directory.active.header.number
+        if wants_spare and not self.spare_wanted:
+            self.spare_wanted = True
+            self.maintenance.set()
+        if number != self._active_number:
+            self._active_number = number
+            self.maintenance.set()
+
+    async def _sync(self) -> None:
+        await self._worker.call(self._directory.sync)
+        self._count_sync()
+        self._sync_due = None
+        self._durable_up_to(self._directory.synced_lsn)
+
+    def _count_sync(self) -> None:
+        counters = self.counters
+        seconds = self._directory.sync_seconds
+        counters.batches_synced += 1
+        counters.seconds_total += seconds
+        counters.seconds_max = max(counters.seconds_max, seconds)
+        counters.buckets[bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
+        counters.last_us = self._clock_us()
+
+    # -- trouble --
+
+    async def _wait_for_space(self, batch: Batch, error: LogFullError) -> None:
+        """Hold what was only sent until there is a segment for it."""
+        queue = self._queue
+        while True:
+            closing = queue.state is State.CLOSING
+            queue.refuse(error, batch)
+            if closing:
+                if batch.entries or queue.records_waiting:
+                    raise OSError(*_errno_of(error)) from error
+                queue.state = State.CLOSING
+                return
+            await queue.wait_wants_space(FULL_RETRY_SECONDS)
+            if queue.state is State.CLOSING and not (batch.entries or queue.records_waiting):
+                return
+            try:
+                await self._worker.call(self._directory.make_room)
+            except LogFullError as exc:
+                error = exc
+                continue
+            queue.reopen()
+            return
+
+    def _fail(self, exc: BaseException) -> None:
+        log.error("%s: the log is broken: %r", self._directory.path, exc)
+        in_flight, self.in_flight = self.in_flight, None
+        self._queue.fail(exc, in_flight)
+        self._queue.batches.close()
+
+
+def _errno_of(error: LogFullError) -> tuple[int, str]:
+    cause = error.__cause__
+    assert isinstance(cause, OSError)
+    return cause.errno or 0, f"{error}"

@@ -1,0 +1,185 @@
+"""Where blocking calls run: one long-lived thread for the log's writes, short ones for the rest.
+
+Law: the only place that starts threads.  A thread's work is never abandoned on
+cancellation: a write that goes on after its caller has left would be a write that
+nobody answers for.
+
+A thread hop per batch (`trio.to_thread.run_sync`) costs more than the sync it is for.
+So one worker is started through it, once, under a limiter of its own: the nursery
+owns the thread, and an application that uses up trio's default limiter cannot starve
+the log.  Jobs reach it through a `queue.SimpleQueue`; it answers through an eventfd
+(Linux) or `trio.lowlevel.TrioToken.run_sync_soon` (elsewhere).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import trio
+
+T = TypeVar("T")
+
+READ_THREADS: Final = 4
+"""Threads that one log may use at a time for reads and for work in the background."""
+
+
+class Worker(Protocol):
+    """Runs one blocking call at a time, for one task: the flusher."""
+
+    async def run(self) -> None:
+        """Serve until `stop`; a task of the log's nursery."""
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """The job's result or exception.  Not to be cancelled: call it shielded."""
+
+    def stop(self) -> None: ...
+
+
+class _Answer:
+    """What one job came to."""
+
+    __slots__ = ("error", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+
+class _Bell(Protocol):
+    """How the thread wakes the task that waits for it."""
+
+    def ring(self) -> None: ...
+
+    async def wait(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TokenBell:
+    """Through trio's own wake-up, on every platform."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._rung = trio.Event()
+
+    def ring(self) -> None:
+        self._token.run_sync_soon(self._rung.set)
+
+    async def wait(self) -> None:
+        await self._rung.wait()
+        self._rung = trio.Event()
+
+    def close(self) -> None:
+        pass
+
+
+if sys.platform == "linux":
+
+    class _EventFdBell:
+        """Through an eventfd (eventfd(2)): half the price of the above."""
+
+        def __init__(self) -> None:
+            self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def ring(self) -> None:
+            os.eventfd_write(self._fd, 1)
+
+        async def wait(self) -> None:
+            await trio.lowlevel.wait_readable(self._fd)
+            os.eventfd_read(self._fd)
+
+        def close(self) -> None:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+    def _new_bell() -> _Bell:
+        return _EventFdBell()
+
+else:
+
+    def _new_bell() -> _Bell:
+        return _TokenBell()
+
+
+class ThreadWorker:
+    """The real one."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], object], _Answer] | None] = SimpleQueue()
+        self._bell = _new_bell()
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def run(self) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
+            finally:
+                self._bell.close()
+
+    def _serve(self) -> None:
+        get, ring = self._jobs.get, self._bell.ring
+        while True:
+            item = get()
+            if item is None:
+                return
+            job, answer = item
+            try:
+                answer.value = job()
+            except BaseException as exc:
+                answer.error = exc
+            # A job holds a whole batch: nothing here keeps it alive until the next one.
+            del item, job, answer
+            ring()
+
+    async def call(self, job: Callable[[], T]) -> T:
+        answer = _Answer()
+        self._jobs.put((job, answer))
+        await self._bell.wait()
+        if answer.error is not None:
+            raise answer.error
+        return cast(T, answer.value)
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+
+class InlineWorker:
+    """Runs the calls in the event loop: for files in memory and virtual clocks.
+
+    ``gate`` is awaited before every job: tests hold a "disk" back with it.
+    """
+
+    def __init__(self, gate: Callable[[], Awaitable[object]]) -> None:
+        self._gate = gate
+
+    async def run(self) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def call(self, job: Callable[[], T]) -> T:
+        await self._gate()
+        return job()
+
+    def stop(self) -> None:
+        pass
+
+
+class Blocking:
+    """Runs what is not the log's writing: opening, reading, preparing, dropping."""
+
+    def __init__(self, *, threaded: bool) -> None:
+        self._limiter = trio.CapacityLimiter(READ_THREADS) if threaded else None
+
+    async def __call__(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+        """A checkpoint; once started, the call is waited for even when cancelled."""
+        if self._limiter is None:
+            await trio.lowlevel.checkpoint()
+            return function(*args, **kwargs)
+        return await trio.to_thread.run_sync(
+            partial(function, *args, **kwargs), limiter=self._limiter
+        )

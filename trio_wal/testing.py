@@ -1,0 +1,477 @@
+"""A file system in memory that crashes and fails on command, for tests of logs and of
+programs that keep one.
+
+Law: behaves like the operating system's files behind the same protocol (`trio_wal._files`),
+but for what it is asked to do wrong.  Everything random comes from the seeds that the
+caller gives.  No thread is used: tests run on trio's `trio.testing.MockClock`.
+
+::
+
+    files = trio_wal.testing.MemoryFiles()
+    async with trio_wal.open_wal("/log", files=files) as wal:
+        await wal.append(b"kept")
+        await wal.send(b"perhaps")
+        after = files.crash(seed=1)          # power fails now; `files` is dead
+    ...
+    async with trio_wal.open_wal("/log", files=after) as wal:
+        assert wal.last_lsn >= 1
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, final
+
+import attrs
+import trio
+
+from ._exceptions import LogLockedError
+
+SECTOR: Final = 512
+"""What a disk writes whole or not at all, or tears: the unit of damage."""
+
+Operation = Literal[
+    "open", "pread", "pwrite", "sync", "allocate", "truncate",
+    "rename", "unlink", "sync_dir", "lock",
+]  # fmt: skip
+
+CrashKind = Literal["power", "kill"]
+
+
+@attrs.define
+class _Fault:
+    operation: str
+    error: int
+    skip: int
+    times: float
+    written: int
+
+
+@attrs.define(eq=False)
+class _Inode:
+    """One file: what programs see, and what is on the disk."""
+
+    data: bytearray = attrs.Factory(bytearray)
+    disk: bytearray = attrs.Factory(bytearray)
+    dirty: set[int] = attrs.Factory(set)
+
+    def write(self, data: bytes, offset: int) -> None:
+        end = offset + len(data)
+        if end > len(self.data):
+            self.data.extend(bytes(end - len(self.data)))
+        self.data[offset:end] = data
+        self.dirty.update(range(offset // SECTOR, -(-end // SECTOR)))
+
+    def resize(self, size: int) -> None:
+        have = len(self.data)
+        if size < have:
+            del self.data[size:]
+        else:
+            self.data.extend(bytes(size - have))
+        self.dirty.update(range(min(size, have) // SECTOR, -(-max(size, have) // SECTOR)))
+
+    def sync(self) -> None:
+        size = len(self.data)
+        if len(self.disk) != size:
+            del self.disk[size:]
+            self.disk.extend(bytes(size - len(self.disk)))
+        for sector in self.dirty:
+            start = sector * SECTOR
+            self.disk[start : start + SECTOR] = self.data[start : start + SECTOR]
+        del self.disk[size:]
+        self.dirty.clear()
+
+    def after_power_loss(self, rng: random.Random) -> _Inode:
+        """The disk, with each sector that was not synced lost, kept, torn or garbage."""
+        size = rng.choice((len(self.disk), len(self.data)))
+        disk = bytearray(self.disk[:size])
+        disk.extend(bytes(size - len(disk)))
+        # Few crashes damage every sector in its own way: often all share one fate.
+        fates = rng.choice(
+            (("lost",), ("kept",), ("lost", "kept"), ("lost", "kept", "torn", "garbage"))
+        )
+        for sector in sorted(self.dirty):
+            start = sector * SECTOR
+            new = bytes(self.data[start : start + SECTOR]).ljust(SECTOR, b"\0")
+            old = bytes(disk[start : start + SECTOR]).ljust(SECTOR, b"\0")
+            fate = rng.choice(fates)
+            if new == old or fate == "lost":
+                continue
+            if fate == "torn":
+                cut = rng.randrange(SECTOR)
+                new = new[:cut] + old[cut:]
+            elif fate == "garbage":
+                new = rng.randbytes(SECTOR)
+            disk[start : start + SECTOR] = new[: max(0, min(SECTOR, size - start))]
+        return _Inode(disk, bytearray(disk))
+
+    def copy(self) -> _Inode:
+        return _Inode(bytearray(self.data), bytearray(self.disk), set(self.dirty))
+
+
+@attrs.frozen(eq=False)
+class _Change:
+    """One change of a directory's names: ``old`` becomes ``new`` (None: is created; is gone)."""
+
+    old: str | None
+    new: str | None
+    inode: _Inode | None = None
+
+    def apply(self, names: dict[str, _Inode]) -> None:
+        inode = self.inode if self.old is None else names.pop(self.old, None)
+        if self.new is not None and inode is not None:
+            names[self.new] = inode
+
+
+@attrs.define(eq=False)
+class _Folder:
+    """One directory: its names now, on the disk, and what is not yet synced, in order."""
+
+    names: dict[str, _Inode] = attrs.Factory(dict)
+    disk: dict[str, _Inode] = attrs.Factory(dict)
+    pending: list[_Change] = attrs.Factory(list)
+    owner: object = None
+    published: int = 0
+
+    def change(self, change: _Change) -> None:
+        change.apply(self.names)
+        self.pending.append(change)
+
+    def sync(self) -> None:
+        self.disk = dict(self.names)
+        self.pending.clear()
+
+
+@final
+class MemoryFiles:
+    """Files and directories in memory, with crashes, errors and stalls; see the module.
+
+    Args:
+      seed: of the UUIDs and salts that logs take from here.
+      epoch_us: where the clock stands at trio time 0 (outside of trio: where it stands);
+          change ``clock_offset_us`` to make it jump.
+    """
+
+    threaded = False
+
+    def __init__(self, *, seed: int = 0, epoch_us: int = 1_700_000_000_000_000) -> None:
+        self._random = random.Random(seed)
+        self._epoch_us = epoch_us
+        self._folders: dict[str, _Folder] = {}
+        self._faults: list[_Fault] = []
+        self._open_gate = trio.Event()
+        self._open_gate.set()
+        self._dead = False
+        self.clock_offset_us = 0
+        self.operations: dict[str, int] = {}
+        """How often each operation was called."""
+        self.free_bytes: float = math.inf
+        """What ``allocate`` and growing writes may still take before ENOSPC."""
+        self.after_operation: Callable[[Operation, str], None] | None = None
+        """Called after each operation that changed something, with its path: to crash at
+        every one of them."""
+
+    # -- what tests do to it --
+
+    def fail(
+        self,
+        operation: Operation,
+        error: int = errno.EIO,
+        *,
+        after: int = 0,
+        times: float = 1,
+        written: int = 0,
+    ) -> None:
+        """Let calls fail with an ``OSError``.
+
+        Args:
+          operation: which call.
+          error: its errno.
+          after: how many calls still succeed first.
+          times: how many then fail; `math.inf`: all of them.
+          written: for ``"pwrite"``: bytes that reach the file before the error.
+        """
+        self._faults.append(_Fault(operation, error, after, times, written))
+
+    def heal(self) -> None:
+        """Forget all faults."""
+        self._faults.clear()
+        self.free_bytes = math.inf
+
+    def hold(self) -> None:
+        """Stall: writes and syncs of open logs do not begin until `release`."""
+        if self._open_gate.is_set():
+            self._open_gate = trio.Event()
+
+    def release(self) -> None:
+        self._open_gate.set()
+
+    async def gate(self) -> None:
+        """Where an open log waits before each write."""
+        while not self._open_gate.is_set():
+            await self._open_gate.wait()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def crash(self, seed: int = 0, kind: CrashKind = "power") -> MemoryFiles:
+        """What is found after a crash now; this file system is dead from here on.
+
+        Args:
+          seed: decides what becomes of everything that was not synced.
+          kind: ``"kill"``: the process dies, all that it wrote stays.  ``"power"``: sectors
+              that were not synced are lost, kept, torn or garbage, and of the directory
+              operations that were not synced a beginning is kept.
+        """
+        after = self.crash_image(seed, kind)
+        self._dead = True
+        return after
+
+    def crash_image(self, seed: int = 0, kind: CrashKind = "power") -> MemoryFiles:
+        """Like `crash`, and this file system lives on."""
+        rng = random.Random(seed)
+        after = MemoryFiles(seed=rng.getrandbits(32), epoch_us=self._epoch_us)
+        after.clock_offset_us = self.clock_offset_us
+        images: dict[int, _Inode] = {}
+
+        def image(inode: _Inode) -> _Inode:
+            if id(inode) not in images:
+                images[id(inode)] = (
+                    inode.copy() if kind == "kill" else inode.after_power_loss(rng)
+                )
+            return images[id(inode)]
+
+        for path, folder in self._folders.items():
+            if kind == "kill":
+                names = dict(folder.names)
+            else:
+                names = dict(folder.disk)
+                for change in folder.pending[: rng.randint(0, len(folder.pending))]:
+                    change.apply(names)
+            kept = {name: image(inode) for name, inode in names.items()}
+            new = after._folders[path] = _Folder(dict(kept), dict(kept))
+            if kind == "kill":
+                # The kernel lives on: what was not synced still is not.
+                new.disk = {name: image(inode) for name, inode in folder.disk.items()}
+                new.pending = [
+                    attrs.evolve(change, inode=image(change.inode)) if change.inode else change
+                    for change in folder.pending
+                ]
+                new.published = folder.published
+        return after
+
+    def names(self, path: str) -> list[str]:
+        """The files of a directory."""
+        return sorted(self._folder(path).names)
+
+    def contents(self, path: str) -> dict[str, bytes]:
+        """Every file of a directory and its bytes."""
+        return {name: bytes(i.data) for name, i in sorted(self._folder(path).names.items())}
+
+    def read_file(self, path: str, name: str) -> bytes:
+        return bytes(self._folder(path).names[name].data)
+
+    def write_file(self, path: str, name: str, data: bytes) -> None:
+        """Put a file there, durably, or replace it."""
+        inode = _Inode(bytearray(data), bytearray(data))
+        folder = self._folders.setdefault(path, _Folder())
+        folder.names[name] = inode
+        folder.disk[name] = inode
+
+    def remove_file(self, path: str, name: str) -> None:
+        del self._folder(path).names[name]
+        self._folder(path).disk.pop(name, None)
+
+    def flip_bit(self, path: str, name: str, bit: int) -> None:
+        """Rot: invert one bit, on the disk and in the cache."""
+        inode = self._folder(path).names[name]
+        for data in {id(inode.data): inode.data, id(inode.disk): inode.disk}.values():
+            if bit // 8 < len(data):
+                data[bit // 8] ^= 1 << bit % 8
+
+    def _folder(self, path: str) -> _Folder:
+        try:
+            return self._folders[path]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+
+    # -- faults --
+
+    def _begin(self, operation: Operation, path: str) -> None:
+        """Count a call, and let it fail if it is its turn."""
+        fault = self._due(operation, path)
+        if fault is not None:
+            raise OSError(fault.error, os.strerror(fault.error), path)
+
+    def _due(self, operation: Operation, path: str) -> _Fault | None:
+        if self._dead:
+            raise OSError(errno.EIO, "this file system has crashed", path)
+        self.operations[operation] = self.operations.get(operation, 0) + 1
+        for fault in self._faults:
+            if fault.operation != operation:
+                continue
+            if fault.skip:
+                fault.skip -= 1
+            elif fault.times:
+                fault.times -= 1
+                return fault
+        return None
+
+    def _take(self, growth: int, path: str) -> None:
+        if growth > self.free_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        self.free_bytes -= growth
+
+    def _done(self, operation: Operation, path: str) -> None:
+        if self.after_operation is not None:
+            self.after_operation(operation, path)
+
+    # -- what logs do with it --
+
+    def exists(self, path: str) -> bool:
+        return path in self._folders
+
+    def open_directory(self, path: str, *, create: bool = False) -> MemoryDirectory:
+        self._begin("open", path)
+        if create and path not in self._folders:
+            self._folders[path] = _Folder()
+        return MemoryDirectory(self, path, self._folder(path))
+
+    def time_us(self) -> int:
+        try:
+            seconds = trio.current_time()
+        except RuntimeError:
+            seconds = time.monotonic()
+        return self._epoch_us + int(seconds * 1e6) + self.clock_offset_us
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._random.randbytes(count)
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        pass
+
+
+@final
+class MemoryFile:
+    """An open file of `MemoryFiles`."""
+
+    def __init__(self, files: MemoryFiles, path: str, inode: _Inode) -> None:
+        self.path = path
+        self._files = files
+        self._inode = inode
+
+    def pread(self, length: int, offset: int) -> bytes:
+        self._files._begin("pread", self.path)
+        return bytes(self._inode.data[offset : offset + length])
+
+    def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
+        data = b"".join(pieces)
+        fault = self._files._due("pwrite", self.path)
+        if fault is not None:
+            if fault.written:
+                self._inode.write(data[: fault.written], offset)
+            raise OSError(fault.error, os.strerror(fault.error), self.path)
+        self._files._take(max(0, offset + len(data) - len(self._inode.data)), self.path)
+        self._inode.write(data, offset)
+        self._files._done("pwrite", self.path)
+
+    def sync(self) -> None:
+        fault = self._files._due("sync", self.path)
+        if fault is not None:
+            # As kernels do: the pages count as clean from now on, and are not on the disk.
+            self._inode.dirty.clear()
+            raise OSError(fault.error, os.strerror(fault.error), self.path)
+        self._inode.sync()
+        self._files._done("sync", self.path)
+
+    def allocate(self, size: int) -> None:
+        self._files._begin("allocate", self.path)
+        growth = size - len(self._inode.data)
+        if growth > 0:
+            self._files._take(growth, self.path)
+            self._inode.resize(size)
+            self._files._done("allocate", self.path)
+
+    def truncate(self, size: int) -> None:
+        self._files._begin("truncate", self.path)
+        self._files.free_bytes += max(0, len(self._inode.data) - size)
+        self._inode.resize(size)
+        self._files._done("truncate", self.path)
+
+    def size(self) -> int:
+        return len(self._inode.data)
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class MemoryDirectory:
+    """An open directory of `MemoryFiles`."""
+
+    def __init__(self, files: MemoryFiles, path: str, folder: _Folder) -> None:
+        self.path = path
+        self._files = files
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        return sorted(self._folder.names)
+
+    def open(self, name: str, *, create: bool = False, writable: bool = False) -> MemoryFile:
+        path = f"{self.path}/{name}"
+        self._files._begin("open", path)
+        inode = self._folder.names.get(name)
+        if create:
+            if inode is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            inode = _Inode()
+            self._folder.change(_Change(None, name, inode))
+            self._files._done("open", path)
+        elif inode is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return MemoryFile(self._files, path, inode)
+
+    def rename(self, old: str, new: str) -> None:
+        self._files._begin("rename", f"{self.path}/{old}")
+        if old not in self._folder.names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+        self._folder.change(_Change(old, new))
+        self._files._done("rename", f"{self.path}/{new}")
+
+    def unlink(self, name: str) -> None:
+        self._files._begin("unlink", f"{self.path}/{name}")
+        if name not in self._folder.names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        self._files.free_bytes += len(self._folder.names[name].data)
+        self._folder.change(_Change(name, None))
+        self._files._done("unlink", f"{self.path}/{name}")
+
+    def sync(self) -> None:
+        self._files._begin("sync_dir", self.path)
+        self._folder.sync()
+        self._files._done("sync_dir", self.path)
+
+    def lock(self) -> None:
+        self._files._begin("lock", self.path)
+        if self._folder.owner is not None:
+            raise LogLockedError(self.path, os.getpid())
+        self._folder.owner = self
+
+    def sign(self) -> None:
+        pass
+
+    def publish(self, durable_lsn: int) -> None:
+        self._folder.published = durable_lsn
+
+    def published(self) -> int:
+        return self._folder.published
+
+    def close(self) -> None:
+        if self._folder.owner is self:
+            self._folder.owner = None
+
+
+__all__ = ["SECTOR", "MemoryFiles"]
