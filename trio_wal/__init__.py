@@ -5,6 +5,14 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (
 ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
 """
 
+from ._database import (
+    Commit as Commit,
+    CommitStream as CommitStream,
+    Database as Database,
+    DatabaseStatistics as DatabaseStatistics,
+    Snapshot as Snapshot,
+    open_database as open_database,
+)
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -17,6 +25,7 @@ from ._exceptions import (
     UnsupportedFormatError as UnsupportedFormatError,
     WalError as WalError,
 )
+from ._operations import Operation as Operation
 from ._reader import (
     LogReader as LogReader,
     Record as Record,
@@ -31,6 +40,7 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._transaction import Transaction as Transaction
 from ._wal import (
     WalStatistics as WalStatistics,
     WriteAheadLog as WriteAheadLog,

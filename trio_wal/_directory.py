@@ -12,7 +12,7 @@ Three locks: ``_shape`` guards the list of segments and is held for an instant o
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Final
 
@@ -20,9 +20,9 @@ import attrs
 
 from . import _scan
 from ._codec import require_zstd
-from ._exceptions import LogFullError
+from ._exceptions import CorruptLogError, LogFullError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import FEATURE_ZSTD, SegmentHeader, Truncation
+from ._frame import FEATURE_ZSTD, FrameError, FrameHeader, SegmentHeader, Truncation
 from ._recovery import (
     TRUNCATE_NAME,
     VERIFY_BYTES,
@@ -97,6 +97,8 @@ class LogDirectory:
         self._unsynced = False
         self.synced_lsn = self.last_lsn
         """Up to here a sync has returned."""
+        self.keep_from: int | None = None
+        """Records from here on are never dropped, whatever is asked for; None: no such."""
         self.cuts = 0
         """Counts before and after the log's end is cut: a reader compares."""
         self.sync_seconds = 0.0
@@ -118,8 +120,13 @@ class LogDirectory:
         return self.active.position.next_lsn - 1
 
     @property
-    def compressed(self) -> bool:
-        return bool(self._meta.features & FEATURE_ZSTD)
+    def features(self) -> int:
+        """Feature flags, as in `SegmentHeader`."""
+        return self._meta.features
+
+    @property
+    def log_uuid(self) -> bytes:
+        return self._meta.log_uuid
 
     @property
     def segments(self) -> int:
@@ -191,8 +198,9 @@ class LogDirectory:
         """
         spare = self._take_spare(stored_length)
         try:
-            self.sync()
             old = self.active
+            self._unsynced = old.rewrite_marks() or self._unsynced
+            self.sync()
             # An empty segment that is too small is replaced: the new one has its name.
             replaces = not old.records
             header = SegmentHeader(
@@ -205,20 +213,18 @@ class LogDirectory:
                 self._meta.features,
             )
             # The file keeps its temporary name until its header is durable.
-            active = create_segment(
-                self._directory, spare.file, spare.name, header, spare.capacity
-            )
+            active = create_segment(self._directory, spare.file, spare.name, header, spare.capacity)
         except BaseException:
             close_quietly(spare.file)
             raise
         active.position = attrs.evolve(active.position, time_us=old.position.time_us)
+        finished: list[SegmentInfo] = []
         if replaces:
             old.file.close()
         else:
-            info = old.seal()
+            finished.append(old.seal())
         with self._shape:
-            if not replaces:
-                self._sealed.append(info)
+            self._sealed += finished
             self.active = active
 
     # -- the next segment --
@@ -240,7 +246,15 @@ class LogDirectory:
             if spare is not None:
                 spare.file.close()
                 self._directory.unlink(spare.name)
-            return self._reserve_spare(self._next_capacity(stored_length))
+            capacity = self._next_capacity(stored_length)
+            try:
+                return self._reserve_spare(capacity)
+            except LogFullError:
+                if not self._recycled:
+                    raise
+                # Space first: what was kept to be overwritten is worth more as free blocks.
+                self._unlink_recycled()
+                return self._reserve_spare(capacity)
 
     def _reserve_spare(self, capacity: int) -> _Spare:
         """A new file of ``capacity`` bytes that reads as zeros, its space reserved."""
@@ -334,6 +348,9 @@ class LogDirectory:
         """
         with self._truncating:
             sealed = self.sealed()
+            if self.keep_from is not None:
+                # Looked at here, under the lock: a caller's own look may be out of date.
+                lsn = min(lsn, self.keep_from)
             dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
             if not dropped:
                 return 0
@@ -389,6 +406,10 @@ class LogDirectory:
         The frames that stay in part are copied into a new segment; ``log.meta`` then
         decides, in one rename, that this segment is the log's end; only then does
         anything go.  A crash in between is finished by recovery.
+
+        Raises:
+          CorruptLogError: what is to stay cannot be read; nothing was changed.
+          LogFullError: there is no space for the new segment; nothing was changed.
         """
         if lsn >= self.last_lsn:
             return
@@ -436,7 +457,9 @@ class LogDirectory:
         """Carry out what ``log.meta`` now says (`_recovery` does the same after a crash)."""
         old = self.active
         keep_number = keep.number if keep is not None else self._meta.base_number - 1
-        dropped = [segment.header for segment in self._sealed if segment.header.number > keep_number]
+        dropped = [
+            segment.header for segment in self._sealed if segment.header.number > keep_number
+        ]
         if old.header.number > keep_number:
             dropped.append(old.header)
         for dead in dropped:
@@ -479,18 +502,24 @@ class LogDirectory:
             for frame, body in scanner:
                 if frame.next_lsn > lsn + 1:
                     if frame.first_lsn <= lsn:
-                        records = _scan.payloads(frame, body)[: lsn + 1 - frame.first_lsn]
+                        records = self._payloads(file, frame, body)[: lsn + 1 - frame.first_lsn]
                         position = attrs.evolve(position, time_us=frame.time_us)
                     break
                 total += frame.count
                 frames += bool(frame.count)
                 position = scanner.position
+            else:
+                raise self._damage(file, scanner)
         finally:
             file.close()
         if position.offset == start_of(header).offset:
             # Nothing of this segment stays: the new one takes its place in the chain.
             previous = attrs.evolve(position, previous=header.previous)
-            return (sealed[-1].header if sealed else None), *self._sealed_end(sealed, previous), records
+            return (
+                (sealed[-1].header if sealed else None),
+                *self._sealed_end(sealed, previous),
+                records,
+            )
         return header, position, (total, frames), records
 
     def _sealed_end(
@@ -512,9 +541,23 @@ class LogDirectory:
                 total += frame.count
                 frames += bool(frame.count)
                 position = scanner.position
+            else:
+                raise self._damage(file, scanner)
         finally:
             file.close()
         return attrs.evolve(position, time_us=fallback.time_us), (total, frames)
+
+    def _damage(self, file: File, scanner: FrameScanner) -> CorruptLogError:
+        """The frames end before the place that was looked for: what is to stay is not there."""
+        here = scanner.position
+        reason = scanner.reason or f"the frame of LSN {here.next_lsn} is missing"
+        return CorruptLogError(file.path, here.offset, reason)
+
+    def _payloads(self, file: File, frame: FrameHeader, body: bytes) -> list[bytes]:
+        try:
+            return _scan.payloads(frame, body)
+        except FrameError as exc:
+            raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
 
     # -- reading --
 
@@ -560,6 +603,9 @@ class LogDirectory:
         if spare is not None:
             spare.file.close()
             self._directory.unlink(spare.name)
+        self._unlink_recycled()
+
+    def _unlink_recycled(self) -> None:
         for name in self._recycled:
             self._directory.unlink(name)
         self._recycled.clear()
@@ -572,6 +618,7 @@ def open_log_directory(
     segment_size: int,
     verify_bytes: float = VERIFY_BYTES,
     compression: str | None = None,
+    check: Callable[[Plan], None] | None = None,
 ) -> LogDirectory:
     """Lock, recover and open the log in a directory, which is created if it is missing.
 
@@ -594,6 +641,8 @@ def open_log_directory(
                 )
             if plan.meta.features & FEATURE_ZSTD:
                 require_zstd()
+        if check is not None:
+            check(plan)
         # Only now, when nothing can be refused any more, is anything written.
         directory.sign()
         return LogDirectory(

@@ -19,9 +19,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ._exceptions import CorruptLogError, LogLockedError
+
+if TYPE_CHECKING:
+    from ._store import Store, StoreState
 
 LOCK_NAME: Final = "lock"
 _IOV_MAX: Final = 1024
@@ -37,15 +40,19 @@ class File(Protocol):
 
     def pread(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes; fewer only at the end of the file."""
+        ...
 
     def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
         """All the pieces one after the other, or an `OSError`."""
+        ...
 
     def sync(self) -> None:
         """On return all that was written is durable, sizes included."""
+        ...
 
     def allocate(self, size: int) -> None:
         """Grow to ``size`` with space reserved where the file system can; reads as zeros."""
+        ...
 
     def truncate(self, size: int) -> None: ...
 
@@ -61,6 +68,7 @@ class Directory(Protocol):
 
     def open(self, name: str, *, create: bool = False, writable: bool = False) -> File:
         """A file of this directory; ``create`` demands that it is not there yet."""
+        ...
 
     def rename(self, old: str, new: str) -> None: ...
 
@@ -68,18 +76,23 @@ class Directory(Protocol):
 
     def sync(self) -> None:
         """On return all that was created, renamed and unlinked is durable."""
+        ...
 
     def lock(self) -> None:
         """Become the owner, or `LogLockedError` at once; changes no file."""
+        ...
 
     def sign(self) -> None:
         """Leave the owner's pid for those who find the lock taken."""
+        ...
 
     def publish(self, durable_lsn: int) -> None:
         """Tell readers in other processes, without durability."""
+        ...
 
     def published(self) -> int:
         """What the owner last told; 0 where nothing can be trusted."""
+        ...
 
     def close(self) -> None: ...
 
@@ -96,12 +109,23 @@ class Files(Protocol):
 
     def time_us(self) -> int:
         """UTC, microseconds since 1970-01-01; may jump."""
+        ...
 
     def random_bytes(self, count: int) -> bytes:
         """For the log's UUID and the salts of its segments."""
+        ...
+
+    def absolute(self, path: str) -> str: ...
+
+    def inspect_store(self, path: str) -> StoreState | None:
+        """What a database's store says of itself, without writing; None: there is none."""
+        ...
+
+    def open_store(self, path: str, map_size: int) -> Store: ...
 
     def on_fork(self, callback: Callable[[], None]) -> None:
         """Call a bound method in every forked child, as long as its object lives."""
+        ...
 
 
 # -- the operating system ---------------------------------------------------------
@@ -140,14 +164,15 @@ def _above_stdio(fd: int) -> int:
     """The same file under a number above 2."""
     if fd > 2:
         return fd
-    if sys.platform == "win32":
-        raise OSError(errno.EBADF, "standard streams are closed: open them before the log")
-    import fcntl
+    if sys.platform != "win32":
+        import fcntl
 
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(fd)
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(fd)
+    else:
+        raise OSError(errno.EBADF, "standard streams are closed: open them before the log")
 
 
 class OsFile:
@@ -411,12 +436,12 @@ def _sync_directory(fd: int) -> None:
             raise
 
 
-def _make_directory(path: str) -> None:
+def make_directory(path: str) -> None:
     """Create the directory with mode 0700 whatever the umask, missing parents with it,
     and make every new entry durable."""
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
-        _make_directory(parent)
+        make_directory(parent)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -440,7 +465,7 @@ class OsFiles:
 
     def open_directory(self, path: str, *, create: bool = False) -> OsDirectory:
         if create and not os.path.lexists(path):
-            _make_directory(path)
+            make_directory(path)
         try:
             if not stat.S_ISDIR(os.stat(path).st_mode):
                 raise CorruptLogError(path, 0, "not a directory")
@@ -454,6 +479,19 @@ class OsFiles:
     def random_bytes(self, count: int) -> bytes:
         return os.urandom(count)
 
+    def absolute(self, path: str) -> str:
+        return os.path.abspath(path)
+
+    def inspect_store(self, path: str) -> StoreState | None:
+        from ._store import inspect_store
+
+        return inspect_store(path)
+
+    def open_store(self, path: str, map_size: int) -> Store:
+        from ._store import LmdbStore
+
+        return LmdbStore(path, map_size)
+
     def on_fork(self, callback: Callable[[], None]) -> None:
         reference: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(
             callback, _fork_callbacks.discard
@@ -465,3 +503,23 @@ def close_quietly(file: File | Directory) -> None:
     """Close what is given up anyway, after an error that must not be hidden."""
     with contextlib.suppress(OSError):
         file.close()
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file; 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def sync_file(path: str) -> None:
+    """Make a file that somebody else wrote, and its name, durable."""
+    for name, flags in ((path, os.O_RDWR), (os.path.dirname(os.path.abspath(path)), os.O_RDONLY)):
+        if sys.platform == "win32" and flags == os.O_RDONLY:
+            continue
+        descriptor = os.open(name, flags | _BINARY | _CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from ._directory import LogDirectory
-from ._exceptions import LogFullError
+from ._exceptions import CorruptLogError, LogFullError
 from ._queue import Barrier, Batch, State, WriteQueue
 from ._worker import Worker
 
@@ -106,15 +107,13 @@ class Flusher:
     def waiting(self) -> int:
         """Tasks in `wait_durable` and in the batch being written."""
         batch = self.in_flight
-        return len(self._waiters) + (
-            0 if batch is None else len(batch.entries) - batch.unwaited
-        )
+        return len(self._waiters) + (0 if batch is None else len(batch.entries) - batch.unwaited)
 
     async def wait_durable(self, lsn: int) -> None:
         if self.durable_lsn >= lsn:
             await trio.lowlevel.checkpoint()
             return
-        self._queue.check_open()
+        self._queue.check_open(self._queue.loss)
         self._queue.wake_flusher()
         waiter = (lsn, next(self._waiter_numbers), current_task())
         heapq.heappush(self._waiters, waiter)
@@ -126,7 +125,7 @@ class Flusher:
 
         await wait_task_rescheduled(abort)
         if self.durable_lsn < lsn:
-            self._queue.check_open()
+            self._queue.check_open(self._queue.loss)
             raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")
 
     def _durable_up_to(self, lsn: int) -> None:
@@ -153,6 +152,7 @@ class Flusher:
             try:
                 while (batch := await self._next_batch()) is not None:
                     await self._commit(batch)
+                    del batch  # its payload must not stay until the next one comes
                 if self.durable_lsn < self.last_lsn:
                     await self._sync()
             except OSError as exc:
@@ -167,25 +167,27 @@ class Flusher:
                 self.done.set()
 
     async def _next_batch(self) -> Batch | None:
-        receive = self._queue.batches
+        """The oldest batch, still being filled; None when the queue is closed and empty."""
         while True:
             try:
-                return receive.receive_nowait()
+                return self._queue.batches.receive_nowait()
             except trio.WouldBlock:
                 pass
             except trio.EndOfChannel:
                 return None
-            if self._sync_due is None:
-                try:
-                    return await receive.receive()
-                except trio.EndOfChannel:
-                    return None
-            with trio.move_on_at(self._sync_due):
-                try:
-                    return await receive.receive()
-                except trio.EndOfChannel:
-                    return None
+            deadline = math.inf if self._sync_due is None else self._sync_due
+            batch: Batch | None = None
+            with trio.move_on_at(deadline) as scope:
+                batch = await self._receive()
+            if not scope.cancelled_caught:
+                return batch
             await self._sync()
+
+    async def _receive(self) -> Batch | None:
+        try:
+            return await self._queue.batches.receive()
+        except trio.EndOfChannel:
+            return None
 
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
@@ -245,7 +247,7 @@ class Flusher:
         """A job may cut the log's end, or finish a segment."""
         try:
             await self._worker.call(job)
-        except LogFullError as exc:
+        except (LogFullError, CorruptLogError) as exc:
             barrier.error = exc
         if self._directory.last_lsn < self.last_lsn:
             self.last_lsn = self.durable_lsn = self._directory.last_lsn
@@ -288,6 +290,7 @@ class Flusher:
             queue.refuse(error, batch)
             if closing:
                 if batch.entries or queue.records_waiting:
+                    self.in_flight = None
                     raise OSError(*_errno_of(error)) from error
                 queue.state = State.CLOSING
                 return
@@ -305,7 +308,8 @@ class Flusher:
     def _fail(self, exc: BaseException) -> None:
         log.error("%s: the log is broken: %r", self._directory.path, exc)
         in_flight, self.in_flight = self.in_flight, None
-        self._queue.fail(exc, in_flight)
+        unsynced = in_flight is not None or self.durable_lsn < self.last_lsn
+        self._queue.fail(exc, in_flight, "unknown" if unsynced else "not written")
         self._queue.batches.close()
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Final, cast
 
 import attrs
@@ -81,8 +81,12 @@ class FrameError(ValueError):
     """The bytes are not a valid one of what was asked for; the text says why."""
 
 
+_extend = cast("Callable[[int, bytes], int]", google_crc32c.extend)  # pyright: ignore[reportUnknownMemberType]
+
+
 def crc32c(data: bytes, start: int = 0) -> int:
-    return cast(int, google_crc32c.extend(start, data))
+    """CRC-32C of ``data``, going on from ``start``."""
+    return _extend(start, data)
 
 
 def to_datetime(time_us: int) -> datetime:
@@ -334,7 +338,7 @@ def decode_body(body: bytes, count: int) -> list[bytes]:
     """
     ends = body_ends(body, count)
     start = 4 * count
-    records = []
+    records: list[bytes] = []
     append = records.append
     for end in ends:
         append(body[start:end])
@@ -378,8 +382,8 @@ def decode_footer(body: bytes) -> Footer:
     if len(body) < _FOOTER.size or (len(body) - _FOOTER.size) % 16:
         raise FrameError(f"a footer cannot have {len(body)} bytes")
     flat = struct.unpack_from(f"<{(len(body) - _FOOTER.size) // 8}Q", body, _FOOTER.size)
-    index = tuple(zip(flat[::2], flat[1::2]))
-    if any(a >= b for a, b in zip(index, index[1:])):
+    index = tuple(zip(flat[::2], flat[1::2], strict=True))
+    if any(a >= b for a, b in pairwise(index)):
         raise FrameError("the footer's index is not ascending")
     records, last_lsn, frames = _FOOTER.unpack_from(body)
     return Footer(records, last_lsn, frames, index)

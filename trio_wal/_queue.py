@@ -25,13 +25,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Final, Union
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from ._exceptions import LogFailedError, LogFullError, Outcome
+from ._exceptions import CorruptLogError, LogFailedError, LogFullError, Outcome
 from ._frame import BATCH_RECORDS_MAX
 
 
@@ -57,12 +57,12 @@ class Barrier:
     """No record: done when all before it is durable and ``job`` has run in the worker."""
 
     job: Callable[[], None] | None = None
-    error: LogFullError | None = None
+    error: LogFullError | CorruptLogError | None = None
     """Why the job could not be done; nothing was changed then."""
 
 
-Item = Union[bytes, Unit, Barrier]
-Key = Union[Task, int]
+Item: TypeAlias = bytes | Unit | Barrier
+Key: TypeAlias = Task | int
 """Who waits for an entry's durability; a number where nobody does."""
 
 
@@ -176,6 +176,22 @@ class Counters:
     rejected: int = 0
 
 
+class Owner(Protocol):
+    """Whoever writes all records of a log and must know what becomes of each: the database."""
+
+    def may_withdraw(self, task: Task) -> bool:
+        """Whether the task's entry may still be taken back."""
+        ...
+
+    def withdrawn(self, task: Task) -> None:
+        """The task's entry will not be in the log."""
+        ...
+
+    def settled(self, batch: Batch) -> None:
+        """The batch is durable and has its LSNs; its tasks have not run yet."""
+        ...
+
+
 class WriteQueue:
     """The bounded queue between the writers and the flusher."""
 
@@ -202,7 +218,11 @@ class WriteQueue:
         self._dozing: Task | None = None
         self._wants_space = trio.Event()
         self._failure: BaseException | None = None
+        self._full: LogFullError | None = None
+        self.loss: Outcome = "not written"
+        """After a failure: what became of the records that were accepted before it."""
         self.failure_told = False
+        self.owner: Owner | None = None
         self.filling = Batch()
         self._set_limits()
 
@@ -235,7 +255,8 @@ class WriteQueue:
     def _set_limits(self) -> None:
         """How far the filling batch may be filled without asking: see `append`."""
         batch = self.filling
-        if self.state is not State.OPEN or self._blocked or self._dozing is not None:
+        ended = batch.barrier is not None and batch.barrier.job is not None
+        if self.state is not State.OPEN or self._blocked or self._dozing is not None or ended:
             batch.records_max = 0
             return
         batch.records_max = min(
@@ -243,7 +264,19 @@ class WriteQueue:
         )
         batch.bytes_max = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
 
+    def _starts_batch(self, item: Item) -> bool:
+        """Whether the filling batch, which has entries, cannot take this one too."""
+        batch = self.filling
+        return bool(batch.entries) and (
+            batch.bytes + _bytes(item) > self._max_batch_bytes
+            or batch.records + _count(item) > BATCH_RECORDS_MAX
+            or (batch.barrier is not None and batch.barrier.job is not None)
+        )
+
     def _fits(self, item: Item) -> bool:
+        if len(self._sealed) + 1 >= self.max_queue_size and self._starts_batch(item):
+            # The channel is full of batches that hold a barrier or were emptied by withdrawal.
+            return False
         records = self.records_waiting
         if not records:
             return True
@@ -256,11 +289,7 @@ class WriteQueue:
         """Accept: there is room."""
         batch = self.filling
         size, records = _bytes(item), _count(item)
-        if batch.entries and (
-            batch.bytes + size > self._max_batch_bytes
-            or batch.records + records > BATCH_RECORDS_MAX
-            or (batch.barrier is not None and batch.barrier.job is not None)
-        ):
+        if self._starts_batch(item):
             self._sealed.append(batch)
             self._sealed_records += batch.records
             self._sealed_bytes += batch.bytes
@@ -278,12 +307,7 @@ class WriteQueue:
                 batch.barrier = item
         if not batch.queued:
             self.enqueue(batch)
-        if self._dozing is not None and (
-            batch.unwaited < len(batch.entries)
-            or self._sealed
-            or not self._fits(b"")
-            or batch.bytes >= self._max_batch_bytes
-        ):
+        if self._dozing is not None and self._ripe():
             self.wake_flusher()
         self._set_limits()
         return batch
@@ -313,11 +337,11 @@ class WriteQueue:
     def _unblocked(self, blocked: _Blocked) -> None:
         self.counters.backpressure_seconds += trio.current_time() - blocked.since
 
-    def check_open(self) -> None:
+    def check_open(self, outcome: Outcome = "not written") -> None:
         """Raises `trio.ClosedResourceError` or `LogFailedError` where nothing is accepted."""
         if self.state is State.FAILED:
             assert self._failure is not None
-            raise self.failed("not written", self._failure)
+            raise self.failed(outcome, self._failure)
         if self.state is not State.OPEN and self.state is not State.FULL:
             raise trio.ClosedResourceError(f"{self._path}: this log is closed")
 
@@ -333,13 +357,17 @@ class WriteQueue:
         """What broke the log."""
         return self._failure
 
+    def _fate(self, item: Item | None, outcome: Outcome) -> Outcome:
+        """A flush has no records of its own: it asks about those before it."""
+        return self.loss if isinstance(item, Barrier) and item.job is None else outcome
+
     async def submit(self, item: Item) -> int:
         """Accept, with back-pressure, and wait until it is durable; gives the (first) LSN.
 
         The general form of `WriteAheadLog.append`, whose own few lines are this for the
         case that there is room.  Cancelled: nothing of it is in the log.
         """
-        self.check_open()
+        self.check_open(self._fate(item, "not written"))
         task = current_task()
         if self._has_room(item):
             batch = self._put(task, item)
@@ -365,7 +393,8 @@ class WriteQueue:
         self.check_open()
         if self.state is State.FULL:
             self._wants_space.set()
-            raise LogFullError(self._path, 0)
+            assert self._full is not None
+            raise _again(self._full)
         if not self._has_room(item):
             self.counters.rejected += 1
             raise trio.WouldBlock
@@ -390,7 +419,7 @@ class WriteQueue:
 
     def withdraw(self, batch: Batch, task: Task, _raise_cancel: object = None) -> Abort:
         """Take an entry back; too late once its batch is taken."""
-        if batch.taken:
+        if batch.taken or (self.owner is not None and not self.owner.may_withdraw(task)):
             return Abort.FAILED
         self.note_peaks()
         item = batch.entries.pop(task)
@@ -399,18 +428,25 @@ class WriteQueue:
         batch.extra -= records - 1
         batch.mixed = True
         if batch.barrier is item:
-            batch.barrier = None
+            barriers = (b for b in reversed(batch.entries.values()) if isinstance(b, Barrier))
+            batch.barrier = next(barriers, None)
         if batch is not self.filling:
             self._sealed_bytes -= size
             self._sealed_records -= records
+        if self.owner is not None:
+            self.owner.withdrawn(task)
         self._admit()
         return Abort.SUCCEEDED
 
     def _abort_blocked(self, blocked: _Blocked, _raise_cancel: object = None) -> Abort:
         if blocked.batch is not None:
             return self.withdraw(blocked.batch, blocked.task)
+        if self.owner is not None and not self.owner.may_withdraw(blocked.task):
+            return Abort.FAILED
         if self._blocked.pop(blocked.task, None) is None:
             return Abort.FAILED
+        if self.owner is not None:
+            self.owner.withdrawn(blocked.task)
         self._unblocked(blocked)
         self._admit()
         return Abort.SUCCEEDED
@@ -422,15 +458,28 @@ class WriteQueue:
         if key in batch.refused:
             raise batch.refused.pop(key)
         if batch.failure is not None:
-            raise self.failed(*batch.failure)
+            outcome, cause = batch.failure
+            raise self.failed(self._fate(batch.entries.get(key), outcome), cause)
         assert batch.lsns is not None
         return batch.lsns[key]
 
     # -- the flusher's side --
 
+    def _ripe(self) -> bool:
+        """Whether somebody waits for the filling batch, or it cannot grow any more."""
+        batch = self.filling
+        return (
+            len(batch.entries) > batch.unwaited
+            or self.state is State.CLOSING
+            or bool(self._blocked)
+            or bool(self._sealed)
+            or batch.bytes >= self._max_batch_bytes
+            or not self._fits(b"")
+        )
+
     async def doze(self, batch: Batch, seconds: float) -> None:
         """Let a batch that nobody waits for grow for a while."""
-        if batch is not self.filling or len(batch.entries) > batch.unwaited or self._blocked:
+        if batch is not self.filling or self._ripe():
             return
         with trio.move_on_at(batch.opened + seconds):
             self._dozing = current_task()
@@ -465,6 +514,8 @@ class WriteQueue:
     def settle(self, batch: Batch, first_lsn: int) -> None:
         """The batch is durable: fix its LSNs and wake its tasks."""
         batch.number(first_lsn)
+        if self.owner is not None:
+            self.owner.settled(batch)
         self._wake(batch)
 
     def _wake(self, batch: Batch) -> None:
@@ -475,28 +526,36 @@ class WriteQueue:
             for key in batch.entries:
                 reschedule(key)  # type: ignore[arg-type]
 
-    def fail(self, cause: BaseException, in_flight: Batch | None) -> None:
+    def fail(self, cause: BaseException, in_flight: Batch | None, loss: Outcome) -> None:
         """The log is broken: tell everybody, take nothing more."""
         self.note_peaks()
+        self.loss = loss
         self.state = State.FAILED
         self._failure = cause
         if in_flight is not None:
             in_flight.failure = ("unknown", cause)
-            self._wake(in_flight)
+            self._lose(in_flight)
         for batch in (*self._sealed, self.filling):
             batch.taken = True
             batch.mixed = True
             batch.failure = ("not written", cause)
-            self._wake(batch)
+            self._lose(batch)
         self._reset()
         for blocked in self._drain_blocked():
-            blocked.error = self.failed("not written", cause)
+            blocked.error = self.failed(self._fate(blocked.item, "not written"), cause)
+
+    def _lose(self, batch: Batch) -> None:
+        if self.owner is not None:
+            for task in batch.waiters():
+                self.owner.withdrawn(task)
+        self._wake(batch)
 
     def refuse(self, cause: LogFullError, batch: Batch | None) -> None:
         """No disk space for the next segment: whoever waits is told and withdrawn, what
         was only sent stays, and nobody is let in before there is space again."""
         self.note_peaks()
         self.state = State.FULL
+        self._full = cause
         self._wants_space = trio.Event()
         for waiting in (*([] if batch is None else [batch]), *self._sealed, self.filling):
             for task in list(waiting.waiters()):
@@ -506,6 +565,8 @@ class WriteQueue:
                 waiting.mixed = True
                 waiting.barrier = None
                 waiting.refused[task] = _again(cause)
+                if self.owner is not None:
+                    self.owner.withdrawn(task)
                 reschedule(task)
         self._sealed_records = sum(waiting.records for waiting in self._sealed)
         self._sealed_bytes = sum(waiting.bytes for waiting in self._sealed)
@@ -528,6 +589,8 @@ class WriteQueue:
         blocked_tasks, self._blocked = self._blocked, {}
         for blocked in blocked_tasks.values():
             self._unblocked(blocked)
+            if self.owner is not None:
+                self.owner.withdrawn(blocked.task)
             yield blocked
             reschedule(blocked.task)
 

@@ -25,7 +25,7 @@ from ._files import Directory, File, Files, OsFiles, close_quietly
 from ._flusher import Flusher
 from ._frame import FrameError, Kind, SegmentHeader, to_datetime
 from ._queue import State, WriteQueue
-from ._recovery import FoundSegment, find_segments, look_at, read_meta
+from ._recovery import FoundSegment, find_segments, look_at, read_meta, read_segment
 from ._scan import FrameScanner, Position, start_of
 from ._util import KiB, check_int, check_path
 from ._worker import Blocking
@@ -80,17 +80,21 @@ class Source(Protocol):
 
     async def refresh(self) -> None:
         """Bring the two above up to date; no checkpoint where that takes no time."""
+        ...
 
     def generation(self) -> int:
         """Changes whenever the log's end may have been cut."""
+        ...
 
     def locate(self, lsn: int) -> Place:
         """Blocking.  Raises `FileNotFoundError`, `_Moved`."""
+        ...
 
     def release(self, header: SegmentHeader) -> None: ...
 
     async def wait_durable_after(self, lsn: int) -> bool:
         """Wait until more than ``lsn`` is durable; False: there will be no more."""
+        ...
 
     def watch(self, stream: RecordStream) -> None: ...
 
@@ -128,8 +132,20 @@ class _Cursor:
         self._scanner: FrameScanner | None = None
 
     def chunk(self, stop: int) -> list[Record]:
-        """The next records below ``stop``, which are known to be durable."""
+        """The next records below ``stop``, which are known to be durable.
+
+        What is wrong behind records that can be given is raised by the next call.
+        """
         records: list[Record] = []
+        try:
+            self._collect(records, stop)
+        except (CorruptLogError, OSError, _Moved):
+            self.leave()
+            if not records:
+                raise
+        return records
+
+    def _collect(self, records: list[Record], stop: int) -> None:
         size = 0
         while self.next_lsn < stop and size < CHUNK_BYTES:
             place, scanner = self._open()
@@ -151,15 +167,12 @@ class _Cursor:
             if skip or end < frame.next_lsn:
                 data = data[skip : end - frame.first_lsn]
             timestamp = to_datetime(frame.time_us)
-            records.extend(
-                map(Record, range(self.next_lsn, end), repeat(timestamp), data)
-            )
+            records.extend(map(Record, range(self.next_lsn, end), repeat(timestamp), data))
             size += frame.stored_length
             self.next_lsn = end
             if end < frame.next_lsn:
                 # The rest of this frame is asked for later, if at all.
                 self.leave()
-        return records
 
     def _open(self) -> tuple[Place, FrameScanner]:
         place, scanner = self._place, self._scanner
@@ -419,7 +432,7 @@ class WalSource:
         while flusher.durable_lsn <= lsn:
             if flusher.done.is_set():
                 if self._queue.state is State.FAILED:
-                    self._queue.check_open()
+                    self._queue.check_open(self._queue.loss)
                 return False
             await flusher.followers.park()
         return True
@@ -490,11 +503,16 @@ class _ReaderSource:
             self._first_lsn, self._durable_lsn, self._segments = 1, 0, []
             return
         names = self._directory.names()
-        if names != self._names or meta.base_lsn != self._first_lsn:
+        if names != self._names or meta.base_lsn != self._first_lsn or self._end_replaced():
             self._segments, _ = find_segments(self._directory, meta)
             self._names = names
             self._first_lsn = meta.base_lsn
         self._find_durable()
+
+    def _end_replaced(self) -> bool:
+        """Whether a recovery or truncation put another segment under the last one's name."""
+        last = self._segments[-1]
+        return read_segment(self._directory, last.file_name).header != last.header
 
     def _find_durable(self) -> None:
         """The highest LSN that some frame, or the owner's word, says is durable."""
@@ -525,6 +543,7 @@ class _ReaderSource:
         try:
             fresh = look_at(file, segment.file_name)
             if fresh.header != segment.header:
+                self._names = []
                 raise _Moved
             limit = behind[0].header.first_lsn if behind else None
             return place_in(file, fresh, lsn, limit)

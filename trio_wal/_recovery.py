@@ -24,7 +24,9 @@ bytes again: an acknowledged frame is never written over before its copy is dura
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Final
 
 import attrs
@@ -124,6 +126,8 @@ class Plan:
     counts: tuple[int, int] = (0, 0)
     """(records, data frames) of the last segment."""
     index: tuple[tuple[int, int], ...] = ()
+    marks_offset: int = 0
+    """Behind the last frame with records: CLOSE frames may stand between here and ``end``."""
     copy_from: Position | None = None
     """Frames from here on go into a new segment; None: go on in the last one."""
     copy_counts: tuple[int, int] = (0, 0)
@@ -136,6 +140,10 @@ class Plan:
     clean: bool = True
     records_replayed: int = 0
     bytes_scanned: int = 0
+
+    @property
+    def last_lsn(self) -> int:
+        return 0 if self.end is None else self.end.next_lsn - 1
 
 
 def read_meta(directory: Directory) -> Meta | None:
@@ -239,17 +247,21 @@ def find_segments(directory: Directory, meta: Meta) -> tuple[list[FoundSegment],
             raise CorruptLogError(
                 path, 0, f"the header says that this file is {segment_name(header.first_lsn)}"
             )
-        if cut is not None and header.number > cut.keep_number and header.salt != cut.salt:
-            leftovers.append(name)
-        elif header.number < meta.base_number and header.first_lsn < meta.base_lsn:
+        if (cut is not None and header.number > cut.keep_number and header.salt != cut.salt) or (
+            header.number < meta.base_number and header.first_lsn < meta.base_lsn
+        ):
             leftovers.append(name)
         elif header.number in chain:
             raise CorruptLogError(
-                path, 0, f"both this file and {chain[header.number].file_name} are segment "
-                f"{header.number}"
-            )  # fmt: skip
+                path,
+                0,
+                f"this file and {chain[header.number].file_name} are both segment {header.number}",
+            )
         else:
             chain[header.number] = found
+    if cut is not None and all(found.header.salt != cut.salt for found in chain.values()):
+        path = f"{directory.path}/{segment_name(cut.first_lsn)}"
+        raise CorruptLogError(path, 0, "the segment in which a truncated log goes on is missing")
     return _check_chain(directory, meta, chain), leftovers
 
 
@@ -268,7 +280,7 @@ def _check_chain(
             0,
             f"segment {meta.base_number} is missing: the log starts with it",
         )
-    for before, after in zip(segments, segments[1:]):
+    for before, after in pairwise(segments):
         path = f"{directory.path}/{after.file_name}"
         if after.number != before.number + 1:
             raise CorruptLogError(path, 0, f"segment {before.number + 1} before it is missing")
@@ -290,8 +302,10 @@ class _Walk:
     bytes: int = 0
     reason: str = ""
     last_kind: Kind | None = None
-    index: list[tuple[int, int]] = attrs.Factory(list)
-    unproven: list[tuple[Position, int, int]] = attrs.Factory(list)
+    marks_offset: int = 0
+    """Behind the last frame with records."""
+    index: list[tuple[int, int]] = attrs.Factory(list[tuple[int, int]])
+    unproven: deque[tuple[Position, int, int]] = attrs.Factory(deque[tuple[Position, int, int]])
     """(position, records before, frames before) of each frame not proven durable."""
 
 
@@ -305,7 +319,7 @@ def _walk(
 ) -> _Walk:
     """Check every frame from ``start`` on; stops before the segment ``until``."""
     scanner = FrameScanner(file.pread, segment.header, start)
-    walk = _Walk(start, *counts)
+    walk = _Walk(start, *counts, marks_offset=start.offset)
     step = index_step(segment.size)
     before = start
     frames = iter(scanner)
@@ -324,10 +338,11 @@ def _walk(
             walk.unproven.append((before, walk.records, walk.frames))
             walk.records += frame.count
             walk.frames += 1
-        while walk.unproven and _last_lsn_of(walk.unproven, before) <= frame.durable_lsn:
-            del walk.unproven[0]
-        walk.last_kind = frame.kind
+            walk.marks_offset = frame.end
         before = scanner.position
+        while walk.unproven and _last_lsn_of(walk.unproven, before) <= frame.durable_lsn:
+            walk.unproven.popleft()
+        walk.last_kind = frame.kind
         if frame.kind is Kind.SEAL:
             break
     walk.end = before
@@ -336,9 +351,10 @@ def _walk(
     return walk
 
 
-def _last_lsn_of(unproven: list[tuple[Position, int, int]], before: Position) -> int:
-    """Last LSN of the first unproven frame: one below the next frame's first."""
-    following = unproven[1][0] if len(unproven) > 1 else before
+def _last_lsn_of(unproven: deque[tuple[Position, int, int]], end: Position) -> int:
+    """Last LSN of the first unproven frame: one below the first of what follows it, which
+    for the newest frame is ``end``."""
+    following = unproven[1][0] if len(unproven) > 1 else end
     return following.next_lsn - 1
 
 
@@ -393,7 +409,7 @@ def _examine_chain(
     sealed: list[SegmentInfo] = []
     replayed, scanned = tail.records_replayed, tail.bytes_scanned
     seal_previous = None
-    for segment, following in zip(reversed(found[:-1]), reversed(found[1:])):
+    for following, segment in pairwise(reversed(found)):
         may_be_open = following is last
         info, walk, unsealed = _examine_sealed(
             directory, segment, following.header, meta, full=budget > 0, may_be_open=may_be_open
@@ -433,6 +449,9 @@ def _examine_sealed(
     file = directory.open(segment.file_name)
     try:
         seal = _find_seal(file, segment, following)
+        if may_be_open and seal is not None and not _is_whole_seal(file, segment, seal):
+            # A crash tore what its one sync was to cover; it is written again.
+            seal = None
         walk = None
         if full or seal is None:
             walk = _walk(file, segment, start_of(segment.header), until=following)
@@ -451,9 +470,7 @@ def _examine_sealed(
         file.close()
 
 
-def _find_seal(
-    file: File, segment: FoundSegment, following: SegmentHeader
-) -> FrameHeader | None:
+def _find_seal(file: File, segment: FoundSegment, following: SegmentHeader) -> FrameHeader | None:
     """The SEAL frame that the pointer tells of, if it fits the segment behind."""
     pointer = segment.pointer
     if pointer is None or pointer.kind is not Kind.SEAL:
@@ -463,6 +480,13 @@ def _find_seal(
         return None
     end = Position(frame.offset, frame.first_lsn, frame.previous)
     return frame if _joins(end, following) else None
+
+
+def _is_whole_seal(file: File, segment: FoundSegment, seal: FrameHeader) -> bool:
+    """Whether footer and file size are as `ActiveSegment.seal` leaves them."""
+    before = Position(seal.offset, seal.first_lsn, seal.previous)
+    scanner = FrameScanner(file.pread, segment.header, before)
+    return next(iter(scanner), None) is not None and segment.size == seal.end
 
 
 def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeader) -> None:
@@ -504,7 +528,8 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
     file = directory.open(last.file_name)
     try:
         start = start_of(last.header)
-        counts, index = (0, 0), ()
+        counts = (0, 0)
+        index: tuple[tuple[int, int], ...] = ()
         close = _find_close(file, last)
         if close is not None:
             frame, footer = close
@@ -527,12 +552,12 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
                 file.path, where, walk.reason or "frames that had been durable are missing"
             )
         ends_closed = close is not None and where == close[0].end
-        if ends_closed and not walk.reason:
-            # The first write behind a CLOSE frame takes the pointer away, in the same
-            # sync: while it stands, nothing behind it was ever acknowledged.
-            torn = 0
-        else:
-            torn = _torn_bytes(file, last, walk)
+        # The first write behind a CLOSE frame takes the pointer away, in the same sync:
+        # while it stands, nothing behind it was ever acknowledged.
+        torn = 0 if ends_closed and not walk.reason else _torn_bytes(file, last, walk)
+        marks_offset = walk.marks_offset
+        if close is not None and marks_offset == close[0].end:
+            marks_offset = close[0].offset
         copy_from: Position | None = None
         copy_counts = (0, 0)
         if walk.unproven:
@@ -546,6 +571,7 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
             end=walk.end,
             counts=(walk.records, walk.frames),
             index=(*index, *walk.index),
+            marks_offset=marks_offset,
             copy_from=copy_from,
             copy_counts=copy_counts,
             torn_bytes=torn,
@@ -587,7 +613,9 @@ class OpenLog:
     report: RecoveryReport
 
 
-def repair(files: Files, directory: Directory, plan: Plan, *, segment_size: int, features: int) -> OpenLog:
+def repair(
+    files: Files, directory: Directory, plan: Plan, *, segment_size: int, features: int
+) -> OpenLog:
     """Make the log what the plan says it is, durably.
 
     Every step leaves a directory that `examine` reads the same way, so that a crash
@@ -603,10 +631,16 @@ def repair(files: Files, directory: Directory, plan: Plan, *, segment_size: int,
         meta, sealed, active = _create(files, directory, segment_size, features)
     else:
         meta = plan.meta
-        sealed, active = _reopen(files, directory, plan, segment_size)
+        sealed = _mend_chain(directory, plan)
         if meta.truncation is not None:
+            # Before a tail is copied: the copy has another salt than the one decided on.
             meta = attrs.evolve(meta, truncation=None)
             write_meta(directory, meta)
+        active = _reopen(files, directory, plan, sealed, segment_size)
+        # A segment without frames does not know what time the log had reached.
+        time_us = max((s.last_time_us for s in sealed), default=0)
+        here = active.position
+        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
     report = RecoveryReport(
         first_lsn=meta.base_lsn,
         last_lsn=active.position.next_lsn - 1,
@@ -620,13 +654,31 @@ def repair(files: Files, directory: Directory, plan: Plan, *, segment_size: int,
     return OpenLog(meta, sealed, active, report)
 
 
+def create_empty(
+    files: Files, directory: Directory, *, log_uuid: bytes, first_lsn: int, features: int
+) -> None:
+    """Make an empty directory the log that goes on at ``first_lsn``: for a backup."""
+    _, _, active = _create(
+        files, directory, FIRST_CAPACITY, features, log_uuid=log_uuid, first_lsn=first_lsn
+    )
+    active.mark_closed()
+    active.file.close()
+
+
 def _create(
-    files: Files, directory: Directory, segment_size: int, features: int
+    files: Files,
+    directory: Directory,
+    segment_size: int,
+    features: int,
+    *,
+    log_uuid: bytes | None = None,
+    first_lsn: int = 1,
 ) -> tuple[Meta, list[SegmentInfo], ActiveSegment]:
-    meta = Meta(files.random_bytes(16), base_number=1, base_lsn=1, features=features)
+    uuid = files.random_bytes(16) if log_uuid is None else log_uuid
+    meta = Meta(uuid, base_number=1, base_lsn=first_lsn, features=features)
     write_meta(directory, meta)
     header = SegmentHeader(
-        meta.log_uuid, 1, 1, files.random_bytes(16), files.time_us(), 0, features
+        meta.log_uuid, 1, first_lsn, files.random_bytes(16), files.time_us(), 0, features
     )
     active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
     active.file.sync()
@@ -651,11 +703,10 @@ def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> 
     return ActiveSegment(file, header, capacity)
 
 
-def _reopen(
-    files: Files, directory: Directory, plan: Plan, segment_size: int
-) -> tuple[list[SegmentInfo], ActiveSegment]:
-    last, end = plan.last, plan.end
-    assert last is not None and end is not None
+def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
+    """Names and footers as they have to be; returns the segments before the last."""
+    last = plan.last
+    assert last is not None
     sealed = list(plan.sealed)
     if last.file_name != last.header.name:
         directory.rename(last.file_name, last.header.name)
@@ -667,10 +718,20 @@ def _reopen(
         sealed[-1] = _seal(directory, segment, position, (records, frames))
     elif plan.previous is not None and not plan.clean:
         _rewrite_footer(directory, plan.previous)
+    return sealed
+
+
+def _reopen(
+    files: Files, directory: Directory, plan: Plan, sealed: list[SegmentInfo], segment_size: int
+) -> ActiveSegment:
+    """The segment to go on in; what it seals is added to ``sealed``."""
+    last, end = plan.last, plan.end
+    assert last is not None
+    assert end is not None
     if plan.copy_from is not None:
         return _copy_tail(files, directory, plan, sealed, segment_size)
     file = directory.open(last.header.name, writable=True)
-    active = ActiveSegment(
+    return ActiveSegment(
         file,
         last.header,
         last.size,
@@ -679,8 +740,8 @@ def _reopen(
         frames=plan.counts[1],
         index=plan.index,
         has_pointer=True,
+        marks_offset=plan.marks_offset,
     )
-    return sealed, active
 
 
 def _seal(
@@ -711,10 +772,12 @@ def _copy_tail(
     plan: Plan,
     sealed: list[SegmentInfo],
     segment_size: int,
-) -> tuple[list[SegmentInfo], ActiveSegment]:
+) -> ActiveSegment:
     """Start a new segment with a copy of the frames that are not proven durable."""
     last, end, start = plan.last, plan.end, plan.copy_from
-    assert last is not None and end is not None and start is not None
+    assert last is not None
+    assert end is not None
+    assert start is not None
     replaces = start.offset == DATA_OFFSET
     header = attrs.evolve(
         last.header,
@@ -751,4 +814,4 @@ def _copy_tail(
     directory.sync()
     if not replaces:
         sealed.append(_seal(directory, last, start, plan.copy_counts))
-    return sealed, active
+    return active

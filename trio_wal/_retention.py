@@ -7,11 +7,23 @@ being written is never dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import attrs
 
 from ._util import check_int, check_seconds
+
+
+def _at_least_one(_: object, __: Any, value: Any) -> None:
+    check_int("count", value, 1)
+
+
+def _not_negative(_: object, __: Any, value: Any) -> None:
+    check_int("count", value, 0)
+
+
+def _seconds(_: object, __: Any, value: Any) -> None:
+    check_seconds("seconds", value)
 
 
 class Sealed(Protocol):
@@ -59,11 +71,7 @@ class KeepAll(Retention):
 class KeepSegments(Retention):
     """Keep the newest ``count`` segments, the one being written among them."""
 
-    count: int = attrs.field()
-
-    @count.validator
-    def _check_count(self, _: object, value: object) -> None:
-        check_int("count", value, 1)
+    count: int = attrs.field(validator=_at_least_one)
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
         return max(0, len(sealed) + 1 - self.count)
@@ -74,11 +82,7 @@ class KeepSegments(Retention):
 class KeepFor(Retention):
     """Keep every record for at least ``seconds`` after it was written."""
 
-    seconds: float = attrs.field()
-
-    @seconds.validator
-    def _check_seconds(self, _: object, value: object) -> None:
-        check_seconds("seconds", value)
+    seconds: float = attrs.field(validator=_seconds)
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
         oldest = now_us - int(self.seconds * 1e6)
@@ -98,11 +102,7 @@ class KeepFor(Retention):
 class KeepBytes(Retention):
     """Keep at least the newest ``count`` bytes of segment files."""
 
-    count: int = attrs.field()
-
-    @count.validator
-    def _check_count(self, _: object, value: object) -> None:
-        check_int("count", value, 0)
+    count: int = attrs.field(validator=_not_negative)
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
         kept = active_bytes

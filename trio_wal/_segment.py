@@ -112,6 +112,7 @@ class ActiveSegment:
         frames: int = 0,
         index: Sequence[tuple[int, int]] = (),
         has_pointer: bool = False,
+        marks_offset: int | None = None,
     ) -> None:
         self.file = file
         self.header = header
@@ -124,6 +125,9 @@ class ActiveSegment:
         self._reserve = footer_reserve(capacity)
         self._index_step = index_step(capacity)
         self._has_pointer = has_pointer
+        self._marks_offset = marks_offset
+        """From here to the position stand CLOSE frames that recovery read, but whose sync
+        may have failed: they may be in the page cache only."""
 
     def fits(self, stored_length: int) -> bool:
         end = self.position.offset + frame_size(stored_length) + self._reserve
@@ -148,6 +152,7 @@ class ActiveSegment:
         self.frames += 1
 
     def _write_frame(self, kind: Kind, body: Body, durable_lsn: int, time_us: int) -> FrameHeader:
+        self.rewrite_marks()
         here = self.position
         frame = FrameHeader(
             kind=kind,
@@ -170,6 +175,16 @@ class ActiveSegment:
         self.position = Position(frame.end, frame.next_lsn, crc, durable_lsn, time_us)
         return frame
 
+    def rewrite_marks(self) -> bool:
+        """Have the next sync cover the CLOSE frames at the end: nothing may be chained to
+        one that is not there.  Returns whether there are any."""
+        start, end = self._marks_offset, self.position.offset
+        self._marks_offset = None
+        if start is None or start == end:
+            return False
+        self.file.pwrite([self.file.pread(end - start, start)], start)
+        return True
+
     def _write_end(self, kind: Kind) -> None:
         """A SEAL or CLOSE frame and the pointer to it.  Everything before it is durable."""
         here = self.position
@@ -187,14 +202,15 @@ class ActiveSegment:
         self._write_end(Kind.CLOSE)
 
     def seal(self) -> SegmentInfo:
-        """Write the footer, durably, give back the unused space and close the file.
+        """Write the footer, durably, as the file's last bytes, and close the file.
 
-        The segment behind this one must be durable already.
+        The segment behind this one must be durable already, with a copy of every frame
+        that may still stand behind the end of this one: those are cut off first.
         """
+        self.file.truncate(self.position.offset)
         self._write_end(Kind.SEAL)
-        end = self.position.offset
-        self.file.truncate(end)
         self.file.close()
+        end = self.position.offset
         return SegmentInfo(self.header, self.position.next_lsn, end, self.position.time_us)
 
 

@@ -8,14 +8,15 @@ docstrings; the README and the docs quote it.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Final, Literal, final
+from typing import Final, Literal, NoReturn, final
 
 import attrs
 import trio
@@ -34,9 +35,9 @@ from ._exceptions import RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
-from ._queue import Barrier, State, Unit, WriteQueue
+from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._reader import RecordStream, WalSource
-from ._recovery import VERIFY_BYTES, RecoveryReport
+from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
 from ._util import (
     MiB,
@@ -172,6 +173,7 @@ class WriteAheadLog:
         )
         self._nursery: trio.Nursery
         self._closing = False
+        self._before_close: Callable[[], Awaitable[None]] | None = None
         self._closed = _Latch()
         self._worker_done = trio.Event()
         self._maintenance_done = trio.Event()
@@ -200,7 +202,7 @@ class WriteAheadLog:
           LogFailedError: a write or sync failed; see its ``outcome``.
           trio.ClosedResourceError: the log is closed.
         """
-        if not isinstance(data, bytes):
+        if type(data) is not bytes:
             check_bytes("data", data)
         size = len(data)
         queue = self._queue
@@ -370,7 +372,7 @@ class WriteAheadLog:
         return RecordStream(self._source(), start, None, follow=True)
 
     def _source(self) -> WalSource:
-        if self._queue.state is State.CLOSED:
+        if self._queue.state is State.CLOSED or self._closed.is_set():
             raise trio.ClosedResourceError(f"{self.path}: this log is closed")
         return WalSource(self._directory, self._flusher, self._queue, self._blocking)
 
@@ -393,11 +395,10 @@ class WriteAheadLog:
         check_int("lsn", lsn, 1)
         if lsn > self._flusher.last_lsn:
             await self.flush()
-        if lsn > self._flusher.last_lsn + 1:
-            raise ValueError(
-                f"lsn must be at most {self._flusher.last_lsn + 1}, behind the last record, not {lsn}"
-            )
-        if lsn == self._flusher.last_lsn + 1:
+        behind = self._flusher.last_lsn + 1
+        if lsn > behind:
+            raise ValueError(f"lsn must be at most {behind}, behind the last record, not {lsn}")
+        if lsn == behind:
             await self._run_job(Barrier(self._directory.rotate))
         self._queue.check_open()
         await self._blocking(self._directory.drop_before, lsn)
@@ -413,6 +414,7 @@ class WriteAheadLog:
         Raises:
           ValueError: ``lsn`` is below ``first_lsn - 1``.
           LogFullError: there is no space for the new end of the log; nothing was dropped.
+          CorruptLogError: records that are to stay cannot be read; nothing was dropped.
         """
         check_int("lsn", lsn, 0)
         if lsn < self.first_lsn - 1:
@@ -481,7 +483,7 @@ class WriteAheadLog:
             sync_seconds_total=syncs.seconds_total,
             sync_seconds_max=syncs.seconds_max,
             sync_seconds_histogram=tuple(
-                zip((*HISTOGRAM_BOUNDS, float("inf")), syncs.buckets)
+                zip((*HISTOGRAM_BOUNDS, math.inf), syncs.buckets, strict=True)
             ),
             first_lsn=self.first_lsn,
             last_lsn=flusher.last_lsn,
@@ -493,7 +495,8 @@ class WriteAheadLog:
         )
 
     def __repr__(self) -> str:
-        return f"<WriteAheadLog {self.path!r} {self._queue.state.value} durable_lsn={self.durable_lsn}>"
+        state = self._queue.state.value
+        return f"<WriteAheadLog {self.path!r} {state} durable_lsn={self.durable_lsn}>"
 
     # -- closing --
 
@@ -515,7 +518,7 @@ class WriteAheadLog:
     def _tell_failure(self) -> None:
         queue = self._queue
         if queue.failure is not None and not queue.failure_told:
-            raise queue.failed("not written", queue.failure)
+            raise queue.failed(queue.loss, queue.failure)
 
     async def _close(self) -> None:
         if not self._closing:
@@ -532,10 +535,12 @@ class WriteAheadLog:
                 await self._flusher.done.wait()
                 self._directory.stop_preparing()
                 await self._maintenance_done.wait()
+                if self._before_close is not None:
+                    await self._before_close()
                 orderly = self._queue.failure is None
                 await self._worker.call(partial(self._directory.close, orderly=orderly))
             except OSError as exc:
-                self._queue.fail(exc, None)
+                self._queue.fail(exc, None, "unknown")
             finally:
                 self._worker.stop()
                 await self._worker_done.wait()
@@ -545,6 +550,28 @@ class WriteAheadLog:
     def _disown(self) -> None:
         """In a forked child: the log is the parent's."""
         self._queue.disown()
+
+    # -- for a database, which writes all of the log's records --
+
+    def _own(self, owner: Owner) -> Callable[[bytes], Awaitable[int]]:
+        """From here on only the owner appends, with what this returns."""
+        append = self.append
+        self._queue.owner = owner
+        for name in (
+            "append",
+            "append_many",
+            "send",
+            "send_nowait",
+            "truncate_before",
+            "truncate_after",
+        ):
+            setattr(self, name, _refuse)
+        return append
+
+    def _keep_from(self, lsn: int) -> None:
+        """What is below may be dropped, as far as retention lets go of it."""
+        self._directory.keep_from = lsn
+        self._flusher.maintenance.set()
 
     # -- the tasks of the log's nursery --
 
@@ -583,13 +610,15 @@ class WriteAheadLog:
     async def _wait_for_maintenance(self, policy: Retention) -> None:
         flusher = self._flusher
         due_us = self._directory.next_retention_us(policy)
-        seconds = (
-            float("inf") if due_us is None else max(due_us / 1e6, MAINTENANCE_RETRY_SECONDS)
-        )
+        seconds = math.inf if due_us is None else max(due_us / 1e6, MAINTENANCE_RETRY_SECONDS)
         with trio.move_on_after(seconds):
             await flusher.maintenance.wait()
         if flusher.maintenance.is_set():
             flusher.maintenance = trio.Event()
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise TypeError("this log belongs to a database, whose transactions write it")
 
 
 class _Latch:
@@ -598,6 +627,9 @@ class _Latch:
     def __init__(self) -> None:
         self._set = False
         self._tasks: list[Task] = []
+
+    def is_set(self) -> bool:
+        return self._set
 
     def set(self) -> None:
         self._set = True
@@ -621,9 +653,18 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
     instruction on, and the body's exception is not touched by the nursery.
     """
 
-    def __init__(self, options: _Options, files: Files) -> None:
+    def __init__(
+        self,
+        options: _Options,
+        files: Files,
+        *,
+        check: Callable[[Plan], None] | None = None,
+        keep_from: Callable[[], int] | None = None,
+    ) -> None:
         self._options = options
         self._files = files
+        self._check = check
+        self._keep_from = keep_from
         self._wal: WriteAheadLog | None = None
         self._nursery_manager: AbstractAsyncContextManager[trio.Nursery] | None = None
 
@@ -640,7 +681,10 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             segment_size=options.segment_size,
             verify_bytes=options.verify_bytes,
             compression=options.compression,
+            check=self._check,
         )
+        if self._keep_from is not None:
+            directory.keep_from = self._keep_from()
         worker: Worker
         if files.threaded:
             worker = ThreadWorker()
@@ -658,7 +702,8 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._wal is not None and self._nursery_manager is not None
+        assert self._wal is not None
+        assert self._nursery_manager is not None
         await self._wal._close()
         # All of its tasks have ended: this neither waits nor wraps anything.
         await self._nursery_manager.__aexit__(None, None, None)
@@ -669,8 +714,8 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
 def open_wal(
     path: str | os.PathLike[str],
     *,
-    max_queue_size: int | float = 10_000,
-    max_queue_bytes: int | float = 64 * MiB,
+    max_queue_size: float = 10_000,
+    max_queue_bytes: float = 64 * MiB,
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
@@ -678,7 +723,7 @@ def open_wal(
     durability: Durability = "sync",
     retention: Retention | None = None,
     compression: Literal["none", "zstd"] | None = None,
-    verify_bytes: int | float = VERIFY_BYTES,
+    verify_bytes: float = VERIFY_BYTES,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, recovering it first.

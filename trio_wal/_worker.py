@@ -33,9 +33,11 @@ class Worker(Protocol):
 
     async def run(self) -> None:
         """Serve until `stop`; a task of the log's nursery."""
+        ...
 
     async def call(self, job: Callable[[], T]) -> T:
         """The job's result or exception.  Not to be cancelled: call it shielded."""
+        ...
 
     def stop(self) -> None: ...
 
@@ -131,7 +133,7 @@ class ThreadWorker:
             job, answer = item
             try:
                 answer.value = job()
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001  (the flusher raises it)
                 answer.error = exc
             # A job holds a whole batch: nothing here keeps it alive until the next one.
             del item, job, answer

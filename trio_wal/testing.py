@@ -24,20 +24,22 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, final
 
 import attrs
 import trio
 
 from ._exceptions import LogLockedError
+from ._order import SortedKeys
+from ._store import ReadTransaction, StoreState
 
 SECTOR: Final = 512
 """What a disk writes whole or not at all, or tears: the unit of damage."""
 
 Operation = Literal[
     "open", "pread", "pwrite", "sync", "allocate", "truncate",
-    "rename", "unlink", "sync_dir", "lock",
+    "rename", "unlink", "sync_dir", "lock", "store",
 ]  # fmt: skip
 
 CrashKind = Literal["power", "kill"]
@@ -58,7 +60,7 @@ class _Inode:
 
     data: bytearray = attrs.Factory(bytearray)
     disk: bytearray = attrs.Factory(bytearray)
-    dirty: set[int] = attrs.Factory(set)
+    dirty: set[int] = attrs.Factory(set[int])
 
     def write(self, data: bytes, offset: int) -> None:
         end = offset + len(data)
@@ -132,9 +134,9 @@ class _Change:
 class _Folder:
     """One directory: its names now, on the disk, and what is not yet synced, in order."""
 
-    names: dict[str, _Inode] = attrs.Factory(dict)
-    disk: dict[str, _Inode] = attrs.Factory(dict)
-    pending: list[_Change] = attrs.Factory(list)
+    names: dict[str, _Inode] = attrs.Factory(dict[str, _Inode])
+    disk: dict[str, _Inode] = attrs.Factory(dict[str, _Inode])
+    pending: list[_Change] = attrs.Factory(list[_Change])
     owner: object = None
     published: int = 0
 
@@ -163,6 +165,7 @@ class MemoryFiles:
         self._random = random.Random(seed)
         self._epoch_us = epoch_us
         self._folders: dict[str, _Folder] = {}
+        self._stores: dict[str, _StoreImage] = {}
         self._faults: list[_Fault] = []
         self._open_gate = trio.Event()
         self._open_gate.set()
@@ -239,9 +242,7 @@ class MemoryFiles:
 
         def image(inode: _Inode) -> _Inode:
             if id(inode) not in images:
-                images[id(inode)] = (
-                    inode.copy() if kind == "kill" else inode.after_power_loss(rng)
-                )
+                images[id(inode)] = inode.copy() if kind == "kill" else inode.after_power_loss(rng)
             return images[id(inode)]
 
         for path, folder in self._folders.items():
@@ -261,6 +262,7 @@ class MemoryFiles:
                     for change in folder.pending
                 ]
                 new.published = folder.published
+        after._stores = {path: store.copy() for path, store in self._stores.items()}
         return after
 
     def names(self, path: str) -> list[str]:
@@ -353,6 +355,87 @@ class MemoryFiles:
     def on_fork(self, callback: Callable[[], None]) -> None:
         pass
 
+    def absolute(self, path: str) -> str:
+        return path
+
+    def inspect_store(self, path: str) -> StoreState | None:
+        store = self._stores.get(path)
+        return None if store is None else store.state
+
+    def open_store(self, path: str, map_size: int) -> MemoryStore:
+        store = self._stores.setdefault(path, _StoreImage())
+        return MemoryStore(self, path, store)
+
+
+@attrs.define(eq=False)
+class _StoreImage:
+    """A database's store: what is durable of it."""
+
+    items: dict[bytes, bytes] = attrs.Factory(dict[bytes, bytes])
+    state: StoreState | None = None
+
+    def copy(self) -> _StoreImage:
+        return _StoreImage(self.items.copy(), self.state)
+
+
+class _MemoryRead:
+    """A store at one moment."""
+
+    def __init__(self, items: dict[bytes, bytes]) -> None:
+        self._items = items
+        self._order: SortedKeys | None = None
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._items.get(key)
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        if self._order is None:
+            self._order = SortedKeys(self._items)
+        for key in self._order.between(start, stop, reverse=reverse):
+            yield key, self._items[key]
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class MemoryStore:
+    """Stands in for LMDB: a checkpoint is there whole, and durable, or not at all."""
+
+    def __init__(self, files: MemoryFiles, path: str, image: _StoreImage) -> None:
+        self.path = path
+        self._files = files
+        self._image = image
+
+    def read(self) -> ReadTransaction:
+        return _MemoryRead(self._image.items)
+
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
+        self._files._begin("store", self.path)
+        changed = self._image.items.copy()
+        for key, value in items:
+            if value is None:
+                changed.pop(key, None)
+            else:
+                changed[key] = value
+        self._image.items = changed
+        self._image.state = state
+        self._files._done("store", self.path)
+
+    def grow(self) -> None:
+        pass
+
+    def copy(self, path: str) -> None:
+        self._files._stores[path] = self._image.copy()
+
+    def statistics(self) -> tuple[int, int]:
+        return len(self._image.items), sum(map(len, self._image.items.values()))
+
+    def close(self) -> None:
+        pass
+
 
 @final
 class MemoryFile:
@@ -438,6 +521,8 @@ class MemoryDirectory:
         self._files._begin("rename", f"{self.path}/{old}")
         if old not in self._folder.names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+        if old != new and new in self._folder.names:
+            self._files.free_bytes += len(self._folder.names[new].data)
         self._folder.change(_Change(old, new))
         self._files._done("rename", f"{self.path}/{new}")
 

@@ -1,0 +1,129 @@
+"""How commands talk: exit codes, JSON, tables, progress bars.
+
+Law: standard output has the result and nothing else; with ``--json`` that is JSON.
+Everything for people on the way there goes to standard error, and progress bars only
+where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from .._files import Directory, OsFiles, close_quietly
+
+
+class ExitCode(enum.IntEnum):
+    """What every command returns."""
+
+    OK = 0
+    FINDINGS = 1
+    USAGE = 2
+    """The command line is wrong, or cannot be run as it is installed."""
+    FAILED = 3
+    """An I/O error, or a log that cannot be read or written."""
+    INTERRUPTED = 130
+    """Ctrl-C: 128 + SIGINT, as shells count."""
+    PIPE_CLOSED = 141
+    """Nobody reads the output any more: 128 + SIGPIPE."""
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be; the text says what."""
+
+
+NOT_A_TERMINAL_WIDTH: Final = 200
+"""Columns for tables that go into a file or a pipe: nothing is cut off."""
+
+Dir: TypeAlias = Annotated[Path, Parameter(help="The log's directory.", show_default=False)]
+Json: TypeAlias = Annotated[
+    bool, Parameter(name="--json", negative=(), help="Machine-readable output.")
+]
+
+
+def write_json(value: object) -> None:
+    """One JSON document, on a line of its own, in UTF-8 whatever the locale."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+
+
+def say(text: str) -> None:
+    print(text)
+
+
+def complain(text: str) -> None:
+    print(f"trio-wal: {text}", file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 segment``, ``2,000 segments``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    return table
+
+
+def show(table: Table) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = NOT_A_TERMINAL_WIDTH
+    console.print(table)
+
+
+class Bar:
+    """A progress bar, or nothing where standard error is no terminal."""
+
+    def __init__(self, progress: Progress | None, what: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(what, total=None) if progress is not None else None
+
+    def update(self, done: float, total: float) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def describe(self, what: str) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=what)
+
+
+@contextmanager
+def progress_bar(what: str, *, bytes_done: bool = False) -> Iterator[Bar]:
+    if not sys.stderr.isatty():
+        yield Bar(None, what)
+        return
+    amount: Callable[[], ProgressColumn] = DownloadColumn if bytes_done else MofNCompleteColumn
+    columns = (TextColumn("{task.description}"), BarColumn(), amount(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress, what)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Directory]:
+    """A directory to read, without its lock."""
+    directory = OsFiles().open_directory(str(path))
+    try:
+        yield directory
+    finally:
+        close_quietly(directory)

@@ -1,0 +1,87 @@
+"""`trio-wal dump`: the records of a log as JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Final
+
+import msgspec
+from cyclopts import Parameter
+
+from .._reader import Record, RecordStream, open_reader
+from .._util import KiB
+from ._output import Dir, ExitCode, Json, UsageError
+
+WRITE_BYTES: Final = 256 * KiB
+"""Lines are written in pieces of about this size."""
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+async def dump(
+    directory: Dir,
+    /,
+    *,
+    from_: Annotated[
+        int | None, Parameter(name="--from", help="First LSN; default: the oldest record.")
+    ] = None,
+    to: Annotated[
+        int | None, Parameter(help="Last LSN; default: the newest durable record.")
+    ] = None,
+    follow: Annotated[
+        bool, Parameter(negative=(), help="Then wait for new records, until Ctrl-C or --to.")
+    ] = False,
+    json: Json = False,  # noqa: ARG001  (there is no other format)
+) -> int:
+    """Print durable records, one JSON object a line: lsn, timestamp, and text or base64.
+
+    A record that is valid UTF-8 is given as "text", any other as "base64". Reads only and
+    takes no lock; the log may be written meanwhile.
+    """
+    for name, lsn in (("--from", from_), ("--to", to)):
+        if lsn is not None and lsn < 1:
+            raise UsageError(f"{name} must be an LSN, 1 or more, not {lsn}")
+    if from_ is not None and to is not None and to < from_:
+        raise UsageError(f"--to {to} is before --from {from_}")
+    async with open_reader(directory) as reader:
+        stop = None if to is None else to + 1
+        stream = reader.follow(from_) if follow else reader.read(from_, stop)
+        async with stream as records:
+            await _dump(records, to)
+    return ExitCode.OK
+
+
+async def _dump(records: RecordStream, to: int | None) -> None:
+    sys.stdout.flush()
+    write = sys.stdout.buffer.write
+    lines: list[bytes] = []
+    size = 0
+    try:
+        async for record in records:
+            if to is not None and record.lsn > to:
+                break
+            line = _line(record)
+            lines.append(line)
+            size += len(line)
+            # Nothing is held back while the stream waits for more.
+            if size >= WRITE_BYTES or not records._ready:
+                write(b"\n".join((*lines, b"")))
+                sys.stdout.buffer.flush()
+                lines.clear()
+                size = 0
+            if record.lsn == to:
+                break
+    finally:
+        # Damage further on does not take away what was read before it.
+        if lines:
+            write(b"\n".join((*lines, b"")))
+            sys.stdout.buffer.flush()
+
+
+def _line(record: Record) -> bytes:
+    fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
+    try:
+        fields["text"] = record.data.decode()
+    except UnicodeDecodeError:
+        fields["base64"] = record.data
+    return _encode(fields)

@@ -1,0 +1,785 @@
+"""The transactional key-value store: the log in front, LMDB behind.
+
+Law: this file composes.  Versions and views are `_memtable`'s, validation `_transaction`'s,
+moving state into LMDB `_checkpoint`'s and `_store`'s; durability is the log's alone.
+
+Outside of a transaction only durable state is seen.  Inside, also what is committed and
+still on its way to the disk; a commit returns when it and all that it read are durable.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Final, TypeVar, cast, final, overload
+
+import attrs
+import trio
+from trio.lowlevel import Task, current_task, enable_ki_protection
+
+from ._checkpoint import Checkpointer, settle_quietly
+from ._exceptions import CorruptLogError, TransactionConflict
+from ._files import Files, OsFiles
+from ._memtable import Layer, Memtable, View
+from ._operations import (
+    Operation,
+    OperationsError,
+    Writes,
+    check_key,
+    decode_transaction,
+    encode_transaction,
+)
+from ._queue import Batch
+from ._reader import RecordStream
+from ._recovery import Plan, RecoveryReport
+from ._retention import KeepSegments, Retention
+from ._store import Store, StoreState, damaged, data_file
+from ._transaction import Transaction, check_range
+from ._util import MiB, check_int, check_path
+from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
+from ._worker import Blocking
+
+D = TypeVar("D")
+T = TypeVar("T")
+
+LOG_NAME: Final = "log"
+STORE_NAME: Final = "store"
+MAP_SIZE: Final = 1 << 36
+"""64 GiB of address space, not of disk: the file grows as it is needed."""
+
+
+@attrs.define(eq=False)
+class Commitment:
+    """A commit on its way to the disk."""
+
+    seq: int
+    writes: Writes
+    layer: Layer
+    observed: bool = False
+    """Another transaction has read it: it cannot be taken back any more."""
+    lost: bool = False
+    settled: bool = False
+    waiters: list[trio.Event] = attrs.Factory(list[trio.Event])
+
+    def wake(self) -> None:
+        for event in self.waiters:
+            event.set()
+        self.waiters.clear()
+
+
+@final
+@attrs.frozen
+class Commit:
+    """One committed transaction, as `Database.changes` gives it."""
+
+    lsn: int
+    timestamp: datetime
+    """UTC, of its batch; never decreasing along the log."""
+    operations: tuple[Operation, ...]
+    """What it did, one per key, in the order of first writes."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class DatabaseStatistics:
+    """A look at the database at one moment; what `Database.statistics` returns."""
+
+    wal: WalStatistics
+    """Of the log in front."""
+    transactions: int
+    """Transactions with writes that became durable in this session."""
+    conflicts: int
+    """Commits refused with `TransactionConflict`."""
+    pending: int
+    """Commits on their way to the disk."""
+    memtable_keys: int
+    """Keys with a newer value than the store has."""
+    memtable_bytes: int
+    """Their memory, estimated."""
+    tasks_waiting_checkpoint: int
+    """Tasks that wait to begin a transaction because checkpoints have fallen behind."""
+    open_readers: int
+    """Snapshots and transactions that hold a view."""
+    checkpoint_lsn: int
+    """Up to here the store holds everything."""
+    checkpoints: int
+    """Checkpoints of this session."""
+    checkpoint_seconds_last: float
+    """How long the last one wrote."""
+    store_keys: int
+    store_bytes: int
+    """Size of the store's file."""
+
+
+@final
+class Snapshot(AbstractContextManager["Snapshot"]):
+    """A consistent, durable view at one LSN; writers and checkpoints go on.
+
+    Keep it short: while it is open, memory and disk pages that it may need are kept.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._seq, self._lsn = db.durable_point()
+        self._view: View | None = db.pin(self)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the view; idempotent."""
+        view, self._view = self._view, None
+        if view is not None:
+            self._db.unpin(self, view)
+
+    def conflict_in(self, layer: Layer) -> None:
+        """A snapshot has nothing to conflict with."""
+
+    def _open_view(self) -> View:
+        if self._view is None:
+            raise trio.ClosedResourceError("this snapshot is closed")
+        return self._view
+
+    @property
+    def lsn(self) -> int:
+        """The newest transaction that it contains."""
+        return self._lsn
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """The value of ``key`` at `lsn`, or ``default``."""
+        value = self._open_view().get(check_key(key), self._seq)
+        return default if value is None else value
+
+    def scan(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """As `Database.scan`, at `lsn`; ends with the snapshot."""
+        start, stop = check_range(start, stop, prefix, limit)
+        self._open_view()
+        return self._scan(start, stop, reverse, limit)
+
+    def _scan(
+        self, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        if limit == 0:
+            return
+        found = self._open_view().scan(self._seq, start, stop, reverse)
+        for number, item in enumerate(found, 1):
+            yield item
+            if number == limit:
+                return
+            self._open_view()
+
+
+@final
+class CommitStream(AbstractAsyncContextManager["CommitStream"], AsyncIterator[Commit]):
+    """Committed transactions in order; what `Database.changes` returns."""
+
+    def __init__(self, path: str, records: RecordStream) -> None:
+        self._path = path
+        self._records = records
+
+    async def __aenter__(self) -> CommitStream:
+        await self._records.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._records.__aexit__(exc_type, exc, traceback)
+
+    def __aiter__(self) -> CommitStream:
+        return self
+
+    async def __anext__(self) -> Commit:
+        record = await self._records.__anext__()
+        writes = _decode(self._path, record.lsn, record.data)
+        operations = tuple(Operation(key, value) for key, value in writes.items())
+        return Commit(record.lsn, record.timestamp, operations)
+
+
+def _decode(path: str, lsn: int, data: bytes) -> Writes:
+    try:
+        return decode_transaction(data)
+    except OperationsError as exc:
+        raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
+
+
+@final
+class Database:
+    """An open database.  There is no public constructor: see `open_database`.
+
+    Every async method is a checkpoint; no sync method is.  Methods may be called by any
+    number of tasks of the trio run that opened it.
+    """
+
+    def __init__(
+        self, path: str, wal: WriteAheadLog, store: Store, state: StoreState, checkpoint_bytes: int
+    ) -> None:
+        self._path = path
+        self._wal = wal
+        self._append = wal._own(self)
+        self.store: Final = store
+        self.memtable: Final = Memtable(store)
+        self.blocking: Final = wal._blocking
+        self.files: Final = wal._files
+        self.max_transaction_bytes: Final = wal._max_record_size
+        self._checkpoint_bytes = checkpoint_bytes
+        self._checkpointer = Checkpointer(self, state)
+        self._pending: dict[Task, Commitment] = {}
+        self._readers: dict[Transaction | Snapshot, int] = {}
+        self.last_seq = 0
+        self._durable_seq = 0
+        self._durable_lsn = wal.durable_lsn
+        self.readers_gone: Final = trio.lowlevel.ParkingLot()
+        self._room = trio.Event()
+        self._waiting_for_room = 0
+        self._transactions = 0
+        self._conflicts = 0
+        self._recovery = wal.recovery
+        self._closed = False
+        self.refresh_view()
+
+    # -- transactions --
+
+    def transaction(self) -> Transaction:
+        """A serializable transaction, as an async context manager.
+
+        Committed at a clean end of the block, aborted if it raises.  Entering waits only
+        where checkpoints have fallen behind.
+        """
+        self._check_open()
+        return Transaction(self)
+
+    async def run(self, fn: Callable[..., Awaitable[T] | T], *args: object, retries: int = 10) -> T:
+        """Call ``fn(tx, *args)`` in a transaction and commit; again on a conflict.
+
+        Args:
+          fn: a function or an async function; called anew for every try, so it should
+              have no other effects.
+          retries: how often it is tried again before `TransactionConflict` is let through.
+
+        Returns what ``fn`` returned in the try that was committed.
+        """
+        check_int("retries", retries, 0)
+        while True:
+            try:
+                async with self.transaction() as tx:
+                    result = fn(tx, *args)
+                    if isinstance(result, Awaitable):
+                        result = await cast("Awaitable[T]", result)
+                return result
+            except TransactionConflict:
+                if not retries:
+                    raise
+                retries -= 1
+
+    async def put(self, key: bytes, value: bytes) -> int:
+        """Set one key, in a transaction of its own; returns its LSN, durable then."""
+        tx = Transaction(self)
+        self._check_open()
+        async with tx:
+            tx.put(key, value)
+        return cast(int, tx.lsn)
+
+    async def delete(self, key: bytes) -> int:
+        """Remove one key, in a transaction of its own; returns its LSN, durable then.
+
+        Raises:
+          KeyError: the key is absent.
+        """
+        tx = Transaction(self)
+        self._check_open()
+        async with tx:
+            tx.delete(key)
+        return cast(int, tx.lsn)
+
+    # -- reading what is durable --
+
+    def refresh_view(self) -> None:
+        """Remember the parts of the current view that `get` needs."""
+        view = self.memtable.view
+        self._view = view
+        self._active_versions = view.active.versions
+        self._base_get = view.base.get
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """The durable value of ``key``, or ``default``: no crash can take it back."""
+        try:
+            if key not in self._active_versions and self._view.frozen is None:
+                value = self._base_get(key)
+            else:
+                value = self._view.get(key, self._durable_seq)
+        except BaseException:
+            check_key(key)
+            self._check_open()
+            raise
+        return default if value is None else value
+
+    def scan(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Durable keys and values with ``start <= key < stop``, in order.
+
+        The iterator shows one moment, that of this call; iterate it to its end, or close
+        it, so that it lets go of that.
+
+        Args:
+          start: the first key; None: from the beginning.
+          stop: the key behind the last; None: to the end.
+          prefix: instead of the two: all keys that start with this.
+          reverse: from the last to the first.
+          limit: so many at most.
+        """
+        self._check_open()
+        start, stop = check_range(start, stop, prefix, limit)
+        return self._scan(Snapshot(self), start, stop, reverse, limit)
+
+    def _scan(
+        self,
+        snapshot: Snapshot,
+        start: bytes | None,
+        stop: bytes | None,
+        reverse: bool,
+        limit: int | None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        with snapshot:
+            yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
+
+    def snapshot(self) -> Snapshot:
+        """A consistent, durable view at one LSN: ``with db.snapshot() as snap``."""
+        self._check_open()
+        return Snapshot(self)
+
+    def changes(self, start: int | None = None) -> CommitStream:
+        """Every committed transaction from LSN ``start`` on, in order, then new ones::
+
+            async with db.changes(start=17) as commits:
+                async for commit in commits: ...
+
+        Durable ones only.  None: from the oldest that the log still has.
+
+        Raises:
+          LsnTruncatedError: ``start`` is no longer in the log: see ``retention`` of
+              `open_database` for how to keep more of it.
+        """
+        return CommitStream(self._wal.path, self._wal.follow(start))
+
+    # -- into the store --
+
+    async def checkpoint(self) -> int:
+        """Move everything committed into the store; returns the LSN that it covers.
+
+        Runs beside the writers, and by itself every ``checkpoint_bytes`` of log.  A crash
+        or cancellation on the way loses nothing.
+        """
+        self._check_open()
+        await trio.lowlevel.checkpoint()
+        return await self._checkpointer.checkpoint()
+
+    async def backup(self, dest: str | os.PathLike[str]) -> int:
+        """Write a copy that `open_database` opens, while writers go on.
+
+        Args:
+          dest: a directory that does not exist yet.
+
+        Returns the LSN whose state the copy has.
+
+        Raises:
+          FileExistsError: ``dest`` exists.
+        """
+        self._check_open()
+        path = check_path(dest)
+        await trio.lowlevel.checkpoint()
+        return await self._checkpointer.backup(path)
+
+    # -- what it is --
+
+    @property
+    def path(self) -> str:
+        """The database's directory, absolute."""
+        return self._path
+
+    @property
+    def wal(self) -> WriteAheadLog:
+        """The log in front, to read, follow and flush; only transactions write it."""
+        return self._wal
+
+    @property
+    def durable_lsn(self) -> int:
+        """The newest durable transaction."""
+        return self._durable_lsn
+
+    @property
+    def recovery(self) -> RecoveryReport:
+        """What this open found and did."""
+        return self._recovery
+
+    def statistics(self) -> DatabaseStatistics:
+        """A look at log, memtable and store.  Cheap; no checkpoint."""
+        store_keys, store_bytes = self.store.statistics()
+        return DatabaseStatistics(
+            wal=self._wal.statistics(),
+            transactions=self._transactions,
+            conflicts=self._conflicts,
+            pending=len(self._pending),
+            memtable_keys=sum(len(layer.versions) for layer in self._view.layers()),
+            memtable_bytes=self.memtable.bytes,
+            tasks_waiting_checkpoint=self._waiting_for_room,
+            open_readers=len(self._readers),
+            checkpoint_lsn=self._checkpointer.state.lsn,
+            checkpoints=self._checkpointer.count,
+            checkpoint_seconds_last=self._checkpointer.seconds_last,
+            store_keys=store_keys,
+            store_bytes=store_bytes,
+        )
+
+    async def aclose(self) -> None:
+        """Make every commit durable, close log and store; idempotent.
+
+        Raises:
+          LogFailedError: the log broke and nobody has been told.
+        """
+        await self._wal.aclose()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError(f"{self._path}: this database is closed")
+
+    def __repr__(self) -> str:
+        return f"<Database {self._path!r} durable_lsn={self._durable_lsn}>"
+
+    # -- for transactions and snapshots --
+
+    def durable_point(self) -> tuple[int, int]:
+        return self._durable_seq, self._durable_lsn
+
+    def layers(self) -> tuple[Layer, ...]:
+        return self._view.layers()
+
+    def pin(self, reader: Transaction | Snapshot) -> View:
+        """Somebody begins to read: what it may need is kept until `unpin`."""
+        self._check_open()
+        view = self._view
+        view.base.pin()
+        self._readers[reader] = self.last_seq
+        return view
+
+    def unpin(self, reader: Transaction | Snapshot, view: View) -> None:
+        del self._readers[reader]
+        view.base.unpin()
+        if self.readers_gone and not self._readers:
+            self.readers_gone.unpark_all()
+
+    async def wait_unread(self) -> None:
+        """Until no snapshot and no transaction holds a view."""
+        while self._readers:
+            await self.readers_gone.park()
+
+    async def wait_for_memtable(self) -> None:
+        """Back-pressure: wait while checkpoints are a whole interval behind."""
+        while self._behind():
+            self._waiting_for_room += 1
+            try:
+                await self._room.wait()
+            finally:
+                self._waiting_for_room -= 1
+
+    def _behind(self) -> bool:
+        view = self._view
+        return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
+
+    async def commit(self, writes: Writes) -> int:
+        """Hand over to the log, in one stretch with the caller's validation, and wait."""
+        payload = encode_transaction(writes)
+        task = current_task()
+        memtable = self.memtable
+        layer = self._view.active
+        seq = self.last_seq + 1
+        commitment = Commitment(seq, writes, layer)
+        self.last_seq = seq
+        self._pending[task] = commitment
+        memtable.write(writes, seq, commitment, bool(self._readers))
+        layer.log_bytes += len(payload)
+        if layer.log_bytes >= self._checkpoint_bytes:
+            self._checkpointer.wake()
+        try:
+            return await self._append(payload)
+        finally:
+            if task in self._pending:
+                # Refused before it was queued.
+                self.withdrawn(task)
+
+    async def wait_observed(self, commitment: Commitment | None) -> int:
+        """Wait until what was read is durable; returns the newest durable LSN."""
+        if commitment is None or commitment.settled:
+            await trio.lowlevel.checkpoint()
+        elif not commitment.lost:
+            event = trio.Event()
+            commitment.waiters.append(event)
+            await event.wait()
+        if commitment is not None and commitment.lost:
+            self._wal._queue.check_open()
+            raise TransactionConflict(next(iter(commitment.writes)))
+        return self._durable_lsn
+
+    def note_conflict(self) -> None:
+        self._conflicts += 1
+
+    # -- the log tells what becomes of commits --
+
+    def may_withdraw(self, task: Task) -> bool:
+        commitment = self._pending.get(task)
+        return commitment is None or not commitment.observed
+
+    def withdrawn(self, task: Task) -> None:
+        commitment = self._pending.pop(task, None)
+        if commitment is not None:
+            commitment.lost = True
+            self.memtable.remove(commitment.layer, commitment.writes, commitment.seq)
+            commitment.wake()
+
+    def settled(self, batch: Batch) -> None:
+        pending = self._pending
+        keep_older = bool(self._readers)
+        settle = self.memtable.settle
+        lsn = batch.first_lsn
+        for key in batch.entries:
+            commitment = pending.pop(key, None) if not isinstance(key, int) else None
+            if commitment is None:
+                continue
+            layer = commitment.layer
+            layer.last_lsn = lsn
+            settle(layer, commitment.writes, commitment.seq, keep_older)
+            commitment.settled = True
+            self._durable_seq = commitment.seq
+            self._durable_lsn = lsn
+            self._transactions += 1
+            lsn += 1
+            if commitment.waiters:
+                commitment.wake()
+
+    # -- for the checkpointer --
+
+    async def wait_settled(self, seq: int) -> None:
+        """Until no commit up to ``seq`` is pending."""
+        while self._pending and next(iter(self._pending.values())).seq <= seq:
+            await settle_quietly(self)
+
+    def checkpointed(self, frozen: Layer, lsn: int) -> None:
+        """The store holds the frozen layer, durably."""
+        for reader in self._readers:
+            if isinstance(reader, Transaction):
+                reader.doom(frozen)
+        self.memtable.drop_frozen()
+        self.refresh_view()
+        self._wal._keep_from(lsn + 1)
+        room, self._room = self._room, trio.Event()
+        room.set()
+        if self._view.active.log_bytes >= self._checkpoint_bytes:
+            self._checkpointer.wake()
+
+    # -- opening and closing --
+
+    async def _replay(self) -> None:
+        """Bring the log's tail into the memtable."""
+        state = self._checkpointer.state
+        count = 0
+        async with self._wal.read(state.lsn + 1) as records:
+            async for record in records:
+                writes = _decode(self._wal.path, record.lsn, record.data)
+                self.last_seq += 1
+                self.memtable.write(writes, self.last_seq, None, keep_older=False)
+                layer = self._view.active
+                layer.last_lsn = record.lsn
+                layer.log_bytes += len(record.data)
+                self._durable_seq = self.last_seq
+                count += 1
+                if layer.log_bytes >= self._checkpoint_bytes:
+                    await self._checkpointer.checkpoint()
+        self._recovery = attrs.evolve(
+            self._wal.recovery, transactions_replayed=count, checkpoint_lsn=state.lsn
+        )
+
+    def _start(self, nursery: trio.Nursery) -> None:
+        self._checkpointer.start(nursery)
+
+    @enable_ki_protection
+    async def _before_close(self) -> None:
+        self._closed = True
+        await self._checkpointer.stop()
+        self._room.set()
+        self.memtable.close()
+        self.store.close()
+
+
+@final
+class _OpenDatabase(AbstractAsyncContextManager[Database]):
+    """What `open_database` returns."""
+
+    def __init__(
+        self, path: str, checkpoint_bytes: int, map_size: int, files: Files, log: _OpenWal
+    ) -> None:
+        self._path = path
+        self._checkpoint_bytes = checkpoint_bytes
+        self._map_size = map_size
+        self._files = files
+        self._log = log
+        self._state: StoreState | None = None
+        log._check = self._check
+        log._keep_from = lambda: 1 if self._state is None else self._state.lsn + 1
+
+    @property
+    def _store_path(self) -> str:
+        return f"{self._path}/{STORE_NAME}"
+
+    def _check(self, plan: Plan) -> None:
+        """Log and store must fit each other before either is written."""
+        state = self._state = self._files.inspect_store(self._store_path)
+        name = data_file(self._store_path)
+        if plan.meta is None:
+            if state is not None:
+                raise damaged(name, "there is a store but no log")
+            return
+        last_lsn = plan.last_lsn
+        if state is None:
+            if plan.meta.base_lsn > 1:
+                raise damaged(
+                    name, f"the store is missing, and the log starts at LSN {plan.meta.base_lsn}"
+                )
+        elif state.log_uuid != plan.meta.log_uuid:
+            raise damaged(name, "the store belongs to another log")
+        elif state.lsn > last_lsn:
+            raise damaged(
+                name, f"the store holds LSN {state.lsn}, but its log ends at LSN {last_lsn}"
+            )
+        elif state.lsn + 1 < plan.meta.base_lsn:
+            raise damaged(
+                name,
+                f"the store ends at LSN {state.lsn}, but its log starts at {plan.meta.base_lsn}",
+            )
+
+    def _prepare(self) -> None:
+        """Create the directory, or see whether it is a database's."""
+        directory = self._files.open_directory(self._path, create=True)
+        try:
+            names = [name for name in directory.names() if not name.startswith(".")]
+            if names and LOG_NAME not in names:
+                raise CorruptLogError(
+                    self._path, 0, f"this is no database: it holds {names[0]!r} but no {LOG_NAME!r}"
+                )
+        finally:
+            directory.close()
+
+    def _open_store(self) -> Store:
+        return self._files.open_store(self._store_path, self._map_size)
+
+    @enable_ki_protection
+    async def __aenter__(self) -> Database:
+        blocking = Blocking(threaded=self._files.threaded)
+        await blocking(self._prepare)
+        wal = await self._log.__aenter__()
+        try:
+            store = await blocking(self._open_store)
+            state = self._state or StoreState(wal._directory.log_uuid, 0)
+            db = Database(self._path, wal, store, state, self._checkpoint_bytes)
+            wal._before_close = db._before_close
+            await db._replay()
+            db._start(wal._nursery)
+        except BaseException as exc:
+            await self._log.__aexit__(type(exc), exc, exc.__traceback__)
+            raise
+        return db
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._log.__aexit__(exc_type, exc, traceback)
+
+
+def open_database(
+    path: str | os.PathLike[str],
+    *,
+    checkpoint_bytes: int = 64 * MiB,
+    map_size: int = MAP_SIZE,
+    retention: Retention | None = None,
+    files: Files | None = None,
+    **wal_options: Any,
+) -> AbstractAsyncContextManager[Database]:
+    """Open a transactional key-value store in a directory, recovering it first.
+
+    ::
+
+        async with trio_wal.open_database("bank.db") as db:
+            async with db.transaction() as tx:
+                tx.put(b"alice", b"10")
+
+    Keys are `bytes` of 1 to 511; values `bytes` of any length that fits, with the rest of
+    its transaction, into ``max_record_size``.
+
+    Args:
+      path: a directory; created with mode 0700 if it is missing.
+      checkpoint_bytes: committed state is moved into the store every so many bytes of log.
+          Twice that may have to be replayed on opening, and kept in memory.
+      map_size: bytes of address space for LMDB; grown when it is full.
+      retention: how much of the log to keep beyond what the store does not hold yet, for
+          `Database.changes`; None: nothing.
+      files: another file system, such as `trio_wal.testing.MemoryFiles`.
+      wal_options: as for `open_wal`.
+
+    Raises, when called:
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Raises, on entering; nothing was modified then:
+      LogLockedError, CorruptLogError, UnsupportedFormatError, LogFullError, OSError: as
+          `open_wal`; `CorruptLogError` also where LMDB's file is damaged, or log and store
+          do not belong together, or the store is ahead of the log.
+
+    Raises, on leaving:
+      LogFailedError: a write or sync failed and nobody has been told.
+    """
+    name = check_path(path)
+    check_int("checkpoint_bytes", checkpoint_bytes, 1)
+    check_int("map_size", map_size, 1 * MiB)
+    used = OsFiles() if files is None else files
+    log = open_wal(
+        f"{name}/{LOG_NAME}",
+        retention=KeepSegments(1) if retention is None else retention,
+        files=used,
+        **wal_options,
+    )
+    assert isinstance(log, _OpenWal)
+    return _OpenDatabase(used.absolute(name), checkpoint_bytes, map_size, used, log)

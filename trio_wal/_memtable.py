@@ -1,0 +1,279 @@
+"""Versions of what is not yet in the store, and views of them.
+
+Law: one event loop, no I/O.  Every committed write has a sequence number (the order of
+commits, which is the order of the log); a reader has one too and sees nothing newer.
+
+A layer maps a key to its newest version, which links to older ones as long as somebody
+may need them: the newest durable one while newer ones are pending, and all of them while
+a transaction or snapshot is open.  Commits go into the active layer; a checkpoint freezes
+it, writes it to the store and drops it.  A view is what a reader needs for its life:
+the store's read transaction and the layers above it at one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from ._operations import Writes
+from ._order import SortedKeys
+from ._store import ReadTransaction, Store
+
+if TYPE_CHECKING:
+    from ._database import Commitment
+
+VERSION_OVERHEAD: Final = 200
+"""Bytes that a version costs beside its key and value: measured, CPython 3.11."""
+SCAN_CHUNK: Final = 128
+
+
+class Version:
+    """One value of a key."""
+
+    __slots__ = ("commitment", "older", "seq", "value")
+
+    def __init__(
+        self,
+        seq: int,
+        value: bytes | None,
+        older: Version | None,
+        commitment: Commitment | None,
+    ) -> None:
+        self.seq = seq
+        self.value = value
+        """None: deleted."""
+        self.older = older
+        self.commitment = commitment
+        """The commit it belongs to, until that is durable."""
+
+
+class Layer:
+    """Newest versions by key, with an order that is made when somebody scans."""
+
+    __slots__ = ("_fresh", "_sorted", "bytes", "last_lsn", "last_seq", "log_bytes", "versions")
+
+    def __init__(self) -> None:
+        self.versions: dict[bytes, Version] = {}
+        self.bytes = 0
+        """Estimated memory."""
+        self.log_bytes = 0
+        """Of the transactions in it, as they stand in the log."""
+        self.last_seq = 0
+        self.last_lsn = 0
+        """Of its newest durable commit; 0 where there is none."""
+        self._sorted = SortedKeys()
+        self._fresh: list[bytes] = []
+
+    def note_new_key(self, key: bytes) -> None:
+        self._fresh.append(key)
+
+    def keys_between(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[bytes]:
+        """Its keys in order; some may be gone from ``versions`` again, or come twice."""
+        if self._fresh:
+            self._sorted.update(self._fresh)
+            self._fresh.clear()
+        return self._sorted.between(start, stop, reverse=reverse)
+
+    def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:
+        """A key of the range with a version newer than ``seq``, or None."""
+        if self.last_seq <= seq:
+            return None
+        versions = self.versions
+        for key in self.keys_between(start, stop, reverse=False):
+            version = versions.get(key)
+            if version is not None and version.seq > seq:
+                return key
+        return None
+
+
+class BaseRead:
+    """The store's read transaction, shared by those who began above it."""
+
+    def __init__(self, transaction: ReadTransaction) -> None:
+        self.transaction = transaction
+        self.get = transaction.get
+        self._users = 0
+        self._retired = False
+
+    def pin(self) -> None:
+        self._users += 1
+
+    def unpin(self) -> None:
+        self._users -= 1
+        self._close_if_unused()
+
+    def retire(self) -> None:
+        """A newer one has taken its place."""
+        self._retired = True
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._retired and not self._users:
+            self.transaction.close()
+
+
+class View:
+    """The store and the layers above it at one moment; shared and immutable."""
+
+    __slots__ = ("active", "base", "frozen")
+
+    def __init__(self, base: BaseRead, frozen: Layer | None, active: Layer) -> None:
+        self.base = base
+        self.frozen = frozen
+        self.active = active
+
+    def version(self, key: bytes, seq: int) -> Version | None:
+        """The newest version not newer than ``seq``; None: ask the store."""
+        version = self.active.versions.get(key)
+        while version is not None and version.seq > seq:
+            version = version.older
+        if version is None and self.frozen is not None:
+            version = self.frozen.versions.get(key)
+            while version is not None and version.seq > seq:
+                version = version.older
+        return version
+
+    def get(self, key: bytes, seq: int) -> bytes | None:
+        version = self.version(key, seq)
+        return self.base.get(key) if version is None else version.value
+
+    def layers(self) -> tuple[Layer, ...]:
+        return (self.active,) if self.frozen is None else (self.active, self.frozen)
+
+    def scan(
+        self,
+        seq: int,
+        start: bytes | None,
+        stop: bytes | None,
+        reverse: bool,
+        observe: Callable[[Commitment], None] | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values at ``seq`` in order: store and layers merged; ``observe`` is told
+        of each pending commit that is seen.
+
+        Layers may change between two steps: their keys are taken in chunks, and each
+        chunk looks them up anew.
+        """
+        base = self.base.transaction.items(start, stop, reverse)
+        base_item = next(base, None)
+        low, high = start, stop
+        while True:
+            keys = self._layer_keys(low, high, reverse)
+            for key in keys:
+                version = self.version(key, seq)
+                while base_item is not None and (
+                    base_item[0] > key if reverse else base_item[0] < key
+                ):
+                    yield base_item
+                    base_item = next(base, None)
+                if version is None:
+                    # Only newer versions here: what the store has, if anything, stands.
+                    continue
+                if observe is not None and version.commitment is not None:
+                    observe(version.commitment)
+                if base_item is not None and base_item[0] == key:
+                    base_item = next(base, None)
+                if version.value is not None:
+                    yield key, version.value
+            if len(keys) < SCAN_CHUNK:
+                break
+            if reverse:
+                high = keys[-1]
+            else:
+                low = keys[-1] + b"\0"
+        while base_item is not None:
+            yield base_item
+            base_item = next(base, None)
+
+    def _layer_keys(self, low: bytes | None, high: bytes | None, reverse: bool) -> list[bytes]:
+        """The next keys of all layers, in order, without repetition."""
+        found: set[bytes] = set()
+        for layer in self.layers():
+            for number, key in enumerate(layer.keys_between(low, high, reverse)):
+                if number == SCAN_CHUNK:
+                    break
+                found.add(key)
+        return sorted(found, reverse=reverse)[:SCAN_CHUNK]
+
+
+class Memtable:
+    """The current view, and how it changes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.view = View(BaseRead(store.read()), None, Layer())
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.view.layers())
+
+    def write(
+        self, writes: Writes, seq: int, commitment: Commitment | None, keep_older: bool
+    ) -> None:
+        """Add the versions of a commit, pending where it has a commitment."""
+        layer = self.view.active
+        versions = layer.versions
+        layer.last_seq = seq
+        for key, value in writes.items():
+            older = versions.get(key)
+            if older is None:
+                layer.note_new_key(key)
+            elif older.commitment is None and not keep_older:
+                older.older = None
+                if commitment is None:
+                    older = None
+            versions[key] = Version(seq, value, older, commitment)
+            layer.bytes += len(key) + VERSION_OVERHEAD + (0 if value is None else len(value))
+
+    def settle(self, layer: Layer, writes: Writes, seq: int, keep_older: bool) -> None:
+        """The versions of a commit are durable."""
+        for key in writes:
+            version = layer.versions.get(key)
+            while version is not None and version.seq > seq:
+                version = version.older
+            if version is not None and version.seq == seq:
+                version.commitment = None
+                if not keep_older:
+                    version.older = None
+
+    def remove(self, layer: Layer, writes: Writes, seq: int) -> None:
+        """A commit was withdrawn: its versions are gone."""
+        for key, value in writes.items():
+            version = layer.versions[key]
+            layer.bytes -= len(key) + VERSION_OVERHEAD + (0 if value is None else len(value))
+            if version.seq == seq:
+                if version.older is None:
+                    # Its place in the order stays: harmless, and sorted lists delete slowly.
+                    del layer.versions[key]
+                else:
+                    layer.versions[key] = version.older
+                continue
+            while version.older is not None and version.older.seq > seq:
+                version = version.older
+            if version.older is not None and version.older.seq == seq:
+                version.older = version.older.older
+
+    def freeze(self) -> Layer:
+        """What is here becomes the frozen layer; commits go into a new one."""
+        view = self.view
+        assert view.frozen is None
+        self.view = View(view.base, view.active, Layer())
+        return view.active
+
+    def drop_frozen(self) -> None:
+        """The store holds the frozen layer now."""
+        view = self.view
+        self.view = View(BaseRead(self._store.read()), None, view.active)
+        view.base.retire()
+
+    def reopen_base(self, between: Callable[[], None]) -> None:
+        """Do something while the store is not being read."""
+        view = self.view
+        view.base.retire()
+        between()
+        self.view = View(BaseRead(self._store.read()), view.frozen, view.active)
+
+    def close(self) -> None:
+        self.view.base.retire()

@@ -1,0 +1,224 @@
+"""The base of the database: checkpointed state in LMDB.
+
+Law: the only file that knows lmdb, which is imported when a database is opened.  An LMDB
+write transaction belongs to one thread: begin, puts and commit are one function.  The LSN
+that a state covers stands in the same LMDB transaction as the state.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Protocol
+
+import attrs
+
+from ._exceptions import CorruptLogError
+from ._files import file_size, make_directory, sync_file
+from ._util import MiB
+
+DATA_NAME: Final = "data.mdb"
+MAP_GROWTH: Final = 2
+READERS_MAX: Final = 4096
+"""Open snapshots and the like, at once."""
+STORE_FORMAT: Final = 1
+
+_DATA: Final = b"data"
+_META: Final = b"meta"
+
+
+class MapFull(Exception):
+    """The store has no more room in its map; grow it while nobody reads, and try again."""
+
+
+@attrs.frozen
+class StoreState:
+    """To which log a store belongs, and how much of it it holds."""
+
+    log_uuid: bytes
+    lsn: int
+
+
+class ReadTransaction(Protocol):
+    """The store as it was when this began."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """``start <= key < stop`` in the order of keys, or backwards."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """Committed state on disk."""
+
+    path: str
+
+    def read(self) -> ReadTransaction: ...
+
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
+        """Write a checkpoint, durably, all or nothing.  Raises `MapFull`."""
+        ...
+
+    def grow(self) -> None:
+        """Make the map larger; nothing may be reading."""
+        ...
+
+    def copy(self, path: str) -> None:
+        """A consistent copy into an empty directory."""
+        ...
+
+    def statistics(self) -> tuple[int, int]:
+        """(keys, bytes of the file)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _LmdbRead:
+    def __init__(self, env: Any, data: Any) -> None:
+        self._txn = env.begin(db=data)
+        self.get = self._txn.get
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        cursor = self._txn.cursor()
+        if reverse:
+            if stop is None:
+                found = cursor.last()
+            else:
+                found = cursor.prev() if cursor.set_range(stop) else cursor.last()
+            if found:
+                for key, value in cursor.iterprev():
+                    if start is not None and key < start:
+                        return
+                    yield key, value
+        elif cursor.first() if start is None else cursor.set_range(start):
+            for key, value in cursor.iternext():
+                if stop is not None and key >= stop:
+                    return
+                yield key, value
+
+    def close(self) -> None:
+        self._txn.abort()
+
+
+class LmdbStore:
+    """One LMDB environment with two databases: the data, and what it is the state of."""
+
+    def __init__(self, path: str, map_size: int) -> None:
+        self._lmdb = importlib.import_module("lmdb")
+        self.path = path
+        make_directory(path)
+        # LMDB never shrinks a map below what is used; a larger file needs a larger map.
+        size = max(map_size, file_size(data_file(path)) + 16 * MiB)
+        with _corruption(self._lmdb, path):
+            self._env = self._lmdb.open(
+                path, map_size=size, max_dbs=2, mode=0o600, max_readers=READERS_MAX
+            )
+            self._data = self._env.open_db(_DATA)
+            self._meta = self._env.open_db(_META)
+
+    def read(self) -> ReadTransaction:
+        return _LmdbRead(self._env, self._data)
+
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
+        try:
+            with self._env.begin(write=True, db=self._data) as txn:
+                put, delete = txn.put, txn.delete
+                for key, value in items:
+                    if value is None:
+                        delete(key)
+                    else:
+                        put(key, value)
+                txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)
+                txn.put(b"log", state.log_uuid, db=self._meta)
+                txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
+        except self._lmdb.MapFullError as exc:
+            raise MapFull from exc
+        except self._lmdb.Error as exc:
+            raise OSError(5, f"checkpoint failed: {exc}", self.path) from exc
+
+    def grow(self) -> None:
+        self._env.set_mapsize(self._env.info()["map_size"] * MAP_GROWTH)
+
+    def copy(self, path: str) -> None:
+        make_directory(path)
+        self._env.copy(path)
+        sync_file(data_file(path))
+
+    def statistics(self) -> tuple[int, int]:
+        with self._env.begin() as txn:
+            entries: int = txn.stat(self._data)["entries"]
+        return entries, file_size(data_file(self.path))
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def data_file(path: str) -> str:
+    return f"{path}/{DATA_NAME}"
+
+
+class _corruption:  # noqa: N801  (reads as a clause)
+    """LMDB's errors as ours, with what to do."""
+
+    def __init__(self, lmdb: Any, path: str) -> None:
+        self._lmdb = lmdb
+        self._path = data_file(path)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if isinstance(exc, self._lmdb.Error):
+            raise damaged(self._path, f"LMDB says: {exc}") from exc
+
+
+def damaged(path: str, reason: str) -> CorruptLogError:
+    return CorruptLogError(
+        path,
+        0,
+        f"{reason}; where the log still starts at LSN 1, moving the store away lets "
+        "open_database rebuild it from the log, otherwise restore a backup",
+    )
+
+
+def inspect_store(path: str) -> StoreState | None:
+    """What a store says of itself, without writing; None where there is none yet.
+
+    Raises:
+      CorruptLogError: LMDB cannot read it, or the file is shorter than it says.
+    """
+    size = file_size(data_file(path))
+    if not size:
+        return None
+    lmdb = importlib.import_module("lmdb")
+    name = data_file(path)
+    with _corruption(lmdb, path):
+        env = lmdb.open(path, readonly=True, lock=False, max_dbs=2, create=False)
+        try:
+            # Before any page is touched: a page behind the file's end is a SIGBUS.
+            pages = env.info()["last_pgno"] + 1
+            page_size = env.stat()["psize"]
+            if pages * page_size > size:
+                raise damaged(name, f"the file has {size} bytes of {pages * page_size}")
+            try:
+                meta = env.open_db(_META, create=False)
+            except lmdb.NotFoundError:
+                return None
+            with env.begin(db=meta) as txn:
+                lsn, uuid, version = txn.get(b"lsn"), txn.get(b"log"), txn.get(b"format")
+        finally:
+            env.close()
+    if lsn is None and uuid is None:
+        return None
+    if lsn is None or uuid is None or len(lsn) != 8 or len(uuid) != 16 or version is None:
+        raise damaged(name, "the store does not say of which log it is the state")
+    if int.from_bytes(version, "little") != STORE_FORMAT:
+        raise damaged(name, f"store format {int.from_bytes(version, 'little')} is not known")
+    return StoreState(uuid, int.from_bytes(lsn, "little"))

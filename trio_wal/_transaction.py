@@ -1,0 +1,391 @@
+"""One transaction: what it read, what it will write, and whether that still holds.
+
+Law: no await but in `commit`.  Reads see the newest committed state as of the first
+read, pending commits included, and the transaction's own writes.  Serializable by
+validation ("optimistic", backward: Kung & Robinson 1981): a commit passes only if no
+key it read, found absent or scanned over has a version newer than its snapshot.
+
+Check and hand-over to the log happen in one stretch without a checkpoint: the order of
+commits is the order of the log, without locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar, final, overload
+
+import trio
+from trio.lowlevel import current_task, enable_ki_protection
+
+from ._exceptions import KeyExistsError, RecordTooLargeError, TransactionConflict
+from ._memtable import Layer, View
+from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, Writes, check_key
+from ._util import check_bytes, check_int
+
+if TYPE_CHECKING:
+    from ._database import Commitment, Database
+
+D = TypeVar("D")
+
+
+def check_range(
+    start: bytes | None, stop: bytes | None, prefix: bytes | None, limit: int | None
+) -> tuple[bytes | None, bytes | None]:
+    """The (start, stop) of a scan's arguments."""
+    if start is not None:
+        check_bytes("start", start)
+    if stop is not None:
+        check_bytes("stop", stop)
+    if limit is not None:
+        check_int("limit", limit, 0)
+    if prefix is None:
+        return start, stop
+    check_bytes("prefix", prefix)
+    if start is not None or stop is not None:
+        raise ValueError("prefix cannot be combined with start or stop")
+    trimmed = prefix.rstrip(b"\xff")
+    end = trimmed[:-1] + bytes((trimmed[-1] + 1,)) if trimmed else None
+    return prefix, end
+
+
+@final
+class Transaction(AbstractAsyncContextManager["Transaction"]):
+    """A serializable transaction; what `Database.transaction` gives.
+
+    ::
+
+        async with db.transaction() as tx:
+            balance = int(tx.get(b"alice", b"0"))
+            tx.put(b"alice", str(balance + 10).encode())
+
+    The end of the block commits; an exception aborts.  A block without ``await`` between
+    its first read and its end cannot conflict.  It belongs to the task that entered it.
+    """
+
+    __slots__ = (
+        "_begun",
+        "_bytes",
+        "_db",
+        "_doomed",
+        "_ended",
+        "_lsn",
+        "_observed",
+        "_ranges",
+        "_reads",
+        "_seq",
+        "_task",
+        "_view",
+        "_writes",
+    )
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._task: trio.lowlevel.Task | None = None
+        self._view: View | None = None
+        self._seq = 0
+        self._reads: set[bytes] = set()
+        self._ranges: list[tuple[bytes | None, bytes | None]] = []
+        self._writes: Writes = {}
+        self._bytes = 1
+        self._observed: Commitment | None = None
+        """The newest pending commit that was read."""
+        self._doomed: bytes | None = None
+        self._ended = False
+        self._begun = False
+        self._lsn: int | None = None
+
+    # -- the block --
+
+    async def __aenter__(self) -> Transaction:
+        if self._begun:
+            raise RuntimeError("a transaction is for one use")
+        self._begun = True
+        await self._db.wait_for_memtable()
+        self._task = current_task()
+        return self
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._ended:
+            return
+        if exc_type is not None:
+            self.abort()
+        else:
+            await self.commit()
+
+    def _check(self) -> None:
+        if self._ended:
+            raise trio.ClosedResourceError("this transaction has ended")
+        if self._task is not current_task():
+            if self._task is None:
+                raise RuntimeError("enter the transaction first: async with db.transaction()")
+            raise trio.BusyResourceError("another task is in this transaction")
+
+    # -- reading --
+
+    def _begin_reading(self) -> View:
+        view = self._view
+        if view is None:
+            view = self._view = self._db.pin(self)
+            self._seq = self._db.last_seq
+        return view
+
+    def _read(self, key: bytes) -> bytes | None:
+        if key in self._writes:
+            return self._writes[key]
+        view = self._view or self._begin_reading()
+        self._reads.add(key)
+        version = view.version(key, self._seq)
+        if version is None:
+            return view.base.get(key)
+        if version.commitment is not None:
+            self._observe(version.commitment)
+        return version.value
+
+    def _observe(self, commitment: Commitment) -> None:
+        commitment.observed = True
+        if self._observed is None or commitment.seq > self._observed.seq:
+            self._observed = commitment
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """The value of ``key``, or ``default``; sees its own writes."""
+        self._check()
+        check_key(key)
+        value = self._read(key)
+        return default if value is None else value
+
+    def __contains__(self, key: bytes) -> bool:
+        self._check()
+        return self._read(check_key(key)) is not None
+
+    def scan(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with ``start <= key < stop``, in order; see `Database.scan`.
+
+        Sees the transaction's own writes as of this call.  What was scanned over counts
+        as read, also where nothing was found.
+        """
+        self._check()
+        start, stop = check_range(start, stop, prefix, limit)
+        return self._scan(start, stop, reverse, limit)
+
+    def _scan(
+        self, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        view = self._begin_reading()
+        own = sorted(
+            (
+                (key, value)
+                for key, value in self._writes.items()
+                if (start is None or key >= start) and (stop is None or key < stop)
+            ),
+            reverse=reverse,
+        )
+        # Before anything is given out the whole range counts as read; a scan that is left
+        # early gives back what it did not reach.
+        place = len(self._ranges)
+        self._ranges.append((start, stop))
+        return self._scan_from(view, own, place, start, stop, reverse, limit)
+
+    def _scan_from(
+        self,
+        view: View,
+        own: list[tuple[bytes, bytes | None]],
+        place: int,
+        start: bytes | None,
+        stop: bytes | None,
+        reverse: bool,
+        limit: int | None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        committed = view.scan(self._seq, start, stop, reverse, self._observe)
+        given = 0
+        last: bytes | None = None
+        complete = False
+        try:
+            if limit != 0:
+                for key, value in _merge(committed, own, reverse):
+                    given += 1
+                    last = key
+                    yield key, value
+                    if given == limit:
+                        return
+            complete = limit != 0
+        finally:
+            if not complete:
+                self._ranges[place] = _reached(start, stop, last, reverse)
+
+    # -- writing --
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Set ``key`` to ``value``; buffered until the commit.
+
+        Raises:
+          TypeError, ValueError: ``key`` is not 1 to 511 bytes, ``value`` not bytes.
+          RecordTooLargeError: the transaction would be over ``max_record_size``.
+        """
+        self._check()
+        # The fast path of check_key and check_bytes.
+        if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
+            check_key(key)
+        if type(value) is not bytes:
+            check_bytes("value", value)
+        self._write(key, value)
+
+    def _write(self, key: bytes, value: bytes | None) -> None:
+        size = self._bytes + OPERATION_OVERHEAD + len(key) + (0 if value is None else len(value))
+        if size > self._db.max_transaction_bytes:
+            raise RecordTooLargeError(size, self._db.max_transaction_bytes)
+        self._bytes = size
+        self._writes[key] = value
+
+    def insert(self, key: bytes, value: bytes) -> None:
+        """Like `put`; `KeyExistsError` if the key is there."""
+        self._check()
+        if self._read(check_key(key)) is not None:
+            raise KeyExistsError(key)
+        self._write(key, check_bytes("value", value))
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Like `put`; `KeyError` if the key is absent."""
+        self._check()
+        if self._read(check_key(key)) is None:
+            raise KeyError(key)
+        self._write(key, check_bytes("value", value))
+
+    def delete(self, key: bytes) -> None:
+        """Remove ``key``; `KeyError` if it is absent."""
+        self._check()
+        if self._read(check_key(key)) is None:
+            raise KeyError(key)
+        self._write(key, None)
+
+    # -- the end --
+
+    def conflict_in(self, layer: Layer) -> bytes | None:
+        """A key that was read and has a version newer than this transaction's view."""
+        seq = self._seq
+        if layer.last_seq <= seq:
+            return None
+        versions = layer.versions
+        for key in self._reads:
+            version = versions.get(key)
+            if version is not None and version.seq > seq:
+                return key
+        for start, stop in self._ranges:
+            key = layer.changed_since(seq, start, stop)
+            if key is not None:
+                return key
+        return None
+
+    def doom(self, layer: Layer) -> None:
+        """The layer goes into the store: remember whether it conflicts."""
+        if self._doomed is None:
+            self._doomed = self.conflict_in(layer)
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._view is not None:
+            self._db.unpin(self, self._view)
+
+    def _validate(self) -> None:
+        conflict = self._doomed
+        if self._observed is not None and self._observed.lost:
+            # What was read will never have been.
+            conflict = next(iter(self._observed.writes))
+        if conflict is None and self._view is not None and self._seq != self._db.last_seq:
+            for layer in self._db.layers():
+                conflict = self.conflict_in(layer)
+                if conflict is not None:
+                    break
+        if conflict is not None:
+            raise TransactionConflict(conflict)
+
+    @enable_ki_protection
+    async def commit(self) -> int:
+        """Commit; returns the LSN, and the transaction is durable then.
+
+        A transaction without writes writes nothing; it returns the newest durable LSN, as
+        soon as everything that it read is durable.
+
+        Cancellation: if it raises `trio.Cancelled`, nothing of it is in the log.  Where
+        another transaction has read its writes already, or they are being written, the
+        outcome is waited for and the call returns.
+
+        Raises:
+          TransactionConflict: something that was read has changed; nothing was written.
+          LogFullError, LogFailedError, trio.ClosedResourceError: as `WriteAheadLog.append`.
+        """
+        self._check()
+        try:
+            self._validate()
+        except TransactionConflict:
+            self._end()
+            self._db.note_conflict()
+            await trio.lowlevel.checkpoint()
+            raise
+        self._end()
+        if self._writes:
+            self._lsn = await self._db.commit(self._writes)
+        else:
+            self._lsn = await self._db.wait_observed(self._observed)
+        return self._lsn
+
+    def abort(self) -> None:
+        """Give up; nothing reaches the log.  Also after the end, where it does nothing."""
+        if not self._ended:
+            self._end()
+
+    @property
+    def lsn(self) -> int | None:
+        """The LSN of the commit; None before."""
+        return self._lsn
+
+
+def _reached(
+    start: bytes | None, stop: bytes | None, last: bytes | None, reverse: bool
+) -> tuple[bytes | None, bytes | None]:
+    """The part of a range that was scanned when ``last`` was the last key given."""
+    if last is None:
+        return b"", b""
+    return (last, stop) if reverse else (start, last + b"\0")
+
+
+def _merge(
+    committed: Iterator[tuple[bytes, bytes]],
+    own: list[tuple[bytes, bytes | None]],
+    reverse: bool,
+) -> Iterator[tuple[bytes, bytes]]:
+    """What is committed, with a transaction's own writes over it."""
+    if not own:
+        yield from committed
+        return
+    item = next(committed, None)
+    for key, value in own:
+        while item is not None and (item[0] > key if reverse else item[0] < key):
+            yield item
+            item = next(committed, None)
+        if item is not None and item[0] == key:
+            item = next(committed, None)
+        if value is not None:
+            yield key, value
+    if item is not None:
+        yield item
+        yield from committed
