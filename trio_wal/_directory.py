@@ -11,6 +11,7 @@ Three locks: ``_shape`` guards the list of segments and is held for an instant o
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -103,7 +104,8 @@ class LogDirectory:
         """Counts before and after the log's end is cut: a reader compares."""
         self.sync_seconds = 0.0
         """How long the last sync took."""
-        directory.publish(self.synced_lsn)
+        self._published_lsn = -1
+        self.publish()
 
     # -- what it is --
 
@@ -179,7 +181,13 @@ class LogDirectory:
             self.sync_seconds = perf_counter() - started
             self._unsynced = False
         self.synced_lsn = self.last_lsn
-        self._directory.publish(self.synced_lsn)
+
+    def publish(self) -> None:
+        """Let readers in other processes know what is durable; nobody waits for this."""
+        if self._published_lsn != self.synced_lsn:
+            self._published_lsn = self.synced_lsn
+            with contextlib.suppress(OSError):
+                self._directory.publish(self.synced_lsn)
 
     def make_room(self) -> None:
         """See whether a segment can be prepared again; `LogFullError` where not."""
@@ -362,9 +370,14 @@ class LogDirectory:
                 self._meta = meta
                 # The I/O worker may have added one meanwhile.
                 del self._sealed[: len(dropped)]
+            spare: str | None = None
             for segment in dropped:
-                self._drop_file(segment)
+                spare = self._drop_file(segment, spare)
             self._directory.sync()
+            if spare is not None:
+                # Not before its new name is durable: under the old one it must stay whole.
+                with self._spare_lock:
+                    self._recycled.append(spare)
         return len(dropped)
 
     def _header_after(self, segment: SegmentInfo) -> SegmentHeader:
@@ -372,22 +385,24 @@ class LogDirectory:
             following = [s.header for s in self._sealed if s.first_lsn >= segment.next_lsn]
             return following[0] if following else self.active.header
 
-    def _drop_file(self, segment: SegmentInfo) -> None:
-        """Keep one file for the next segment, unless somebody still reads it."""
+    def _drop_file(self, segment: SegmentInfo, spare: str | None) -> str | None:
+        """Keep one file for the next segment, unless somebody still reads it; returns its
+        new name."""
         with self._spare_lock:
             recycle = (
-                self._spare is None
+                spare is None
+                and self._spare is None
                 and not self._preparing
                 and not self._recycled
                 and segment.header.salt not in self._readers
                 and self.active.mean_frame_bytes < ZERO_FRAMES_BELOW
             )
             if recycle:
-                name = self._spare_name()
-                self._directory.rename(segment.name, name)
-                self._recycled.append(name)
+                spare = self._spare_name()
+                self._directory.rename(segment.name, spare)
             else:
                 self._directory.unlink(segment.name)
+        return spare
 
     def apply_retention(self, policy: Retention) -> int:
         """Drop what ``policy`` does not keep; returns how many segments."""
@@ -482,7 +497,6 @@ class LogDirectory:
         self.cuts += 1
         self._untouched = False
         self.synced_lsn = self.last_lsn
-        self._directory.publish(self.synced_lsn)
 
     def _find_cut(
         self, lsn: int
@@ -545,7 +559,8 @@ class LogDirectory:
                 raise self._damage(file, scanner)
         finally:
             file.close()
-        return attrs.evolve(position, time_us=fallback.time_us), (total, frames)
+        time_us = max(position.time_us, fallback.time_us)
+        return attrs.evolve(position, time_us=time_us), (total, frames)
 
     def _damage(self, file: File, scanner: FrameScanner) -> CorruptLogError:
         """The frames end before the place that was looked for: what is to stay is not there."""

@@ -8,6 +8,7 @@ reader never writes and takes no lock.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
@@ -242,7 +243,10 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
         self._ready: list[Record] = []
         self._generation = 0
         self._overtaken = False
-        self._given = False
+        self._begin = 0
+        """The LSN that is, or was, given first."""
+        self._due = 0
+        """The LSN that is given next, where none is ready."""
         self._busy = False
         self._ended = False
 
@@ -260,6 +264,7 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
         if not self._follow:
             end = source.durable_lsn + 1
             self._stop = end if self._stop is None else min(self._stop, end)
+        self._begin = self._due = start
         self._cursor = _Cursor(source, start)
         self._generation = source.generation()
         source.watch(self)
@@ -280,11 +285,16 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
 
     def cut(self, lsn: int) -> None:
         """The log's end was cut behind ``lsn``."""
-        given = self._cursor.next_lsn if self._cursor is not None else 0
-        if given > lsn + 1:
-            # Records that were handed out, or wait to be, are no longer in the log.
+        ready = self._ready
+        due = ready[-1].lsn if ready else self._due
+        if due > max(self._begin, lsn + 1):
+            # Records that were given are no longer in the log.
             self._overtaken = True
-            self._ready.clear()
+            ready.clear()
+        elif ready and self._cursor is not None:
+            # The newest stands first.
+            del ready[: max(0, ready[0].lsn - lsn)]
+            self._cursor.next_lsn = self._due = ready[0].lsn + 1 if ready else due
         if self._stop is not None:
             self._stop = min(self._stop, lsn + 1)
 
@@ -320,11 +330,12 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
     async def _fill(self, cursor: _Cursor) -> bool:
         """Try to get records ready; False at the end."""
         source = self._source
+        self._due = cursor.next_lsn
         if self._stop is not None and cursor.next_lsn >= self._stop:
             return False
         if cursor.next_lsn > source.durable_lsn:
             await source.refresh()
-            if self._given and cursor.next_lsn > source.durable_lsn + 1:
+            if cursor.next_lsn > max(self._begin, source.durable_lsn + 1):
                 # What was given out is no longer in the log.
                 raise LsnTruncatedError(source.first_lsn, cursor.next_lsn)
             if cursor.next_lsn > source.durable_lsn:
@@ -349,7 +360,6 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
         if not self._overtaken and generation == source.generation():
             records.reverse()
             self._ready = records
-            self._given = self._given or bool(records)
         else:
             cursor.next_lsn = before
         return True
@@ -363,6 +373,9 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
         if self._cursor.next_lsn < source.first_lsn:
             raise LsnTruncatedError(source.first_lsn, self._cursor.next_lsn) from exc
         if isinstance(exc, _Moved) or generation != source.generation():
+            return
+        if self._cursor.next_lsn > source.durable_lsn:
+            # The log's end was just cut, and is only now known to be.
             return
         if isinstance(exc, CorruptLogError):
             raise exc
@@ -461,6 +474,7 @@ class _ReaderSource:
         self._watermark = 0
         self._tail: tuple[SegmentHeader, Position] | None = None
         self._cuts = 0
+        self._looking = threading.Lock()
 
     @property
     def first_lsn(self) -> int:
@@ -482,15 +496,16 @@ class _ReaderSource:
         The writer may be in the middle of a rotation or truncation: what looks damaged is
         looked at again, and believed only when the directory stands still.
         """
-        for _ in range(LOOK_TRIES):
-            before = self._fingerprint()
-            try:
-                self._look_once()
-                return
-            except (CorruptLogError, FileNotFoundError):
-                if self._fingerprint() == before:
-                    raise
-        self._look_once()
+        with self._looking:
+            for _ in range(LOOK_TRIES):
+                before = self._fingerprint()
+                try:
+                    self._look_once()
+                    return
+                except (CorruptLogError, FileNotFoundError):
+                    if self._fingerprint() == before:
+                        raise
+            self._look_once()
 
     def _fingerprint(self) -> object:
         return self._directory.names(), read_meta(self._directory)
@@ -520,18 +535,24 @@ class _ReaderSource:
         if self._tail is None or self._tail[0] != last.header:
             if self._tail is not None and last.header.first_lsn < self._tail[1].next_lsn:
                 self._cuts += 1
+                self._durable_lsn = 0
             self._tail = (last.header, start_of(last.header))
             self._watermark = last.header.first_lsn - 1
+        position = self._tail[1]
         file = self._directory.open(last.file_name)
         try:
-            scanner = FrameScanner(file.pread, last.header, self._tail[1], bodies=False)
-            for frame, _ in scanner:
-                self._watermark = max(self._watermark, frame.durable_lsn)
-            self._tail = (last.header, scanner.position)
+            # Most looks find nothing new: one small read.
+            if _scan.frame_at(file.pread, last.header, position.offset) is not None:
+                scanner = FrameScanner(file.pread, last.header, position, bodies=False)
+                for frame, _ in scanner:
+                    self._watermark = max(self._watermark, frame.durable_lsn)
+                position = scanner.position
         finally:
             file.close()
-        published = min(self._directory.published(), self._tail[1].next_lsn - 1)
-        self._durable_lsn = max(self._watermark, published)
+        self._tail = (last.header, position)
+        published = min(self._directory.published(), position.next_lsn - 1)
+        # What once was durable is, unless the end was cut: an unlinked lock file says nothing.
+        self._durable_lsn = max(self._durable_lsn, self._watermark, published)
 
     def locate(self, lsn: int) -> Place:
         found = [s for s in self._segments if s.header.first_lsn <= lsn]
@@ -619,13 +640,18 @@ class LogReader:
         return RecordStream(self._source, start, None, follow=True)
 
     async def aclose(self) -> None:
-        """Close the reader; a checkpoint; idempotent."""
-        self._close()
+        """Close the reader; a checkpoint; idempotent.
+
+        Streams that go on reading get `trio.ClosedResourceError`.
+        """
+        await self._close()
         await trio.lowlevel.checkpoint()
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if not self._closed:
             self._closed = True
+            with trio.CancelScope(shield=True):
+                await self._source.blocking.close()
             self._directory.close()
 
 
@@ -657,7 +683,7 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
         traceback: TracebackType | None,
     ) -> None:
         if self._reader is not None:
-            self._reader._close()
+            await self._reader._close()
 
 
 def open_reader(

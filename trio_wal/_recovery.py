@@ -33,7 +33,7 @@ import attrs
 
 from . import _scan
 from ._exceptions import CorruptLogError, LogFullError, UnsupportedFormatError
-from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files
+from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
     BLOCK,
     DATA_OFFSET,
@@ -637,6 +637,9 @@ def repair(
             meta = attrs.evolve(meta, truncation=None)
             write_meta(directory, meta)
         active = _reopen(files, directory, plan, sealed, segment_size)
+        # The clock may have jumped back, and this segment may have no frame to say so.
+        times = [active.position.time_us, *(segment.last_time_us for segment in sealed[-1:])]
+        active.position = attrs.evolve(active.position, time_us=max(times))
         # A segment without frames does not know what time the log had reached.
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position
@@ -692,11 +695,15 @@ def _create(
 def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
     """A segment under its temporary name, zeros written; not yet durable."""
     capacity = capacity_for(0, capacity)
+    file: File | None = None
     try:
         file = directory.open(NEW_NAME, create=True)
         file.pwrite([header.encode(), bytes(min(capacity, FIRST_CAPACITY) - BLOCK)], 0)
         file.allocate(capacity)
     except OSError as exc:
+        if file is not None:
+            close_quietly(file)
+            directory.unlink(NEW_NAME)
         if exc.errno in NO_SPACE:
             raise LogFullError(directory.path, capacity) from exc
         raise

@@ -290,9 +290,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             if version is not None and version.seq > seq:
                 return key
         for start, stop in self._ranges:
-            key = layer.changed_since(seq, start, stop)
-            if key is not None:
-                return key
+            changed = layer.changed_since(seq, start, stop)
+            if changed is not None:
+                return changed
         return None
 
     def doom(self, layer: Layer) -> None:

@@ -383,8 +383,8 @@ class WriteAheadLog:
         """Drop whole segments that hold only records below ``lsn``.
 
         `first_lsn` moves up, by whole segments; LSNs are not reused.  With ``last_lsn + 1``
-        the log becomes empty.  Durable on return.  A reader that is on a dropped segment
-        finishes it; one that has yet to reach it gets `LsnTruncatedError`.
+        the log becomes empty.  Durable on return.  A reader that has yet to come to a
+        dropped record gets `LsnTruncatedError`.
 
         Cancelled while waiting: nothing is dropped, or all that was asked for.
 
@@ -537,6 +537,7 @@ class WriteAheadLog:
                 await self._maintenance_done.wait()
                 if self._before_close is not None:
                     await self._before_close()
+                await self._blocking.close()
                 orderly = self._queue.failure is None
                 await self._worker.call(partial(self._directory.close, orderly=orderly))
             except OSError as exc:
@@ -687,9 +688,10 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             directory.keep_from = self._keep_from()
         worker: Worker
         if files.threaded:
-            worker = ThreadWorker()
+            worker = ThreadWorker(directory.publish)
         else:
-            worker = InlineWorker(getattr(files, "gate", trio.lowlevel.cancel_shielded_checkpoint))
+            gate = getattr(files, "gate", trio.lowlevel.cancel_shielded_checkpoint)
+            worker = InlineWorker(gate, directory.publish)
         self._wal = WriteAheadLog(options, files, directory, blocking, worker)
         self._nursery_manager = trio.open_nursery()
         self._wal._start(await self._nursery_manager.__aenter__())

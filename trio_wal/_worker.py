@@ -110,9 +110,13 @@ else:
 
 
 class ThreadWorker:
-    """The real one."""
+    """The real one.
 
-    def __init__(self) -> None:
+    ``afterwards`` is called after each answer: what need not be waited for.
+    """
+
+    def __init__(self, afterwards: Callable[[], None]) -> None:
+        self._afterwards = afterwards
         self._jobs: SimpleQueue[tuple[Callable[[], object], _Answer] | None] = SimpleQueue()
         self._bell = _new_bell()
         self._limiter = trio.CapacityLimiter(1)
@@ -125,7 +129,7 @@ class ThreadWorker:
                 self._bell.close()
 
     def _serve(self) -> None:
-        get, ring = self._jobs.get, self._bell.ring
+        get, ring, afterwards = self._jobs.get, self._bell.ring, self._afterwards
         while True:
             item = get()
             if item is None:
@@ -138,6 +142,7 @@ class ThreadWorker:
             # A job holds a whole batch: nothing here keeps it alive until the next one.
             del item, job, answer
             ring()
+            afterwards()
 
     async def call(self, job: Callable[[], T]) -> T:
         answer = _Answer()
@@ -157,15 +162,21 @@ class InlineWorker:
     ``gate`` is awaited before every job: tests hold a "disk" back with it.
     """
 
-    def __init__(self, gate: Callable[[], Awaitable[object]]) -> None:
+    def __init__(
+        self, gate: Callable[[], Awaitable[object]], afterwards: Callable[[], None]
+    ) -> None:
         self._gate = gate
+        self._afterwards = afterwards
 
     async def run(self) -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def call(self, job: Callable[[], T]) -> T:
         await self._gate()
-        return job()
+        try:
+            return job()
+        finally:
+            self._afterwards()
 
     def stop(self) -> None:
         pass
@@ -176,12 +187,31 @@ class Blocking:
 
     def __init__(self, *, threaded: bool) -> None:
         self._limiter = trio.CapacityLimiter(READ_THREADS) if threaded else None
+        self._running = 0
+        self._closed: trio.Event | None = None
 
     async def __call__(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """A checkpoint; once started, the call is waited for even when cancelled."""
-        if self._limiter is None:
-            await trio.lowlevel.checkpoint()
-            return function(*args, **kwargs)
-        return await trio.to_thread.run_sync(
-            partial(function, *args, **kwargs), limiter=self._limiter
-        )
+        if self._closed is not None:
+            raise trio.ClosedResourceError("this log is closed")
+        self._running += 1
+        try:
+            if self._limiter is None:
+                await trio.lowlevel.checkpoint()
+                return function(*args, **kwargs)
+            return await trio.to_thread.run_sync(
+                partial(function, *args, **kwargs), limiter=self._limiter
+            )
+        finally:
+            self._running -= 1
+            if self._closed is not None and not self._running:
+                self._closed.set()
+
+    async def close(self) -> None:
+        """Refuse every later call, and wait for those under way: the files are closed next,
+        and a call that went on could meet another file under a number of theirs."""
+        if self._closed is None:
+            self._closed = trio.Event()
+            if not self._running:
+                self._closed.set()
+        await self._closed.wait()

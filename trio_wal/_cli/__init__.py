@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
-from .. import __version__
-from .._exceptions import WalError
-from ._output import ExitCode, UsageError, complain
+from trio_wal import __version__
+from trio_wal._exceptions import WalError
+
+from ._output import CommandError, ExitCode, UsageError, complain
 from .append import append
 from .demo import demo
 from .dump import dump
@@ -31,7 +32,7 @@ app = App(
     version=__version__,
     help="Work on write-ahead logs from the command line.",
     backend="trio",
-    help_format="plaintext",
+    help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
 for _command in (demo, append, dump, inspect, verify):
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as exc:
         complain(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
         return ExitCode.FAILED
-    except WalError as exc:
+    except (WalError, CommandError) as exc:
         complain(str(exc))
         return ExitCode.FAILED
 

@@ -28,7 +28,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .._files import Directory, OsFiles, close_quietly
+from trio_wal._files import Directory, OsFiles, close_quietly
+from trio_wal._frame import FEATURE_ZSTD
 
 
 class ExitCode(enum.IntEnum):
@@ -50,12 +51,17 @@ class UsageError(Exception):
     """The command line asks for something that cannot be; the text says what."""
 
 
+class CommandError(Exception):
+    """It cannot be done, and no error of the library says so; the text does."""
+
+
 NOT_A_TERMINAL_WIDTH: Final = 200
 """Columns for tables that go into a file or a pipe: nothing is cut off."""
 
-Dir: TypeAlias = Annotated[Path, Parameter(help="The log's directory.", show_default=False)]
+Dir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The log's directory.")]
 Json: TypeAlias = Annotated[
-    bool, Parameter(name="--json", negative=(), help="Machine-readable output.")
+    bool,
+    Parameter(name="--json", negative=(), show_default=False, help="Machine-readable output."),
 ]
 
 
@@ -76,6 +82,10 @@ def complain(text: str) -> None:
 def count(number: int, noun: str) -> str:
     """``1 segment``, ``2,000 segments``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def feature_names(features: int) -> list[str]:
+    return ["zstd"] if features & FEATURE_ZSTD else []
 
 
 def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:

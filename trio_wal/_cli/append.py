@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator
 from typing import Final
 
 import attrs
 import trio
 
-from .._exceptions import RecordTooLargeError
-from .._util import MiB
-from .._wal import open_wal
-from ._output import Dir, ExitCode, Json, count, say, write_json
+from trio_wal._util import MiB
+from trio_wal._wal import open_wal
+
+from ._output import CommandError, Dir, ExitCode, Json, count, say, write_json
 
 READ_BYTES: Final = 1 * MiB
 """At most so much is read, and made durable as one unit, at a time."""
@@ -42,7 +41,8 @@ async def append(directory: Dir, /, *, json: Json = False) -> int:
     try:
         async with open_wal(directory) as wal:
             done.path = wal.path
-            async for lines in _lines(done):
+            source = _Input()
+            while lines := await source.lines():
                 lsns = await wal.append_many(lines)
                 done.first_lsn = done.first_lsn or lsns[0]
                 done.last_lsn = lsns[-1]
@@ -68,29 +68,45 @@ def _report(done: _Done, *, json: bool) -> None:
         say(f"no input, nothing appended to {done.path}")
 
 
-async def _lines(done: _Done) -> AsyncIterator[list[bytes]]:
-    """Lines as they come; the last one may lack its newline."""
-    fd = sys.stdin.fileno()
-    rest: list[bytes] = []
-    size = 0
-    # Of the descriptor, not of sys.stdin: Ctrl-C leaves the thread that waits in a read
-    # behind, and it must not hold a lock of the interpreter's.
-    while chunk := await trio.to_thread.run_sync(
-        os.read, fd, READ_BYTES, abandon_on_cancel=True
-    ):
-        *lines, tail = chunk.split(b"\n")
-        if lines:
-            lines[0] = b"".join((*rest, lines[0]))
-            rest.clear()
-            size = 0
-        rest.append(tail)
-        size += len(tail)
-        longest = max(size, *map(len, lines[:1]), 0)
-        if longest > LINE_BYTES_MAX:
-            error = RecordTooLargeError(longest, LINE_BYTES_MAX)
-            error.add_note("") if False else None
-            raise error
-        if lines:
-            yield lines
-    if size:
-        yield [b"".join(rest)]
+class _Input:
+    """Standard input, line by line."""
+
+    def __init__(self) -> None:
+        # The descriptor, not sys.stdin: Ctrl-C leaves the thread that waits in a read
+        # behind, and it must not hold a lock that the interpreter wants at its end.
+        self._fd = sys.stdin.fileno()
+        self._rest: list[bytes] = []
+        self._size = 0
+        self._lines_taken = 0
+
+    async def lines(self) -> list[bytes]:
+        """The lines that have come, without their newlines; none at the end."""
+        while chunk := await trio.to_thread.run_sync(
+            os.read, self._fd, READ_BYTES, abandon_on_cancel=True
+        ):
+            *lines, rest = chunk.split(b"\n")
+            if not lines:
+                self._keep(rest)
+                continue
+            self._keep(lines[0])
+            lines[0] = self._take()
+            self._keep(rest)
+            self._lines_taken += len(lines)
+            return lines
+        # The last line may lack its newline.
+        return [self._take()] if self._size else []
+
+    def _keep(self, piece: bytes) -> None:
+        self._rest.append(piece)
+        self._size += len(piece)
+        if self._size > LINE_BYTES_MAX:
+            raise CommandError(
+                f"line {self._lines_taken + 1} of the input is over {LINE_BYTES_MAX:,} bytes, "
+                "the limit of a record; it was not appended"
+            )
+
+    def _take(self) -> bytes:
+        line = b"".join(self._rest)
+        self._rest.clear()
+        self._size = 0
+        return line

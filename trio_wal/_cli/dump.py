@@ -8,8 +8,9 @@ from typing import Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
-from .._reader import Record, RecordStream, open_reader
-from .._util import KiB
+from trio_wal._reader import Record, RecordStream, open_reader
+from trio_wal._util import KiB
+
 from ._output import Dir, ExitCode, Json, UsageError
 
 WRITE_BYTES: Final = 256 * KiB
@@ -29,7 +30,12 @@ async def dump(
         int | None, Parameter(help="Last LSN; default: the newest durable record.")
     ] = None,
     follow: Annotated[
-        bool, Parameter(negative=(), help="Then wait for new records, until Ctrl-C or --to.")
+        bool,
+        Parameter(
+            negative=(),
+            show_default=False,
+            help="Then wait for new records, until Ctrl-C or --to.",
+        ),
     ] = False,
     json: Json = False,  # noqa: ARG001  (there is no other format)
 ) -> int:

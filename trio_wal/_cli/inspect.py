@@ -9,15 +9,27 @@ from typing import Literal
 import attrs
 from msgspec import to_builtins
 
-from .. import _scan
-from .._exceptions import CorruptLogError
-from .._files import Directory
-from .._frame import FEATURE_ZSTD, FORMAT_VERSION, Kind, to_datetime
-from .._reader import LOOK_TRIES, _ReaderSource
-from .._recovery import FoundSegment, read_meta
-from .._scan import FrameScanner, start_of
-from .._worker import Blocking
-from ._output import Dir, ExitCode, Json, count, new_table, opened, say, show, write_json
+from trio_wal import _scan
+from trio_wal._exceptions import CorruptLogError
+from trio_wal._files import Directory
+from trio_wal._frame import FORMAT_VERSION, Kind, to_datetime
+from trio_wal._reader import LOOK_TRIES, _ReaderSource
+from trio_wal._recovery import FoundSegment, read_meta
+from trio_wal._scan import FrameScanner, start_of
+from trio_wal._worker import Blocking
+
+from ._output import (
+    Dir,
+    ExitCode,
+    Json,
+    count,
+    feature_names,
+    new_table,
+    opened,
+    say,
+    show,
+    write_json,
+)
 
 State = Literal["sealed", "unsealed", "closed", "active"]
 
@@ -45,7 +57,7 @@ class _Log:
     path: str
     uuid: str
     format_version: int
-    features: tuple[str, ...]
+    features: list[str]
     first_lsn: int
     last_lsn: int
     """The newest record that is known to be durable."""
@@ -91,7 +103,7 @@ def _look_once(directory: Directory) -> _Log:
         path=directory.path,
         uuid=str(uuid.UUID(bytes=meta.log_uuid)),
         format_version=FORMAT_VERSION,
-        features=("zstd",) if meta.features & FEATURE_ZSTD else (),
+        features=feature_names(meta.features),
         first_lsn=source.first_lsn,
         last_lsn=source.durable_lsn,
         bytes=sum(row.bytes for row in rows),

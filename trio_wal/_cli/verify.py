@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import msgspec
+import uuid
+
 from attrs import asdict
 
-from .. import _verify
-from ._output import Dir, ExitCode, Json, count, opened, progress_bar, say, write_json
+from trio_wal import _verify
+from trio_wal._exceptions import CorruptLogError
+
+from ._output import (
+    CommandError,
+    Dir,
+    ExitCode,
+    Json,
+    count,
+    feature_names,
+    opened,
+    progress_bar,
+    say,
+    write_json,
+)
 
 
 def verify(directory: Dir, /, *, json: Json = False) -> int:
@@ -15,8 +29,12 @@ def verify(directory: Dir, /, *, json: Json = False) -> int:
     Reads only and takes no lock; the log may be written meanwhile. Exits with 1 if there
     are findings.
     """
-    with opened(directory) as files, progress_bar("verifying", bytes_done=True) as bar:
-        result = _verify.verify(files, bar.update)
+    try:
+        with opened(directory) as files, progress_bar("verifying", bytes_done=True) as bar:
+            result = _verify.verify(files, bar.update)
+    except CorruptLogError as exc:
+        # No log at all; the error's own text would send the reader here.
+        raise CommandError(f"{exc.path}: {exc.reason}") from exc
     if json:
         write_json(_as_json(result))
     else:
@@ -26,8 +44,9 @@ def verify(directory: Dir, /, *, json: Json = False) -> int:
 
 def _as_json(result: _verify.Verification) -> dict[str, object]:
     fields = asdict(result)
-    fields["log_uuid"] = result.log_uuid.hex()
-    return {"ok": not result.findings, **msgspec.to_builtins(fields)}
+    fields["uuid"] = str(uuid.UUID(bytes=fields.pop("log_uuid")))
+    fields["features"] = feature_names(result.features)
+    return {"ok": not result.findings, **fields}
 
 
 def _print(result: _verify.Verification) -> None:

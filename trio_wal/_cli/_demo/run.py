@@ -1,0 +1,295 @@
+"""The whole demo: write, kill, recover, check, go on; at the end read everything back.
+
+Law: what the log must hold is known only from acknowledgements that came through the
+pipe, and is checked by reading the log, never by asking the process that wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable
+from time import perf_counter
+from typing import Final, Protocol
+
+import attrs
+import msgspec
+import trio
+
+from trio_wal import _verify
+from trio_wal._cli._output import CommandError
+from trio_wal._files import OsFiles
+from trio_wal._util import MiB
+from trio_wal._wal import open_wal
+
+from .ledger import Ledger, Problems, Rebuilder
+from .workload import Workload
+from .writer import WORD_BYTES, WORDS, Job
+
+_CHILD: Final = (
+    "import json, sys\n"
+    "sys.path[:] = json.loads(sys.argv[1])\n"
+    "from trio_wal._cli._demo.writer import main\n"
+    "main()\n"
+)
+"""The child imports from just where its parent did."""
+READ_BYTES: Final = 1 * MiB
+KILL_SPREAD: Final = 0.1
+"""A kill comes within this share of the whole around its even place."""
+KILL_DELAY_SECONDS: Final = 0.005
+"""And up to so much later, so that no moment of a batch is favoured."""
+
+
+class Watcher(Protocol):
+    """Who shows how it goes on."""
+
+    def describe(self, what: str) -> None: ...
+
+    def update(self, done: float, total: float) -> None: ...
+
+
+@attrs.define
+class Report:
+    """What came out of it."""
+
+    lines: int
+    bytes: int
+    tasks: int
+    sources: int
+    sources_identical: int = 0
+    """Sources that, made again from the log alone, are what they were."""
+    kills: int = 0
+    acknowledged: int = 0
+    found: int = 0
+    problems: Problems = attrs.Factory(Problems)
+    damaged: int = 0
+    """Findings of `verify`."""
+    unacknowledged_kept: int = 0
+    """Lines that a kill left in the log though nobody had been told."""
+    torn_bytes: int = 0
+    recovery_seconds: list[float] = attrs.Factory(list[float])
+    """From opening to open, after each kill."""
+    append_seconds: float = 0.0
+    """Time in which lines were appended; starts of processes and checks are not in it."""
+    batches: int = 0
+    """Frames in the log."""
+    syncs: int = 0
+    latency_p50: float = 0.0
+    latency_p99: float = 0.0
+    latency_max: float = 0.0
+    seconds: float = 0.0
+    """Everything."""
+
+    @property
+    def ok(self) -> bool:
+        return (
+            not self.problems
+            and not self.damaged
+            and self.acknowledged + self.unacknowledged_kept == self.found == self.lines
+            and self.sources_identical == self.sources
+        )
+
+    @property
+    def appends_per_second(self) -> float:
+        return self.acknowledged / self.append_seconds if self.append_seconds else 0.0
+
+
+async def run(
+    workload: Workload, directory: str, *, kills: int, seed: int | None, watcher: Watcher
+) -> Report:
+    """Append the workload to a new log in ``directory``, with so many kills on the way.
+
+    Ends early where a check after a kill finds something wrong.
+
+    Raises:
+      CommandError: the process that writes ended by itself.
+      WalError, OSError
+    """
+    began = perf_counter()
+    demo = _Demo(workload, directory, random.Random(seed), watcher)
+    await demo.run(kills)
+    report = demo.report
+    report.seconds = perf_counter() - began
+    return report
+
+
+class _Demo:
+    def __init__(
+        self, workload: Workload, directory: str, rng: random.Random, watcher: Watcher
+    ) -> None:
+        self._workload = workload
+        self._directory = directory
+        self._rng = rng
+        self._watcher = watcher
+        self._total = len(workload.records)
+        self._ledger = Ledger(workload)
+        longest = max(map(len, workload.records), default=0)
+        self._max_record_size = max(16 * MiB, longest)
+        self.report = Report(
+            lines=self._total,
+            bytes=sum(map(len, workload.contents)),
+            tasks=workload.tasks,
+            sources=len(workload.contents),
+        )
+
+    async def run(self, kills: int) -> None:
+        report, ledger = self.report, self._ledger
+        for number in range(kills + 1):
+            stop_at = self._kill_place(number, kills) if number < kills else None
+            killed = await self._write(stop_at)
+            if not killed:
+                break
+            report.kills += 1
+            self._watcher.describe(f"checking after kill {report.kills}")
+            seconds = await self._check()
+            report.recovery_seconds.append(seconds)
+            if report.problems:
+                break
+        if not report.problems:
+            self._watcher.describe("reading everything back")
+            await self._check(Rebuilder(self._workload))
+        self._verify()
+        report.acknowledged = ledger.acknowledged
+        report.found = ledger.found
+        report.unacknowledged_kept = max(0, ledger.found - ledger.acknowledged)
+        latencies = sorted(ledger.latencies)
+        if latencies:
+            report.latency_p50 = latencies[len(latencies) // 2] / 1e9
+            report.latency_p99 = latencies[len(latencies) * 99 // 100] / 1e9
+            report.latency_max = latencies[-1] / 1e9
+
+    def _kill_place(self, number: int, kills: int) -> float:
+        """Acknowledgements after which the writer is killed."""
+        even = (number + 1) / (kills + 1)
+        spread = KILL_SPREAD * 2 / (kills + 1)
+        return self._total * (even + self._rng.uniform(-spread, spread))
+
+    # -- the process that writes --
+
+    async def _write(self, stop_at: float | None) -> bool:
+        """Have the rest of the workload written; returns whether that was cut by a kill."""
+        self._watcher.describe("appending")
+        # Its standard error is this process's: a traceback there is for whoever reads along.
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        killed = False
+        try:
+            async with process.stdout:
+                async with process.stdin:
+                    await self._send_job(process.stdin)
+                killed = await self._listen(process, process.stdout, stop_at)
+                await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+        if process.returncode and not killed:
+            raise CommandError(
+                f"the process that writes ended by itself, with exit code {process.returncode}"
+            )
+        return bool(process.returncode)
+
+    async def _send_job(self, stdin: trio.abc.SendStream) -> None:
+        job = Job(
+            self._directory,
+            self._workload.contents,
+            self._workload.tasks,
+            self._ledger.resume(),
+            self._max_record_size,
+        )
+        # Broken: it ended; its exit code says more.
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stdin.send_all(msgspec.msgpack.encode(job))
+
+    async def _listen(
+        self, process: trio.Process, stdout: trio.abc.ReceiveStream, stop_at: float | None
+    ) -> bool:
+        """Take acknowledgements, up to the last that was sent before a kill."""
+        messages = _Messages(self._acknowledged)
+        killed = False
+        kill_time: float | None = None
+        while True:
+            with trio.move_on_at(kill_time) if kill_time is not None else trio.CancelScope():
+                chunk = await stdout.receive_some(READ_BYTES)
+                if not chunk:
+                    break
+                messages.feed(bytes(chunk))
+            if stop_at is None or killed:
+                continue
+            if kill_time is None:
+                if self._ledger.acknowledged >= stop_at:
+                    kill_time = trio.current_time() + self._rng.uniform(0, KILL_DELAY_SECONDS)
+            elif trio.current_time() >= kill_time:
+                process.kill()
+                killed = True
+                kill_time = None
+        self.report.syncs += messages.syncs
+        self.report.append_seconds += messages.nanoseconds / 1e9
+        return killed
+
+    def _acknowledged(self, words: array[int]) -> None:
+        self._ledger.acknowledge(words)
+        self._watcher.update(self._ledger.acknowledged, self._total)
+
+    # -- what became of it --
+
+    async def _check(self, rebuilder: Rebuilder | None = None) -> float:
+        """Recover the log and compare all of it; returns how long recovery took."""
+        ledger, report = self._ledger, self.report
+        saw = ledger.saw
+        began = perf_counter()
+        async with open_wal(self._directory, max_record_size=self._max_record_size) as wal:
+            seconds = perf_counter() - began
+            report.torn_bytes += wal.recovery.torn_bytes
+            ledger.begin()
+            async with wal.read() as records:
+                async for record in records:
+                    saw(record.lsn, record.data)
+                    if rebuilder is not None:
+                        rebuilder.saw(record.data)
+        report.problems = ledger.end()
+        if rebuilder is not None:
+            report.sources_identical = rebuilder.identical()
+        return seconds
+
+    def _verify(self) -> None:
+        directory = OsFiles().open_directory(self._directory)
+        try:
+            result = _verify.verify(directory)
+        finally:
+            directory.close()
+        self.report.damaged = len(result.findings)
+        self.report.batches = result.frames
+
+
+class _Messages:
+    """The pipe's bytes, cut into messages; a kill may leave a part of one."""
+
+    def __init__(self, take: Callable[[array[int]], None]) -> None:
+        self._take = take
+        self._pending = b""
+        self.syncs = 0
+        self.nanoseconds = 0
+
+    def feed(self, chunk: bytes) -> None:
+        data = self._pending + chunk
+        words = array("Q", data[: len(data) // WORD_BYTES * WORD_BYTES])
+        at = 0
+        while at + WORDS <= len(words):
+            end = at + WORDS * (words[at] + 1)
+            if end > len(words):
+                break
+            self.syncs, self.nanoseconds = words[at + 1], words[at + 2]
+            self._take(words[at + WORDS : end])
+            at = end
+        self._pending = data[at * WORD_BYTES :]

@@ -1,0 +1,157 @@
+"""`trio-wal demo`: real files through the log, killed on the way, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Annotated, Final
+
+import attrs
+from cyclopts import Parameter
+
+from ._demo import run as demo_run
+from ._demo.run import Report
+from ._demo.workload import Workload, build
+from ._output import (
+    ExitCode,
+    Json,
+    UsageError,
+    new_table,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
+
+TASKS_MAX: Final = 100_000
+KILLS_MAX: Final = 100
+SKIPPED: Final = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+async def demo(
+    *files: Annotated[Path, Parameter(help="Files; default: Python's standard library.")],
+    dir: Annotated[  # noqa: A002  (the option's name)
+        Path | None,
+        Parameter(help="A new or empty directory for the log; default: a temporary one."),
+    ] = None,
+    tasks: Annotated[int, Parameter(help="Tasks that append at the same time.")] = 128,
+    kills: Annotated[int, Parameter(help="How often the writer is killed.")] = 2,
+    seed: Annotated[
+        int | None, Parameter(help="Of the moments of the kills; default: random.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Append every line of real files, kill the writer on the way, and lose nothing.
+
+    Many tasks in a process of its own append the lines, one by one, each waiting until
+    its line is durable. That process is killed (SIGKILL) in mid-flight; the log is opened
+    again, and every line that had been acknowledged must be in it, in order and
+    unchanged. Then it goes on with what is not in the log yet. At the end everything is
+    read back and compared with the files. Exits with 0 only if nothing was lost.
+    """
+    for name, value, low, high in (
+        ("--tasks", tasks, 1, TASKS_MAX),
+        ("--kills", kills, 0, KILLS_MAX),
+    ):
+        if not low <= value <= high:
+            raise UsageError(f"{name} must be from {low} to {high}, not {value}")
+    workload = _load(files, tasks)
+    where, is_temporary = _place(dir)
+    keep = False
+    try:
+        with progress_bar("appending") as bar:
+            report = await demo_run.run(workload, str(where), kills=kills, seed=seed, watcher=bar)
+        keep = not report.ok
+    finally:
+        if is_temporary and not keep:
+            shutil.rmtree(where, ignore_errors=True)
+    if json:
+        write_json(_as_json(report))
+    else:
+        _print(report)
+        if is_temporary and keep:
+            say(f"the log is left in {where}")
+    return ExitCode.OK if report.ok else ExitCode.FINDINGS
+
+
+def _load(files: tuple[Path, ...], tasks: int) -> Workload:
+    for file in files:
+        if file.is_dir():
+            raise UsageError(f"{file} is a directory: name the files")
+    paths = files or standard_library()
+    workload = build(tuple(path.read_bytes() for path in paths), tasks)
+    if not workload.records:
+        raise UsageError("the files have no lines")
+    return workload
+
+
+def standard_library() -> tuple[Path, ...]:
+    """The .py files of the running Python's own library, without what was installed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return tuple(
+        path
+        for path in sorted(root.rglob("*.py"))
+        if SKIPPED.isdisjoint(path.relative_to(root).parts) and path.is_file()
+    )
+
+
+def _place(directory: Path | None) -> tuple[Path, bool]:
+    """Where the log goes, and whether that is to be removed."""
+    if directory is None:
+        return Path(tempfile.mkdtemp(prefix="trio-wal-demo-")), True
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"--dir {directory} is there and not an empty directory")
+    return directory, False
+
+
+def _as_json(report: Report) -> dict[str, object]:
+    fields = attrs.asdict(report)
+    problems = fields.pop("problems")
+    return {
+        "ok": report.ok,
+        **fields,
+        **problems,
+        "appends_per_second": report.appends_per_second,
+        "records_per_batch": _records_per_batch(report),
+    }
+
+
+def _records_per_batch(report: Report) -> float:
+    return report.found / report.batches if report.batches else 0.0
+
+
+def _print(report: Report) -> None:
+    table = new_table("trio-wal demo", f"{report.tasks} tasks", numbers=(f"{report.tasks} tasks",))
+    problems = report.problems
+    rows = [
+        ("lines", f"{report.lines:,}"),
+        ("MB", f"{report.bytes / 1e6:,.1f}"),
+        ("durable appends/s", f"{report.appends_per_second:,.0f}"),
+        ("batches", f"{report.batches:,}"),
+        ("records per batch", f"{_records_per_batch(report):,.1f}"),
+        ("syncs", f"{report.syncs:,}"),
+        ("append latency p50", _milliseconds(report.latency_p50)),
+        ("append latency p99", _milliseconds(report.latency_p99)),
+        ("append latency max", _milliseconds(report.latency_max)),
+        ("recovery time", ", ".join(map(_milliseconds, report.recovery_seconds)) or "-"),
+        ("kills", f"{report.kills}"),
+        ("acknowledged", f"{report.acknowledged:,}"),
+        ("in the log without that", f"{report.unacknowledged_kept:,}"),
+        ("files identical", f"{report.sources_identical:,} of {report.sources:,}"),
+        ("whole run", f"{report.seconds:,.1f} s"),
+        ("duplicated", f"{problems.duplicated:,}"),
+        ("altered", f"{problems.altered:,}"),
+        ("out of order", f"{problems.misordered + problems.misplaced:,}"),
+        ("lost", f"{problems.lost:,}"),
+    ]
+    if report.damaged:
+        rows.append(("findings of verify", f"{report.damaged:,}"))
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
