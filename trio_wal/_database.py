@@ -21,10 +21,11 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._checkpoint import Checkpointer, settle_quietly
-from ._exceptions import CorruptLogError, TransactionConflict
+from ._exceptions import CorruptLogError, RecordTooLargeError, TransactionConflict
 from ._files import Files, OsFiles
-from ._memtable import Layer, Memtable, View
+from ._memtable import Layer, Memtable, Version, View
 from ._operations import (
+    OPERATION_OVERHEAD,
     Operation,
     OperationsError,
     Writes,
@@ -38,7 +39,7 @@ from ._recovery import Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
 from ._store import Store, StoreState, damaged, data_file
 from ._transaction import Transaction, check_range
-from ._util import MiB, check_int, check_path
+from ._util import MiB, check_bytes, check_int, check_path
 from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
 from ._worker import Blocking
 
@@ -51,23 +52,33 @@ MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
 
 
-@attrs.define(eq=False)
 class Commitment:
     """A commit on its way to the disk."""
 
-    seq: int
-    writes: Writes
-    layer: Layer
-    observed: bool = False
-    """Another transaction has read it: it cannot be taken back any more."""
-    lost: bool = False
-    settled: bool = False
-    waiters: list[trio.Event] = attrs.Factory(list[trio.Event])
+    __slots__ = ("layer", "lost", "observed", "seq", "settled", "versions", "waiters", "writes")
+
+    def __init__(self, seq: int, writes: Writes, layer: Layer) -> None:
+        self.seq = seq
+        self.writes = writes
+        self.layer = layer
+        self.versions: list[Version] = []
+        self.observed = False
+        """Another transaction has read it: it cannot be taken back any more."""
+        self.lost = False
+        self.settled = False
+        self.waiters: list[trio.Event] | None = None
+
+    async def wait(self) -> None:
+        """Until it is settled or lost."""
+        event = trio.Event()
+        if self.waiters is None:
+            self.waiters = []
+        self.waiters.append(event)
+        await event.wait()
 
     def wake(self) -> None:
-        for event in self.waiters:
+        for event in self.waiters or ():
             event.set()
-        self.waiters.clear()
 
 
 @final
@@ -137,9 +148,6 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         view, self._view = self._view, None
         if view is not None:
             self._db.unpin(self, view)
-
-    def conflict_in(self, layer: Layer) -> None:
-        """A snapshot has nothing to conflict with."""
 
     def _open_view(self) -> View:
         if self._view is None:
@@ -295,11 +303,13 @@ class Database:
 
     async def put(self, key: bytes, value: bytes) -> int:
         """Set one key, in a transaction of its own; returns its LSN, durable then."""
-        tx = Transaction(self)
+        check_key(key)
+        check_bytes("value", value)
+        self.check_size(1 + OPERATION_OVERHEAD + len(key) + len(value))
         self._check_open()
-        async with tx:
-            tx.put(key, value)
-        return cast(int, tx.lsn)
+        if self.behind():
+            await self.wait_for_memtable()
+        return await self.commit({key: value})
 
     async def delete(self, key: bytes) -> int:
         """Remove one key, in a transaction of its own; returns its LSN, durable then.
@@ -507,14 +517,20 @@ class Database:
 
     async def wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
-        while self._behind():
+        while self.behind():
             self._waiting_for_room += 1
             try:
                 await self._room.wait()
             finally:
                 self._waiting_for_room -= 1
 
-    def _behind(self) -> bool:
+    def check_size(self, size: int) -> None:
+        """Raises `RecordTooLargeError` where a transaction would not fit into a record."""
+        if size > self.max_transaction_bytes:
+            raise RecordTooLargeError(size, self.max_transaction_bytes)
+
+    def behind(self) -> bool:
+        """Whether checkpoints are a whole interval behind."""
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
@@ -544,9 +560,7 @@ class Database:
         if commitment is None or commitment.settled:
             await trio.lowlevel.checkpoint()
         elif not commitment.lost:
-            event = trio.Event()
-            commitment.waiters.append(event)
-            await event.wait()
+            await commitment.wait()
         if commitment is not None and commitment.lost:
             self._wal._queue.check_open()
             raise TransactionConflict(next(iter(commitment.writes)))
@@ -571,22 +585,26 @@ class Database:
     def settled(self, batch: Batch) -> None:
         pending = self._pending
         keep_older = bool(self._readers)
-        settle = self.memtable.settle
+        last: Commitment | None = None
         lsn = batch.first_lsn
         for key in batch.entries:
             commitment = pending.pop(key, None) if not isinstance(key, int) else None
             if commitment is None:
                 continue
-            layer = commitment.layer
-            layer.last_lsn = lsn
-            settle(layer, commitment.writes, commitment.seq, keep_older)
+            for version in commitment.versions:
+                version.commitment = None
+                if not keep_older:
+                    version.older = None
+            commitment.layer.last_lsn = lsn
             commitment.settled = True
-            self._durable_seq = commitment.seq
-            self._durable_lsn = lsn
-            self._transactions += 1
+            last = commitment
             lsn += 1
-            if commitment.waiters:
+            if commitment.waiters is not None:
                 commitment.wake()
+        if last is not None:
+            self._durable_seq = last.seq
+            self._durable_lsn = lsn - 1
+            self._transactions += lsn - batch.first_lsn
 
     # -- for the checkpointer --
 
@@ -599,7 +617,7 @@ class Database:
         """The store holds the frozen layer, durably."""
         for reader in self._readers:
             if isinstance(reader, Transaction):
-                reader.doom(frozen)
+                reader.layer_dropped(frozen)
         self.memtable.drop_frozen()
         self.refresh_view()
         self._wal._keep_from(lsn + 1)

@@ -21,7 +21,7 @@ import attrs
 
 from . import _scan
 from ._codec import require_zstd
-from ._exceptions import CorruptLogError, LogFullError
+from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import FEATURE_ZSTD, FrameError, FrameHeader, SegmentHeader, Truncation
 from ._recovery import (
@@ -425,10 +425,14 @@ class LogDirectory:
         Raises:
           CorruptLogError: what is to stay cannot be read; nothing was changed.
           LogFullError: there is no space for the new segment; nothing was changed.
+          LsnTruncatedError: the log starts behind ``lsn + 1`` by now; nothing was changed.
         """
         if lsn >= self.last_lsn:
             return
         with self._truncating:
+            if lsn < self.first_lsn - 1:
+                # Retention, in another thread, was faster.
+                raise LsnTruncatedError(self.first_lsn, lsn)
             self.cuts += 1
             self.sync()
             keep, position, counts, records = self._find_cut(lsn)

@@ -27,7 +27,7 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from ._directory import LogDirectory
-from ._exceptions import CorruptLogError, LogFullError
+from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._queue import Barrier, Batch, State, WriteQueue
 from ._worker import Worker
 
@@ -125,7 +125,8 @@ class Flusher:
 
         await wait_task_rescheduled(abort)
         if self.durable_lsn < lsn:
-            self._queue.check_open(self._queue.loss)
+            if self._queue.state is State.FAILED:
+                self._queue.check_open(self._queue.loss)
             raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")
 
     def _durable_up_to(self, lsn: int) -> None:
@@ -247,7 +248,7 @@ class Flusher:
         """A job may cut the log's end, or finish a segment."""
         try:
             await self._worker.call(job)
-        except (LogFullError, CorruptLogError) as exc:
+        except (LogFullError, CorruptLogError, LsnTruncatedError) as exc:
             barrier.error = exc
         if self._directory.last_lsn < self.last_lsn:
             self.last_lsn = self.durable_lsn = self._directory.last_lsn

@@ -50,7 +50,7 @@ class Version:
 class Layer:
     """Newest versions by key, with an order that is made when somebody scans."""
 
-    __slots__ = ("_fresh", "_sorted", "bytes", "last_lsn", "last_seq", "log_bytes", "versions")
+    __slots__ = ("_sorted", "bytes", "fresh", "last_lsn", "last_seq", "log_bytes", "versions")
 
     def __init__(self) -> None:
         self.versions: dict[bytes, Version] = {}
@@ -62,18 +62,16 @@ class Layer:
         self.last_lsn = 0
         """Of its newest durable commit; 0 where there is none."""
         self._sorted = SortedKeys()
-        self._fresh: list[bytes] = []
-
-    def note_new_key(self, key: bytes) -> None:
-        self._fresh.append(key)
+        self.fresh: list[bytes] = []
+        """Keys that are not in the order yet."""
 
     def keys_between(
         self, start: bytes | None, stop: bytes | None, reverse: bool
     ) -> Iterator[bytes]:
         """Its keys in order; some may be gone from ``versions`` again, or come twice."""
-        if self._fresh:
-            self._sorted.update(self._fresh)
-            self._fresh.clear()
+        if self.fresh:
+            self._sorted.update(self.fresh)
+            self.fresh.clear()
         return self._sorted.between(start, stop, reverse=reverse)
 
     def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:
@@ -216,27 +214,22 @@ class Memtable:
         layer = self.view.active
         versions = layer.versions
         layer.last_seq = seq
+        size = 0
         for key, value in writes.items():
             older = versions.get(key)
             if older is None:
-                layer.note_new_key(key)
+                layer.fresh.append(key)
             elif older.commitment is None and not keep_older:
                 older.older = None
                 if commitment is None:
                     older = None
-            versions[key] = Version(seq, value, older, commitment)
-            layer.bytes += len(key) + VERSION_OVERHEAD + (0 if value is None else len(value))
-
-    def settle(self, layer: Layer, writes: Writes, seq: int, keep_older: bool) -> None:
-        """The versions of a commit are durable."""
-        for key in writes:
-            version = layer.versions.get(key)
-            while version is not None and version.seq > seq:
-                version = version.older
-            if version is not None and version.seq == seq:
-                version.commitment = None
-                if not keep_older:
-                    version.older = None
+            version = versions[key] = Version(seq, value, older, commitment)
+            size += len(key) + VERSION_OVERHEAD
+            if value is not None:
+                size += len(value)
+            if commitment is not None:
+                commitment.versions.append(version)
+        layer.bytes += size
 
     def remove(self, layer: Layer, writes: Writes, seq: int) -> None:
         """A commit was withdrawn: its versions are gone."""

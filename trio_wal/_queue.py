@@ -31,7 +31,13 @@ import attrs
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from ._exceptions import CorruptLogError, LogFailedError, LogFullError, Outcome
+from ._exceptions import (
+    CorruptLogError,
+    LogFailedError,
+    LogFullError,
+    LsnTruncatedError,
+    Outcome,
+)
 from ._frame import BATCH_RECORDS_MAX
 
 
@@ -57,7 +63,7 @@ class Barrier:
     """No record: done when all before it is durable and ``job`` has run in the worker."""
 
     job: Callable[[], None] | None = None
-    error: LogFullError | CorruptLogError | None = None
+    error: LogFullError | CorruptLogError | LsnTruncatedError | None = None
     """Why the job could not be done; nothing was changed then."""
 
 
@@ -418,7 +424,13 @@ class WriteQueue:
     # -- withdrawal --
 
     def withdraw(self, batch: Batch, task: Task, _raise_cancel: object = None) -> Abort:
-        """Take an entry back; too late once its batch is taken."""
+        """Take an entry back; too late once its batch is taken, but for a flush."""
+        entry = batch.entries.get(task)
+        if batch.taken and isinstance(entry, Barrier) and entry.job is None:
+            # It has nothing in the batch: its task need not wait for a disk that stalls.
+            del batch.entries[task]
+            batch.extra += 1
+            return Abort.SUCCEEDED
         if batch.taken or (self.owner is not None and not self.owner.may_withdraw(task)):
             return Abort.FAILED
         self.note_peaks()

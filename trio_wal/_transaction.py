@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, final, overload
+from typing import TYPE_CHECKING, Final, TypeVar, final, overload
 
 import trio
-from trio.lowlevel import current_task, enable_ki_protection
+from trio.lowlevel import Task, current_task, enable_ki_protection
 
-from ._exceptions import KeyExistsError, RecordTooLargeError, TransactionConflict
+from ._exceptions import KeyExistsError, TransactionConflict
 from ._memtable import Layer, View
 from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, Writes, check_key
 from ._util import check_bytes, check_int
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ._database import Commitment, Database
 
 D = TypeVar("D")
+
+DROPPED_LAYERS_MAX: Final = 2
+"""Memtable layers, of up to ``checkpoint_bytes`` of log each, that an open transaction keeps
+after a checkpoint has dropped them."""
 
 
 def check_range(
@@ -64,37 +68,26 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     its first read and its end cannot conflict.  It belongs to the task that entered it.
     """
 
-    __slots__ = (
-        "_begun",
-        "_bytes",
-        "_db",
-        "_doomed",
-        "_ended",
-        "_lsn",
-        "_observed",
-        "_ranges",
-        "_reads",
-        "_seq",
-        "_task",
-        "_view",
-        "_writes",
-    )
+    # Defaults on the class: most transactions never need most of these of their own.
+    _task: Task | None = None
+    _view: View | None = None
+    _seq = 0
+    _reads: set[bytes] | None = None
+    _ranges: list[tuple[bytes | None, bytes | None]] | None = None
+    _bytes = 1
+    _observed: Commitment | None = None
+    """The newest pending commit that was read."""
+    _doomed: bytes | None = None
+    """A key that is known to conflict."""
+    _dropped: tuple[Layer, ...] = ()
+    _blind = False
+    _ended = False
+    _begun = False
+    _lsn: int | None = None
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._task: trio.lowlevel.Task | None = None
-        self._view: View | None = None
-        self._seq = 0
-        self._reads: set[bytes] = set()
-        self._ranges: list[tuple[bytes | None, bytes | None]] = []
         self._writes: Writes = {}
-        self._bytes = 1
-        self._observed: Commitment | None = None
-        """The newest pending commit that was read."""
-        self._doomed: bytes | None = None
-        self._ended = False
-        self._begun = False
-        self._lsn: int | None = None
 
     # -- the block --
 
@@ -102,7 +95,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if self._begun:
             raise RuntimeError("a transaction is for one use")
         self._begun = True
-        await self._db.wait_for_memtable()
+        if self._db.behind():
+            await self._db.wait_for_memtable()
         self._task = current_task()
         return self
 
@@ -116,7 +110,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if self._ended:
             return
         if exc_type is not None:
-            self.abort()
+            self._end()
         else:
             await self.commit()
 
@@ -141,7 +135,12 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if key in self._writes:
             return self._writes[key]
         view = self._view or self._begin_reading()
-        self._reads.add(key)
+        if self._reads is None:
+            self._reads = {key}
+        else:
+            self._reads.add(key)
+        if self._blind and self._doomed is None:
+            self._doomed = key
         version = view.version(key, self._seq)
         if version is None:
             return view.base.get(key)
@@ -191,6 +190,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         self, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
     ) -> Iterator[tuple[bytes, bytes]]:
         view = self._begin_reading()
+        if self._blind and self._doomed is None:
+            self._doomed = start or b""
         own = sorted(
             (
                 (key, value)
@@ -201,14 +202,17 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         )
         # Before anything is given out the whole range counts as read; a scan that is left
         # early gives back what it did not reach.
-        place = len(self._ranges)
+        if self._ranges is None:
+            self._ranges = []
         self._ranges.append((start, stop))
-        return self._scan_from(view, own, place, start, stop, reverse, limit)
+        place = len(self._ranges) - 1
+        return self._scan_from(view, own, self._ranges, place, start, stop, reverse, limit)
 
     def _scan_from(
         self,
         view: View,
         own: list[tuple[bytes, bytes | None]],
+        ranges: list[tuple[bytes | None, bytes | None]],
         place: int,
         start: bytes | None,
         stop: bytes | None,
@@ -230,7 +234,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             complete = limit != 0
         finally:
             if not complete:
-                self._ranges[place] = _reached(start, stop, last, reverse)
+                ranges[place] = _reached(start, stop, last, reverse)
 
     # -- writing --
 
@@ -251,8 +255,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         size = self._bytes + OPERATION_OVERHEAD + len(key) + (0 if value is None else len(value))
-        if size > self._db.max_transaction_bytes:
-            raise RecordTooLargeError(size, self._db.max_transaction_bytes)
+        self._db.check_size(size)
         self._bytes = size
         self._writes[key] = value
 
@@ -285,38 +288,50 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if layer.last_seq <= seq:
             return None
         versions = layer.versions
-        for key in self._reads:
+        for key in self._reads or ():
             version = versions.get(key)
             if version is not None and version.seq > seq:
                 return key
-        for start, stop in self._ranges:
+        for start, stop in self._ranges or ():
             changed = layer.changed_since(seq, start, stop)
             if changed is not None:
                 return changed
         return None
 
-    def doom(self, layer: Layer) -> None:
-        """The layer goes into the store: remember whether it conflicts."""
+    def layer_dropped(self, layer: Layer) -> None:
+        """The layer has gone into the store, where versions have no numbers any more.
+
+        What is read from here on must still be held against it, so it is kept, up to a
+        bound: a transaction that stays open over several checkpoints and then reads on
+        conflicts, because nobody can tell any more.
+        """
+        if layer.last_seq <= self._seq:
+            return
         if self._doomed is None:
             self._doomed = self.conflict_in(layer)
+        if len(self._dropped) < DROPPED_LAYERS_MAX:
+            self._dropped += (layer,)
+        else:
+            self._blind = True
 
     def _end(self) -> None:
         self._ended = True
         if self._view is not None:
             self._db.unpin(self, self._view)
 
-    def _validate(self) -> None:
-        conflict = self._doomed
+    def _conflict(self) -> bytes | None:
+        """A key that was read and has changed since, or None."""
+        if self._doomed is not None:
+            return self._doomed
         if self._observed is not None and self._observed.lost:
             # What was read will never have been.
-            conflict = next(iter(self._observed.writes))
-        if conflict is None and self._view is not None and self._seq != self._db.last_seq:
-            for layer in self._db.layers():
+            return next(iter(self._observed.writes))
+        if self._seq != self._db.last_seq:
+            for layer in (*self._db.layers(), *self._dropped):
                 conflict = self.conflict_in(layer)
                 if conflict is not None:
-                    break
-        if conflict is not None:
-            raise TransactionConflict(conflict)
+                    return conflict
+        return None
 
     @enable_ki_protection
     async def commit(self) -> int:
@@ -334,14 +349,12 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
           LogFullError, LogFailedError, trio.ClosedResourceError: as `WriteAheadLog.append`.
         """
         self._check()
-        try:
-            self._validate()
-        except TransactionConflict:
-            self._end()
+        conflict = self._conflict() if self._view is not None else None
+        self._end()
+        if conflict is not None:
             self._db.note_conflict()
             await trio.lowlevel.checkpoint()
-            raise
-        self._end()
+            raise TransactionConflict(conflict)
         if self._writes:
             self._lsn = await self._db.commit(self._writes)
         else:

@@ -281,7 +281,6 @@ class _SegmentCheck:
         directory: Directory,
         file: File,
         view: _View,
-        time_us: int,
         tick: Callable[[int], None],
     ) -> None:
         self._directory = directory
@@ -292,7 +291,7 @@ class _SegmentCheck:
         self._tick = tick
         self._read: Read = self._careful_read
         self._unread: set[int] = set()
-        self._time_us = time_us
+        self._time_us = 0
         self.result = _Checked(start_of(self._header))
 
     def run(self) -> _Checked:
@@ -556,10 +555,10 @@ class _Verifier:
             findings.append(Finding(path, 0, "the log's segments are missing", base_lsn))
         segments = frames = records = size = torn = 0
         clean = not chain
-        due_number, due_lsn, time_us = base, base_lsn, 0
+        due_number, due_lsn = base, base_lsn
         first_lsn: int | None = None
         for number in numbers:
-            settled = self._settle(number, time_us)
+            settled = self._settle(number)
             if settled is None:
                 # Dropped, or cut off, while this was running.
                 due_number = number + 1
@@ -571,7 +570,6 @@ class _Verifier:
             findings += checked.findings
             first_lsn = segment.header.first_lsn if first_lsn is None else first_lsn
             due_number, due_lsn = number + 1, checked.end.next_lsn
-            time_us = max(time_us, checked.end.time_us)
             segments += 1
             frames += checked.frames
             records += checked.records
@@ -610,7 +608,7 @@ class _Verifier:
         lost = (due_lsn, end) if due_lsn <= end else (None, None)
         return Finding(path, 0, f"{which} missing: {why}", *lost)
 
-    def _settle(self, number: int, time_us: int) -> tuple[FoundSegment, _Checked] | None:
+    def _settle(self, number: int) -> tuple[FoundSegment, _Checked] | None:
         """Check a segment until what is found there does not change any more.
 
         None: it left the log meanwhile.
@@ -621,7 +619,7 @@ class _Verifier:
             view = self._listing.view(number)
             if view is None:
                 return None
-            checked = self._check(view, time_us)
+            checked = self._check(view)
             settled = None if checked is None else (view.segment, checked)
             if checked is not None and not checked.findings and not view.is_last:
                 return settled
@@ -635,13 +633,13 @@ class _Verifier:
                 before = None
         return settled
 
-    def _check(self, view: _View, time_us: int) -> _Checked | None:
+    def _check(self, view: _View) -> _Checked | None:
         try:
             file = self._directory.open(view.segment.file_name)
         except FileNotFoundError:
             return None
         try:
-            return _SegmentCheck(self._directory, file, view, time_us, self._report).run()
+            return _SegmentCheck(self._directory, file, view, self._report).run()
         finally:
             close_quietly(file)
 

@@ -415,6 +415,7 @@ class WriteAheadLog:
           ValueError: ``lsn`` is below ``first_lsn - 1``.
           LogFullError: there is no space for the new end of the log; nothing was dropped.
           CorruptLogError: records that are to stay cannot be read; nothing was dropped.
+          LsnTruncatedError: retention dropped the record ``lsn`` meanwhile; nothing else was.
         """
         check_int("lsn", lsn, 0)
         if lsn < self.first_lsn - 1:

@@ -204,14 +204,16 @@ class Blocking:
             )
         finally:
             self._running -= 1
-            if self._closed is not None and not self._running:
-                self._closed.set()
+            self._note_idle()
 
     async def close(self) -> None:
         """Refuse every later call, and wait for those under way: the files are closed next,
         and a call that went on could meet another file under a number of theirs."""
         if self._closed is None:
             self._closed = trio.Event()
-            if not self._running:
-                self._closed.set()
+        self._note_idle()
         await self._closed.wait()
+
+    def _note_idle(self) -> None:
+        if self._closed is not None and not self._running:
+            self._closed.set()

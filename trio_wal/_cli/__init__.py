@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        _forget_stdout()
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
@@ -87,7 +88,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _forget_stdout() -> None:
-    """Whoever read the output has left: nothing is to be flushed into it at exit."""
+    """Whoever read the output has left or does not keep up: nothing is to be flushed into
+    it at exit."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
+from trio_wal._exceptions import WalError
 from trio_wal._reader import Record, RecordStream, open_reader
 from trio_wal._util import KiB
 
@@ -58,8 +59,6 @@ async def dump(
 
 
 async def _dump(records: RecordStream, to: int | None) -> None:
-    sys.stdout.flush()
-    write = sys.stdout.buffer.write
     lines: list[bytes] = []
     size = 0
     try:
@@ -71,17 +70,22 @@ async def _dump(records: RecordStream, to: int | None) -> None:
             size += len(line)
             # Nothing is held back while the stream waits for more.
             if size >= WRITE_BYTES or not records._ready:
-                write(b"\n".join((*lines, b"")))
-                sys.stdout.buffer.flush()
-                lines.clear()
+                _write(lines)
                 size = 0
             if record.lsn == to:
                 break
-    finally:
+    except WalError:
         # Damage further on does not take away what was read before it.
-        if lines:
-            write(b"\n".join((*lines, b"")))
-            sys.stdout.buffer.flush()
+        _write(lines)
+        raise
+    _write(lines)
+
+
+def _write(lines: list[bytes]) -> None:
+    """Write the lines out, and forget them."""
+    sys.stdout.buffer.write(b"\n".join((*lines, b"")))
+    lines.clear()
+    sys.stdout.buffer.flush()
 
 
 def _line(record: Record) -> bytes:

@@ -1,0 +1,367 @@
+"""Durable appends: many small ones by many tasks, and `append_many`.
+
+Law: the log, the bare ceiling, the bare disk and the thread per append take turns in
+one run (`harness.compare`).  Latency has trials of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import load
+import trio
+from harness import (
+    Comparison,
+    Contender,
+    MiB,
+    Report,
+    Requirement,
+    Setting,
+    Spread,
+    compare,
+    number,
+    percentile,
+    table,
+)
+
+import trio_wal
+
+TASKS: Final = (1, 4, 16, 64, 128, 256, 1024, 4096)
+REQUIRED: Final = (1, 128, 1024)
+"""For these the issue names a figure: they get more rounds."""
+THREADS_MAX: Final = 256
+"""Above, a thread per append is measured no more: trio runs 40 of them at a time, and the
+others only wait longer."""
+
+
+def run(setting: Setting) -> Report:
+    report = Report("append")
+    with setting.scratch() as directory:
+        _appends(setting, directory, report)
+    with setting.scratch() as directory:
+        _many_small(setting, directory, report)
+    with setting.scratch() as directory:
+        _many_large(setting, directory, report)
+    return report
+
+
+# -- append -----------------------------------------------------------------------
+
+
+def _contenders(directory: Path, tasks: int, seconds: float) -> list[Contender]:
+    spare = directory / "file"
+    size = [load.frame_bytes(tasks)]
+    contenders = [
+        Contender("ceiling", partial(load.ceiling, tasks, seconds)),
+        Contender("log", partial(load.log, directory / "log", tasks, seconds)),
+        Contender(
+            "log, unbounded queue",
+            partial(load.log, directory / "unbounded", tasks, seconds, max_queue_size=math.inf),
+        ),
+        Contender("disk, written", partial(load.disk, spare, size, seconds, "written")),
+        Contender("disk, growing", partial(load.disk, spare, size, seconds, "growing")),
+        Contender("disk, 4 KiB, written", partial(load.disk, spare, [4096], seconds, "written")),
+        Contender("disk, 4 KiB, growing", partial(load.disk, spare, [4096], seconds, "growing")),
+    ]
+    if tasks <= THREADS_MAX:
+        contenders += [
+            Contender(
+                f"threads, {how}",
+                partial(load.thread_per_append, spare, tasks, seconds, grow=how == "growing"),
+            )
+            for how in ("written", "growing")
+        ]
+    return contenders
+
+
+def _appends(setting: Setting, directory: Path, report: Report) -> None:
+    seconds = 0.25 if setting.brief else 0.8
+    comparisons: dict[int, Comparison] = {}
+    latencies: dict[int, list[float]] = {}
+    for tasks in TASKS:
+        here = directory / str(tasks)
+        here.mkdir()
+        rounds = (5 if tasks in REQUIRED else 3) if setting.brief else 9
+        comparisons[tasks] = compare(_contenders(here, tasks, seconds), rounds)
+        taken = load.log_latency(here / "latency", tasks, 0.5 if setting.brief else 3.0)
+        taken.sort()
+        latencies[tasks] = taken
+
+    rates = table(
+        "Durable appends of 100 bytes: records per second (median)",
+        ["tasks", "log", "ceiling", "log : ceiling", "unbounded queue", "a thread each"],
+    )
+    syncs = table(
+        "Batches, and the bare disk at the batch's size (median)",
+        ["tasks", "records a sync", "sync µs", "disk, written µs", "disk, growing µs",
+         "4 KiB, written µs", "4 KiB, growing µs"],
+    )  # fmt: skip
+    latency = table(
+        "Latency of append, ms (trials of their own)", ["tasks", "p50", "p99", "p99.9", "max"]
+    )
+    data: list[dict[str, Any]] = []
+    for tasks, found in comparisons.items():
+        ratio = found.ratio("log", "ceiling")
+        has_threads = tasks <= THREADS_MAX
+        rates.add_row(
+            str(tasks),
+            number(found.median("log")),
+            number(found.median("ceiling")),
+            _spread(ratio),
+            number(found.median("log, unbounded queue")),
+            number(found.median("threads, written")) if has_threads else "",
+        )
+        syncs.add_row(
+            str(tasks),
+            f"{found.median('log', 'records per sync'):.1f}",
+            f"{found.median('log', 'sync us'):.0f}",
+            *(
+                f"{found.median(name, 'us'):.0f}"
+                for name in ("disk, written", "disk, growing", "disk, 4 KiB, written",
+                             "disk, 4 KiB, growing")
+            ),
+        )  # fmt: skip
+        taken = latencies[tasks]
+        shares = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+        ms = {name: percentile(taken, share) * 1e3 for name, share in shares.items()}
+        ms["max"] = taken[-1] * 1e3
+        latency.add_row(str(tasks), *(f"{value:.2f}" for value in ms.values()))
+        data.append(
+            {
+                "tasks": tasks,
+                "comparison": found,
+                "per second": {name: found.spread(name) for name in found.trials},
+                "log to ceiling": ratio,
+                "latency ms": ms,
+                "latency samples": len(taken),
+            }
+        )
+    report.tables += [rates, syncs, latency]
+    disturbed = sum(found.disturbed for found in comparisons.values())
+    if disturbed:
+        total = sum(found.rounds * len(found.trials) for found in comparisons.values())
+        report.notes.append(f"Other processes disturbed {disturbed} of {total} trials.")
+    report.data["appends"] = data
+    report.plots["append.png"] = _plot_rates
+    report.plots["append-latency.png"] = _plot_latency
+    _require_appends(comparisons, report)
+
+
+def _spread(ratio: Spread) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def _require_appends(comparisons: dict[int, Comparison], report: Report) -> None:
+    for how, file in (("growing", "a growing file"), ("written", "a file of written zeros")):
+        report.requirements.append(
+            Requirement(
+                f"append K=1 to thread, {how}",
+                f"K=1: appends/s against one to_thread per append, write + fdatasync, {file}",
+                "1.5 ×",
+                1.5,
+                comparisons[1].ratio("log", f"threads, {how}"),
+            )
+        )
+    for tasks in (128, 1024):
+        report.requirements.append(
+            Requirement(
+                f"append K={tasks} to ceiling",
+                f"K={tasks}: appends/s against the bare ceiling",
+                "0.75 ×",
+                0.75,
+                comparisons[tasks].ratio("log", "ceiling"),
+            )
+        )
+    report.requirements.append(
+        Requirement(
+            "bounded to unbounded K=1024",
+            "K=1024: queue of 10,000 against an unbounded one",
+            "0.98 ×",
+            0.98,
+            comparisons[1024].ratio("log", "log, unbounded queue"),
+        )
+    )
+
+
+def _plot_rates(figure: Any, data: dict[str, Any]) -> None:
+    axes = figure.add_subplot()
+    appends = data["appends"]
+    for name, style in (
+        ("ceiling", "k--"),
+        ("log", "C0o-"),
+        ("log, unbounded queue", "C1x:"),
+        ("threads, written", "C3s-"),
+    ):
+        points = [(row["tasks"], row["per second"].get(name)) for row in appends]
+        points = [(tasks, spread) for tasks, spread in points if spread is not None]
+        label = {"threads, written": "a thread call each"}.get(name, name)
+        axes.errorbar(
+            [tasks for tasks, _ in points],
+            [spread["median"] for _, spread in points],
+            yerr=[
+                [spread["median"] - spread["low"] for _, spread in points],
+                [spread["high"] - spread["median"] for _, spread in points],
+            ],
+            fmt=style,
+            label=label,
+            capsize=2,
+            markersize=4,
+        )
+    tasks = [row["tasks"] for row in appends]
+    axes.plot(
+        tasks,
+        [row["tasks"] * row["per second"]["disk, written"]["median"] for row in appends],
+        color="0.6",
+        label="bare disk × records a batch",
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="tasks", ylabel="durable appends per second",
+        ylim=(1e3, 2e6), title="append, 100 bytes",
+    )  # fmt: skip
+    axes.set_xticks(tasks, [str(count) for count in tasks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _plot_latency(figure: Any, data: dict[str, Any]) -> None:
+    axes = figure.add_subplot()
+    appends = data["appends"]
+    tasks = [row["tasks"] for row in appends]
+    for name, style in (("p50", "C0o-"), ("p99", "C1s-"), ("p99.9", "C3^-")):
+        axes.plot(
+            tasks, [row["latency ms"][name] for row in appends], style, label=name, markersize=4
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tasks", ylabel="ms", title="latency of append")
+    axes.set_xticks(tasks, [str(count) for count in tasks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+# -- append_many ------------------------------------------------------------------
+
+
+def _append_many(
+    path: Path, units: Sequence[list[bytes]], seconds: float, bytes_max: int
+) -> dict[str, float]:
+    """One task, one unit after the other."""
+    load.age(path)
+    return trio.run(_append_many_async, path, units, seconds, bytes_max)
+
+
+async def _append_many_async(
+    path: Path, units: Sequence[list[bytes]], seconds: float, bytes_max: int
+) -> dict[str, float]:
+    async with trio_wal.open_wal(path, retention=trio_wal.KeepBytes(bytes_max)) as wal:
+        for unit in units:
+            await wal.append_many(unit)
+        records = size = count = 0
+        before = wal.statistics().sync_seconds_total
+        start = perf_counter()
+        while (elapsed := perf_counter() - start) < seconds:
+            unit = units[count % len(units)]
+            await wal.append_many(unit)
+            count += 1
+            records += len(unit)
+            size += sum(map(len, unit))
+        synced = wal.statistics().sync_seconds_total - before
+    return {
+        "records per second": records / elapsed,
+        "MB per second": size / elapsed / 1e6,
+        "us": elapsed / count * 1e6,
+        "sync us": synced / count * 1e6,
+    }
+
+
+def _many_small(setting: Setting, directory: Path, report: Report) -> None:
+    seconds = 0.5 if setting.brief else 1.5
+    units = [[number.to_bytes(100, "little") for number in range(10_000)] for _ in range(4)]
+    size = [load.frame_bytes(10_000)]
+    found = compare(
+        [
+            Contender("log", partial(_append_many, directory / "log", units, seconds, 256 * MiB)),
+            *_disks(directory, size, seconds),
+        ],
+        5 if setting.brief else 9,
+    )
+    made = table(
+        "append_many, 10,000 records of 100 bytes a call (median)",
+        ["", "records/s", "MB/s", "µs a call"],
+    )
+    for name in found.trials:
+        calls = 1e6 / found.median(name, "us")
+        made.add_row(
+            name,
+            number(calls * 10_000),
+            number(found.median(name, "MB per second")),
+            number(found.median(name, "us")),
+        )
+    report.tables.append(made)
+    report.data["append_many small"] = found
+    report.requirements.append(
+        Requirement(
+            "append_many small",
+            "append_many, 100-byte records, 10,000 a call: durable records/s",
+            "1 M",
+            1e6,
+            found.spread("log"),
+            unit="/s",
+        )
+    )
+
+
+def _disks(directory: Path, sizes: Sequence[int], seconds: float) -> list[Contender]:
+    return [
+        Contender(
+            f"disk, {how}",
+            partial(load.disk, directory / "file", sizes, seconds, how, file_bytes=64 * MiB),
+        )
+        for how in load.PREPARATIONS
+    ]
+
+
+def _many_large(setting: Setting, directory: Path, report: Report) -> None:
+    seconds = 0.5 if setting.brief else 1.5
+    made = table(
+        "append_many, records of 64 KiB (median)",
+        ["", "MB/s", "µs a call", "log : this"],
+    )
+    for count in (16, 64):
+        record = bytes(range(256)) * 256
+        unit = [number.to_bytes(4, "little") + record[4:] for number in range(count)]
+        found = compare(
+            [
+                Contender(
+                    "log",
+                    partial(_append_many, directory / f"log{count}", [unit], seconds, 256 * MiB),
+                ),
+                *_disks(directory, [count << 16], seconds),
+            ],
+            5 if setting.brief else 9,
+        )
+        for name in found.trials:
+            ratio = found.ratio("log", name, "MB per second")
+            made.add_row(
+                f"{count >> 4} MiB a call: {name}",
+                number(found.median(name, "MB per second")),
+                number(found.median(name, "us")),
+                "" if name == "log" else _spread(ratio),
+            )
+        report.data[f"append_many large {count}"] = found
+        report.requirements.append(
+            Requirement(
+                f"append_many large {count}",
+                f"append_many, 64 KiB records, {count >> 4} MiB a call: MB/s against the bare disk, "
+                "space reserved as in the log",
+                "0.7 ×",
+                0.7,
+                found.ratio("log", "disk, reserved", "MB per second"),
+            )
+        )
+    report.tables.append(made)

@@ -1,0 +1,333 @@
+"""Tasks in a closed loop, and what the log is compared with.
+
+Law: every contender is measured the same way.  N tasks do one thing over and over, each
+starts again when its last one is done.  One of them, the timekeeper, looks at the clock
+each time it comes back: the window opens and closes at an acknowledgement, so that no
+batch is counted in part.  Nothing else is timed in a trial that counts throughput.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+import attrs
+import trio
+from trio.lowlevel import (
+    Abort,
+    Task,
+    cancel_shielded_checkpoint,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
+
+import trio_wal
+
+RECORD: Final = b"." * 100
+WARM_UP_SECONDS: Final = 0.15
+QUEUE_SIZE: Final = 10_000
+"""The log's own default, and the size of the ceiling's channel."""
+BLOCK: Final = 512
+FRAME_HEADER: Final = 64
+FILE_BYTES: Final = 32 << 20
+AGED_BYTES: Final = 22 << 20
+"""A young log's segments are small; behind this much it has come to those of full size."""
+
+
+@attrs.define
+class _Window:
+    """The part of a run that counts."""
+
+    seconds: float
+    count: Callable[[], int]
+    """How many are done."""
+    open: bool = True
+    done: int = 0
+    elapsed: float = 0.0
+    on_start: Callable[[], None] = lambda: None
+
+    async def keep(self, step: Callable[[], Awaitable[object]]) -> None:
+        """The timekeeper's loop."""
+        deadline = perf_counter() + WARM_UP_SECONDS
+        while perf_counter() < deadline:
+            await step()
+        self.on_start()
+        before, start = self.count(), perf_counter()
+        while True:
+            await step()
+            now = perf_counter()
+            if now - start >= self.seconds:
+                break
+        self.done, self.elapsed = self.count() - before, now - start
+        self.open = False
+
+    @property
+    def rate(self) -> float:
+        return self.done / self.elapsed
+
+
+# -- the bare ceiling -------------------------------------------------------------
+
+
+def ceiling(tasks: int, seconds: float) -> dict[str, float]:
+    """Tasks only park and are woken: what trio itself costs.
+
+    Each task puts itself into a memory channel and parks; one task drains the channel,
+    wakes all that were in it, and lets them run once.
+    """
+    return trio.run(_ceiling, tasks, seconds)
+
+
+async def _ceiling(tasks: int, seconds: float) -> dict[str, float]:
+    send, receive = trio.open_memory_channel[Task](QUEUE_SIZE)
+    woken = 0
+    window = _Window(seconds, lambda: woken)
+
+    def abort(_: object) -> Abort:
+        return Abort.SUCCEEDED
+
+    async def step() -> None:
+        send.send_nowait(current_task())
+        await wait_task_rescheduled(abort)
+
+    async def worker() -> None:
+        task = current_task()
+        send_nowait = send.send_nowait
+        while window.open:
+            send_nowait(task)
+            await wait_task_rescheduled(abort)
+
+    async def drain() -> None:
+        nonlocal woken
+        receive_nowait = receive.receive_nowait
+        while True:
+            batch = [await receive.receive()]
+            try:
+                while True:
+                    batch.append(receive_nowait())
+            except trio.WouldBlock:
+                pass
+            woken += len(batch)
+            for task in batch:
+                reschedule(task)
+            await cancel_shielded_checkpoint()
+
+    async with trio.open_nursery() as drainer:
+        drainer.start_soon(drain)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(window.keep, step)
+            for _ in range(tasks - 1):
+                nursery.start_soon(worker)
+        drainer.cancel_scope.cancel()
+    return {"per second": window.rate}
+
+
+# -- the log ----------------------------------------------------------------------
+
+
+def age(path: Path) -> None:
+    """Bring a new log to its full-size segments."""
+
+    async def fill() -> None:
+        async with trio_wal.open_wal(path) as wal:
+            unit = [bytes(1 << 16)] * 16
+            for _ in range(0, AGED_BYTES, 1 << 20):
+                await wal.append_many(unit)
+
+    if not path.exists():
+        trio.run(fill)
+
+
+def log(
+    path: Path, tasks: int, seconds: float, *, max_queue_size: float = QUEUE_SIZE
+) -> dict[str, float]:
+    """Durable appends of `RECORD` by this many tasks, in the log at ``path``."""
+    age(path)
+    return trio.run(_log, path, tasks, seconds, max_queue_size)
+
+
+async def _log(path: Path, tasks: int, seconds: float, max_queue_size: float) -> dict[str, float]:
+    async with trio_wal.open_wal(path, max_queue_size=max_queue_size) as wal:
+        window = _Window(seconds, lambda: wal.durable_lsn)
+        before = after = wal.statistics()
+
+        def start() -> None:
+            nonlocal before
+            before = wal.statistics()
+
+        window.on_start = start
+
+        async def worker() -> None:
+            while window.open:
+                await wal.append(RECORD)
+
+        async def keep() -> None:
+            nonlocal after
+            await window.keep(lambda: wal.append(RECORD))
+            after = wal.statistics()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep)
+            for _ in range(tasks - 1):
+                nursery.start_soon(worker)
+    syncs = after.batches_synced - before.batches_synced
+    return {
+        "per second": window.rate,
+        "records per sync": window.done / syncs,
+        "sync us": (after.sync_seconds_total - before.sync_seconds_total) / syncs * 1e6,
+    }
+
+
+def log_latency(path: Path, tasks: int, seconds: float) -> list[float]:
+    """Seconds of each append: the same load, but every task looks at the clock twice a record,
+    which is why this is no trial that counts throughput."""
+    age(path)
+    return trio.run(_log_latency, path, tasks, seconds)
+
+
+async def _log_latency(path: Path, tasks: int, seconds: float) -> list[float]:
+    taken: list[float] = []
+    async with trio_wal.open_wal(path) as wal:
+        counts_from = perf_counter() + WARM_UP_SECONDS
+        until = counts_from + seconds
+
+        async def worker() -> None:
+            append = wal.append
+            while True:
+                start = perf_counter()
+                await append(RECORD)
+                end = perf_counter()
+                if start >= counts_from:
+                    taken.append(end - start)
+                if end >= until:
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(tasks):
+                nursery.start_soon(worker)
+    return taken
+
+
+# -- one thread call per append ---------------------------------------------------
+
+
+def thread_per_append(path: Path, tasks: int, seconds: float, *, grow: bool) -> dict[str, float]:
+    """Without a log: `trio.to_thread.run_sync` per append, doing one write and one fdatasync.
+
+    One file for all tasks.  A lock gives each write its place; the sync is outside of it, so
+    that syncs of several threads may run, and be merged, at the same time.  ``grow``: the
+    file grows, as files do; else it is made of written zeros beforehand.
+    """
+    fd = _file(path, 0 if grow else FILE_BYTES)
+    try:
+        return trio.run(_thread_per_append, fd, tasks, seconds, grow)
+    finally:
+        os.close(fd)
+
+
+async def _thread_per_append(fd: int, tasks: int, seconds: float, grow: bool) -> dict[str, float]:
+    lock = threading.Lock()
+    done = offset = 0
+    window = _Window(seconds, lambda: done)
+
+    def job() -> None:
+        nonlocal done, offset
+        with lock:
+            here, offset = offset, offset + len(RECORD)
+            if not grow and offset + len(RECORD) > FILE_BYTES:
+                offset = 0
+            os.pwrite(fd, RECORD, here)
+        os.fdatasync(fd)
+        with lock:
+            done += 1
+
+    async def step() -> None:
+        await trio.to_thread.run_sync(job)
+
+    async def worker() -> None:
+        while window.open:
+            await step()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(tasks - 1):
+            nursery.start_soon(worker)
+        await window.keep(step)
+        # With thousands of tasks most of them wait for a thread.
+        nursery.cancel_scope.cancel()
+    return {"per second": window.rate}
+
+
+# -- the bare disk ----------------------------------------------------------------
+
+
+def frame_bytes(records: int) -> int:
+    """What a batch of this many `RECORD`s takes in the log's file."""
+    return -(-(FRAME_HEADER + records * (4 + len(RECORD))) // BLOCK) * BLOCK
+
+
+PREPARATIONS: Final = ("growing", "reserved", "written")
+
+
+def _file(path: Path, size: int, *, written: bool = True) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    if size and not written:
+        os.posix_fallocate(fd, 0, size)
+    zeros = bytes(min(size, 1 << 20))
+    for offset in range(0, size if written else 0, len(zeros) or 1):
+        os.pwrite(fd, zeros, offset)
+    os.fsync(fd)
+    return fd
+
+
+def disk(
+    path: Path,
+    sizes: Sequence[int],
+    seconds: float,
+    preparation: str,
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> dict[str, float]:
+    """One thread, no trio: pwrite and fdatasync in a loop, writes of these sizes in turn.
+
+    ``preparation``: the file is "growing", or its space is "reserved" (fallocate), or it is
+    "written": full of zeros, and synced, beforehand.  At its end the loop starts over, in
+    a new file unless that was written.
+    """
+    result: list[tuple[int, int, float]] = []
+
+    def work() -> None:
+        fd = _file(path, 0 if preparation == "growing" else file_bytes, written=preparation == "written")
+        data = [os.urandom(size) for size in sizes]
+        count = offset = total = 0
+        spent = 0.0
+        while spent < seconds:
+            piece = data[count % len(data)]
+            if offset + len(piece) > file_bytes:
+                offset = 0
+                if preparation != "written":
+                    os.close(fd)
+                    fd = _file(path, 0 if preparation == "growing" else file_bytes, written=False)
+            start = perf_counter()
+            os.pwrite(fd, piece, offset)
+            os.fdatasync(fd)
+            spent += perf_counter() - start
+            offset += len(piece)
+            total += len(piece)
+            count += 1
+        os.close(fd)
+        result.append((count, total, spent))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    count, total, spent = result[0]
+    return {
+        "per second": count / spent,
+        "MB per second": total / spent / 1e6,
+        "us": spent / count * 1e6,
+    }

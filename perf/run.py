@@ -1,0 +1,54 @@
+"""The benchmarks: ``python perf/run.py [NAME...]``, or ``python -m nox -s perf -- [NAME...]``.
+
+Without a name all of them run, briefly; a name runs that one at length.  At the end
+stands the table of what must be reached.  Timing never fails a run: the exit code says
+only whether the benchmarks ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+NAMES = ("append", "recovery", "memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Benchmarks of trio-wal.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--dir", help="where the logs go: a directory on a real disk")
+    parser.add_argument("--brief", action="store_true", help="briefly, also with a name")
+    parser.add_argument("--plots", help="where the plots go; the default is perf/results")
+    parser.add_argument(
+        "--store", action="store_true", help="keep the ratios as the ones to compare with"
+    )
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(NAMES)):
+        parser.error(f"there is no benchmark {unknown[0]!r}: only {', '.join(NAMES)}")
+
+    # Python is told not to look into this folder (see ENV in noxfile.py): the package must be
+    # the installed one.  The benchmarks themselves are not installed.
+    sys.path.append(str(Path(__file__).resolve().parent))
+    import harness
+
+    directory = harness.scratch_directory(arguments.dir)
+    facts = harness.machine(directory)
+    harness.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
+    setting = harness.Setting(directory, brief=arguments.brief or not arguments.names)
+    plots = Path(arguments.plots) if arguments.plots else harness.RESULTS
+    requirements: list[harness.Requirement] = []
+    for name in arguments.names or NAMES:
+        report = importlib.import_module(f"bench_{name}").run(setting)
+        harness.show(report)
+        harness.save(report, facts, plots)
+        requirements += report.requirements
+    harness.show_requirements(requirements)
+    harness.show_regressions(requirements)
+    if arguments.store:
+        harness.store_ratios(requirements, facts)
+
+
+if __name__ == "__main__":
+    main()
