@@ -12,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("append", "recovery", "memory")
+NAMES = ("append", "recovery", "memory", "transactions")
 
 
 def main() -> None:

@@ -377,6 +377,7 @@ async def test_a_stalled_disk_keeps_no_more_than_the_queue_and_one_batch(
             assert Payload.alive == 50 + 1  # the queue, and the argument of the blocked send
             files.release()
         await wal.flush()
+        await wait_all_tasks_blocked()
         gc.collect()
         assert Payload.alive == 0
         assert wal.last_lsn == 10_001

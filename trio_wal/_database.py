@@ -534,8 +534,13 @@ class Database:
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
-    async def commit(self, writes: Writes) -> int:
-        """Hand over to the log, in one stretch with the caller's validation, and wait."""
+    def commit(self, writes: Writes) -> Awaitable[int]:
+        """Hand over to the log, in one stretch with the caller's validation, and wait.
+
+        Not a coroutine function: one frame less to pass through a park and a wake.  What
+        it returns must be awaited at once.
+        """
+        self._wal._queue.check_open()
         payload = encode_transaction(writes)
         task = current_task()
         memtable = self.memtable
@@ -548,12 +553,7 @@ class Database:
         layer.log_bytes += len(payload)
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
-        try:
-            return await self._append(payload)
-        finally:
-            if task in self._pending:
-                # Refused before it was queued.
-                self.withdrawn(task)
+        return self._append(payload)
 
     async def wait_observed(self, commitment: Commitment | None) -> int:
         """Wait until what was read is durable; returns the newest durable LSN."""

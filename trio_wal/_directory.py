@@ -530,7 +530,7 @@ class LogDirectory:
                 raise self._damage(file, scanner)
         finally:
             file.close()
-        if position.offset == start_of(header).offset:
+        if position.next_lsn == header.first_lsn:
             # Nothing of this segment stays: the new one takes its place in the chain.
             previous = attrs.evolve(position, previous=header.previous)
             return (

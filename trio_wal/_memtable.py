@@ -13,6 +13,7 @@ the store's read transaction and the layers above it at one moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Final
 
 from ._operations import Writes
@@ -189,10 +190,9 @@ class View:
         """The next keys of all layers, in order, without repetition."""
         found: set[bytes] = set()
         for layer in self.layers():
-            for number, key in enumerate(layer.keys_between(low, high, reverse)):
-                if number == SCAN_CHUNK:
-                    break
-                found.add(key)
+            # A key that was withdrawn and written again comes twice.
+            keys = (key for key, _ in groupby(layer.keys_between(low, high, reverse)))
+            found.update(islice(keys, SCAN_CHUNK))
         return sorted(found, reverse=reverse)[:SCAN_CHUNK]
 
 

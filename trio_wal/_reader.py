@@ -560,7 +560,13 @@ class _ReaderSource:
             raise _Moved
         segment = found[-1]
         behind = self._segments[len(found) :]
-        file = self._directory.open(segment.file_name)
+        try:
+            file = self._directory.open(segment.file_name)
+        except FileNotFoundError:
+            if self._directory.names() != self._names:
+                # Renamed or dropped since the last look.
+                raise _Moved from None
+            raise
         try:
             fresh = look_at(file, segment.file_name)
             if fresh.header != segment.header:

@@ -132,8 +132,8 @@ class Plan:
     """Frames from here on go into a new segment; None: go on in the last one."""
     copy_counts: tuple[int, int] = (0, 0)
     """(records, data frames) before ``copy_from``."""
-    seal_previous: tuple[FoundSegment, Position, int, int] | None = None
-    """The last segment but one, its end, records and frames: it gets its missing footer."""
+    seal_previous: tuple[FoundSegment, _Walk] | None = None
+    """The last segment but one, up to its end: it gets its missing footer."""
     previous: FoundSegment | None = None
     """The last segment but one."""
     torn_bytes: int = 0
@@ -405,7 +405,9 @@ def _examine_chain(
 ) -> Plan:
     last = found[-1]
     tail = _examine_last(directory, last, verify_bytes)
-    budget = verify_bytes - tail.bytes_scanned - _FRAME_COST * tail.counts[1]
+    assert tail.end is not None
+    # Where the last segment is too long to be checked, the ones before it are not checked either.
+    budget = verify_bytes - tail.end.offset - _FRAME_COST * tail.counts[1]
     sealed: list[SegmentInfo] = []
     replayed, scanned = tail.records_replayed, tail.bytes_scanned
     seal_previous = None
@@ -420,7 +422,7 @@ def _examine_chain(
             scanned += walk.bytes
             budget -= walk.bytes + _FRAME_COST * walk.frames
         if unsealed and walk is not None:
-            seal_previous = (segment, walk.end, walk.records, walk.frames)
+            seal_previous = (segment, walk)
     return attrs.evolve(
         tail,
         meta=meta,
@@ -721,8 +723,8 @@ def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
         # Also what an interrupted session renamed, and was seen here, is durable now.
         directory.sync()
     if plan.seal_previous is not None:
-        segment, position, records, frames = plan.seal_previous
-        sealed[-1] = _seal(directory, segment, position, (records, frames))
+        segment, walk = plan.seal_previous
+        sealed[-1] = _seal(directory, segment, walk.end, (walk.records, walk.frames), walk.index)
     elif plan.previous is not None and not plan.clean:
         _rewrite_footer(directory, plan.previous)
     return sealed
@@ -752,11 +754,20 @@ def _reopen(
 
 
 def _seal(
-    directory: Directory, segment: FoundSegment, end: Position, counts: tuple[int, int]
+    directory: Directory,
+    segment: FoundSegment,
+    end: Position,
+    counts: tuple[int, int],
+    index: Iterable[tuple[int, int]],
 ) -> SegmentInfo:
-    file = directory.open(segment.header.name, writable=True)
     return ActiveSegment(
-        file, segment.header, segment.size, end, records=counts[0], frames=counts[1]
+        directory.open(segment.header.name, writable=True),
+        segment.header,
+        segment.size,
+        end,
+        records=counts[0],
+        frames=counts[1],
+        index=[entry for entry in index if entry[1] < end.offset],
     ).seal()
 
 
@@ -785,7 +796,8 @@ def _copy_tail(
     assert last is not None
     assert end is not None
     assert start is not None
-    replaces = start.offset == DATA_OFFSET
+    # Without a record before the copy the old segment goes: its name is the new one's.
+    replaces = start.next_lsn == last.header.first_lsn
     header = attrs.evolve(
         last.header,
         number=last.number if replaces else last.number + 1,
@@ -820,5 +832,5 @@ def _copy_tail(
     directory.rename(NEW_NAME, header.name)
     directory.sync()
     if not replaces:
-        sealed.append(_seal(directory, last, start, plan.copy_counts))
+        sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))
     return active

@@ -111,6 +111,11 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             return
         if exc_type is not None:
             self._end()
+        elif self._view is None and self._writes:
+            # As `commit`, which has nothing to validate here.
+            self._check()
+            self._ended = True
+            self._lsn = await self._db.commit(self._writes)
         else:
             await self.commit()
 

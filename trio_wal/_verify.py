@@ -531,12 +531,12 @@ class _Verifier:
             return names, b""
         try:
             file = directory.open(META_NAME)
-        except (FileNotFoundError, CorruptLogError):
+            try:
+                return names, file.pread(BLOCK, 0)
+            finally:
+                file.close()
+        except (OSError, CorruptLogError):
             return names, None
-        try:
-            return names, file.pread(BLOCK, 0)
-        finally:
-            file.close()
 
     def run(self) -> Verification:
         first_listing = self._listing

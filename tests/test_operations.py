@@ -1,0 +1,105 @@
+"""A transaction <-> one record: what goes in comes out, and anything else is refused."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings, strategies as st
+from trio_wal._operations import (
+    KEY_BYTES_MAX,
+    OPERATION_OVERHEAD,
+    TRANSACTION_FORMAT,
+    OperationsError,
+    check_key,
+    decode_transaction,
+    encode_transaction,
+)
+
+keys = st.binary(min_size=1, max_size=KEY_BYTES_MAX)
+writes = st.dictionaries(keys, st.none() | st.binary(max_size=300), max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(writes)
+def test_a_transaction_survives_the_record(transaction: dict[bytes, bytes | None]) -> None:
+    record = encode_transaction(transaction)
+    assert decode_transaction(record) == transaction
+    # The order of first writes too.
+    assert list(decode_transaction(record)) == list(transaction)
+
+
+@settings(max_examples=200, deadline=None)
+@given(writes)
+def test_a_record_is_never_larger_than_what_put_reckoned(
+    transaction: dict[bytes, bytes | None],
+) -> None:
+    reckoned = 1 + sum(
+        OPERATION_OVERHEAD + len(key) + len(value or b"") for key, value in transaction.items()
+    )
+    assert len(encode_transaction(transaction)) <= reckoned + (not transaction)
+
+
+def test_the_reckoning_holds_for_the_largest_headers_too() -> None:
+    many = {b"%d" % n: None for n in range(70_000)}
+    large = {b"k" * KEY_BYTES_MAX: bytes(70_000)}
+    for transaction in (many, large):
+        reckoned = 1 + sum(
+            OPERATION_OVERHEAD + len(key) + len(value or b"") for key, value in transaction.items()
+        )
+        assert len(encode_transaction(transaction)) <= reckoned
+
+
+def test_the_format_stays_as_it_is() -> None:
+    """What is in people's logs: a format byte, then a MessagePack map of bin to bin or nil."""
+    record = b"\x01\x83\xc4\x01a\xc4\x0210\xc4\x01b\xc0\xc4\x01c\xc4\x00"
+    transaction = {b"a": b"10", b"b": None, b"c": b""}
+    assert encode_transaction(transaction) == record
+    assert decode_transaction(record) == transaction
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"", "a transaction does not start with b''$"),
+        (b"\x02\x80", r"a transaction does not start with b'\\x02'$"),
+        (b"\x01", "no transaction: "),
+        (b"\x01\x81", "no transaction: "),
+        (b"\x01\x80\x00", "no transaction: "),
+        (b"\x01\x90", "no transaction: "),
+        (b"\x01\x81\xa1a\xc4\x01b", "no transaction: "),
+        (b"\x01\x81\xc4\x01a\x01", "no transaction: "),
+        (b"\x01\xdf\xff\xff\xff\xff", "no transaction: "),
+        (b"\x01\x81\xc4\x00\xc0", "a transaction with a key of 0 bytes$"),
+        (TRANSACTION_FORMAT + msgspec.msgpack.encode({b"k" * 512: b""}), "a .* key of 512 bytes$"),
+    ],
+)
+def test_what_is_no_transaction_is_refused(record: bytes, message: str) -> None:
+    with pytest.raises(OperationsError, match=f"^{message}"):
+        decode_transaction(record)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_transaction_or_refused(record: bytes) -> None:
+    try:
+        decoded = decode_transaction(TRANSACTION_FORMAT + record)
+    except OperationsError:
+        return
+    assert decode_transaction(encode_transaction(decoded)) == decoded
+
+
+@pytest.mark.parametrize("key", [b"\0", b"k", b"k" * KEY_BYTES_MAX])
+def test_a_key_of_1_to_511_bytes_passes(key: bytes) -> None:
+    assert check_key(key) is key
+
+
+@pytest.mark.parametrize("key", [b"", b"k" * 512])
+def test_an_empty_or_long_key_is_refused_by_name(key: bytes) -> None:
+    with pytest.raises(ValueError, match=f"^key must have 1 to 511 bytes, not {len(key)}$"):
+        check_key(key)
+
+
+@pytest.mark.parametrize("key", ["k", None, 1, bytearray(b"k"), memoryview(b"k")])
+def test_a_key_that_is_not_bytes_is_refused_by_name(key: object) -> None:
+    with pytest.raises(TypeError, match=f"^key must be bytes, not {type(key).__name__}$"):
+        check_key(key)

@@ -1,0 +1,609 @@
+"""What a crash leaves behind, and what the next open makes of it.
+
+Acknowledged records are there, a unit is whole or absent, order is kept, and what an open
+has reported no second crash takes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from logs import (
+    LOG,
+    TINY,
+    CrashTest,
+    Records,
+    append,
+    content,
+    copy_of,
+    make_log,
+    numbered,
+    open_log,
+    records_of,
+    segments,
+)
+
+import trio_wal
+from trio_wal import CorruptLogError, RecoveryReport
+from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Meta, Truncation, frame_size
+from trio_wal._recovery import examine, read_meta
+from trio_wal._util import KiB
+from trio_wal.testing import MemoryFiles
+
+
+def report(files: MemoryFiles, **options: Any) -> RecoveryReport:
+    """What an open would say; the files stay as they are."""
+    log = open_log(copy_of(files), **options)
+    log.close(orderly=False)
+    return attrs.evolve(log.report, seconds=0.0)
+
+
+# -- what is reported ---------------------------------------------------------------------
+
+
+def test_a_new_log_is_empty_and_clean() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    assert attrs.evolve(log.report, seconds=0.0) == RecoveryReport(1, 0, 1, 0, 0, 0, True, 0.0)
+    log.close()
+    assert report(files).clean_shutdown
+
+
+def test_a_closed_log_is_clean_and_checked() -> None:
+    files = make_log([b"1", b"2"], [b"3"], [b"4"])
+    assert report(files) == RecoveryReport(
+        first_lsn=1,
+        last_lsn=4,
+        segments=2,
+        records_replayed=4,
+        # Two frames, one and the mark of the close.
+        bytes_scanned=4 * BLOCK,
+        torn_bytes=0,
+        clean_shutdown=True,
+        seconds=0.0,
+    )
+
+
+def test_a_log_whose_process_was_killed_is_whole_and_not_clean() -> None:
+    files = make_log([b"1", b"2"], [b"3"], [b"4"], close=False)
+    assert report(files) == RecoveryReport(1, 4, 2, 4, 3 * BLOCK, 0, False, 0.0)
+    assert content(files) == numbered([b"1", b"2", b"3", b"4"])
+
+
+def test_the_mark_of_a_close_holds_until_something_is_written() -> None:
+    files = make_log([b"1"], segment_size=64 * KiB)
+    log = open_log(files, segment_size=64 * KiB)
+    assert report(files).clean_shutdown
+    append(log, b"2")
+    assert not report(files).clean_shutdown
+    log.close()
+    assert report(files).clean_shutdown
+
+
+def test_examining_writes_nothing() -> None:
+    files = make_log([b"1"], [b"2"], [b"3"], close=False)
+    log = open_log(files)
+    log.active.file.pwrite([b"torn"], log.active.position.offset)
+    files = copy_of(files)
+    plan = examine(files.open_directory(LOG))
+    assert plan.torn_bytes == BLOCK
+    assert set(files.operations) <= {"open", "pread"}
+
+
+# -- torn tails -----------------------------------------------------------------------------
+
+LAST_BATCH = [b"c" * 300, b"", b"d" * 400]
+
+
+def unfinished(files: MemoryFiles, name: str, frame: int, cut: int, *, short: bool) -> MemoryFiles:
+    """A crash that has written the bytes up to ``cut`` of the frame at ``frame``."""
+    after = copy_of(files)
+    data = after.read_file(LOG, name)
+    after.write_file(LOG, name, data[:cut] if short else data[:cut].ljust(len(data), b"\0"))
+    return after
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["zeros behind", "file ends"])
+@pytest.mark.parametrize("segment_size", [TINY, 64 * KiB], ids=["first frame", "third frame"])
+def test_an_unfinished_batch_is_cut_at_every_byte(short: bool, segment_size: int) -> None:
+    files = make_log([b"a"], [b"b"], LAST_BATCH, close=False, segment_size=segment_size)
+    name = segments(files)[-1]
+    frame = DATA_OFFSET if segment_size == TINY else DATA_OFFSET + 2 * BLOCK
+    data = files.read_file(LOG, name)
+    whole = frame + len(data[frame:].rstrip(b"\0"))
+    assert frame_size(whole - frame - 64) == frame_size(4 * 3 + 700)
+    for cut in range(frame, whole + 1):
+        after = unfinished(files, name, frame, cut, short=short)
+        left = len(data[frame:cut].rstrip(b"\0"))
+        expected = numbered([b"a", b"b", *(LAST_BATCH if cut == whole else [])])
+        log = open_log(after, segment_size=segment_size)
+        assert records_of(log) == expected
+        if cut == whole:
+            assert log.report.torn_bytes == 0
+        elif short:
+            # The file's last block may be one in part.
+            assert log.report.torn_bytes == min(-(-left // BLOCK) * BLOCK, cut - frame)
+        else:
+            assert log.report.torn_bytes == -(-left // BLOCK) * BLOCK
+        assert not log.report.clean_shutdown
+        append(log, b"after")
+        log.close()
+        for _ in range(2):
+            log = open_log(after, segment_size=segment_size)
+            assert records_of(log) == (*expected, (len(expected) + 1, b"after"))
+            assert (log.report.torn_bytes, log.report.clean_shutdown) == (0, True)
+            log.close()
+
+
+def test_stray_bytes_behind_a_closed_log_are_cut() -> None:
+    files = make_log([b"a"], [b"b"], segment_size=64 * KiB)
+    (name,) = segments(files)
+    data = files.read_file(LOG, name)
+    end = DATA_OFFSET + 3 * BLOCK
+    files.write_file(LOG, name, data[:end] + b"stray".ljust(len(data) - end, b"\0"))
+    log = open_log(files, segment_size=64 * KiB)
+    assert log.report.torn_bytes == BLOCK
+    append(log, b"c")
+    append(log, b"d")
+    assert content(files) == numbered([b"a", b"b", b"c", b"d"])
+
+
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize("growth", [1, 511, 512, 100_000])
+def test_a_longer_file_with_zeros_is_no_damage(close: bool, growth: int) -> None:
+    files = make_log([b"a"], [b"b"], [b"c"], close=close)
+    expected = report(files)
+    for name in segments(files):
+        files.write_file(LOG, name, files.read_file(LOG, name) + bytes(growth))
+        found = report(files)
+        # A crash in a rotation can leave zeros behind a footer: such a close is not clean.
+        assert attrs.evolve(found, clean_shutdown=close) == expected
+    log = open_log(files)
+    append(log, b"d")
+    assert content(files) == numbered([b"a", b"b", b"c", b"d"])
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_the_unused_end_of_the_last_file_is_not_missed(close: bool) -> None:
+    files = make_log([b"a"], [b"b"], close=close, segment_size=64 * KiB)
+    (name,) = segments(files)
+    used = DATA_OFFSET + (3 if close else 2) * BLOCK
+    files.write_file(LOG, name, files.read_file(LOG, name)[:used])
+    log = open_log(files)
+    assert log.report.torn_bytes == 0
+    append(log, b"c")
+    assert content(files) == numbered([b"a", b"b", b"c"])
+
+
+# -- crashes at every operation ---------------------------------------------------------------
+
+
+def story_of_appends(t: CrashTest) -> None:
+    t.open()
+    for n in range(3):
+        t.append(b"%d" % n)
+    t.append(b"a unit", b"of three", b"z" * 2000)
+    t.log.prepare_spare()
+    t.append(b"x", b"y")
+    t.append(b"z")
+
+
+def story_of_late_syncs(t: CrashTest) -> None:
+    t.open()
+    t.append(b"first")
+    t.append_unsynced(b"a", b"b", b"c", b"d", b"e" * 1500)
+    t.append(b"last")
+
+
+def story_of_sessions(t: CrashTest) -> None:
+    t.open()
+    t.close()
+    t.open()
+    t.append(b"a", b"b")
+    t.close()
+    t.open()
+    t.close()
+    t.open()
+    t.step(lambda log: log.rotate())
+    t.append(b"c")
+    t.append(b"d")
+    t.close()
+    t.open()
+    t.append(b"e")
+
+
+def story_of_dropping(t: CrashTest) -> None:
+    t.open()
+    for n in range(7):
+        t.append(b"%d" % n)
+    t.truncate_before(4)
+    t.log.prepare_spare()
+    t.append(b"a")
+    t.append(b"b", b"c")
+    t.step(lambda log: log.rotate())
+    t.truncate_before(t.log.last_lsn + 1)
+    t.append(b"d")
+
+
+def story_of_cutting(t: CrashTest) -> None:
+    t.open()
+    t.append(b"1")
+    t.append(b"2", b"3", b"4")
+    t.append(b"5")
+    t.append(b"6", b"7")
+    t.truncate_after(6)
+    t.truncate_after(5)
+    t.append(b"six")
+    t.truncate_after(3)
+    t.append(b"four")
+    t.append(b"five")
+    t.append(b"six")
+    t.close()
+    t.open()
+    t.truncate_after(4)
+    t.append(b"five")
+    t.truncate_after(0)
+    t.close()
+    t.open()
+    t.append(b"one")
+    t.append(b"two")
+    t.truncate_after(1)
+    t.truncate_after(0)
+    t.append(b"one")
+    t.append(b"two")
+    t.append(b"three")
+    t.append(b"four")
+    t.truncate_before(3)
+    t.truncate_after(2)
+    t.append(b"three")
+
+
+STORIES = [
+    story_of_appends,
+    story_of_late_syncs,
+    story_of_sessions,
+    story_of_dropping,
+    story_of_cutting,
+]
+
+
+@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("segment_size", [TINY, 16 * KiB])
+def test_a_crash_at_any_operation_loses_nothing_acknowledged(story: Any, segment_size: int) -> None:
+    test = CrashTest(MemoryFiles(seed=3), seeds=range(3), options={"segment_size": segment_size})
+    story(test)
+    assert test.images > 50
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_a_crash_at_any_operation_of_a_recovery_changes_nothing(story: Any) -> None:
+    test = CrashTest(MemoryFiles(seed=4), seeds=range(1), nested=5)
+    story(test)
+    assert test.nested_images > 50
+
+
+def test_a_crash_while_a_log_is_created_leaves_a_log_or_nothing() -> None:
+    files = MemoryFiles()
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda operation, path: images.extend(
+        [files.crash_image(kind="kill"), *(files.crash_image(seed) for seed in range(20))]
+    )
+    open_log(files)
+    assert len(images) > 200
+    for image in images:
+        log = open_log(image)
+        assert (log.first_lsn, log.last_lsn, log.report.torn_bytes) == (1, 0, 0)
+        append(log, b"a")
+        assert content(image.crash_image(1)) == ((1, b"a"),)
+
+
+async def test_a_crash_at_any_operation_of_a_log_with_many_tasks_loses_nothing_acknowledged() -> (
+    None
+):
+    """The same through the whole log: queue, group commit, rotation, background work."""
+    files = MemoryFiles()
+    acknowledged: dict[int, bytes] = {}
+    units: list[tuple[bytes, ...]] = []
+    moments: list[tuple[MemoryFiles, dict[int, bytes]]] = []
+
+    def crash(operation: str, path: str) -> None:
+        before = dict(acknowledged)
+        moments.extend((files.crash_image(seed), before) for seed in (0, 1))
+
+    async def write(name: bytes) -> None:
+        for n in range(4):
+            data = b"%s %d" % (name, n)
+            acknowledged[await wal.append(data)] = data
+        unit = tuple(b"%s unit %d" % (name, n) for n in range(3))
+        units.append(unit)
+        acknowledged.update(zip(await wal.append_many(unit), unit, strict=True))
+
+    async with trio_wal.open_wal(LOG, files=files, segment_size=TINY) as wal:
+        files.after_operation = crash
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(write, b"task %d" % number)
+        files.after_operation = None
+    assert len(acknowledged) == 35
+    assert len(moments) > 100
+    for image, known in moments:
+        found = dict(content(image))
+        assert known.items() <= found.items()
+        assert list(found) == list(range(1, len(found) + 1))
+        for unit in units:
+            lsns = [lsn for lsn, data in found.items() if data in unit]
+            assert [found[lsn] for lsn in lsns] in ([], list(unit))
+            assert not lsns or lsns == list(range(lsns[0], lsns[0] + 3))
+
+
+# -- the page cache is not trusted --------------------------------------------------------------
+
+
+def reopened_then_power_lost(files: MemoryFiles, allowed: list[Records], seed: int) -> None:
+    """What an open reports, and what is appended then, survives the loss of power."""
+    log = open_log(files)
+    found = records_of(log)
+    assert found in allowed
+    append(log, b"after")
+    after = content(files.crash_image(seed))
+    assert after == (*found, (log.last_lsn, b"after"))
+
+
+@pytest.mark.parametrize("story", [story_of_sessions, story_of_dropping, story_of_cutting])
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        ("sync", errno.EIO),
+        ("pwrite", errno.EIO),
+        ("pwrite", errno.ENOSPC),
+        ("sync_dir", errno.EIO),
+        ("rename", errno.EIO),
+        ("unlink", errno.EIO),
+        ("truncate", errno.EIO),
+        ("allocate", errno.ENOSPC),
+    ],
+)
+def test_a_call_that_fails_at_any_time_makes_no_open_report_what_is_not_durable(
+    story: Any, operation: Any, error: int
+) -> None:
+    """After a failed sync the kernel shows pages that are not on the disk, as clean."""
+    for after in range(200):
+        test = CrashTest(MemoryFiles(seed=after), seeds=())
+        test._check = lambda image: None  # type: ignore[method-assign]
+        written = 300 if operation == "pwrite" else 0
+        test.files.fail(operation, error, after=after, written=written)
+        with contextlib.suppress(OSError, trio_wal.LogFullError):
+            story(test)
+        if test.files.operations.get(operation, 0) <= after:
+            break
+        for seed in range(2):
+            reopened_then_power_lost(copy_of(test.files), test.allowed, seed)
+    assert after or operation == "unlink"
+
+
+def test_a_failed_sync_of_a_record_is_not_believed_by_the_next_open() -> None:
+    files = make_log([b"a"], segment_size=64 * KiB)
+    log = open_log(files, segment_size=64 * KiB)
+    files.fail("sync")
+    with pytest.raises(OSError, match=r"^\[Errno 5\]"):
+        append(log, b"b")
+    files = copy_of(files)
+    log = open_log(files, segment_size=64 * KiB)
+    assert log.last_lsn == 2, "it can be read, so it may have been acknowledged"
+    for seed in range(5):
+        assert content(files.crash_image(seed)) == numbered([b"a", b"b"])
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_failed_sync_of_the_mark_of_a_close_costs_no_later_record(rotate: bool) -> None:
+    """The next frame is chained to the mark: both or none must reach the disk."""
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    files.fail("sync")
+    with pytest.raises(OSError, match=r"^\[Errno 5\]"):
+        log.close()
+    files = copy_of(files)
+    images: list[MemoryFiles] = []
+    log = open_log(files)
+    assert log.report.clean_shutdown
+    files.after_operation = lambda *_: images.extend(files.crash_image(seed) for seed in range(3))
+    if rotate:
+        log.rotate()
+    for image in images:
+        assert content(image) == ((1, b"a"),)
+    files.after_operation = None
+    append(log, b"b")
+    for seed in range(5):
+        assert content(files.crash_image(seed)) == numbered([b"a", b"b"])
+
+
+def test_only_what_is_not_proven_durable_is_copied() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"], close=False, segment_size=64 * KiB)
+    log = open_log(files, segment_size=64 * KiB)
+    # Frame b was written when a was durable, c when b was: only c has no witness.
+    assert [(s.first_lsn, s.next_lsn) for s in log.sealed()] == [(1, 3)]
+    assert log.active.header.first_lsn == 3
+    log.close()
+    log = open_log(files, segment_size=64 * KiB)
+    assert log.segments == 2, "a closed log is its own witness"
+
+
+# -- unfinished business --------------------------------------------------------------------------
+
+
+def test_temporary_files_of_a_crash_are_removed() -> None:
+    files = make_log([b"a"])
+    before = files.contents(LOG)
+    for name in ("log.meta.tmp", "segment.tmp", "spare-1.tmp", "spare-27.tmp", "truncate.tmp"):
+        files.write_file(LOG, name, b"whatever")
+    open_log(files).close()
+    assert files.contents(LOG) == before
+
+
+def test_other_files_in_the_directory_are_left_alone() -> None:
+    files = make_log([b"a"])
+    for name in (".hidden", "notes.txt", "spare-parts.txt", "wal", "log.meta.bak"):
+        files.write_file(LOG, name, b"mine")
+    before = files.contents(LOG)
+    log = open_log(files)
+    assert records_of(log) == ((1, b"a"),)
+    log.close()
+    assert files.contents(LOG) == before
+
+
+@pytest.mark.parametrize("name", [".gitignore", "lost+found", "lock", "segment.tmp"])
+def test_a_log_is_created_in_a_directory_that_holds_nothing_of_weight(name: str) -> None:
+    files = MemoryFiles()
+    files.write_file(LOG, name, b"")
+    log = open_log(files)
+    assert log.last_lsn == 0
+
+
+def decided(files: MemoryFiles, cut: Truncation) -> None:
+    meta = read_meta(files.open_directory(LOG))
+    assert meta is not None
+    files.write_file(LOG, "log.meta", attrs.evolve(meta, truncation=cut).encode())
+
+
+def test_a_cut_that_was_decided_needs_its_new_segment() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"], close=False)
+    decided(files, Truncation(bytes(16), 1, DATA_OFFSET + BLOCK, 0, 2))
+    before = files.contents(LOG)
+    with pytest.raises(
+        CorruptLogError,
+        match=r"^/log/wal-0{19}2\.log: damaged at offset 0: the segment in which a truncated log "
+        r"goes on is missing",
+    ):
+        open_log(files)
+    assert files.contents(LOG) == before
+
+
+def test_a_cut_that_was_not_decided_leaves_no_trace() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"])
+    files.write_file(LOG, "truncate.tmp", files.read_file(LOG, segments(files)[0]))
+    assert content(files) == numbered([b"a", b"b", b"c"])
+
+
+def test_a_segment_without_a_footer_gets_it_by_the_next_open() -> None:
+    """A crash between the two steps of a rotation."""
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    append(log, b"b")
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda operation, path: images.append(copy_of(files))
+    log.rotate()
+    files.after_operation = None
+    fresh = segments(files)[-1]
+    unsealed = next(image for image in images if fresh in image.names(LOG))
+    sealed = files.read_file(LOG, segments(files)[0])
+    assert unsealed.read_file(LOG, segments(files)[0]) != sealed
+    log = open_log(unsealed)
+    assert unsealed.read_file(LOG, segments(files)[0]) == sealed
+    assert not log.report.clean_shutdown
+    assert records_of(log) == numbered([b"a", b"b"])
+
+
+def test_the_footer_of_the_last_segment_but_one_is_made_durable_again() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    append(log, b"b")
+    # The third sync of a rotation is the footer's.
+    files.fail("sync", after=1)
+    with pytest.raises(OSError, match=r"^\[Errno 5\]"):
+        log.rotate()
+    files = copy_of(files)
+    name = segments(files)[0]
+    assert len(segments(files)) == 2
+    log = open_log(files)
+    append(log, b"c")
+    append(log, b"d")
+    append(log, b"e")
+    for seed in range(5):
+        image = files.crash_image(seed)
+        assert image.read_file(LOG, name) == files.read_file(LOG, name)
+        assert content(image) == numbered([b"a", b"b", b"c", b"d", b"e"])
+
+
+# -- how much is checked ------------------------------------------------------------------------
+
+
+def eight() -> MemoryFiles:
+    """Eight records in four segments."""
+    return make_log(*([b"%d" % n] for n in range(8)))
+
+
+@pytest.mark.parametrize(
+    ("verify_bytes", "replayed"),
+    [
+        # A segment costs its bytes, and 4 KiB for each of its frames.
+        (0, 0),
+        (8 * KiB, 0),
+        (9 * KiB, 2),
+        (9 * KiB + 1, 6),  # one that is begun is finished
+        (18 * KiB, 6),
+        (18 * KiB + 1, 10),
+        (math.inf, 10),
+    ],
+)
+def test_so_much_is_checked_record_by_record_newest_first(
+    verify_bytes: float, replayed: int
+) -> None:
+    files = make_log(*([b"%d" % n, b"%d" % n] for n in range(5)))
+    assert len(segments(files)) == 3
+    found = report(files, verify_bytes=verify_bytes)
+    assert found.records_replayed == replayed
+    assert (found.first_lsn, found.last_lsn, found.clean_shutdown) == (1, 10, True)
+
+
+def test_the_last_segment_of_a_crashed_log_is_checked_whatever_is_asked_for() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"], close=False, segment_size=64 * KiB)
+    assert report(files, verify_bytes=0).records_replayed == 3
+
+
+def test_damage_outside_of_the_budget_is_found_when_it_is_read() -> None:
+    files = eight()
+    name = segments(files)[1]
+    files.flip_bit(LOG, name, 8 * (DATA_OFFSET + BLOCK + 64))
+    with pytest.raises(CorruptLogError):
+        open_log(copy_of(files), verify_bytes=math.inf)
+    log = open_log(files, verify_bytes=0)
+    with pytest.raises(CorruptLogError, match=rf"^/log/{name}: damaged at offset 4608: "):
+        records_of(log)
+    append(log, b"8")
+    log.drop_before(5)
+    assert records_of(log) == numbered((b"%d" % n for n in range(4, 9)), 5)
+
+
+@pytest.mark.parametrize("offset", [0, POINTER_OFFSET + 20, DATA_OFFSET + 2 * BLOCK + 5])
+def test_headers_and_footers_are_checked_whatever_the_budget(offset: int) -> None:
+    files = eight()
+    name = segments(files)[0]
+    files.flip_bit(LOG, name, 8 * offset)
+    with pytest.raises(CorruptLogError, match=rf"^/log/{name}: "):
+        open_log(files, verify_bytes=0)
+
+
+def test_a_log_opened_at_its_mark_goes_on_as_if_all_had_been_checked() -> None:
+    full, fast = eight(), eight()
+    for files, verify_bytes in ((full, math.inf), (fast, 0)):
+        log = open_log(files, verify_bytes=verify_bytes)
+        append(log, b"8")
+        append(log, b"9")
+        log.close()
+    assert content(full) == content(fast) == numbered(b"%d" % n for n in range(10))
+    assert segments(full) == segments(fast)
+
+
+def test_meta_of_a_log_in_use_says_so() -> None:
+    meta = read_meta(eight().open_directory(LOG))
+    assert meta is not None
+    assert meta == Meta(meta.log_uuid, 1, 1, live=True)

@@ -1,0 +1,546 @@
+"""Segments being written: room, footers, the next one, the dropped ones, the cut ones."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from logs import (
+    LOG,
+    TINY,
+    append,
+    content,
+    copy_of,
+    make_log,
+    numbered,
+    open_log,
+    records_of,
+    segments,
+)
+
+from trio_wal import CorruptLogError, LogFullError
+from trio_wal._directory import LogDirectory
+from trio_wal._frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FEATURE_ZSTD,
+    POINTER_OFFSET,
+    Codec,
+    Kind,
+    decode_segment_header,
+    footer_reserve,
+    index_step,
+)
+from trio_wal._scan import FrameScanner, footer_index, payloads, read_pointer, start_of
+from trio_wal._segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._util import KiB, MiB
+from trio_wal.testing import MemoryFiles
+
+SPARE = "spare-"
+
+
+def spares(files: MemoryFiles) -> list[str]:
+    return [name for name in files.names(LOG) if name.startswith(SPARE)]
+
+
+# -- room -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 379, 380, 381, 4096, 300 * KiB, 3 * MiB, 20 * MiB])
+def test_a_segment_is_never_grown_by_what_is_written_to_it(size: int) -> None:
+    """Not even by the mark of a close and a footer behind a frame that fills it."""
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, bytes(size))
+    log.close()
+    log = open_log(files)
+    name = log.active.header.name
+    assert len(files.read_file(LOG, name)) == log.active.capacity
+    log.rotate()
+    assert len(files.read_file(LOG, name)) <= capacity_for(size + 4, TINY)
+    assert records_of(log) == ((1, bytes(size)),)
+
+
+def test_segments_grow_from_a_small_first_one_up_to_the_size_asked_for() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=6 * MiB)
+    sizes = [log.active.capacity]
+    for _ in range(4):
+        append(log, b"x")
+        log.rotate()
+        sizes.append(log.active.capacity)
+    assert sizes == [FIRST_CAPACITY, 4 * MiB, 6 * MiB, 6 * MiB, 6 * MiB]
+
+
+def test_a_segment_that_is_full_is_followed_by_another() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(5):
+        append(log, b"%d" % n)
+    assert segments(files) == [f"wal-{n:020d}.log" for n in (1, 3, 5)]
+    assert [(s.first_lsn, s.next_lsn) for s in log.sealed()] == [(1, 3), (3, 5)]
+    assert [s.header.number for s in log.sealed()] == [1, 2]
+    assert log.segments == 3
+
+
+def test_an_empty_segment_that_is_too_small_is_replaced_under_its_name() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    small = log.active.capacity
+    append(log, bytes(10 * KiB))
+    assert segments(files) == ["wal-00000000000000000001.log"]
+    assert log.active.capacity > small
+    assert (log.segments, log.active.header.number) == (1, 1)
+    log.close()
+    assert content(files) == ((1, bytes(10 * KiB)),)
+
+
+def test_rotating_an_empty_segment_changes_nothing() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    before = files.contents(LOG)
+    log.rotate()
+    assert files.contents(LOG) == before
+
+
+# -- footers and the mark of a close --------------------------------------------------------
+
+
+def test_a_sealed_segment_ends_with_its_footer() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=64 * KiB)
+    append(log, b"a", b"b")
+    append(log, b"c")
+    log.rotate()
+    data = files.read_file(LOG, segments(files)[0])
+    header = decode_segment_header(data)
+    *_, (seal, _) = FrameScanner(lambda n, at: data[at : at + n], header, start_of(header))
+    assert seal.kind is Kind.SEAL
+    assert (seal.end, seal.durable_lsn) == (len(data), 3)
+    pointer, _ = read_pointer(lambda n, at: data[at : at + n], header)
+    assert pointer is not None
+    assert (pointer.kind, pointer.offset, pointer.crc) == (Kind.SEAL, seal.offset, seal.crc)
+    assert log.sealed()[0].bytes == len(data)
+
+
+def test_a_footer_has_an_entry_for_every_stretch_of_the_segment() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=8 * MiB)
+    append(log, b"first")
+    log.rotate()
+    first = log.last_lsn + 1
+    while log.segments == 2:
+        append(log, bytes(30_000))
+    sealed = log.sealed()[1]
+    data = files.read_file(LOG, sealed.name)
+    pointer, _ = read_pointer(lambda n, at: data[at : at + n], sealed.header)
+    index = footer_index(lambda n, at: data[at : at + n], sealed.header, pointer)
+    assert index[0] == (first, DATA_OFFSET)
+    step = index_step(4 * MiB)
+    gaps = [after[1] - before[1] for before, after in pairwise(index)]
+    assert all(step <= gap < step + 2 * 30_720 for gap in gaps)
+    assert len(data) - index[-1][1] < 2 * step
+
+
+def test_the_first_write_behind_a_close_takes_its_pointer_away() -> None:
+    files = make_log([b"a"], segment_size=64 * KiB)
+    (name,) = segments(files)
+    assert any(files.read_file(LOG, name)[POINTER_OFFSET : POINTER_OFFSET + BLOCK])
+    log = open_log(files)
+    log.write([b"b"], 1, sync=False)
+    assert not any(files.read_file(LOG, name)[POINTER_OFFSET : POINTER_OFFSET + BLOCK])
+
+
+def test_opening_and_closing_a_closed_log_changes_no_byte() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"])
+    before = files.contents(LOG)
+    for _ in range(3):
+        open_log(files).close()
+    assert files.contents(LOG) == before
+
+
+# -- times --------------------------------------------------------------------------------
+
+
+def times(log: LogDirectory, files: MemoryFiles) -> list[int]:
+    found = []
+    for header in (*(s.header for s in log.sealed()), log.active.header):
+        data = files.read_file(LOG, header.name)
+        scanner = FrameScanner(lambda n, at, d=data: d[at : at + n], header, start_of(header))  # type: ignore[misc]
+        found += [frame.time_us for frame, _ in scanner if frame.kind is Kind.DATA]
+    return found
+
+
+EVENTS = ["nothing", "rotation", "close", "crash", "torn", "torn at the start", "cut", "cut to 2"]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_clock_that_jumps_back_does_not_take_the_times_of_records_with_it(event: str) -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(3):
+        append(log, b"%d" % n)
+    if event == "torn at the start":
+        log.rotate()
+    files.clock_offset_us -= 3_600_000_000
+    if event == "rotation":
+        log.rotate()
+    elif event == "close":
+        log.close()
+        log = open_log(files)
+    elif event == "crash":
+        log.rotate()
+        files = copy_of(files)
+        log = open_log(files)
+    elif event.startswith("torn"):
+        log.active.file.pwrite([b"torn"], log.active.position.offset)
+        files = copy_of(files)
+        log = open_log(files)
+        assert log.report.torn_bytes == BLOCK
+    elif event == "cut":
+        log.truncate_after(1)
+    elif event == "cut to 2":
+        log.truncate_after(2)
+    append(log, b"after")
+    append(log, b"more")
+    found = times(log, files)
+    assert len(found) == log.last_lsn
+    assert found == sorted(found)
+
+
+# -- the next segment -------------------------------------------------------------------------
+
+
+def test_a_segment_prepared_ahead_needs_no_space_when_its_turn_comes() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    assert log.write([b"b"], 1, sync=True), "it is time to prepare the next one"
+    log.prepare_spare()
+    assert len(spares(files)) == 1
+    files.free_bytes = 0
+    allocated = files.operations["allocate"]
+    append(log, b"c")
+    assert files.operations["allocate"] == allocated
+    assert spares(files) == []
+    assert records_of(log) == numbered([b"a", b"b", b"c"])
+
+
+def test_a_second_segment_is_not_prepared() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    log.prepare_spare()
+    before = files.contents(LOG)
+    log.prepare_spare()
+    assert files.contents(LOG) == before
+
+
+def test_without_space_nothing_is_written_and_the_log_works_again_when_there_is() -> None:
+    files = make_log([b"a"], [b"b"])
+    log = open_log(files)
+    files.free_bytes = 0
+    before = files.contents(LOG)
+    for _ in range(2):
+        with pytest.raises(LogFullError, match=r"^/log: no space for a segment of \d+ bytes"):
+            append(log, b"c")
+        assert files.contents(LOG) == before
+    assert log.last_lsn == log.synced_lsn == 2
+    files.free_bytes = math.inf
+    append(log, b"c")
+    log.close()
+    assert content(files) == numbered([b"a", b"b", b"c"])
+
+
+def test_a_full_disk_is_no_error_while_the_next_segment_is_prepared() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    files.free_bytes = 1000
+    log.prepare_spare()
+    assert spares(files) == []
+    assert files.free_bytes == 1000
+
+
+def test_recovering_on_a_full_disk_leaves_no_file_behind() -> None:
+    files = make_log([b"a"], close=False)
+    before = files.contents(LOG)
+    files.free_bytes = 600
+    with pytest.raises(LogFullError, match=r"^/log: no space for a segment of \d+ bytes"):
+        open_log(files)
+    assert files.contents(LOG) == before
+    files.heal()
+    assert records_of(open_log(files)) == ((1, b"a"),)
+
+
+def test_a_prepared_segment_that_is_too_small_gives_way_to_a_larger_one() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    log.prepare_spare()
+    append(log, bytes(50 * KiB))
+    assert spares(files) == []
+    assert records_of(log) == numbered([b"a", bytes(50 * KiB)])
+
+
+def test_closing_takes_prepared_and_recycled_files_away() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(6):
+        append(log, b"%d" % n)
+    log.drop_before(5)
+    log.prepare_spare()
+    append(log, b"x")
+    log.drop_before(7)
+    assert spares(files)
+    log.close()
+    assert files.names(LOG) == ["log.meta", *segments(files)]
+
+
+def test_disk_bytes_counts_segments_and_what_is_prepared() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(3):
+        append(log, b"%d" % n)
+    sizes = {name: len(data) for name, data in files.contents(LOG).items()}
+    assert log.disk_bytes == sum(size for name, size in sizes.items() if name != "log.meta")
+    log.prepare_spare()
+    assert log.disk_bytes > sum(size for name, size in sizes.items() if name != "log.meta")
+
+
+# -- dropping -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lsn", "first"),
+    [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (7, 7), (8, 7), (100, 7)],
+)
+def test_only_whole_sealed_segments_are_dropped(lsn: int, first: int) -> None:
+    files = make_log(*([b"%d" % n] for n in range(8)))
+    log = open_log(files)
+    assert log.drop_before(lsn) == (first - 1) // 2
+    assert log.first_lsn == first
+    expected = numbered((b"%d" % n for n in range(first - 1, 8)), first)
+    assert records_of(log) == expected
+    assert log.drop_before(lsn) == 0
+    assert append(log, b"next") == 9
+    log.close()
+    assert content(files) == (*expected, (9, b"next"))
+
+
+def test_a_log_dropped_to_nothing_goes_on_with_its_numbers() -> None:
+    files = make_log([b"a"], [b"b"], [b"c"])
+    log = open_log(files)
+    log.rotate()
+    log.drop_before(4)
+    assert (log.first_lsn, log.last_lsn) == (4, 3)
+    log.close()
+    log = open_log(files)
+    assert (log.report.first_lsn, log.report.last_lsn) == (4, 3)
+    assert append(log, b"d") == 4
+
+
+def test_one_dropped_segment_becomes_the_next_with_new_zeros() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(8):
+        append(log, b"%d" % n)
+    log.drop_before(7)
+    (recycled,) = spares(files)
+    assert any(files.read_file(LOG, recycled))
+    log.prepare_spare()
+    assert spares(files) == [recycled]
+    assert not any(files.read_file(LOG, recycled))
+    append(log, b"8")
+    assert spares(files) == []
+    assert records_of(log) == numbered((b"%d" % n for n in range(6, 9)), 7)
+
+
+def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(4):
+        append(log, b"%d" % n)
+    (header,) = (s.header for s in log.sealed())
+    log.pin(header)
+    file = log.open_segment(header)
+    before = file.pread(file.size(), 0)
+    log.drop_before(3)
+    log.prepare_spare()
+    append(log, b"x")
+    append(log, b"y")
+    assert file.pread(len(before), 0) == before
+    log.unpin(header)
+
+
+def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() -> None:
+    """`prepare_spare` runs in another thread and may begin at any moment."""
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(6):
+        append(log, b"%d" % n)
+    images = 0
+
+    def prepare_and_crash(operation: str, path: str) -> None:
+        nonlocal images
+        files.after_operation = lambda operation, path: crash()
+        log.prepare_spare()
+        files.after_operation = prepare_and_crash
+
+    def crash() -> None:
+        nonlocal images
+        for seed in range(4):
+            images += 1
+            assert content(files.crash_image(seed)) in (every, every[4:])
+
+    every = records_of(log)
+    files.after_operation = prepare_and_crash
+    log.drop_before(5)
+    assert images
+
+
+def test_files_of_large_frames_are_not_recycled() -> None:
+    """Writing zeros ahead does not pay for them."""
+    files = MemoryFiles()
+    log = open_log(files)
+    for _ in range(3):
+        append(log, bytes(100 * KiB))
+    log.drop_before(3)
+    assert spares(files) == []
+
+
+def test_space_taken_by_a_recycled_file_is_given_to_a_larger_segment() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(4):
+        append(log, b"%d" % n)
+    log.drop_before(3)
+    (recycled,) = spares(files)
+    kept = len(files.read_file(LOG, recycled))
+    big = bytes(3 * KiB)
+    needed = capacity_for(len(big) + 4, TINY)
+    files.free_bytes = needed - kept
+    append(log, big)
+    assert records_of(log)[-1] == (5, big)
+
+
+# -- cutting the end ------------------------------------------------------------------------
+
+BATCHES = [[b"1"], [b"2", b"3", b"4"], [b"5"], [b"6", b"7"], [b"8"]]
+
+
+@pytest.mark.parametrize("lsn", range(9))
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("segment_size", [TINY, 64 * KiB])
+def test_the_log_is_cut_behind_any_record(lsn: int, reopened: bool, segment_size: int) -> None:
+    files = make_log(*BATCHES[:3], segment_size=segment_size)
+    log = open_log(files, segment_size=segment_size)
+    for batch in BATCHES[3:]:
+        append(log, *batch)
+    if reopened:
+        log.close()
+        log = open_log(files, segment_size=segment_size)
+    log.truncate_after(lsn)
+    kept = numbered(b"12345678"[n : n + 1] for n in range(lsn))
+    assert (log.first_lsn, log.last_lsn, log.synced_lsn) == (1, lsn, lsn)
+    assert records_of(log) == kept
+    assert append(log, b"new") == lsn + 1
+    assert records_of(log) == (*kept, (lsn + 1, b"new"))
+    log.close()
+    assert content(files) == (*kept, (lsn + 1, b"new"))
+    assert "truncate.tmp" not in files.names(LOG)
+
+
+def test_cutting_behind_the_end_changes_nothing() -> None:
+    files = make_log(*BATCHES)
+    log = open_log(files)
+    before = files.contents(LOG)
+    log.truncate_after(8)
+    log.truncate_after(100)
+    assert files.contents(LOG) == before
+
+
+def test_a_cut_counts_as_two_changes_for_readers() -> None:
+    log = open_log(make_log(*BATCHES))
+    log.truncate_after(8)
+    assert log.cuts == 0
+    log.truncate_after(4)
+    assert log.cuts == 2
+
+
+@pytest.mark.parametrize("lsn", [1, 3, 4])
+def test_the_log_is_not_cut_where_what_is_to_stay_is_damaged(lsn: int) -> None:
+    """Cutting at the damage would drop good records and call that done."""
+    files = make_log([b"1"], [b"2", b"3", b"4"], [b"5"], [b"6"], [b"7"])
+    name = segments(files)[0]
+    damaged = DATA_OFFSET if lsn == 1 else DATA_OFFSET + BLOCK
+    files.flip_bit(LOG, name, 8 * (damaged + 70))
+    log = open_log(files, verify_bytes=0)
+    before = files.contents(LOG)
+    with pytest.raises(CorruptLogError, match=rf"^/log/{name}: damaged at offset {damaged}: "):
+        log.truncate_after(lsn)
+    assert files.contents(LOG) == before
+    assert append(log, b"8") == 8
+
+
+def test_without_space_the_log_is_not_cut() -> None:
+    files = make_log(*BATCHES)
+    log = open_log(files)
+    files.free_bytes = 0
+    before = files.contents(LOG)
+    with pytest.raises(LogFullError):
+        log.truncate_after(3)
+    assert files.contents(LOG) == before
+    files.heal()
+    log.truncate_after(3)
+    assert records_of(log) == numbered([b"1", b"2", b"3"])
+
+
+# -- compression -------------------------------------------------------------------------------
+
+
+def test_a_log_is_compressed_where_that_makes_it_smaller() -> None:
+    files = MemoryFiles()
+    batches = [[b"a" * 5000], [b"x"], [b"bcd" * 3000, b"", b"efg" * 100]]
+    log = open_log(files, compression="zstd", segment_size=64 * KiB)
+    for batch in batches:
+        append(log, *batch)
+    data = files.read_file(LOG, segments(files)[0])
+    header = log.active.header
+    frames = list(FrameScanner(lambda n, at: data[at : at + n], header, start_of(header)))
+    assert [frame.codec for frame, _ in frames] == [Codec.ZSTD, Codec.NONE, Codec.ZSTD]
+    assert all(frame.stored_length <= frame.raw_length for frame, _ in frames)
+    assert [payloads(frame, body) for frame, body in frames] == batches
+    log.close()
+    log = open_log(files)
+    assert log.active.header.features == FEATURE_ZSTD, "the log remembers"
+    assert append(log, bytes(9000)) == 6
+    log.truncate_after(4)
+    assert records_of(log) == numbered([b"a" * 5000, b"x", b"bcd" * 3000, b""])
+
+
+@pytest.mark.parametrize(("created", "asked"), [(None, "zstd"), ("none", "zstd"), ("zstd", "none")])
+def test_another_compression_than_the_logs_own_is_refused(created: str | None, asked: str) -> None:
+    files = make_log([b"a"], compression=created)
+    before = files.contents(LOG)
+    with pytest.raises(ValueError, match=r"^compression must be what the log was created with"):
+        open_log(files, compression=asked)
+    assert files.contents(LOG) == before
+
+
+def test_the_bytes_of_a_body_are_what_its_frame_says() -> None:
+    for features in (0, 1):
+        body = encode([b"a" * 1000, b"b"], features)
+        assert body.stored_length == sum(map(len, body.pieces))
+        assert (body.count, body.raw_length) == (2, 1009)
+        assert (body.codec is Codec.ZSTD) == (body.stored_length < body.raw_length)
+
+
+def test_a_segment_keeps_a_reserve_for_its_footer() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=64 * KiB)
+    active: ActiveSegment = log.active
+    while active.fits(4):
+        append(log, b"")
+    assert active is log.active
+    left = active.capacity - active.position.offset
+    assert footer_reserve(active.capacity) <= left < footer_reserve(active.capacity) + BLOCK
