@@ -33,4 +33,7 @@ napoleon_numpy_docstring = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|trio|types|typing)\..*"),
+    # Names in signatures are shown by where they are defined.
+    (r"py:.*", r"trio_wal\._.*"),
+    (r"py:.*", r"(trio_wal\.\w+\.)?(D|T)"),
 ]

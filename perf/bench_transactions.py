@@ -356,7 +356,9 @@ def _fifty(setting: Setting, directory: Path, report: Report) -> None:
             what=f"50 puts a transaction, 10 tasks (0.8 × {best}, or 300,000)",
             needed=f"{number(needed)} puts/s",
             limit=needed,
-            measured=Spread(*(value * BATCH_PUTS for value in (spread.median, spread.low, spread.high))),
+            measured=Spread(
+                *(value * BATCH_PUTS for value in (spread.median, spread.low, spread.high))
+            ),
             unit="puts/s",
         )
     )
@@ -524,5 +526,3 @@ def _opening(setting: Setting, directory: Path, report: Report) -> None:
         shown.add_row(str(megabytes), f"{seconds * 1e3:.1f}", str(replayed))
     report.tables.append(shown)
     report.data["opening: MB, ms, replayed"] = figures
-
-

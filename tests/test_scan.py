@@ -366,10 +366,23 @@ def test_a_covering_frame_is_found_in_every_window() -> None:
     assert last > _scan.WINDOW
 
 
-def test_a_frame_in_the_middle_of_a_payload_covers_nothing() -> None:
-    """Frames stand at multiples of a block; elsewhere their bytes prove nothing."""
-    shifted = changed(DATA, 4608, b"X" + DATA[4608:END])
-    assert tail(shifted, position_before(1))[1] is None
+@pytest.mark.parametrize("shift", [1, 63, 448, 511, 512, 9000])
+def test_a_misplaced_frame_covers_too(shift: int) -> None:
+    shifted = changed(DATA, 4608, b"X" * shift + DATA[4608:END])
+    assert tail(shifted, position_before(1))[1] == 5120
+
+
+def test_a_covering_frame_between_two_windows_is_found() -> None:
+    (frame,) = (DATA[offset : offset + FRAME_HEADER_SIZE] for offset in OFFSETS[3:])
+    for before in range(FRAME_HEADER_SIZE + 1):
+        data = DATA[:4608].ljust(4608 + _scan.WINDOW - before, b"\1") + frame
+        assert tail(data, position_before(1))[1] == 6656
+
+
+def test_an_earlier_frame_covers_nothing() -> None:
+    """A torn payload may hold a copy of every frame before it."""
+    torn = changed(DATA, 6656, DATA[4096:6656] * 3)
+    assert tail(torn, position_before(3))[1] is None
 
 
 # -- footers and pointers ---------------------------------------------------------------------

@@ -404,6 +404,43 @@ def test_a_missing_segment_is_found_with_the_records_it_had() -> None:
     )
 
 
+def test_a_segment_whose_end_is_gone_is_found_with_the_records_it_had() -> None:
+    files = ten_batches()
+    first, second = segments(files)[:2]
+    _, gone, _ = frames(files, first)
+    data = files.read_file(LOG, first)
+    files.write_file(LOG, first, data[: gone.offset])
+    behind = header_of(files, second).first_lsn
+    assert check(files).findings == (
+        Finding(
+            f"{LOG}/{first}",
+            gone.offset,
+            f"the records before LSN {behind} are missing",
+            gone.first_lsn,
+            behind - 1,
+        ),
+    )
+
+
+def test_a_segment_of_another_past_of_the_log_is_found() -> None:
+    """Somebody restored one file from a copy after which the log went another way."""
+    files = MemoryFiles()
+    log = open_log(files)
+    for i in range(4):
+        append(log, b"%d" % i + PAYLOAD)
+    copy = copy_of(files)
+    for each, word in ((log, b"here"), (open_log(copy), b"there")):
+        for _ in range(6):
+            append(each, word + PAYLOAD)
+        each.close()
+    name = segments(files)[-2]
+    assert name in segments(copy)
+    files.write_file(LOG, name, copy.read_file(LOG, name))
+    reasons = {f.reason for f in check(files).findings}
+    assert f"{name} does not follow this segment" in reasons
+    assert f"{segments(files)[-1]} does not follow this segment" in reasons
+
+
 def test_the_segments_before_and_behind_a_missing_one_are_checked() -> None:
     files = ten_batches()
     names = segments(files)
@@ -647,8 +684,8 @@ def _drop(log: LogDirectory) -> None:
 
 
 def _recycle(log: LogDirectory) -> None:
-    """The files of dropped segments get other names, and zeros."""
-    log.drop_before(log.last_lsn)
+    """The file of a dropped segment gets another name, and zeros."""
+    log.drop_before(log.sealed()[0].next_lsn)
     log.prepare_spare()
 
 
@@ -673,6 +710,11 @@ def _verify_while(act: Callable[[LogDirectory], None], moment: int) -> At:
     return before
 
 
+def write_in_place(files: MemoryFiles, name: str, data: bytes) -> None:
+    """Whoever has the file open sees it."""
+    files.open_directory(LOG).open(name, writable=True).pwrite([data], 0)
+
+
 def test_a_frame_that_is_being_written_is_no_finding() -> None:
     """It is half there at one read; at the next it is whole, and another says it is durable."""
     files = one_segment(4, close=False)
@@ -683,8 +725,8 @@ def test_a_frame_that_is_being_written_is_no_finding() -> None:
     torn = whole[: third.offset + 100] + hole[100:] + bytes(len(whole) - third.end)
     seen = 0
     for moment in range(1, 30):
-        files.write_file(LOG, name, torn)
-        before = At(moment, lambda: files.write_file(LOG, name, whole))
+        write_in_place(files, name, torn)
+        before = At(moment, lambda: write_in_place(files, name, whole))
         result = verify(Interrupted(files.open_directory(LOG), before))
         if before.calls >= moment:
             assert result.findings == ()
@@ -706,7 +748,7 @@ def test_frames_that_are_being_written_at_every_look_are_no_finding() -> None:
             reads = 0
         elif what == name and offset >= DATA_OFFSET:
             reads += 1
-        files.write_file(LOG, name, torn if reads < 2 else whole)
+        write_in_place(files, name, torn if reads < 2 else whole)
 
     assert verify(Interrupted(files.open_directory(LOG), before)).findings == ()
 

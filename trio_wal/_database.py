@@ -593,8 +593,8 @@ class Database:
                 continue
             for version in commitment.versions:
                 version.commitment = None
-                if not keep_older:
-                    version.older = None
+                if not keep_older and version.older is not None:
+                    commitment.layer.forget_older(version)
             commitment.layer.last_lsn = lsn
             commitment.settled = True
             last = commitment

@@ -47,6 +47,11 @@ class Version:
         self.commitment = commitment
         """The commit it belongs to, until that is durable."""
 
+    @property
+    def bytes(self) -> int:
+        """Estimated memory, without the key."""
+        return VERSION_OVERHEAD + (0 if self.value is None else len(self.value))
+
 
 class Layer:
     """Newest versions by key, with an order that is made when somebody scans."""
@@ -74,6 +79,13 @@ class Layer:
             self._sorted.update(self.fresh)
             self.fresh.clear()
         return self._sorted.between(start, stop, reverse=reverse)
+
+    def forget_older(self, version: Version) -> None:
+        """Nobody needs any more what a version replaced."""
+        older, version.older = version.older, None
+        while older is not None:
+            self.bytes -= older.bytes
+            older = older.older
 
     def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:
         """A key of the range with a version newer than ``seq``, or None."""
@@ -219,12 +231,16 @@ class Memtable:
             older = versions.get(key)
             if older is None:
                 layer.fresh.append(key)
+                size += len(key)
             elif older.commitment is None and not keep_older:
-                older.older = None
+                if older.older is not None:
+                    layer.forget_older(older)
                 if commitment is None:
+                    size -= older.bytes
                     older = None
             version = versions[key] = Version(seq, value, older, commitment)
-            size += len(key) + VERSION_OVERHEAD
+            # As `Version.bytes`.
+            size += VERSION_OVERHEAD
             if value is not None:
                 size += len(value)
             if commitment is not None:
@@ -233,20 +249,23 @@ class Memtable:
 
     def remove(self, layer: Layer, writes: Writes, seq: int) -> None:
         """A commit was withdrawn: its versions are gone."""
-        for key, value in writes.items():
+        for key in writes:
             version = layer.versions[key]
-            layer.bytes -= len(key) + VERSION_OVERHEAD + (0 if value is None else len(value))
             if version.seq == seq:
                 if version.older is None:
                     # Its place in the order stays: harmless, and sorted lists delete slowly.
                     del layer.versions[key]
+                    layer.bytes -= len(key)
                 else:
                     layer.versions[key] = version.older
+                layer.bytes -= version.bytes
                 continue
             while version.older is not None and version.older.seq > seq:
                 version = version.older
-            if version.older is not None and version.older.seq == seq:
-                version.older = version.older.older
+            removed = version.older
+            if removed is not None and removed.seq == seq:
+                version.older = removed.older
+                layer.bytes -= removed.bytes
 
     def freeze(self) -> Layer:
         """What is here becomes the frozen layer; commits go into a new one."""

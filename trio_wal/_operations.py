@@ -33,7 +33,7 @@ class Operation:
 
     key: bytes
     value: bytes | None
-    """The new value; None: the key was deleted."""
+    """The new value, or None where the key was deleted."""
 
 
 class OperationsError(ValueError):

@@ -91,9 +91,9 @@ class RecoveryReport:
     """True where the log was closed in order, and for a new log."""
     seconds: float
     transactions_replayed: int = 0
-    """For a database: transactions applied from the log's tail."""
+    """Transactions that a database applied from the log's tail; 0 for a log."""
     checkpoint_lsn: int = 0
-    """For a database: the LSN up to which the store already held everything."""
+    """The LSN up to which a database's store already held everything; 0 for a log."""
 
 
 @attrs.frozen

@@ -40,7 +40,7 @@ Read = Callable[[int, int], bytes]
 """``read(length, offset)``; shorter only at the end of the file."""
 
 WINDOW: Final = 1 * MiB
-_ZEROS: Final = bytes(WINDOW)
+_ZEROS: Final = bytes(WINDOW + FRAME_HEADER_SIZE)
 
 
 @attrs.frozen
@@ -205,19 +205,22 @@ def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Positi
     A frame names the highest LSN that was durable when it was written.  If such a
     frame stands behind an invalid one and covers its first LSN, then the invalid one
     had been synced and acknowledged, and is damaged, not torn.
+
+    Such a frame is proof wherever it is found, be it misplaced: its checksum has this
+    segment's salt, and no payload can hold it, for it was written after all of them.
     """
     end = position.offset
     for offset in range(position.offset, size, WINDOW):
-        window = read(WINDOW, offset)
+        window = read(WINDOW + FRAME_HEADER_SIZE - 1, offset)
         if window == _ZEROS[: len(window)]:
             continue
-        end = offset + len(window.rstrip(b"\0"))
+        end = max(end, offset + len(window.rstrip(b"\0")))
         at = window.find(FRAME_MAGIC)
         while at >= 0:
-            if at % BLOCK == 0:
-                head = window[at : at + FRAME_HEADER_SIZE]
-                frame = decode_frame_header(head, offset + at, segment.seed)
-                if frame is not None and frame.durable_lsn >= position.next_lsn:
-                    return Tail(end, frame)
+            head = window[at : at + FRAME_HEADER_SIZE]
+            written_at = int.from_bytes(head[FRAME_HEADER_SIZE - 8 :], "little")
+            frame = decode_frame_header(head, written_at, segment.seed)
+            if frame is not None and frame.durable_lsn >= position.next_lsn:
+                return Tail(end, frame)
             at = window.find(FRAME_MAGIC, at + 1)
     return Tail(min(align_up(end, BLOCK), max(size, position.offset)))

@@ -9,8 +9,9 @@ covers its offset and its segment's salt, so whatever passes it was written ther
 this log; the LSNs between it and the last good frame are those that are lost.
 
 The log may be written meanwhile.  A rotation, a truncation, a write that is half done
-look like damage for an instant, so what is found is believed only when a second look
-finds the same and the files stood still between the two.
+look like damage for an instant, so what is found is believed only when the files stood
+still around the look, and a frame only when it is read again after the proof that it
+must be there.
 """
 
 from __future__ import annotations
@@ -577,7 +578,6 @@ class _Verifier:
             torn = checked.torn_bytes
             clean = checked.last_kind is Kind.CLOSE
             self._done += segment.size
-            self._report(0)
         if self._progress is not None:
             self._progress(self._total, self._total)
         return Verification(
@@ -609,12 +609,11 @@ class _Verifier:
         return Finding(path, 0, f"{which} missing: {why}", *lost)
 
     def _settle(self, number: int) -> tuple[FoundSegment, _Checked] | None:
-        """Check a segment until what is found there does not change any more.
+        """Check a segment until all that its verdict depends on stood still meanwhile.
 
-        None: it left the log meanwhile.
+        None: it left the log.
         """
         settled: tuple[FoundSegment, _Checked] | None = None
-        before: list[Finding] | None = None
         for _ in range(LOOK_TRIES):
             view = self._listing.view(number)
             if view is None:
@@ -622,15 +621,10 @@ class _Verifier:
             checked = self._check(view)
             settled = None if checked is None else (view.segment, checked)
             if checked is not None and not checked.findings and not view.is_last:
-                return settled
+                break
             self._listing = self._look()
-            stood_still = self._listing.view(number) == view
-            if checked is not None and stood_still:
-                if not checked.findings or checked.findings == before:
-                    return settled
-                before = checked.findings
-            else:
-                before = None
+            if checked is not None and self._listing.view(number) == view:
+                break
         return settled
 
     def _check(self, view: _View) -> _Checked | None:

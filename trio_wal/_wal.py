@@ -73,7 +73,7 @@ class WalStatistics:
     max_queue_bytes: float
     """As given to `open_wal`."""
     queue_utilization: float
-    """How full the queue is, 0 to 1: the larger of its two shares."""
+    """How full the queue is, 0 to 1, in records or bytes, whichever is more."""
     peak_records_waiting: int
     """The most records that ever waited."""
     peak_bytes_waiting: int
@@ -114,7 +114,8 @@ class WalStatistics:
     last_sync_time: datetime | None
     """UTC, when the last sync returned; None before the first."""
     state: Literal["open", "full", "closing", "closed", "failed"]
-    """"full": no disk space for the next segment; "failed": see `LogFailedError`."""
+    """Where it is ``full``, there is no disk space for the next segment; for ``failed`` see
+    `LogFailedError`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -583,6 +584,7 @@ class WriteAheadLog:
         nursery.start_soon(self._flusher.run)
         nursery.start_soon(self._maintain)
 
+    @enable_ki_protection
     async def _run_worker(self) -> None:
         try:
             await self._worker.run()

@@ -176,8 +176,8 @@ class MemoryFiles:
         self.free_bytes: float = math.inf
         """What ``allocate`` and growing writes may still take before ENOSPC."""
         self.after_operation: Callable[[Operation, str], None] | None = None
-        """Called after each operation that changed something, with its path: to crash at
-        every one of them."""
+        """Is called after each operation that changed something, with its path. Crash images
+        taken here show every moment."""
 
     # -- what tests do to it --
 
