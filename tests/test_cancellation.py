@@ -399,7 +399,9 @@ def life_of_a_log(files: MemoryFiles, tracer: LineTracer) -> dict[int, bytes]:
         returned[await wal.append(b"other")] = b"other"
 
     async def main() -> None:
-        async with open_memory(files, max_queue_size=2, flush_interval=0) as wal:
+        async with open_memory(
+            files, max_queue_size=2, flush_interval=0, segment_size=SMALL_SEGMENT
+        ) as wal:
             async with trio.open_nursery() as nursery:
                 for _ in range(4):
                     nursery.start_soon(others, wal)

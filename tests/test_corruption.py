@@ -354,7 +354,7 @@ def test_a_footer_that_lies_is_noticed() -> None:
     header = decode_segment_header(data)
     file = files.open_directory(LOG).open(name, writable=True)
     scanner = FrameScanner(file.pread, header, start_of(header))
-    assert [frame.count for (frame, _), _ in zip(scanner, range(2), strict=False)] == [1, 1]
+    assert [frame.count for _, (frame, _) in zip(range(2), scanner, strict=False)] == [1, 1]
     ActiveSegment(file, header, len(data), scanner.position, records=3, frames=2).seal()
     refused(
         files,

@@ -461,9 +461,13 @@ def test_missing_first_segments_are_one_finding() -> None:
     assert finding.last_lsn == header_of(files, names[2]).first_lsn - 1
 
 
-def test_a_missing_last_segment_is_noticed_by_the_footer_before_it() -> None:
+@pytest.mark.parametrize("damaged", ["neither", "pointer", "footer"])
+def test_a_missing_last_segment_is_noticed_by_the_footer_before_it(damaged: str) -> None:
     files = ten_batches()
     names = segments(files)
+    if damaged != "neither":
+        seal = frames(files, names[-2])[-1]
+        flip(files, names[-2], 520 if damaged == "pointer" else seal.offset + 20)
     gone = header_of(files, names[-1])
     files.remove_file(LOG, names[-1])
     (finding,) = check(files).findings

@@ -56,15 +56,17 @@ class Checkpointer:
                         self._wanted = trio.Event()
                         try:
                             await self.checkpoint()
-                        except OSError as exc:
+                        except (OSError, LogFullError) as exc:
                             log.warning(
                                 "%s: checkpoint failed, will try again: %r", self._db.path, exc
                             )
                             self.wake()
+                            # The log may be broken too: who waits for room must hear of it.
+                            self._db.wake_waiting_for_room()
                             await trio.sleep(RETRY_SECONDS)
             except (LogFailedError, trio.ClosedResourceError):
                 # The writers are told; here there is nothing more to do.
-                pass
+                self._db.wake_waiting_for_room()
             finally:
                 self.done.set()
 
@@ -84,7 +86,13 @@ class Checkpointer:
     async def checkpoint(self) -> int:
         """Everything committed so far goes into the store; returns the LSN it holds."""
         async with self._one:
-            return await self._checkpoint()
+            return await self._everything()
+
+    async def _everything(self) -> int:
+        if self._db.memtable.view.frozen is not None:
+            # One that was interrupted; what was committed since comes after it.
+            await self._checkpoint()
+        return await self._checkpoint()
 
     async def _checkpoint(self) -> int:
         db = self._db
@@ -96,6 +104,9 @@ class Checkpointer:
             frozen = memtable.freeze()
             db.refresh_view()
         await db.wait_settled(frozen.last_seq)
+        if db.wal.durable_lsn < frozen.last_lsn:
+            # Where durability is less than "sync": the store must never be ahead of the log.
+            await db.wal.flush()
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         items = [(key, version.value) for key, version in frozen.versions.items()]
@@ -116,7 +127,7 @@ class Checkpointer:
     async def backup(self, path: str) -> int:
         """A copy of the store as of now, and an empty log that goes on behind it."""
         async with self._one:
-            await self._checkpoint()
+            await self._everything()
             await self._db.blocking(self._copy, path, self.state)
             return self.state.lsn
 
@@ -153,6 +164,6 @@ async def settle_quietly(db: Database) -> None:
     """Wait for what is queued; who waits for it is told by others what became of it."""
     try:
         await db.wal.flush()
-    except LogFullError:
+    except (LogFullError, LogFailedError):
         # What was pending has been withdrawn.
         await trio.lowlevel.checkpoint()

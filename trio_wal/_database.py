@@ -265,6 +265,7 @@ class Database:
         self._conflicts = 0
         self._recovery = wal.recovery
         self._closed = False
+        self._closed_store: tuple[int, int] | None = None
         self.refresh_view()
 
     # -- transactions --
@@ -347,7 +348,10 @@ class Database:
             check_key(key)
             self._check_open()
             raise
-        return default if value is None else value
+        if value is None:
+            check_key(key)
+            return default
+        return value
 
     def scan(
         self,
@@ -372,17 +376,20 @@ class Database:
         """
         self._check_open()
         start, stop = check_range(start, stop, prefix, limit)
-        return self._scan(Snapshot(self), start, stop, reverse, limit)
+        found = self._scan(start, stop, reverse, limit)
+        next(found)
+        return found
 
     def _scan(
         self,
-        snapshot: Snapshot,
         start: bytes | None,
         stop: bytes | None,
         reverse: bool,
         limit: int | None,
     ) -> Iterator[tuple[bytes, bytes]]:
-        with snapshot:
+        with Snapshot(self) as snapshot:
+            # `scan` takes this: a generator that was never begun would not let go either.
+            yield b"", b""
             yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
 
     def snapshot(self) -> Snapshot:
@@ -456,7 +463,7 @@ class Database:
 
     def statistics(self) -> DatabaseStatistics:
         """A look at log, memtable and store.  Cheap; no checkpoint."""
-        store_keys, store_bytes = self.store.statistics()
+        store_keys, store_bytes = self._closed_store or self.store.statistics()
         return DatabaseStatistics(
             wal=self._wal.statistics(),
             transactions=self._transactions,
@@ -518,11 +525,16 @@ class Database:
     async def wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self.behind():
+            self._wal._queue.check_open()
             self._waiting_for_room += 1
             try:
                 await self._room.wait()
             finally:
                 self._waiting_for_room -= 1
+
+    def wake_waiting_for_room(self) -> None:
+        room, self._room = self._room, trio.Event()
+        room.set()
 
     def check_size(self, size: int) -> None:
         """Raises `RecordTooLargeError` where a transaction would not fit into a record."""
@@ -563,6 +575,7 @@ class Database:
             await commitment.wait()
         if commitment is not None and commitment.lost:
             self._wal._queue.check_open()
+            self.note_conflict()
             raise TransactionConflict(next(iter(commitment.writes)))
         return self._durable_lsn
 
@@ -621,8 +634,7 @@ class Database:
         self.memtable.drop_frozen()
         self.refresh_view()
         self._wal._keep_from(lsn + 1)
-        room, self._room = self._room, trio.Event()
-        room.set()
+        self.wake_waiting_for_room()
         if self._view.active.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
 
@@ -654,10 +666,21 @@ class Database:
     @enable_ki_protection
     async def _before_close(self) -> None:
         self._closed = True
+        # LMDB must not be closed while somebody reads; nor may a checkpoint wait for them.
+        for reader in list(self._readers):
+            reader.close()
         await self._checkpointer.stop()
-        self._room.set()
+        self.wake_waiting_for_room()
         self.memtable.close()
+        self.refresh_view()
+        self._base_get = self._get_closed
+        self._closed_store = self.store.statistics()
         self.store.close()
+
+    def _get_closed(self, key: bytes) -> bytes | None:
+        check_key(key)
+        self._check_open()
+        return None
 
 
 @final
@@ -710,7 +733,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         """Create the directory, or see whether it is a database's."""
         directory = self._files.open_directory(self._path, create=True)
         try:
-            names = [name for name in directory.names() if not name.startswith(".")]
+            names = [name for name in directory.names() if name[0] != "." and name != "lost+found"]
             if names and LOG_NAME not in names:
                 raise CorruptLogError(
                     self._path, 0, f"this is no database: it holds {names[0]!r} but no {LOG_NAME!r}"

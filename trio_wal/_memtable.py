@@ -284,8 +284,12 @@ class Memtable:
         """Do something while the store is not being read."""
         view = self.view
         view.base.retire()
-        between()
-        self.view = View(BaseRead(self._store.read()), view.frozen, view.active)
+        try:
+            between()
+        finally:
+            self.view = View(BaseRead(self._store.read()), view.frozen, view.active)
 
     def close(self) -> None:
-        self.view.base.retire()
+        view = self.view
+        self.view = View(view.base, None, Layer())
+        view.base.retire()

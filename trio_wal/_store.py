@@ -15,6 +15,7 @@ import attrs
 
 from ._exceptions import CorruptLogError
 from ._files import file_size, make_directory, sync_file
+from ._operations import KEY_BYTES_MAX
 from ._util import MiB
 
 DATA_NAME: Final = "data.mdb"
@@ -92,13 +93,13 @@ class _LmdbRead:
             if stop is None:
                 found = cursor.last()
             else:
-                found = cursor.prev() if cursor.set_range(stop) else cursor.last()
+                found = cursor.prev() if _seek(cursor, stop) else cursor.last()
             if found:
                 for key, value in cursor.iterprev():
                     if start is not None and key < start:
                         return
                     yield key, value
-        elif cursor.first() if start is None else cursor.set_range(start):
+        elif cursor.first() if start is None else _seek(cursor, start):
             for key, value in cursor.iternext():
                 if stop is not None and key >= stop:
                     return
@@ -106,6 +107,14 @@ class _LmdbRead:
 
     def close(self) -> None:
         self._txn.abort()
+
+
+def _seek(cursor: Any, key: bytes) -> bool:
+    """Go to the first key that is not below ``key``, which may be longer than keys can be."""
+    found: bool = cursor.set_range(key[:KEY_BYTES_MAX])
+    if found and len(key) > KEY_BYTES_MAX and cursor.key() == key[:KEY_BYTES_MAX]:
+        found = cursor.next()
+    return found
 
 
 class LmdbStore:
@@ -145,7 +154,10 @@ class LmdbStore:
             raise OSError(5, f"checkpoint failed: {exc}", self.path) from exc
 
     def grow(self) -> None:
-        self._env.set_mapsize(self._env.info()["map_size"] * MAP_GROWTH)
+        try:
+            self._env.set_mapsize(self._env.info()["map_size"] * MAP_GROWTH)
+        except self._lmdb.Error as exc:
+            raise OSError(12, f"the map cannot grow: {exc}", self.path) from exc
 
     def copy(self, path: str) -> None:
         make_directory(path)

@@ -81,6 +81,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     """A key that is known to conflict."""
     _dropped: tuple[Layer, ...] = ()
     _blind = False
+    _cut = False
+    """The database was closed under it."""
     _ended = False
     _begun = False
     _lsn: int | None = None
@@ -108,6 +110,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         traceback: TracebackType | None,
     ) -> None:
         if self._ended:
+            if exc_type is None and self._cut:
+                raise trio.ClosedResourceError("the database was closed before this commit")
+            if exc_type is None and self._lsn is None:
+                await trio.lowlevel.checkpoint()
             return
         if exc_type is not None:
             self._end()
@@ -140,12 +146,13 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if key in self._writes:
             return self._writes[key]
         view = self._view or self._begin_reading()
-        if self._reads is None:
-            self._reads = {key}
-        else:
-            self._reads.add(key)
-        if self._blind and self._doomed is None:
-            self._doomed = key
+        reads = self._reads
+        if reads is None:
+            reads = self._reads = set()
+        if key not in reads:
+            reads.add(key)
+            if self._blind and self._doomed is None:
+                self._doomed = key
         version = view.version(key, self._seq)
         if version is None:
             return view.base.get(key)
@@ -224,6 +231,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         reverse: bool,
         limit: int | None,
     ) -> Iterator[tuple[bytes, bytes]]:
+        self._check()
         committed = view.scan(self._seq, start, stop, reverse, self._observe)
         given = 0
         last: bytes | None = None
@@ -236,6 +244,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
                     yield key, value
                     if given == limit:
                         return
+                    if self._ended:
+                        self._check()
             complete = limit != 0
         finally:
             if not complete:
@@ -260,6 +270,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         size = self._bytes + OPERATION_OVERHEAD + len(key) + (0 if value is None else len(value))
+        if key in self._writes:
+            before = self._writes[key]
+            size -= OPERATION_OVERHEAD + len(key) + (0 if before is None else len(before))
         self._db.check_size(size)
         self._bytes = size
         self._writes[key] = value
@@ -319,6 +332,11 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         else:
             self._blind = True
 
+    def close(self) -> None:
+        """The database closes under it."""
+        self._end()
+        self._cut = True
+
     def _end(self) -> None:
         self._ended = True
         if self._view is not None:
@@ -369,6 +387,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def abort(self) -> None:
         """Give up; nothing reaches the log.  Also after the end, where it does nothing."""
         if not self._ended:
+            self._check()
             self._end()
 
     @property

@@ -118,7 +118,8 @@ class _View:
     """The segment behind; None: there is none, or its header cannot be read."""
     is_last: bool
     may_be_open: bool
-    """Whether a missing footer is no damage: a rotation or truncation was, or is, at it."""
+    """Whether it is the last but one.  A missing footer is no damage there: a rotation or
+    a truncation was, or is, at it."""
 
 
 @attrs.frozen
@@ -138,12 +139,11 @@ class _Listing:
         behind = sum(other > number for other in self.chain)
         behind += sum(lsn > segment.header.first_lsn for lsn in self.unreadable)
         following = self.chain.get(number + 1)
-        cut = self.meta.truncation if self.meta is not None else None
         return _View(
             segment,
             following.header if following is not None else None,
             is_last=not behind,
-            may_be_open=behind == 1 or (cut is not None and number == cut.keep_number),
+            may_be_open=behind == 1,
         )
 
     def missing_before(self, segment: FoundSegment, first_number: int, first_lsn: int) -> int:

@@ -334,7 +334,7 @@ class MemoryFiles:
     # -- what logs do with it --
 
     def exists(self, path: str) -> bool:
-        return path in self._folders
+        return any(f"{name}/".startswith(f"{path}/") for name in (*self._folders, *self._stores))
 
     def open_directory(self, path: str, *, create: bool = False) -> MemoryDirectory:
         self._begin("open", path)

@@ -41,15 +41,19 @@ async def demo(
     seed: Annotated[
         int | None, Parameter(help="Of the moments of the kills; default: random.")
     ] = None,
+    log_only: Annotated[
+        bool, Parameter(help="Append to a log instead of committing to a database.")
+    ] = False,
     json: Json = False,
 ) -> int:
-    """Append every line of real files, kill the writer on the way, and lose nothing.
+    """Commit every line of real files, kill the writer on the way, and lose nothing.
 
-    Many tasks in a process of its own append the lines, one by one, each waiting until
-    its line is durable. That process is killed (SIGKILL) in mid-flight; the log is opened
-    again, and every line that had been acknowledged must be in it, in order and
-    unchanged. Then it goes on with what is not in the log yet. At the end everything is
-    read back and compared with the files. Exits with 0 only if nothing was lost.
+    Many tasks in a process of its own put the lines into a database, each line a durable
+    transaction, while others move money between accounts. That process is killed (SIGKILL)
+    in mid-flight; the database is opened again, and every line and transfer that had been
+    acknowledged must be in it, unchanged, and the sum of all balances right. Then it goes
+    on with what is missing. At the end everything is read back and compared with the
+    files. Exits with 0 only if nothing was lost.
     """
     for name, value, low, high in (
         ("--tasks", tasks, 1, TASKS_MAX),
@@ -62,7 +66,9 @@ async def demo(
     keep = False
     try:
         with progress_bar("appending") as bar:
-            report = await demo_run.run(workload, str(where), kills=kills, seed=seed, watcher=bar)
+            report = await demo_run.run(
+                workload, str(where), kills=kills, seed=seed, watcher=bar, database=not log_only
+            )
         keep = not report.ok
     finally:
         if is_temporary and not keep:
@@ -109,10 +115,12 @@ def _place(directory: Path | None) -> tuple[Path, bool]:
 def _as_json(report: Report) -> dict[str, object]:
     fields = attrs.asdict(report)
     problems = fields.pop("problems")
+    bank = fields.pop("bank")
     return {
         "ok": report.ok,
         **fields,
         **problems,
+        **bank,
         "appends_per_second": report.appends_per_second,
         "records_per_batch": _records_per_batch(report),
     }
@@ -146,6 +154,13 @@ def _print(report: Report) -> None:
         ("out of order", f"{problems.misordered + problems.misplaced:,}"),
         ("lost", f"{problems.lost:,}"),
     ]
+    if report.transfers:
+        bank = report.bank
+        rows += [
+            ("transfers", f"{report.transfers:,}"),
+            ("money missing", f"{bank.missing_money:,}"),
+            ("transfers lost or invented", f"{bank.lost_transfers + bank.invented_transfers:,}"),
+        ]
     if report.damaged:
         rows.append(("findings of verify", f"{report.damaged:,}"))
     for row in rows:

@@ -22,10 +22,13 @@ import trio
 
 from trio_wal import _verify
 from trio_wal._cli._output import CommandError
+from trio_wal._database import LOG_NAME, open_database
 from trio_wal._files import OsFiles
 from trio_wal._util import MiB
 from trio_wal._wal import open_wal
 
+from . import bank
+from .bank import BankLedger, BankProblems
 from .ledger import Ledger, Problems, Rebuilder
 from .workload import Workload
 from .writer import WORD_BYTES, WORDS, Job
@@ -66,6 +69,9 @@ class Report:
     acknowledged: int = 0
     found: int = 0
     problems: Problems = attrs.Factory(Problems)
+    transfers: int = 0
+    """Between accounts, as the database counts them."""
+    bank: BankProblems = attrs.Factory(BankProblems)
     damaged: int = 0
     """Findings of `verify`."""
     unacknowledged_kept: int = 0
@@ -88,6 +94,7 @@ class Report:
     def ok(self) -> bool:
         return (
             not self.problems
+            and not self.bank
             and not self.damaged
             and self.acknowledged + self.unacknowledged_kept == self.found == self.lines
             and self.sources_identical == self.sources
@@ -99,9 +106,17 @@ class Report:
 
 
 async def run(
-    workload: Workload, directory: str, *, kills: int, seed: int | None, watcher: Watcher
+    workload: Workload,
+    directory: str,
+    *,
+    kills: int,
+    seed: int | None,
+    watcher: Watcher,
+    database: bool = False,
 ) -> Report:
     """Append the workload to a new log in ``directory``, with so many kills on the way.
+
+    With ``database`` every line is a transaction, and money is moved at the same time.
 
     Ends early where a check after a kill finds something wrong.
 
@@ -110,7 +125,8 @@ async def run(
       WalError, OSError
     """
     began = perf_counter()
-    demo = _Demo(workload, directory, random.Random(seed), watcher)
+    kind = _DatabaseDemo if database else _Demo
+    demo = kind(workload, directory, random.Random(seed), watcher)
     await demo.run(kills)
     report = demo.report
     report.seconds = perf_counter() - began
@@ -118,6 +134,8 @@ async def run(
 
 
 class _Demo:
+    database = False
+
     def __init__(
         self, workload: Workload, directory: str, rng: random.Random, watcher: Watcher
     ) -> None:
@@ -126,7 +144,7 @@ class _Demo:
         self._rng = rng
         self._watcher = watcher
         self._total = len(workload.records)
-        self._ledger = Ledger(workload)
+        self._ledger = self._new_ledger()
         longest = max(map(len, workload.records), default=0)
         self._max_record_size = max(16 * MiB, longest)
         self.report = Report(
@@ -135,6 +153,9 @@ class _Demo:
             tasks=workload.tasks,
             sources=len(workload.contents),
         )
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger(self._workload)
 
     async def run(self, kills: int) -> None:
         report, ledger = self.report, self._ledger
@@ -147,9 +168,9 @@ class _Demo:
             self._watcher.describe(f"checking after kill {report.kills}")
             seconds = await self._check()
             report.recovery_seconds.append(seconds)
-            if report.problems:
+            if report.problems or report.bank:
                 break
-        if not report.problems:
+        if not (report.problems or report.bank):
             self._watcher.describe("reading everything back")
             await self._check(Rebuilder(self._workload))
         self._verify()
@@ -206,6 +227,8 @@ class _Demo:
             self._workload.tasks,
             self._ledger.resume(),
             self._max_record_size,
+            self.database,
+            self._rng.getrandbits(32),
         )
         # Broken: it ended; its exit code says more.
         with contextlib.suppress(trio.BrokenResourceError):
@@ -263,13 +286,53 @@ class _Demo:
         return seconds
 
     def _verify(self) -> None:
-        directory = OsFiles().open_directory(self._directory)
+        self._verify_log(self._directory)
+
+    def _verify_log(self, path: str) -> None:
+        directory = OsFiles().open_directory(path)
         try:
             result = _verify.verify(directory)
         finally:
             directory.close()
         self.report.damaged = len(result.findings)
         self.report.batches = result.frames
+
+
+class _DatabaseDemo(_Demo):
+    """The same on a database."""
+
+    database = True
+    _ledger: BankLedger
+
+    def _new_ledger(self) -> BankLedger:
+        return BankLedger(self._workload)
+
+    async def _check(self, rebuilder: Rebuilder | None = None) -> float:
+        ledger, report = self._ledger, self.report
+        began = perf_counter()
+        async with open_database(self._directory, max_record_size=self._max_record_size) as db:
+            seconds = perf_counter() - began
+            report.torn_bytes += db.recovery.torn_bytes
+            ledger.begin()
+            for key, value in db.scan(prefix=bank.LINES):
+                ledger.stored(bank.line_index(key), value)
+                if rebuilder is not None:
+                    rebuilder.saw(value)
+            balances = sum(int(value) for _, value in db.scan(prefix=bank.ACCOUNT))
+            counts = [
+                int(db.get(bank.count_key(task), b"0")) for task in range(bank.TRANSFER_TASKS)
+            ]
+        report.problems = ledger.end()
+        report.bank = ledger.settle(balances, counts)
+        report.transfers = sum(counts)
+        if rebuilder is not None:
+            report.sources_identical = rebuilder.identical()
+        return seconds
+
+    def _verify(self) -> None:
+        self._verify_log(f"{self._directory}/{LOG_NAME}")
+        # The log has been cut behind what LMDB holds: its frames are not all batches.
+        self.report.batches = self.report.syncs
 
 
 class _Messages:

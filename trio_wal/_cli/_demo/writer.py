@@ -15,19 +15,25 @@ import os
 import signal
 import sys
 from array import array
+from random import Random
 from time import perf_counter_ns
 from typing import BinaryIO, Final
 
 import msgspec
 import trio
 
+from trio_wal._database import open_database
+from trio_wal._util import MiB
 from trio_wal._wal import WriteAheadLog, open_wal
 
+from . import bank
 from .workload import Workload, build
 
 WORDS: Final = 3
 """Words of a message's header, and of each acknowledgement."""
 WORD_BYTES: Final = 8
+CHECKPOINT_BYTES: Final = 8 * MiB
+"""Small, so that kills meet checkpoints."""
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -39,6 +45,9 @@ class Job(msgspec.Struct, array_like=True):
     resume: list[int]
     """Index of the first line that each task still has to append."""
     max_record_size: int
+    database: bool
+    seed: int
+    """Of the transfers."""
 
 
 class _Acknowledger:
@@ -88,6 +97,52 @@ async def write(job: Job, workload: Workload, out: BinaryIO) -> None:
         told.send()
 
 
+async def write_database(job: Job, workload: Workload, out: BinaryIO) -> None:
+    """Each line in a transaction of its own, and money moved all the while."""
+    async with open_database(
+        job.path, max_record_size=job.max_record_size, checkpoint_bytes=CHECKPOINT_BYTES
+    ) as db:
+        if db.get(bank.account_key(0)) is None:
+            async with db.transaction() as tx:
+                for number in range(bank.ACCOUNTS):
+                    tx.put(bank.account_key(number), b"%d" % bank.BALANCE)
+        told = _Acknowledger(out, db.wal)
+        done = False
+
+        def tell(index: int, lsn: int | None, began: int) -> None:
+            assert lsn is not None
+            told.words += (index, lsn, perf_counter_ns() - began)
+            told.some.set()
+
+        async def put_lines(first: int, end: int) -> None:
+            for index in range(first, end):
+                began = perf_counter_ns()
+                lsn = await db.put(bank.line_key(index), workload.records[index])
+                tell(index, lsn, began)
+
+        async def transfer(task: int) -> None:
+            rng = Random(job.seed + task)
+            turn = int(db.get(bank.count_key(task), b"0"))
+            while not done:
+                began = perf_counter_ns()
+                async with db.transaction() as tx:
+                    bank.move(tx, task, turn, rng)
+                tell(len(workload.records) + task, tx.lsn, began)
+                turn += 1
+
+        async with trio.open_nursery() as acknowledging:
+            acknowledging.start_soon(told.run)
+            async with trio.open_nursery() as transferring:
+                for task in range(bank.TRANSFER_TASKS):
+                    transferring.start_soon(transfer, task)
+                async with trio.open_nursery() as putting:
+                    for first, end in zip(job.resume, workload.bounds[1:], strict=True):
+                        putting.start_soon(put_lines, first, end)
+                done = True
+            acknowledging.cancel_scope.cancel()
+        told.send()
+
+
 def main() -> None:
     """Entry point of the child process."""
     # Ctrl-C reaches the whole group of processes; the parent sees to this one.
@@ -97,7 +152,8 @@ def main() -> None:
     os.dup2(2, 1)
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
     try:
-        trio.run(write, job, build(job.contents, job.tasks), out)
+        program = write_database if job.database else write
+        trio.run(program, job, build(job.contents, job.tasks), out)
         out.close()
     except BaseException as exc:
         if _is_broken_pipe(exc):
