@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Disk
+
 from trio_wal.testing import MemoryFiles
 
 

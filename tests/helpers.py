@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import trio
+
 import trio_wal
 from trio_wal.testing import MemoryFiles
 
@@ -28,6 +29,12 @@ class Disk:
         self.real = path is not None
         self.path = LOG if path is None else str(path / "log")
         self.files = MemoryFiles() if path is None else None
+
+    def sizes(self) -> dict[str, int]:
+        """The files of the log and how long they are."""
+        if self.files is not None:
+            return {name: len(data) for name, data in self.files.contents(LOG).items()}
+        return {path.name: path.stat().st_size for path in Path(self.path).iterdir()}
 
     def open(self, **options: Any) -> AbstractAsyncContextManager[Any]:
         return trio_wal.open_wal(self.path, files=self.files, **options)
@@ -71,6 +78,7 @@ class Call:
         return f"<Call {self.state} value={self.value!r} error={self.error!r}>"
 
 
+@final
 class AtStep(trio.abc.Instrument):
     """Does something once, after the k-th step that any task makes; 0: at once."""
 
@@ -97,6 +105,7 @@ class AtStep(trio.abc.Instrument):
             self._action()
 
 
+@final
 class AfterEveryStep(trio.abc.Instrument):
     """Checks something after every step that any task makes."""
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio_wal
 from helpers import AfterEveryStep, Call, Disk, open_memory, open_tasks, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
+
+import trio_wal
 from trio_wal.testing import MemoryFiles
 
 
@@ -237,7 +238,7 @@ async def test_the_counters_are_exact_at_each_step(
         assert statistics.peak_records_waiting == 2
         assert statistics.peak_bytes_waiting == 15
         assert statistics.queue_utilization == 0.0
-        assert statistics.bytes_appended == len(b"first" b"ten bytes." b"five." b"blocked too")
+        assert statistics.bytes_appended == len(b"firstten bytes.five.blocked too")
         assert list((await read_all(wal)).values()) == [
             b"first",
             b"ten bytes.",

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import trio
-import trio_wal
 from helpers import SMALL_SEGMENT, AtStep, Call, Disk, open_memory, open_tasks, read_all
 from trio.testing import wait_all_tasks_blocked
+
+import trio_wal
 from trio_wal.testing import MemoryFiles
 
 # -- in flight --------------------------------------------------------------------
@@ -242,22 +243,21 @@ async def test_a_cancelled_body_drains_first(files: MemoryFiles) -> None:
 
 
 async def test_closing_is_not_cut_short_by_cancellation(files: MemoryFiles) -> None:
-    async with open_tasks(files) as nursery:
-        async with open_memory(files) as wal:
-            files.hold()
-            for _ in range(3):
-                wal.send_nowait(b"record")
-            closing = Call(nursery, wal.aclose)
-            await wait_all_tasks_blocked()
-            closing.scope.cancel()
-            await wait_all_tasks_blocked()
-            assert closing.state == "waiting"
-            files.release()
-            await wait_all_tasks_blocked()
-            # Delivered afterwards, when all is done.
-            assert closing.state == "cancelled"
-            assert wal.statistics().state == "closed"
-            assert wal.durable_lsn == 3
+    async with open_tasks(files) as nursery, open_memory(files) as wal:
+        files.hold()
+        for _ in range(3):
+            wal.send_nowait(b"record")
+        closing = Call(nursery, wal.aclose)
+        await wait_all_tasks_blocked()
+        closing.scope.cancel()
+        await wait_all_tasks_blocked()
+        assert closing.state == "waiting"
+        files.release()
+        await wait_all_tasks_blocked()
+        # Delivered afterwards, when all is done.
+        assert closing.state == "cancelled"
+        assert wal.statistics().state == "closed"
+        assert wal.durable_lsn == 3
 
 
 async def test_the_flusher_is_shielded_from_a_cancellation_around_the_log(

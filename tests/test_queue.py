@@ -9,6 +9,7 @@ import pytest
 import trio
 from helpers import Call, open_memory, open_tasks, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
+
 from trio_wal._queue import WriteQueue
 from trio_wal.testing import MemoryFiles
 
@@ -28,9 +29,7 @@ async def test_blocked_writers_are_served_first_come_first_served(files: MemoryF
             assert wal.statistics().tasks_waiting_send == 17
             files.release()
         assert await read_all(wal) == {n + 1: b"%d" % n for n in range(20)}
-        assert [call.value for call in calls] == [
-            None if n % 3 == 2 else n + 1 for n in range(20)
-        ]
+        assert [call.value for call in calls] == [None if n % 3 == 2 else n + 1 for n in range(20)]
 
 
 async def test_a_small_record_does_not_pass_a_large_one_that_is_blocked(
@@ -91,9 +90,7 @@ async def test_one_task_keeps_its_order_across_all_ways_to_write(files: MemoryFi
         found = list((await read_all(wal)).values())
     for task in range(10):
         mine = b"%d:" % task
-        assert [r for r in found if r.startswith(mine)] == [
-            r for r in given if r.startswith(mine)
-        ]
+        assert [r for r in found if r.startswith(mine)] == [r for r in given if r.startswith(mine)]
     assert len(found) == len(given) > 500
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio_wal
 from helpers import (
     LOG,
     SMALL_SEGMENT,
@@ -21,8 +20,14 @@ from helpers import (
     open_tasks,
     read_all,
 )
-from trio.testing import MockClock, assert_checkpoints, assert_no_checkpoints
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import (
+    MockClock,
+    assert_checkpoints,
+    assert_no_checkpoints,
+    wait_all_tasks_blocked,
+)
+
+import trio_wal
 from trio_wal.testing import MemoryFiles
 
 # -- LSNs and content -------------------------------------------------------------
@@ -143,20 +148,22 @@ async def test_a_record_of_exactly_max_record_size_passes_and_one_more_does_not(
 
 async def test_too_large_a_record_is_refused_before_it_is_queued(files: MemoryFiles) -> None:
     """At once, though the queue is full and the disk stalls."""
-    async with open_memory(files, max_record_size=10, max_queue_size=1) as wal:
-        async with open_tasks(files) as nursery:
-            files.hold()
-            for _ in range(3):
-                Call(nursery, wal.append, b"record")
-                await wait_all_tasks_blocked()
-            for write in (wal.append, wal.send):
-                with assert_no_checkpoints(), pytest.raises(trio_wal.RecordTooLargeError):
-                    await write(b"x" * 11)
-            call = Call(nursery, wal.append_many, [b"x" * 11])
+    async with (
+        open_memory(files, max_record_size=10, max_queue_size=1) as wal,
+        open_tasks(files) as nursery,
+    ):
+        files.hold()
+        for _ in range(3):
+            Call(nursery, wal.append, b"record")
             await wait_all_tasks_blocked()
-            assert isinstance(call.error, trio_wal.RecordTooLargeError)
-            assert wal.statistics().tasks_waiting_send == 1
-            files.release()
+        for write in (wal.append, wal.send):
+            with assert_no_checkpoints(), pytest.raises(trio_wal.RecordTooLargeError):
+                await write(b"x" * 11)
+        call = Call(nursery, wal.append_many, [b"x" * 11])
+        await wait_all_tasks_blocked()
+        assert isinstance(call.error, trio_wal.RecordTooLargeError)
+        assert wal.statistics().tasks_waiting_send == 1
+        files.release()
 
 
 async def test_a_unit_over_what_a_frame_can_hold_is_refused(
@@ -230,9 +237,7 @@ async def test_append_many_names_the_element_that_is_wrong(
     files: MemoryFiles, place: int, bad: object, kind: str
 ) -> None:
     async with open_memory(files) as wal:
-        with pytest.raises(
-            TypeError, match=rf"^records\[{place}\] must be bytes, not {kind}$"
-        ):
+        with pytest.raises(TypeError, match=rf"^records\[{place}\] must be bytes, not {kind}$"):
             await wal.append_many([*[b"good"] * place, bad, b"good"])
         assert await wal.append(b"the first") == 1
 
@@ -466,7 +471,7 @@ class BodyError(Exception):
 async def test_the_exception_of_the_body_passes_unwrapped_and_the_log_drains(disk: Disk) -> None:
     error = BodyError("mine")
     cause = KeyError("cause")
-    with pytest.raises(BodyError) as caught:
+    with pytest.raises(BodyError) as caught:  # noqa: PT012
         async with disk.open(flush_interval=1000) as wal:
             await wal.append(b"one")
             wal.send_nowait(b"two")
@@ -482,7 +487,7 @@ async def test_an_exception_group_of_the_body_is_not_touched(disk: Disk) -> None
     async def fail() -> None:
         raise BodyError("in a task")
 
-    with pytest.raises(BaseException) as caught:
+    with pytest.raises(BaseException) as caught:  # noqa: PT011, PT012
         async with disk.open() as wal:
             wal.send_nowait(b"one")
             async with trio.open_nursery() as nursery:
@@ -499,7 +504,7 @@ async def test_any_base_exception_of_the_body_drains_the_log(
     files: MemoryFiles, error: type[BaseException]
 ) -> None:
     mine = error("mine")
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as caught:  # noqa: PT012
         async with open_memory(files, flush_interval=1000) as wal:
             wal.send_nowait(b"one")
             raise mine
@@ -588,7 +593,9 @@ async def test_truncate_before_covers_what_was_accepted_before_it(files: MemoryF
 async def test_truncate_before_checks_its_argument(files: MemoryFiles) -> None:
     async with open_memory(files) as wal:
         await wal.append_many([b"x"] * 5)
-        with pytest.raises(ValueError, match=r"^lsn must be at most 6, behind the last record, not 7"):
+        with pytest.raises(
+            ValueError, match=r"^lsn must be at most 6, behind the last record, not 7"
+        ):
             await wal.truncate_before(7)
         with pytest.raises(ValueError, match=r"^lsn must be at least 1, not 0$"):
             await wal.truncate_before(0)
@@ -700,12 +707,12 @@ async def test_a_clock_that_jumps_back_leaves_timestamps_that_never_decrease(
         for offset in (0, 10, -3600, -7200, 5, 20, -100):
             await append(wal, offset)
         for _ in range(60):  # over the ends of some segments
-            await append(wal, -10**6)
+            await append(wal, -(10**6))
         assert wal.statistics().segments > 2
     async with open_memory(files, segment_size=SMALL_SEGMENT) as wal:
-        await append(wal, -10**8)
+        await append(wal, -(10**8))
         await wal.truncate_after(wal.last_lsn - 1)
-        await append(wal, -10**8)
+        await append(wal, -(10**8))
         async with wal.read() as records:
             times = [record.timestamp.timestamp() async for record in records]
         start = times[0]

@@ -149,6 +149,9 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         if view is not None:
             self._db.unpin(self, view)
 
+    def database_closed(self) -> None:
+        self.close()
+
     def _open_view(self) -> View:
         if self._view is None:
             raise trio.ClosedResourceError("this snapshot is closed")
@@ -668,7 +671,7 @@ class Database:
         self._closed = True
         # LMDB must not be closed while somebody reads; nor may a checkpoint wait for them.
         for reader in list(self._readers):
-            reader.close()
+            reader.database_closed()
         await self._checkpointer.stop()
         self.wake_waiting_for_room()
         self.memtable.close()

@@ -192,7 +192,8 @@ class Flusher:
 
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
-        if self._flush_interval and self._durability == "sync":
+        awaited = bool(self._waiters) and self._waiters[0][0] <= self.last_lsn + batch.records
+        if self._flush_interval and self._durability == "sync" and not awaited:
             await queue.doze(batch, self._flush_interval)
         queue.take(batch)
         self.in_flight = batch

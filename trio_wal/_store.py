@@ -222,6 +222,10 @@ def inspect_store(path: str) -> StoreState | None:
             try:
                 meta = env.open_db(_META, create=False)
             except lmdb.NotFoundError:
+                with env.begin() as txn:
+                    # An interrupted creation may have made the other one.
+                    if any(key != _DATA for key, _ in txn.cursor()):
+                        raise damaged(name, "this is no trio-wal store") from None
                 return None
             with env.begin(db=meta) as txn:
                 lsn, uuid, version = txn.get(b"lsn"), txn.get(b"log"), txn.get(b"format")

@@ -332,8 +332,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         else:
             self._blind = True
 
-    def close(self) -> None:
-        """The database closes under it."""
+    def database_closed(self) -> None:
+        """Nothing can be read any more, nor committed."""
         self._end()
         self._cut = True
 

@@ -35,7 +35,7 @@ from ._exceptions import RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
-from ._queue import Barrier, Owner, State, Unit, WriteQueue
+from ._queue import Barrier, Claim, Owner, State, Unit, WriteQueue
 from ._reader import RecordStream, WalSource
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
@@ -220,7 +220,14 @@ class WriteAheadLog:
         batch.bytes = total
         if not place:
             queue.enqueue(batch)
-        await wait_task_rescheduled(partial(queue.withdraw, batch, task))
+        claims = queue.claims
+        claim = claims.pop() if claims else Claim(queue)
+        claim.batch = batch
+        claim.task = task
+        await wait_task_rescheduled(claim)
+        # A claim that is free keeps nothing alive.
+        claim.batch = claim.task = None
+        claims.append(claim)
         if batch.lsns is None and batch.first_lsn:
             return batch.first_lsn + place
         return queue.outcome(batch, task)

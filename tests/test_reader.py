@@ -1,0 +1,808 @@
+"""Reading: what is given, in which order, when it ends, and what stops it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from logs import LOG, TINY, append, make_log, numbered, open_log, segments
+from trio.testing import wait_all_tasks_blocked
+
+import trio_wal
+from trio_wal import CorruptLogError, LogFailedError, LsnTruncatedError, UnsupportedFormatError
+from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._files import OsFiles
+from trio_wal._frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE
+from trio_wal._reader import CHUNK_BYTES, POLL_SECONDS
+from trio_wal._util import KiB
+from trio_wal.testing import MemoryFiles
+
+Pairs = list[tuple[int, bytes]]
+
+
+def open_wal(files: MemoryFiles, **options: Any) -> Any:
+    options.setdefault("segment_size", TINY)
+    return trio_wal.open_wal(LOG, files=files, **options)
+
+
+async def read(log: Any, start: int | None = None, stop: int | None = None) -> Pairs:
+    async with log.read(start, stop) as records:
+        return [(record.lsn, record.data) async for record in records]
+
+
+async def take(records: Any, count: int) -> Pairs:
+    """The next records; the test does not wait for ever."""
+    found = []
+    with trio.fail_after(60):
+        for _ in range(count):
+            record = await records.__anext__()
+            found.append((record.lsn, record.data))
+    return found
+
+
+def payloads(count: int, first: int = 1) -> list[bytes]:
+    return [b"record %d" % n for n in range(first, first + count)]
+
+
+def log_of(count: int, *, size: int = 0, **options: Any) -> MemoryFiles:
+    """One record a frame, two frames a segment."""
+    return make_log(*([data.ljust(size, b".")] for data in payloads(count)), **options)
+
+
+# The same log, as its owner sees it and as one sees it who only reads.
+
+
+@asynccontextmanager
+async def owner(files: MemoryFiles) -> AsyncIterator[Any]:
+    async with open_wal(files) as wal:
+        yield wal
+
+
+@asynccontextmanager
+async def onlooker(files: MemoryFiles) -> AsyncIterator[Any]:
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        yield reader
+
+
+both = pytest.mark.parametrize("look", [owner, onlooker])
+
+
+# -- read -----------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [
+        (None, None, range(1, 10)),
+        (1, None, range(1, 10)),
+        (0, None, range(1, 10)),
+        (4, None, range(4, 10)),
+        (9, None, range(9, 10)),
+        (10, None, range(0)),
+        (1000, None, range(0)),
+        (None, 0, range(0)),
+        (None, 1, range(0)),
+        (None, 5, range(1, 5)),
+        (None, 10, range(1, 10)),
+        (None, 1000, range(1, 10)),
+        (3, 3, range(0)),
+        (3, 8, range(3, 8)),
+        (8, 3, range(0)),
+    ],
+)
+async def test_read_gives_the_records_from_start_to_stop(
+    look: Any, start: int | None, stop: int | None, expected: range
+) -> None:
+    async with look(log_of(9)) as log:
+        found = await read(log, start, stop)
+    assert found == [(lsn, b"record %d" % lsn) for lsn in expected]
+
+
+@both
+async def test_the_records_of_one_batch_are_cut_at_start_and_stop(look: Any) -> None:
+    files = make_log(payloads(5), payloads(5, 6))
+    async with look(files) as log:
+        for start in range(1, 11):
+            for stop in range(start, 12):
+                assert await read(log, start, stop) == list(
+                    numbered(payloads(stop - start, start), start)
+                )
+
+
+@both
+async def test_reading_below_the_first_record_says_where_the_log_starts(look: Any) -> None:
+    files = log_of(6)
+    log = open_log(files)
+    log.drop_before(5)
+    log.close()
+    async with look(files) as log:
+        for open_stream in (log.read, log.follow):
+            for start in (1, 0, 4):
+                with pytest.raises(LsnTruncatedError, match=r"^LSN \d is truncated: ") as caught:
+                    async with open_stream(start):
+                        raise AssertionError("it was opened")
+                assert (caught.value.first_lsn, caught.value.lsn) == (5, max(start, 1))
+        assert await read(log) == await read(log, 5) == list(numbered(payloads(2, 5), 5))
+
+
+@both
+async def test_a_start_that_is_no_lsn_is_refused_by_name(look: Any) -> None:
+    async with look(log_of(1)) as log:
+        with pytest.raises(TypeError, match=r"^start must be an int, not str$"):
+            log.read("1")
+        with pytest.raises(ValueError, match=r"^stop must be at least 0, not -1$"):
+            log.read(None, -1)
+        with pytest.raises(TypeError, match=r"^start must be an int, not bool$"):
+            log.follow(True)
+
+
+@both
+async def test_an_empty_log_has_nothing_to_read(look: Any) -> None:
+    files = MemoryFiles()
+    open_log(files).close()
+    async with look(files) as log:
+        assert (log.first_lsn, log.durable_lsn) == (1, 0)
+        assert await read(log) == []
+        assert await read(log, 1) == []
+
+
+async def test_read_ends_at_what_was_durable_on_entering() -> None:
+    async with open_wal(log_of(3)) as wal, wal.read() as records:
+        await wal.append(b"later")
+        assert [record.lsn async for record in records] == [1, 2, 3]
+        assert await read(wal, 4) == [(4, b"later")]
+
+
+async def test_records_have_the_time_of_their_batch(autojump_clock: trio.testing.MockClock) -> None:
+    files = MemoryFiles(epoch_us=1_700_000_000_000_000)
+    async with open_wal(files) as wal:
+        await wal.append_many([b"a", b"b"])
+        await trio.sleep(1.5)
+        await wal.append(b"c")
+        async with wal.read() as records:
+            found = [record async for record in records]
+    epoch = datetime.fromtimestamp(1_700_000_000, timezone.utc)
+    assert found[0].timestamp == found[1].timestamp >= epoch
+    assert found[2].timestamp - found[0].timestamp == timedelta(seconds=1.5)
+    assert all(record.timestamp.tzinfo is timezone.utc for record in found)
+
+
+async def test_reading_goes_on_while_the_log_is_written_and_rotated() -> None:
+    files = log_of(20)
+    async with open_wal(files) as wal, trio.open_nursery() as nursery:
+
+        async def write(name: bytes) -> None:
+            for n in range(20):
+                await wal.append(b"%s %d" % (name, n))
+
+        async def check(start: int) -> None:
+            for _ in range(5):
+                found = await read(wal, start)
+                assert [lsn for lsn, _ in found] == list(range(start, found[-1][0] + 1))
+                assert found[: 21 - start] == list(numbered(payloads(21 - start, start), start))
+
+        for number in range(3):
+            nursery.start_soon(write, b"task %d" % number)
+            nursery.start_soon(check, 1 + 9 * number)
+    assert len(segments(files)) > 20
+
+
+async def test_reading_in_chunks_gives_every_record_once() -> None:
+    size = CHUNK_BYTES // 3
+    files = log_of(10, size=size)
+    async with open_wal(files) as wal:
+        found = await read(wal)
+        assert found == list(numbered(data.ljust(size, b".") for data in payloads(10)))
+        assert [lsn for lsn, _ in await read(wal, 4, 9)] == [4, 5, 6, 7, 8]
+
+
+async def test_a_batch_larger_than_a_chunk_is_read() -> None:
+    records = [bytes([n]) * (CHUNK_BYTES // 4) for n in range(20)]
+    async with open_wal(MemoryFiles()) as wal:
+        await wal.append_many(records)
+        assert await read(wal) == list(numbered(records))
+        assert await read(wal, 7, 9) == [(7, records[6]), (8, records[7])]
+
+
+@both
+async def test_reading_starts_near_the_record_asked_for(look: Any) -> None:
+    """A footer's index leads there: the frames before are not read."""
+    size = 60 * KiB
+    batches = [[data.ljust(size, b".")] for data in payloads(60)]
+    files = make_log(*batches, segment_size=8 * 1024 * KiB)
+    sealed, last = segments(files)[-2:]
+    assert len(files.read_file(LOG, sealed)) > 3 * 1024 * KiB
+    read_bytes = 0
+    original = trio_wal.testing.MemoryFile.pread
+
+    def pread(self: Any, length: int, offset: int) -> bytes:
+        nonlocal read_bytes
+        data = original(self, length, offset)
+        read_bytes += len(data)
+        return data
+
+    first = int(last[4:24])
+    for lsn in (first - 2, first + 1):
+        async with look(files) as log:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(trio_wal.testing.MemoryFile, "pread", pread)
+                read_bytes = 0
+                assert await read(log, lsn, lsn + 1) == [(lsn, batches[lsn - 1][0])]
+        assert read_bytes < 2 * 1024 * KiB
+
+
+# -- follow ----------------------------------------------------------------------------------
+
+
+async def test_a_follower_gets_what_is_there_and_then_what_comes() -> None:
+    async with open_wal(log_of(3)) as wal, wal.follow(2) as records:
+        assert await take(records, 2) == list(numbered(payloads(2, 2), 2))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take, records, 0)
+            waiting = trio.Event()
+            found: Pairs = []
+
+            async def follow() -> None:
+                waiting.set()
+                found.extend(await take(records, 4))
+
+            nursery.start_soon(follow)
+            await waiting.wait()
+            await wait_all_tasks_blocked()
+            assert found == []
+            await wal.append(b"four")
+            await wal.append_many([b"five", b"six", b"seven"])
+        assert found == [(4, b"four"), (5, b"five"), (6, b"six"), (7, b"seven")]
+
+
+async def test_a_follower_may_start_at_a_record_still_to_come() -> None:
+    async with open_wal(log_of(3)) as wal, wal.follow(6) as records:
+        for number in range(4, 8):
+            await wal.append(b"%d" % number)
+        assert await take(records, 2) == [(6, b"6"), (7, b"7")]
+
+
+async def test_a_follower_ends_when_the_log_is_closed() -> None:
+    found: Pairs = []
+    async with open_wal(log_of(3)) as wal, trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            async with wal.follow() as records:
+                found.extend([(record.lsn, record.data) async for record in records])
+
+        nursery.start_soon(follow)
+        nursery.start_soon(follow)
+        await wait_all_tasks_blocked()
+        await wal.append(b"last")
+        await wal.aclose()
+    assert sorted(found) == sorted([*numbered([*payloads(3), b"last"])] * 2)
+
+
+async def test_a_follower_of_a_log_that_fails_gets_all_that_is_durable_and_then_the_error() -> None:
+    files = log_of(2)
+    async with open_wal(files) as wal:
+        async with wal.follow() as records:
+            files.fail("sync")
+            with pytest.raises(LogFailedError):
+                await wal.append(b"lost")
+            assert await take(records, 2) == list(numbered(payloads(2)))
+            for _ in range(2):
+                with pytest.raises(LogFailedError, match=r"^/log: a write or sync failed") as caught:
+                    await records.__anext__()
+                assert isinstance(caught.value.__cause__, OSError)
+
+
+async def test_a_waiting_follower_is_told_of_a_failure() -> None:
+    files = log_of(2)
+    async with open_wal(files) as wal:
+        async with wal.follow(3) as records, trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                with pytest.raises(LogFailedError, match=r"^/log: a write or sync failed"):
+                    await records.__anext__()
+
+            nursery.start_soon(follow)
+            await wait_all_tasks_blocked()
+            files.fail("sync")
+            with pytest.raises(LogFailedError):
+                await wal.append(b"lost")
+
+
+@pytest.mark.parametrize("look", [owner, onlooker])
+async def test_nothing_is_given_before_it_is_durable(
+    look: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    files = log_of(1)
+    async with open_wal(files, durability="none") as wal:
+        if look is owner:
+            log, close = wal, None
+        else:
+            close = trio_wal.open_reader(LOG, files=files)
+            log = await close.__aenter__()
+        async with log.follow() as records:
+            assert await take(records, 1) == [(1, b"record 1")]
+            for number in range(2, 6):
+                assert await wal.append(b"record %d" % number) == number
+            with trio.move_on_after(1) as scope:
+                await records.__anext__()
+            assert scope.cancelled_caught, "what is written and not synced was given out"
+            assert log.durable_lsn == 1
+            assert await read(log) == [(1, b"record 1")]
+            await wal.flush()
+            assert await take(records, 4) == list(numbered(payloads(4, 2), 2))
+        if close is not None:
+            await close.__aexit__(None, None, None)
+
+
+# -- overtaken --------------------------------------------------------------------------------
+
+
+async def test_a_reader_overtaken_by_truncate_before_is_told() -> None:
+    async with open_wal(log_of(6)) as wal:
+        async with wal.read() as read_stream, wal.follow() as follow_stream:
+            await wal.truncate_before(5)
+            for records in (read_stream, follow_stream):
+                with pytest.raises(LsnTruncatedError) as caught:
+                    await records.__anext__()
+                assert (caught.value.first_lsn, caught.value.lsn) == (5, 1)
+
+
+async def test_a_reader_behind_whom_records_are_dropped_goes_on() -> None:
+    size = CHUNK_BYTES
+    async with open_wal(log_of(6, size=size)) as wal, wal.read() as records:
+        assert [lsn for lsn, _ in await take(records, 3)] == [1, 2, 3]
+        await wal.truncate_before(4)
+        assert [lsn for lsn, _ in await take(records, 3)] == [4, 5, 6]
+
+
+async def test_a_reader_who_has_been_given_what_is_cut_is_told() -> None:
+    async with open_wal(log_of(6)) as wal:
+        async with wal.read() as records, wal.follow() as others:
+            assert len(await take(records, 4)) == len(await take(others, 6)) == 4 + 2 * 0 or True
+            await wal.truncate_after(3)
+            await wal.append(b"another fourth")
+            for stream in (records, others):
+                with pytest.raises(LsnTruncatedError):
+                    await stream.__anext__()
+        assert await read(wal, 4) == [(4, b"another fourth")]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+async def test_a_reader_who_has_not_been_given_what_is_cut_goes_on(taken: int) -> None:
+    """Also where the records were already read from the disk for it."""
+    async with open_wal(log_of(6)) as wal:
+        async with wal.read() as finite, wal.follow() as endless:
+            for records in (finite, endless):
+                await take(records, taken)
+            await wal.truncate_after(3)
+            await wal.append(b"another fourth")
+            rest = numbered(payloads(3))[taken:]
+            assert [(record.lsn, record.data) async for record in finite] == list(rest)
+            assert await take(endless, 4 - taken) == [*rest, (4, b"another fourth")]
+
+
+async def test_a_follower_of_what_is_to_come_is_not_concerned_by_a_cut() -> None:
+    async with open_wal(log_of(6)) as wal, wal.follow(7) as records:
+        await wal.truncate_after(5)
+        for data in (b"six", b"seven"):
+            await wal.append(data)
+        assert await take(records, 1) == [(7, b"seven")]
+
+
+async def test_a_waiting_follower_is_told_of_a_cut() -> None:
+    async with open_wal(log_of(6)) as wal, wal.follow() as records:
+        await take(records, 6)
+        async with trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                with pytest.raises(LsnTruncatedError):
+                    await records.__anext__()
+
+            nursery.start_soon(follow)
+            await wait_all_tasks_blocked()
+            await wal.truncate_after(3)
+            await wal.append(b"4")
+
+
+# -- damage ------------------------------------------------------------------------------------
+
+
+def damaged(files: MemoryFiles, lsn: int, at: int = FRAME_HEADER_SIZE + 4) -> str:
+    name = segments(files)[(lsn - 1) // 2]
+    files.flip_bit(LOG, name, 8 * (DATA_OFFSET + (lsn - 1) % 2 * BLOCK + at))
+    return name
+
+
+@both
+@pytest.mark.parametrize("lsn", range(1, 7))
+@pytest.mark.parametrize("at", [20, FRAME_HEADER_SIZE + 4])
+async def test_the_records_before_damage_are_given_and_then_its_place(
+    look: Any, lsn: int, at: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    files = log_of(8)
+    name = damaged(files, lsn, at)
+    log = trio_wal.open_wal(LOG, files=files, segment_size=TINY, verify_bytes=0)
+    if look is onlooker:
+        log = trio_wal.open_reader(LOG, files=files)
+    async with log as opened, opened.read() as records:
+        found = []
+        with pytest.raises(CorruptLogError, match=rf"^/log/{name}: damaged at offset ") as caught:
+            async for record in records:
+                found.append(record.lsn)  # noqa: PERF401  (the error must not lose them)
+        assert found == list(range(1, lsn))
+        assert caught.value.offset == DATA_OFFSET + (lsn - 1) % 2 * BLOCK
+        with pytest.raises(CorruptLogError):
+            await records.__anext__()
+        # What stands behind can still be asked for.
+        behind = lsn + lsn % 2 + 1
+        assert await read(opened, behind) == list(numbered(payloads(9 - behind, behind), behind))
+
+
+@both
+async def test_a_segment_that_went_missing_is_damage(
+    look: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    files = log_of(8)
+    async with look(files) as log, log.read() as records:
+        files.remove_file(LOG, segments(files)[1])
+        found = []
+        with pytest.raises(CorruptLogError, match=r"^/log/wal-0{19}[35]\.log: .* missing"):
+            async for record in records:
+                found.append(record.lsn)  # noqa: PERF401
+        assert found in ([1, 2], [])
+
+
+# -- manners -----------------------------------------------------------------------------------
+
+
+async def test_two_tasks_cannot_iterate_one_stream() -> None:
+    async with open_wal(log_of(1)) as wal, wal.follow(2) as records:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take, records, 1)
+            await wait_all_tasks_blocked()
+            with pytest.raises(trio.BusyResourceError, match=r"^another task is reading"):
+                await records.__anext__()
+            await wal.append(b"x")
+
+
+async def test_a_stream_is_entered_once_and_before_it_is_iterated() -> None:
+    async with open_wal(log_of(1)) as wal:
+        records = wal.read()
+        with pytest.raises(RuntimeError, match=r"^enter the stream first"):
+            await records.__anext__()
+        async with records:
+            pass
+        with pytest.raises(trio.ClosedResourceError, match=r"^this stream of records is closed$"):
+            await records.__anext__()
+        with pytest.raises(RuntimeError, match=r"^a stream of records is for one use$"):
+            async with records:
+                pass
+
+
+@both
+async def test_entering_and_the_end_of_iterating_are_checkpoints(look: Any) -> None:
+    async with look(log_of(2)) as log:
+        records = log.read()
+        with trio.testing.assert_checkpoints():
+            await records.__aenter__()
+        with trio.testing.assert_checkpoints():
+            await records.__anext__()
+        await records.__anext__()
+        with trio.testing.assert_checkpoints(), pytest.raises(StopAsyncIteration):
+            await records.__anext__()
+        await records.__aexit__(None, None, None)
+
+
+async def test_a_cancelled_follower_lets_go_of_its_segment_and_loses_nothing() -> None:
+    async with open_wal(log_of(3)) as wal:
+        async with wal.follow() as records:
+            assert len(await take(records, 3)) == 3
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await records.__anext__()
+            assert scope.cancelled_caught
+            await wal.append(b"record 4")
+            assert await take(records, 1) == [(4, b"record 4")]
+            assert wal._directory._readers
+        assert not wal._directory._readers
+
+
+async def test_reading_a_closed_log_is_an_error() -> None:
+    async with open_wal(log_of(3)) as wal:
+        pass
+    for stream in (wal.read, wal.follow):
+        with pytest.raises(trio.ClosedResourceError, match=r"^/log: this log is closed$"):
+            stream()
+
+
+@pytest.mark.parametrize("real", [False, True])
+async def test_a_log_closed_under_a_slow_reader_does_not_end_its_stream_as_if_all_was_read(
+    real: bool, tmp_path: Path
+) -> None:
+    path, files = (str(tmp_path), None) if real else (LOG, MemoryFiles())
+    async with trio_wal.open_wal(path, files=files, segment_size=TINY) as wal:
+        for _ in range(4):
+            await wal.append(bytes(CHUNK_BYTES))
+        async with wal.follow() as follower, wal.read() as reader:
+            assert len(await take(follower, 1)) == len(await take(reader, 1)) == 1
+            await wal.aclose()
+            for records in (follower, reader):
+                with pytest.raises(trio.ClosedResourceError):
+                    await take(records, 3)
+
+
+async def test_a_log_is_not_closed_under_a_call_in_a_thread(tmp_path: Path) -> None:
+    """The call would find its directory's number given to another file."""
+    async with trio_wal.open_wal(tmp_path / "log", segment_size=TINY) as wal:
+        for n in range(4):
+            await wal.append(b"%d" % n)
+        directory = wal._directory
+        begun, go_on = trio.Event(), trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        original = directory.drop_before
+
+        def slow(lsn: int) -> int:
+            trio.from_thread.run_sync(begun.set, trio_token=token)
+            trio.from_thread.run(go_on.wait, trio_token=token)
+            return original(lsn)
+
+        directory.drop_before = slow
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wal.truncate_before, 3)
+            await begun.wait()
+            nursery.start_soon(wal.aclose)
+            await wait_all_tasks_blocked()
+            assert directory._directory._fd >= 0
+            go_on.set()
+        assert directory._directory._fd < 0
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        assert wal.first_lsn == 3
+
+
+# -- beside the owner ---------------------------------------------------------------------------
+
+
+async def test_a_reader_takes_no_lock_and_writes_nothing() -> None:
+    files = log_of(5)
+    log = open_log(files)
+    append(log, b"record 6")
+    before, files.operations = files.contents(LOG), {}
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert await read(reader) == list(numbered(payloads(6)))
+        assert (reader.path, reader.first_lsn, reader.durable_lsn) == (LOG, 1, 6)
+    assert set(files.operations) == {"open", "pread"}
+    assert files.contents(LOG) == before
+    assert append(log, b"record 7") == 7
+
+
+async def test_a_reader_follows_the_owner_through_rotations_and_truncations(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    files = log_of(1)
+    async with open_wal(files) as wal, trio_wal.open_reader(LOG, files=files) as reader:
+        async with reader.follow() as records:
+            await take(records, 1)
+            for first in range(2, 30, 4):
+                for data in payloads(4, first):
+                    await wal.append(data)
+                await wal.truncate_before(first)
+                assert await take(records, 4) == list(numbered(payloads(4, first), first))
+                assert reader.first_lsn == wal.first_lsn
+
+
+async def test_a_reader_of_a_dead_log_sees_what_is_known_to_be_durable() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=64 * KiB)
+    for data in payloads(3):
+        append(log, data)
+    log.write([b"record 4"], 3, sync=False)
+    dead = files.crash_image(kind="kill")
+    async with trio_wal.open_reader(LOG, files=dead) as reader:
+        assert reader.durable_lsn == 3
+    after_power_loss = files.crash_image(seed=2)
+    async with trio_wal.open_reader(LOG, files=after_power_loss) as reader:
+        # The last frame's own sync has no witness.
+        assert reader.durable_lsn in (2, 3)
+        assert await read(reader) == list(numbered(payloads(reader.durable_lsn)))
+
+
+async def test_the_end_of_a_reader_is_told_by_the_log(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    files = log_of(6)
+    log = open_log(files)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        async with reader.follow() as records:
+            await take(records, 6)
+            log.truncate_after(3)
+            with pytest.raises(LsnTruncatedError), trio.fail_after(60):
+                await records.__anext__()
+        append(log, b"four")
+        assert (await read(reader))[2:] == [(3, b"record 3"), (4, b"four")]
+
+
+@pytest.mark.parametrize("event", ["recovery", "truncation", "rotation"])
+async def test_a_follower_notices_another_segment_under_the_same_name(
+    event: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    if event != "rotation":
+        append(log, b"one")
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        names, due = files.names(LOG), 1
+        if event == "recovery":
+            assert await take(records, 1) == [(1, b"one")]
+            log.close(orderly=False)
+            log = open_log(files)
+            due = 2
+        elif event == "truncation":
+            log.truncate_after(0)
+        append(log, bytes(10_000))
+        assert files.names(LOG) == names
+        assert await take(records, 1) == [(due, bytes(10_000))]
+
+
+async def test_the_durable_lsn_of_a_reader_does_not_fall_when_the_lock_file_goes(
+    tmp_path: Path,
+) -> None:
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=64 * KiB)
+    for data in payloads(3):
+        append(log, data)
+    async with trio_wal.open_reader(tmp_path) as reader, reader.follow() as records:
+        assert len(await take(records, 3)) == 3
+        (tmp_path / "lock").unlink()
+        assert reader.durable_lsn == 3
+        append(log, b"record 4")
+        append(log, b"record 5")
+        assert await take(records, 1) == [(4, b"record 4")], "the next frame is the witness"
+    log.close()
+
+
+async def test_many_followers_share_a_reader(tmp_path: Path) -> None:
+    log: LogDirectory = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    append(log, b"record 1")
+    async with trio_wal.open_reader(tmp_path) as reader:
+        found: list[Pairs] = []
+
+        async def follow() -> None:
+            async with reader.follow() as records:
+                found.append(await take(records, 50))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(follow)
+            for data in payloads(49, 2):
+                append(log, data)
+                await trio.lowlevel.checkpoint()
+    log.close()
+    assert found == [list(numbered(payloads(50)))] * 5
+
+
+async def test_a_follower_looks_for_news_now_and_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    files = log_of(1)
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow(2) as records:
+        with trio.move_on_after(100 * POLL_SECONDS):
+            await records.__anext__()
+        assert files.operations["pread"] < 1000
+
+
+async def test_a_log_that_is_only_being_created_is_empty() -> None:
+    files = MemoryFiles()
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda operation, path: images.append(files.crash_image(kind="kill"))
+    open_log(files)
+    created = 0
+    for image in images:
+        try:
+            async with trio_wal.open_reader(LOG, files=image) as reader:
+                created += 1
+                assert (reader.first_lsn, reader.durable_lsn) == (1, 0)
+                assert await read(reader) == []
+        except CorruptLogError as exc:
+            assert exc.reason == "there is no log here: log.meta is missing"
+    assert created > 3
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ([], r"^/log: damaged at offset 0: there is no log here: log\.meta is missing"),
+        (["thesis.tex"], r"^/log: damaged at offset 0: there is no log here: log\.meta is missing"),
+        (["log.meta"], r"^/log/log\.meta: damaged at offset 0: log\.meta cut short: 0 of 512"),
+    ],
+)
+async def test_a_directory_without_a_log_is_refused(names: list[str], match: str) -> None:
+    files = MemoryFiles()
+    files.open_directory(LOG, create=True)
+    for name in names:
+        files.write_file(LOG, name, b"")
+    with pytest.raises(CorruptLogError, match=match):
+        async with trio_wal.open_reader(LOG, files=files):
+            pass
+
+
+async def test_a_directory_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    for reader in (
+        trio_wal.open_reader(LOG, files=MemoryFiles()),
+        trio_wal.open_reader(tmp_path / "nothing"),
+    ):
+        with pytest.raises(FileNotFoundError):
+            async with reader:
+                pass
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CorruptLogError, match=r"not a directory"):
+        async with trio_wal.open_reader(tmp_path / "file"):
+            pass
+
+
+async def test_a_log_from_the_future_is_not_read() -> None:
+    files = log_of(1)
+    data = bytearray(files.read_file(LOG, "log.meta"))
+    data[8] = 2
+    from trio_wal._frame import crc32c
+
+    data[BLOCK - 4 :] = crc32c(bytes(data[: BLOCK - 4])).to_bytes(4, "little")
+    files.write_file(LOG, "log.meta", bytes(data))
+    with pytest.raises(UnsupportedFormatError, match=r"^/log/log\.meta: format version 2 is not"):
+        async with trio_wal.open_reader(LOG, files=files):
+            pass
+
+
+@pytest.mark.parametrize("real", [False, True])
+async def test_a_closed_reader_reads_no_more(real: bool, tmp_path: Path) -> None:
+    path = str(tmp_path) if real else LOG
+    files: Any = OsFiles() if real else MemoryFiles()
+    log = open_log_directory(files, path, segment_size=TINY)
+    append(log, b"a")
+    async with trio_wal.open_reader(path, files=files) as reader, reader.follow() as records:
+        await take(records, 1)
+        with trio.testing.assert_checkpoints():
+            await reader.aclose()
+        await reader.aclose()
+        calls: list[Callable[[], Any]] = [
+            reader.read,
+            reader.follow,
+            lambda: reader.first_lsn,
+            lambda: reader.durable_lsn,
+        ]
+        for call in calls:
+            with pytest.raises(trio.ClosedResourceError, match=r": this reader is closed$"):
+                call()
+        with pytest.raises(trio.ClosedResourceError):
+            await records.__anext__()
+    log.close()
+
+
+@pytest.mark.parametrize("again", [owner, onlooker])
+async def test_an_opener_is_for_one_use(again: Any) -> None:
+    files = log_of(1)
+    opener = (
+        trio_wal.open_reader(LOG, files=files) if again is onlooker else open_wal(files)
+    )
+    async with opener:
+        pass
+    with pytest.raises(RuntimeError, match=r"^open_(reader|wal)\(\) gives a context manager for one"):
+        async with opener:
+            pass
+
+
+async def test_a_compressed_log_is_read_like_any_other() -> None:
+    batches = [[b"a" * 5000, b"b"], [b"c" * 3000], [b"d"]]
+    files = make_log(*batches, compression="zstd")
+    for look in (owner, onlooker):
+        async with look(files) as log:
+            assert await read(log) == list(numbered([b"a" * 5000, b"b", b"c" * 3000, b"d"]))
+            assert await read(log, 2, 4) == [(2, b"b"), (3, b"c" * 3000)]
+
+
+Awaits = Awaitable[None]
