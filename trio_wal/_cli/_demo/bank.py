@@ -21,6 +21,9 @@ ACCOUNTS: Final = 100
 BALANCE: Final = 1_000
 TRANSFER_TASKS: Final = 16
 AMOUNT_MAX: Final = 100
+UNDER_WAY: Final = 2
+"""Transfers a task that a kill may leave without an acknowledgement: one whose word was not
+sent yet, and one that was durable and whose task had not run yet."""
 
 _LINE: Final = struct.Struct(">cI")
 _NUMBER: Final = struct.Struct(">cH")
@@ -68,7 +71,7 @@ class BankProblems:
     lost_transfers: int = 0
     """Acknowledged transfers that are not there."""
     invented_transfers: int = 0
-    """Transfers beyond the one that each task had under way."""
+    """Transfers beyond those that each task can have had under way."""
 
     def __bool__(self) -> bool:
         return any(attrs.astuple(self))
@@ -106,11 +109,11 @@ class BankLedger(Ledger):
             problems.misordered += 1
 
     def settle(self, balances: int, counts: list[int]) -> BankProblems:
-        """Compare accounts and counts; a kill may leave one more transfer a task."""
+        """Compare accounts and counts."""
         problems = BankProblems(missing_money=ACCOUNTS * BALANCE - balances)
         for task, count in enumerate(counts):
             problems.lost_transfers += max(0, self.transfers[task] - count)
-            problems.invented_transfers += max(0, count - self.transfers[task] - 1)
+            problems.invented_transfers += max(0, count - self.transfers[task] - UNDER_WAY)
         # What a kill left in the database without an acknowledgement counts from here on.
         self.transfers = [max(pair) for pair in zip(self.transfers, counts, strict=True)]
         self.counted = counts
