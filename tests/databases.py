@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import attrs
 import trio
-import trio_wal
 from trio.testing import wait_all_tasks_blocked
+
+import trio_wal
 from trio_wal import Commit, Database, Transaction
 from trio_wal.testing import MemoryFiles
 
@@ -188,7 +189,9 @@ async def open_sessions(db: Database, count: int) -> AsyncIterator[list[Session]
         nursery.cancel_scope.cancel()
 
 
-async def hold_with_batch_in_flight(files: MemoryFiles, nursery: trio.Nursery, db: Database) -> None:
+async def hold_with_batch_in_flight(
+    files: MemoryFiles, nursery: trio.Nursery, db: Database
+) -> None:
     """Stall the disk with one commit in flight, so that the next ones stay queued."""
     files.hold()
     nursery.start_soon(db.put, b"in flight", b"")

@@ -15,6 +15,7 @@ import attrs
 import pytest
 from databases import Session, State, open_memory_database, open_sessions, write
 from trio.testing import wait_all_tasks_blocked
+
 from trio_wal import Database, TransactionConflict
 from trio_wal.testing import MemoryFiles
 

@@ -20,6 +20,7 @@ from databases import (
 )
 from helpers import Call, open_tasks
 from trio.testing import wait_all_tasks_blocked
+
 from trio_wal import Database, Snapshot, _memtable
 from trio_wal._memtable import Layer, Version
 from trio_wal.testing import MemoryFiles
@@ -247,7 +248,7 @@ async def test_a_scan_finds_every_key_after_many_were_withdrawn_and_written_agai
             for key in keys:
                 nursery.start_soon(db.put, key, b"1")
             files.release()
-        expected = {key: b"1" for key in keys} | {b"in flight": b""}
+        expected = dict.fromkeys(keys, b"1") | {b"in flight": b""}
         await check_content(db, expected)
         await db.checkpoint()
         await check_content(db, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
+
 from trio_wal._operations import (
     KEY_BYTES_MAX,
     OPERATION_OVERHEAD,

@@ -13,6 +13,7 @@ from pathlib import Path
 import lmdb
 import pytest
 from databases import hash_tree
+
 from trio_wal import CorruptLogError
 from trio_wal._store import LmdbStore, MapFull, Store, StoreState, data_file, inspect_store
 from trio_wal._util import MiB

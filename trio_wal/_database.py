@@ -699,6 +699,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._files = files
         self._log = log
         self._state: StoreState | None = None
+        log._database = True
         log._check = self._check
         log._keep_from = lambda: 1 if self._state is None else self._state.lsn + 1
 

@@ -23,7 +23,14 @@ from . import _scan
 from ._codec import require_zstd
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import FEATURE_ZSTD, FrameError, FrameHeader, SegmentHeader, Truncation
+from ._frame import (
+    FEATURE_DATABASE,
+    FEATURE_ZSTD,
+    FrameError,
+    FrameHeader,
+    SegmentHeader,
+    Truncation,
+)
 from ._recovery import (
     TRUNCATE_NAME,
     VERIFY_BYTES,
@@ -638,6 +645,7 @@ def open_log_directory(
     verify_bytes: float = VERIFY_BYTES,
     compression: str | None = None,
     check: Callable[[Plan], None] | None = None,
+    database: bool = False,
 ) -> LogDirectory:
     """Lock, recover and open the log in a directory, which is created if it is missing.
 
@@ -653,7 +661,12 @@ def open_log_directory(
         directory.lock()
         plan = examine(directory, verify_bytes=verify_bytes)
         features = FEATURE_ZSTD if compression == "zstd" else 0
+        if database:
+            features |= FEATURE_DATABASE
         if plan.meta is not None:
+            if database != bool(plan.meta.features & FEATURE_DATABASE):
+                whose = "no database's log" if database else "a database's: use open_database()"
+                raise CorruptLogError(directory.path, 0, f"this log is {whose}")
             if compression is not None and features != plan.meta.features:
                 raise ValueError(
                     f"compression must be what the log was created with, not {compression!r}"

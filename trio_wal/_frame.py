@@ -49,7 +49,9 @@ POINTER_MAGIC: Final = b"TWP\x01"
 
 FEATURE_ZSTD: Final = 1
 """Incompatible feature: frames of this log may be compressed with Zstandard (RFC 8878)."""
-FEATURES_KNOWN: Final = FEATURE_ZSTD
+FEATURE_DATABASE: Final = 2
+"""Incompatible feature: every record is a transaction of a database (see `_operations`)."""
+FEATURES_KNOWN: Final = FEATURE_ZSTD | FEATURE_DATABASE
 
 _CHECKED_SECTOR: Final = struct.Struct(f"<{BLOCK - 4}sI")
 _SEGMENT: Final = struct.Struct("<8sHHIII16sQQ16sqIII")

@@ -671,11 +671,13 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         *,
         check: Callable[[Plan], None] | None = None,
         keep_from: Callable[[], int] | None = None,
+        database: bool = False,
     ) -> None:
         self._options = options
         self._files = files
         self._check = check
         self._keep_from = keep_from
+        self._database = database
         self._wal: WriteAheadLog | None = None
         self._nursery_manager: AbstractAsyncContextManager[trio.Nursery] | None = None
 
@@ -693,6 +695,7 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             verify_bytes=options.verify_bytes,
             compression=options.compression,
             check=self._check,
+            database=self._database,
         )
         if self._keep_from is not None:
             directory.keep_from = self._keep_from()

@@ -28,8 +28,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from trio_wal._database import LOG_NAME
 from trio_wal._files import Directory, OsFiles, close_quietly
-from trio_wal._frame import FEATURE_ZSTD
+from trio_wal._frame import FEATURE_DATABASE, FEATURE_ZSTD
+from trio_wal._recovery import META_NAME
 
 
 class ExitCode(enum.IntEnum):
@@ -85,7 +87,8 @@ def count(number: int, noun: str) -> str:
 
 
 def feature_names(features: int) -> list[str]:
-    return ["zstd"] if features & FEATURE_ZSTD else []
+    names = {FEATURE_ZSTD: "zstd", FEATURE_DATABASE: "database"}
+    return [name for flag, name in names.items() if features & flag]
 
 
 def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
@@ -129,10 +132,16 @@ def progress_bar(what: str, *, bytes_done: bool = False) -> Iterator[Bar]:
         yield Bar(progress, what)
 
 
+def log_of(path: Path) -> Path:
+    """The log in a directory: that itself, or the log of the database that it is."""
+    inner = path / LOG_NAME
+    return inner if (inner / META_NAME).exists() and not (path / META_NAME).exists() else path
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Directory]:
     """A directory to read, without its lock."""
-    directory = OsFiles().open_directory(str(path))
+    directory = OsFiles().open_directory(str(log_of(path)))
     try:
         yield directory
     finally:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Final
 
 import msgspec
 from cyclopts import Parameter
 
 from trio_wal._exceptions import WalError
+from trio_wal._frame import FEATURE_DATABASE
+from trio_wal._operations import decode_transaction
 from trio_wal._reader import Record, RecordStream, open_reader
+from trio_wal._recovery import read_meta
 from trio_wal._util import KiB
 
-from ._output import Dir, ExitCode, Json, UsageError
+from ._output import Dir, ExitCode, Json, UsageError, log_of, opened
 
 WRITE_BYTES: Final = 256 * KiB
 """Lines are written in pieces of about this size."""
@@ -50,22 +54,25 @@ async def dump(
             raise UsageError(f"{name} must be an LSN, 1 or more, not {lsn}")
     if from_ is not None and to is not None and to < from_:
         raise UsageError(f"--to {to} is before --from {from_}")
-    async with open_reader(directory) as reader:
+    with opened(directory) as files:
+        meta = read_meta(files)
+    is_database = meta is not None and bool(meta.features & FEATURE_DATABASE)
+    async with open_reader(log_of(directory)) as reader:
         stop = None if to is None else to + 1
         stream = reader.follow(from_) if follow else reader.read(from_, stop)
         async with stream as records:
-            await _dump(records, to)
+            await _dump(records, to, _transaction if is_database else _line)
     return ExitCode.OK
 
 
-async def _dump(records: RecordStream, to: int | None) -> None:
+async def _dump(records: RecordStream, to: int | None, line_of: Callable[[Record], bytes]) -> None:
     lines: list[bytes] = []
     size = 0
     try:
         async for record in records:
             if to is not None and record.lsn > to:
                 break
-            line = _line(record)
+            line = line_of(record)
             lines.append(line)
             size += len(line)
             # Nothing is held back while the stream waits for more.
@@ -90,8 +97,21 @@ def _write(lines: list[bytes]) -> None:
 
 def _line(record: Record) -> bytes:
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
+    return _encode(fields | _data(record.data))
+
+
+def _data(data: bytes) -> dict[str, object]:
     try:
-        fields["text"] = record.data.decode()
+        return {"text": data.decode()}
     except UnicodeDecodeError:
-        fields["base64"] = record.data
-    return _encode(fields)
+        return {"base64": data}
+
+
+def _transaction(record: Record) -> bytes:
+    """A record of a database's log: what it did to each key; null is a deletion."""
+    operations = [
+        {"key": _data(key), "value": None if value is None else _data(value)}
+        for key, value in decode_transaction(record.data).items()
+    ]
+    fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
+    return _encode({**fields, "operations": operations})
