@@ -301,7 +301,9 @@ def disk(
     result: list[tuple[int, int, float]] = []
 
     def work() -> None:
-        fd = _file(path, 0 if preparation == "growing" else file_bytes, written=preparation == "written")
+        fd = _file(
+            path, 0 if preparation == "growing" else file_bytes, written=preparation == "written"
+        )
         data = [os.urandom(size) for size in sizes]
         count = offset = total = 0
         spent = 0.0

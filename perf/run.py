@@ -38,6 +38,7 @@ def main() -> None:
     harness.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
     setting = harness.Setting(directory, brief=arguments.brief or not arguments.names)
     plots = Path(arguments.plots) if arguments.plots else harness.RESULTS
+    harness.touch_memory(directory)
     requirements: list[harness.Requirement] = []
     for name in arguments.names or NAMES:
         report = importlib.import_module(f"bench_{name}").run(setting)

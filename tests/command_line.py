@@ -87,9 +87,14 @@ class CommandLine:
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """A command in a process (and a group of processes) of its own."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, **options.pop("env", {})}
+    # Output that is not buffered would hide what happens to a buffer at the end.
+    environment.pop("PYTHONUNBUFFERED", None)
     command = [*PROGRAM, *map(str, arguments)]
-    return subprocess.Popen(command, start_new_session=True, **{**pipes, **options})
+    return subprocess.Popen(
+        command, start_new_session=True, env=environment, **{**pipes, **options}
+    )
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:

@@ -48,7 +48,7 @@ class Home:
         return str(Path(self.path).with_name(name))
 
 
-# -- content ------------------------------------------------------------------------
+# -- content -----------------------------------------------------------------------
 
 
 async def write(db: Database, items: dict[bytes, bytes | None]) -> int:
@@ -111,7 +111,7 @@ def hash_tree(path: str | Path) -> dict[str, str]:
     return found
 
 
-# -- tasks --------------------------------------------------------------------------
+# -- tasks -------------------------------------------------------------------------
 
 
 @attrs.define(eq=False)

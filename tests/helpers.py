@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, final
 
@@ -111,7 +112,7 @@ class AfterEveryStep(trio.abc.Instrument):
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.steps = 0
 
     def __enter__(self) -> AfterEveryStep:
@@ -129,8 +130,16 @@ class AfterEveryStep(trio.abc.Instrument):
         if self.error is None:
             try:
                 self._check()
-            except BaseException as exc:  # noqa: BLE001  (raised by __exit__)
+            except Exception as exc:  # noqa: BLE001  (raised by __exit__)
                 self.error = exc
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the others run until something holds that a worker thread brings about."""
+    for _ in count():
+        if condition():
+            return
+        await trio.lowlevel.checkpoint()
 
 
 async def read_all(wal: Any, start: int | None = None, stop: int | None = None) -> dict[int, bytes]:

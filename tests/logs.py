@@ -32,6 +32,7 @@ def open_log(files: MemoryFiles, path: str = LOG, **options: Any) -> LogDirector
 def append(log: LogDirectory, *records: bytes) -> int:
     """One frame, durable; returns the last LSN."""
     log.write(records, log.synced_lsn, sync=True)
+    log.publish()
     return log.last_lsn
 
 

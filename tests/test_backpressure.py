@@ -54,11 +54,15 @@ async def test_a_full_queue_makes_writers_wait_and_then_resume(files: MemoryFile
 @pytest.mark.parametrize(
     ("max_queue_size", "max_queue_bytes"), [(7, math.inf), (math.inf, 700), (7, 500)]
 )
+@pytest.mark.parametrize("max_batch_bytes", [250, 1 << 20])
 async def test_200_tasks_never_exceed_the_capacity(
-    files: MemoryFiles, max_queue_size: float, max_queue_bytes: float
+    files: MemoryFiles, max_queue_size: float, max_queue_bytes: float, max_batch_bytes: int
 ) -> None:
     async with open_memory(
-        files, max_queue_size=max_queue_size, max_queue_bytes=max_queue_bytes
+        files,
+        max_queue_size=max_queue_size,
+        max_queue_bytes=max_queue_bytes,
+        max_batch_bytes=max_batch_bytes,
     ) as wal:
 
         def check() -> None:
@@ -70,7 +74,7 @@ async def test_200_tasks_never_exceed_the_capacity(
         async def write(task: int) -> None:
             for number in range(5):
                 data = (b"%d:%d" % (task, number)).ljust(100, b".")
-                if number % 2:
+                if task % 2 or number % 2:
                     await wal.append(data)
                 else:
                     await wal.send(data)
@@ -420,8 +424,7 @@ async def test_the_loop_runs_while_the_real_disk_blocks_its_thread(
         try:
             monkeypatch.setattr("trio_wal._files._sync", slow_sync)
             call = Call(nursery, wal.append, b"record")
-            while not entered.is_set():
-                await trio.lowlevel.checkpoint()
+            await trio.to_thread.run_sync(entered.wait)
             queued = Call(nursery, wal.append, b"queued")
             for _ in range(1000):
                 await trio.lowlevel.checkpoint()

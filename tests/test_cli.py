@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from command_line import (
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._cli import append as append_module, run
+from trio_wal._cli import run
 from trio_wal._cli.dump import dump
 from trio_wal.testing import MemoryFiles
 
@@ -272,9 +273,10 @@ async def test_follow_prints_new_records_until_the_last_that_was_asked_for(
     async with trio_wal.open_wal(log) as wal, trio.open_nursery() as nursery:
         nursery.start_soon(lambda: dump(log, from_=2, to=5, follow=True))
         seen = b""
-        while seen.count(b"\n") < 2:
-            await trio.lowlevel.checkpoint()
-            seen += capsysbinary.readouterr().out
+        with trio.fail_after(60):
+            while seen.count(b"\n") < 2:
+                await trio.lowlevel.checkpoint()
+                seen += capsysbinary.readouterr().out
         for word in (b"four", b"five", b"six"):
             await wal.append(word)
     seen += capsysbinary.readouterr().out
@@ -297,7 +299,7 @@ def test_records_before_damage_are_dumped(cli: CommandLine, long_log: Path) -> N
 
 def test_dump_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     path = make_log(tmp_path / "žurnál", ["żółw €".encode()])
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code, out, err = finish(start("dump", path, env=environment))
     assert (code, err) == (0, b"")
     assert json.loads(out.decode())["text"] == "żółw €"
@@ -364,11 +366,17 @@ def test_inspect_sees_a_log_that_is_open_and_one_that_was_killed(
     async def main() -> Any:
         async with trio_wal.open_wal(log) as wal:
             await wal.append(b"four")
+            # Other processes are told a little later.
+            async with trio_wal.open_reader(log) as reader, reader.follow(4) as records:
+                await records.__anext__()
+            shutil.copytree(log, killed)
             return await trio.to_thread.run_sync(cli.json, "inspect", log)
 
-    found = trio.run(main)
-    (row,) = found["segments"]
-    assert (row["state"], row["records"], row["frames"], found["last_lsn"]) == ("active", 4, 3, 4)
+    killed = tmp_path / "killed"
+    for found in (trio.run(main), cli.json("inspect", killed)):
+        (row,) = found["segments"]
+        assert (row["state"], row["records"], row["frames"]) == ("active", 4, 3)
+        assert found["last_lsn"] == 4
     (row,) = cli.json("inspect", log)["segments"]
     assert row["state"] == "closed"
 
@@ -585,8 +593,7 @@ async def main():
     ) as wal:
         async def write():
             while True:
-                await wal.append(bytes(1500))
-                if wal.last_lsn == 100:
+                if await wal.append(bytes(1500)) == 100:
                     print("ready", flush=True)
         async with trio.open_nursery() as nursery:
             for _ in range(8):
@@ -605,12 +612,15 @@ def test_reading_commands_work_on_a_log_that_is_being_written(
     assert writer.stdout is not None
     try:
         assert writer.stdout.readline() == b"ready\n"
-        last = 0
-        for _ in range(15):
+        last = 100
+        rounds = 0
+        # The machine may be busy: go on until the log was seen to grow.
+        while rounds < 15 or last == 100:
+            rounds += 1
             found = cli.json("verify", path)
             assert found["findings"] == []
             shown = cli.json("inspect", path)
-            assert shown["last_lsn"] > last
+            assert shown["last_lsn"] >= last
             last = shown["last_lsn"]
             code = cli("dump", path)
             lsns = [json.loads(line)["lsn"] for line in cli.out.splitlines()]
@@ -741,11 +751,11 @@ def test_dump_ends_quietly_when_nobody_reads_on(long_log: Path) -> None:
 
 
 @on_posix
-@pytest.mark.parametrize("command", ["verify", "inspect", "append"])
+@pytest.mark.parametrize("command", ["verify", "inspect", "append", "dump --help"])
 def test_a_result_that_nobody_reads_is_dropped_quietly(command: str, log: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = start(command, log, stdout=writer)
+    process = start(*command.split(), log, stdout=writer)
     os.close(writer)
     code, _, err = finish(process)
     assert (code, err) == (141, b"")
@@ -770,8 +780,7 @@ def test_ctrl_c_ends_a_dump_that_nobody_takes(long_log: Path) -> None:
     assert process.stdout.read(1) == b"{"
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    code, _, err = finish(process)
-    assert err == b""
+    assert finish(process)[2] == b""
 
 
 @on_posix
@@ -786,6 +795,7 @@ def test_ctrl_c_ends_append_quietly_and_keeps_what_was_taken(tmp_path: Path) -> 
     # Both are durable now, and append waits for more.
     assert finish(follower)[0] == 0
     os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
     assert finish(process) == (130, b"", b"")
     assert lines_of(path) == [b"one", b"two"]
 
@@ -814,7 +824,7 @@ def test_a_terminal_gets_a_progress_bar_and_nothing_else_does(long_log: Path) ->
     code, out, err = finish(start("verify", long_log))
     assert (code, err) == (0, b"")
     terminal, other_side = pty.openpty()
-    process = start("verify", long_log, stderr=other_side, env={**os.environ, "TERM": "xterm"})
+    process = start("verify", long_log, stderr=other_side, env={"TERM": "xterm"})
     os.close(other_side)
     shown = read_terminal(terminal, until=b"\0")
     os.close(terminal)
@@ -826,5 +836,5 @@ def test_a_name_is_shown_as_it_is(cli: CommandLine, tmp_path: Path) -> None:
     path = make_log(tmp_path / "[bold]x[/bold] :smile: ż", [b"one"])
     assert cli("inspect", path) == 0
     assert cli.out.startswith(f"{path}: log ")
-    assert cli("verify", path / "no\ud800ne") == 3
-    assert cli.err.startswith(f"trio-wal: {path}/no\\ud800ne: ")
+    assert cli("verify", path / os.fsdecode(b"no\xffne")) == 3
+    assert cli.err.startswith(f"trio-wal: {path}/no\\udcffne: ")

@@ -451,8 +451,10 @@ FULL = (
 
 
 async def test_a_full_disk_refuses_before_acceptance_and_works_again_with_space(
-    files: MemoryFiles,
+    files: MemoryFiles, autojump_clock: MockClock
 ) -> None:
+    """At once, both times: no timer has a part in it."""
+    start = trio.current_time()
     async with open_memory(files, segment_size=SMALL_SEGMENT) as wal:
         error = await fill(wal, files)
         with pytest.raises(trio_wal.LogFullError, match=FULL):
@@ -486,6 +488,7 @@ async def test_a_full_disk_refuses_before_acceptance_and_works_again_with_space(
         assert wal.statistics().state == "open"
         await wal.send(b"again")
         assert await wal.flush() == last + 2
+        assert trio.current_time() == start
     async with open_memory(files) as wal:
         found = await read_all(wal)
         assert found[last + 1] == b"there is space"
@@ -493,8 +496,13 @@ async def test_a_full_disk_refuses_before_acceptance_and_works_again_with_space(
         assert wal.recovery.clean_shutdown
 
 
-async def test_everybody_who_waits_is_told_that_the_disk_is_full(files: MemoryFiles) -> None:
-    async with open_memory(files, segment_size=SMALL_SEGMENT, max_queue_size=3) as wal:
+@pytest.mark.parametrize("max_batch_bytes", [1, 1 << 20])
+async def test_everybody_who_waits_is_told_that_the_disk_is_full(
+    files: MemoryFiles, max_batch_bytes: int
+) -> None:
+    async with open_memory(
+        files, segment_size=SMALL_SEGMENT, max_queue_size=3, max_batch_bytes=max_batch_bytes
+    ) as wal:
         await fill(wal, files)
         files.free_bytes = SMALL_SEGMENT + 4096
         last = await wal.append(b"one more segment")
@@ -509,8 +517,9 @@ async def test_everybody_who_waits_is_told_that_the_disk_is_full(files: MemoryFi
             await wait_all_tasks_blocked()
             assert wal.statistics().tasks_waiting_send == 3
             files.release()
-        for call in (*calls, flush):
-            assert isinstance(call.error, trio_wal.LogFullError)
+            await wait_all_tasks_blocked()
+            for call in (*calls, flush):
+                assert isinstance(call.error, trio_wal.LogFullError)
         errors = [call.error for call in calls]
         assert len(set(map(id, errors))) == len(errors)
         assert wal.last_lsn == last
@@ -549,10 +558,16 @@ async def test_sent_records_are_kept_on_a_full_disk_and_written_when_there_is_sp
         assert found == [*sent, b"accepted"]
 
 
-async def test_truncate_before_makes_room_on_a_full_disk(files: MemoryFiles) -> None:
+@pytest.mark.parametrize("sealed", [1, 2, 3])
+async def test_truncate_before_makes_room_on_a_full_disk(files: MemoryFiles, sealed: int) -> None:
+    """Also where the one file that it drops is kept to be overwritten."""
     async with open_memory(files, segment_size=SMALL_SEGMENT) as wal:
-        await append_until(wal, lambda: wal.statistics().segments == 3)
+        for _ in range(sealed):
+            await fill(wal, files)
+            files.free_bytes = SMALL_SEGMENT + 1024
+            await wal.append(b"one more segment")
         await fill(wal, files)
+        assert wal.statistics().segments == sealed + 1
         last = wal.last_lsn
         files.free_bytes = 1024  # what log.meta takes while it is replaced
         await wal.truncate_before(last)
@@ -563,6 +578,7 @@ async def test_truncate_before_makes_room_on_a_full_disk(files: MemoryFiles) -> 
 async def test_a_full_disk_at_shutdown_loses_sent_records_loudly(
     files: MemoryFiles, autojump_clock: MockClock
 ) -> None:
+    start = trio.current_time()
     with pytest.raises(trio_wal.LogFailedError, match=NOT_WRITTEN) as caught:  # noqa: PT012
         async with open_memory(files, segment_size=SMALL_SEGMENT) as wal:
             await fill(wal, files)
@@ -571,6 +587,9 @@ async def test_a_full_disk_at_shutdown_loses_sent_records_loudly(
             files.free_bytes = 0
             for _ in range(5):
                 await wal.send(bytes(4000))
+            with pytest.raises(trio_wal.LogFullError, match=FULL):
+                await wal.append(b"refused")
+    assert trio.current_time() == start
     check(caught.value, "not written", errno.ENOSPC)
     assert isinstance(caught.value.__cause__.__cause__, trio_wal.LogFullError)  # type: ignore[union-attr]
     files.heal()

@@ -86,7 +86,7 @@ def value_is(number: int) -> Any:
     return lambda items: {key: value for key, value in items.items() if int(value) == number}
 
 
-# -- G0: write cycles -----------------------------------------------------------------------
+# -- G0: write cycles --------------------------------------------------------------
 
 
 async def test_g0_write_cycles_of_blind_writes_leave_one_of_both(between: str) -> None:
@@ -115,7 +115,7 @@ async def test_g0_write_cycles_of_updates_are_refused(between: str) -> None:
         assert await case.finish() == {ONE: b"11", TWO: b"21"}
 
 
-# -- G1: dirty reads --------------------------------------------------------------------------
+# -- G1: dirty reads ---------------------------------------------------------------
 
 
 async def test_g1a_what_was_aborted_is_never_read(between: str) -> None:
@@ -159,7 +159,7 @@ async def test_g1c_information_does_not_flow_in_a_circle(between: str) -> None:
         assert await case.finish() == {ONE: b"11", TWO: b"20"}
 
 
-# -- OTV: an observed transaction vanishes ------------------------------------------------------
+# -- OTV: an observed transaction vanishes -----------------------------------------
 
 
 async def test_otv_an_observed_transaction_does_not_vanish(between: str) -> None:
@@ -183,7 +183,7 @@ async def test_otv_an_observed_transaction_does_not_vanish(between: str) -> None
         assert case.outcomes() == [True, True, False, True]
 
 
-# -- PMP: predicates and many preceders -----------------------------------------------------------
+# -- PMP: predicates and many preceders --------------------------------------------
 
 
 async def test_pmp_a_row_that_came_to_match_is_not_seen(between: str) -> None:
@@ -225,7 +225,7 @@ async def test_pmp_with_write_predicates_the_other_way_round(between: str) -> No
         assert await case.finish() == {ONE: b"10"}
 
 
-# -- P4: lost update --------------------------------------------------------------------------------
+# -- P4: lost update ---------------------------------------------------------------
 
 
 async def test_p4_no_update_is_lost(between: str) -> None:
@@ -240,7 +240,7 @@ async def test_p4_no_update_is_lost(between: str) -> None:
         await case.finish()
 
 
-# -- G-single: read skew ------------------------------------------------------------------------------
+# -- G-single: read skew -----------------------------------------------------------
 
 
 async def test_g_single_reads_are_of_one_moment(between: str) -> None:
@@ -300,7 +300,7 @@ async def test_g_single_with_write_predicates(between: str) -> None:
         assert await case.finish() == {ONE: b"12", TWO: b"18"}
 
 
-# -- G2: write skew -------------------------------------------------------------------------------------
+# -- G2: write skew ----------------------------------------------------------------
 
 
 async def test_g2_item_write_skew_is_refused(between: str) -> None:
@@ -373,7 +373,7 @@ async def test_g2_two_edges_is_refused(between: str) -> None:
         assert case.outcomes() == [False, True, True]
 
 
-# -- beside Hermitage ---------------------------------------------------------------------------------------
+# -- beside Hermitage --------------------------------------------------------------
 
 
 async def test_what_is_read_after_checkpoints_is_held_against_what_they_took_away(

@@ -28,7 +28,7 @@ from trio_wal.testing import MemoryFiles
 KEYS = [b"%02d" % n for n in range(14)]
 
 
-# -- a model beside it -----------------------------------------------------------------
+# -- a model beside it -------------------------------------------------------------
 
 
 @attrs.define(eq=False)
@@ -193,7 +193,7 @@ async def test_every_reader_sees_its_moment_whatever_is_committed_withdrawn_and_
 ) -> None:
     monkeypatch.setattr(_memtable, "SCAN_CHUNK", chunk)
     seen: set[str] = set()
-    for seed in range(6):
+    for seed in range(8):
         files = MemoryFiles(seed=seed)
         rng = random.Random(seed * 1000 + chunk)
         async with open_memory_database(files) as db, open_tasks(files) as nursery:
@@ -227,7 +227,7 @@ async def test_every_reader_sees_its_moment_whatever_is_committed_withdrawn_and_
     assert seen == {"withdrawn", "frozen with pending commits"}
 
 
-# -- single cases ------------------------------------------------------------------------
+# -- single cases ------------------------------------------------------------------
 
 
 async def test_a_scan_finds_every_key_after_many_were_withdrawn_and_written_again(
@@ -283,6 +283,48 @@ async def test_a_withdrawn_commit_uncovers_what_was_there_before(files: MemoryFi
             files.release()
 
 
+async def test_a_scan_under_way_does_not_show_what_was_withdrawn_meanwhile(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files) as db:
+        await write(db, {b"a": b"1", b"b": b"1", b"c": b"1"})
+        await db.checkpoint()
+        async with open_tasks(files) as nursery:
+            await hold_with_batch_in_flight(files, nursery, db)
+            pending = Call(nursery, write, db, {b"c": b"2", b"d": b"2"})
+            await wait_all_tasks_blocked()
+            async with db.transaction() as tx:
+                items = tx.scan(b"a", b"e")
+                assert next(items) == (b"a", b"1")
+                pending.scope.cancel()
+                await wait_all_tasks_blocked()
+                assert pending.state == "cancelled"
+                assert list(items) == [(b"b", b"1"), (b"c", b"1")]
+            # Not read, and so nothing to conflict with.
+            assert tx.lsn == 1
+            files.release()
+
+
+async def test_a_scan_under_way_keeps_what_it_has_shown_from_being_withdrawn(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files) as db, open_tasks(files) as nursery:
+        await hold_with_batch_in_flight(files, nursery, db)
+        pending = Call(nursery, write, db, {b"a": b"2", b"b": b"2"})
+        await wait_all_tasks_blocked()
+        async with open_sessions(db, 1) as (session,):
+            items = await session.do(lambda tx: tx.scan(b"a", b"e"))
+            assert await session.do(lambda tx: next(items)) == (b"a", b"2")
+            pending.scope.cancel()
+            await wait_all_tasks_blocked()
+            assert pending.state == "waiting"
+            assert await session.do(lambda tx: list(items)) == [(b"b", b"2")]
+            session.commit_soon()
+            files.release()
+            await session.ended.wait()
+            assert session.outcome == pending.value == 2
+
+
 async def test_a_view_reads_through_two_layers_and_the_store(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db:
         await write(db, {b"a": b"store", b"b": b"store", b"c": b"store", b"d": b"store"})
@@ -308,7 +350,7 @@ async def test_a_view_reads_through_two_layers_and_the_store(files: MemoryFiles)
         await check_content(db, expected)
 
 
-# -- memory ------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------
 
 
 def chain(layer: Layer, key: bytes) -> list[int]:

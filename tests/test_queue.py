@@ -59,6 +59,24 @@ async def test_a_small_record_does_not_pass_a_large_one_that_is_blocked(
         ]
 
 
+async def test_when_a_blocked_record_is_withdrawn_those_behind_it_are_let_in(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory(files, max_queue_bytes=100) as wal:
+        async with open_tasks(files) as nursery:
+            files.hold()
+            calls = []
+            for size in (10, 90, 50, 10):
+                calls.append(Call(nursery, wal.append, bytes(size)))
+                await wait_all_tasks_blocked()
+            assert wal.statistics().tasks_waiting_send == 2
+            calls[2].scope.cancel()
+            assert wal.statistics().tasks_waiting_send == 0
+            assert wal.statistics().bytes_waiting == 100
+            files.release()
+        assert [call.value for call in calls] == [1, 2, None, 3]
+
+
 async def test_one_task_keeps_its_order_across_all_ways_to_write(files: MemoryFiles) -> None:
     given: list[bytes] = []
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import attrs
 import pytest
 import trio
-from helpers import SMALL_SEGMENT, Disk, append_until, open_memory, read_all
+from helpers import SMALL_SEGMENT, Disk, append_until, open_memory, read_all, until
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
@@ -146,10 +146,10 @@ def test_a_policy_checks_its_argument(
 # -- in a live log ----------------------------------------------------------------
 
 
-async def fill(wal: trio_wal.WriteAheadLog, batches: int) -> None:
+async def fill(wal: trio_wal.WriteAheadLog, batches: int, data: bytes = bytes(400)) -> None:
     """Write batches of which some twenty fill a segment."""
     for _ in range(batches):
-        await wal.append(bytes(400))
+        await wal.append(data)
         await trio.testing.wait_all_tasks_blocked()
 
 
@@ -162,10 +162,12 @@ async def test_a_log_without_retention_keeps_everything(files: MemoryFiles) -> N
 
 
 async def test_keep_segments_in_a_live_log(files: MemoryFiles) -> None:
-    async with open_memory(files, segment_size=SMALL_SEGMENT, retention=KeepSegments(3)) as wal:
+    # So large that it takes some batches until the next segment is prepared.
+    size = 4 * SMALL_SEGMENT
+    async with open_memory(files, segment_size=size, retention=KeepSegments(3)) as wal:
         counts = []
         for _ in range(150):
-            await fill(wal, 1)
+            await fill(wal, 1, bytes(2000))
             counts.append(wal.statistics().segments)
         assert counts == sorted(counts)
         assert set(counts) == {1, 2, 3}
@@ -230,8 +232,7 @@ async def test_retention_is_applied_when_the_log_is_opened(disk: Disk) -> None:
         await append_until(wal, lambda: wal.statistics().segments == 6)
         last = wal.last_lsn
     async with disk.open(segment_size=SMALL_SEGMENT, retention=KeepSegments(2)) as wal:
-        while wal.first_lsn == 1:
-            await trio.lowlevel.checkpoint()
+        await until(lambda: wal.first_lsn > 1)
         assert wal.statistics().segments == 2
         assert list(await read_all(wal)) == list(range(wal.first_lsn, last + 1))
 

@@ -112,6 +112,19 @@ async def test_appended_records_bytes_and_batches_are_counted_of_this_session(
             assert statistics.first_lsn == 1
 
 
+async def test_a_flush_that_finds_nothing_to_sync_is_no_sync(files: MemoryFiles) -> None:
+    async with open_memory(files) as wal:
+        async with open_tasks(files) as nursery:
+            files.hold()
+            Call(nursery, wal.append, b"flying")
+            await wait_all_tasks_blocked()
+            flush = Call(nursery, wal.flush)
+            await wait_all_tasks_blocked()
+            files.release()
+        assert flush.value == 1
+        assert wal.statistics().batches_synced == 1
+
+
 async def test_waiting_records_do_not_include_the_batch_in_flight(files: MemoryFiles) -> None:
     async with open_memory(files, max_queue_size=10, max_queue_bytes=100) as wal:
         async with open_tasks(files) as nursery:

@@ -42,7 +42,7 @@ def fill(path: Path, *, lsn: int = 7, count: int = 100) -> Path:
     return path / "data.mdb"
 
 
-# -- the contract ------------------------------------------------------------------------
+# -- the contract ------------------------------------------------------------------
 
 
 def test_what_is_applied_is_read(store: Store) -> None:
@@ -99,7 +99,7 @@ def test_an_empty_store_has_no_items(store: Store) -> None:
     read.close()
 
 
-# -- LMDB --------------------------------------------------------------------------------
+# -- LMDB --------------------------------------------------------------------------
 
 
 def test_the_state_stands_beside_the_data(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ sys.exit("lmdb" in sys.modules)
     assert subprocess.run(arguments, check=False).returncode == 0
 
 
-# -- damage ------------------------------------------------------------------------------
+# -- damage ------------------------------------------------------------------------
 
 HOW_TO_GO_ON = (
     "; where the log still starts at LSN 1, moving the store away lets open_database rebuild "

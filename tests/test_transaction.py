@@ -31,7 +31,7 @@ from trio_wal import (
 )
 from trio_wal.testing import MemoryFiles
 
-# -- reading and writing ------------------------------------------------------------------
+# -- reading and writing -----------------------------------------------------------
 
 
 async def test_a_transaction_sees_its_own_writes(files: MemoryFiles) -> None:
@@ -81,10 +81,15 @@ async def test_insert_update_and_delete_ask_whether_the_key_is_there(files: Memo
 async def test_an_exception_in_the_block_aborts_and_passes_through(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db:
         error = RuntimeError("mine")
-        with pytest.raises(RuntimeError, match=r"^mine$") as caught:
-            async with db.transaction() as tx:
-                tx.put(b"a", b"1")
+        tx = db.transaction()
+
+        async def body() -> None:
+            async with tx:
+                tx.put(b"a", tx.get(b"b", b"1"))
                 raise error
+
+        with pytest.raises(RuntimeError, match=r"^mine$") as caught:
+            await body()
         assert caught.value is error
         assert (tx.lsn, db.wal.last_lsn) == (None, 0)
         assert db.statistics().open_readers == 0
@@ -185,7 +190,7 @@ async def test_a_transaction_is_for_one_use_and_must_be_entered(files: MemoryFil
                 pass
 
 
-# -- limits -----------------------------------------------------------------------------------
+# -- limits ------------------------------------------------------------------------
 
 WRITES: dict[str, Callable[[Transaction, Any, Any], None]] = {
     "put": lambda tx, key, value: tx.put(key, value),
@@ -210,8 +215,9 @@ async def test_limits_are_checked_by_name_where_something_is_written(
             for value in ("v", None, 1, bytearray(b"v")):
                 with pytest.raises(TypeError, match=r"^value must be bytes, not "):
                     call(tx, key, value)
-            with pytest.raises(RecordTooLargeError, match=r"max_record_size of 1000 bytes$"):
+            with pytest.raises(RecordTooLargeError, match=r"max_record_size of 1000 byt") as large:
                 call(tx, key, bytes(1000))
+            assert large.value.limit == 1000 < large.value.size
             # None of that counts.
             assert tx.get(b"new") is None
             tx.put(b"k" * 511, bytes(400))
@@ -246,9 +252,7 @@ async def test_what_put_accepts_can_be_committed_and_what_is_over_the_limit_is_r
                 try:
                     tx.put(b"k" * 10, bytes(size // 2))
                     tx.put(b"l" * 3, bytes(size - size // 2))
-                except RecordTooLargeError as exc:
-                    assert exc.limit == 300
-                    assert exc.size > 300
+                except RecordTooLargeError:
                     refused += 1
                     tx.abort()
         assert 40 < refused < 100
@@ -269,7 +273,7 @@ async def test_writing_a_key_again_takes_no_more_room(files: MemoryFiles) -> Non
         await check_content(db, {b"a": bytes(900), b"b": b"99"})
 
 
-# -- scans ------------------------------------------------------------------------------------
+# -- scans -------------------------------------------------------------------------
 
 
 async def test_a_scan_takes_ranges_prefixes_directions_and_limits(files: MemoryFiles) -> None:
@@ -410,7 +414,7 @@ def test_a_scan_merges_store_memtable_and_own_writes(
     trio.run(main)
 
 
-# -- conflicts --------------------------------------------------------------------------------
+# -- conflicts ---------------------------------------------------------------------
 
 STATE: dict[bytes, bytes | None] = {b"b": b"1", b"d": b"1", b"f": b"1"}
 
@@ -573,13 +577,18 @@ async def test_a_transaction_open_for_many_checkpoints_that_reads_on_is_refused(
 
 async def test_a_conflict_names_the_key_and_says_so(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db:
+        tx = db.transaction()
+
+        async def body() -> None:
+            async with tx:
+                tx.get(b"k")
+                await db.put(b"k", b"1")
+
         with pytest.raises(
             TransactionConflict,
             match=r"^key b'k', read by this transaction, was changed by another commit$",
         ) as caught:
-            async with db.transaction() as tx:
-                tx.get(b"k")
-                await db.put(b"k", b"1")
+            await body()
         assert caught.value.key == b"k"
         assert isinstance(caught.value, trio_wal.WalError)
         assert (tx.lsn, db.wal.last_lsn) == (None, 1)
@@ -615,7 +624,7 @@ async def test_a_block_without_await_never_conflicts(files: MemoryFiles) -> None
         assert stats.wal.batches_synced < 100
 
 
-# -- pending commits --------------------------------------------------------------------------
+# -- pending commits ---------------------------------------------------------------
 
 
 async def test_a_transaction_sees_what_is_pending_and_waits_for_it(files: MemoryFiles) -> None:
@@ -829,7 +838,7 @@ async def test_a_commit_cancelled_at_any_step_is_whole_or_absent(files: MemoryFi
     assert outcomes == {None, 1}
 
 
-# -- a log that refuses or fails ---------------------------------------------------------------
+# -- a log that refuses or fails ---------------------------------------------------
 
 
 async def test_a_full_disk_takes_pending_commits_back(files: MemoryFiles) -> None:
@@ -872,7 +881,7 @@ async def test_a_transaction_that_has_read_what_a_full_disk_took_back_is_refused
     files: MemoryFiles,
 ) -> None:
     async with open_memory_database(files, segment_size=1) as db, open_sessions(db, 2) as sessions:
-        reader, writer = sessions
+        writer = sessions[1]
         await wait_all_tasks_blocked()
         files.hold()
         async with open_tasks(files) as nursery:
@@ -896,44 +905,42 @@ async def test_a_transaction_that_has_read_what_a_full_disk_took_back_is_refused
 async def test_a_failed_log_takes_pending_commits_back_and_ends_all_writing(
     files: MemoryFiles,
 ) -> None:
-    with pytest.raises(RuntimeError, match=r"^end$"):
-        async with open_memory_database(files) as db:
-            await write(db, {b"a": b"1"})
-            async with open_tasks(files) as nursery:
-                files.hold()
-                flying = Call(nursery, db.put, b"a", b"2")
-                await wait_all_tasks_blocked()
-                queued = Call(nursery, db.put, b"b", b"2")
-                await wait_all_tasks_blocked()
+    async with open_memory_database(files) as db:
+        await write(db, {b"a": b"1"})
+        async with open_tasks(files) as nursery:
+            files.hold()
+            flying = Call(nursery, db.put, b"a", b"2")
+            await wait_all_tasks_blocked()
+            queued = Call(nursery, db.put, b"b", b"2")
+            await wait_all_tasks_blocked()
 
-                async def read() -> None:
-                    async with db.transaction() as tx:
-                        assert tx.get(b"a") == b"2"
+            async def read() -> None:
+                async with db.transaction() as tx:
+                    assert tx.get(b"a") == b"2"
 
-                reader = Call(nursery, read)
-                await wait_all_tasks_blocked()
-                files.fail("sync")
-                files.release()
-            for call, outcome in ((flying, "unknown"), (queued, "not written")):
-                assert isinstance(call.error, LogFailedError)
-                assert call.error.outcome == outcome
-                assert isinstance(call.error.__cause__, OSError)
-            assert isinstance(reader.error, LogFailedError)
-            assert db.statistics().pending == 0
-            # What is durable can be read as ever.
-            await check_content(db, {b"a": b"1"})
-            async with db.transaction() as tx:
-                assert tx.get(b"a") == b"1"
-            for call_ in (lambda: db.put(b"c", b""), lambda: write(db, {b"a": None})):
-                with pytest.raises(LogFailedError) as caught:
-                    await call_()
-                assert caught.value.outcome == "not written"
-            assert db.statistics().pending == 0
-            await check_content(db, {b"a": b"1"})
-            raise RuntimeError("end")
+            reader = Call(nursery, read)
+            await wait_all_tasks_blocked()
+            files.fail("sync")
+            files.release()
+        for call, outcome in ((flying, "unknown"), (queued, "not written")):
+            assert isinstance(call.error, LogFailedError)
+            assert call.error.outcome == outcome
+            assert isinstance(call.error.__cause__, OSError)
+        assert isinstance(reader.error, LogFailedError)
+        assert db.statistics().pending == 0
+        # What is durable can be read as ever.
+        await check_content(db, {b"a": b"1"})
+        async with db.transaction() as tx:
+            assert tx.get(b"a") == b"1"
+        for call_ in (lambda: db.put(b"c", b""), lambda: write(db, {b"a": None})):
+            with pytest.raises(LogFailedError) as caught:
+                await call_()
+            assert caught.value.outcome == "not written"
+        assert db.statistics().pending == 0
+        await check_content(db, {b"a": b"1"})
 
 
-# -- conventions --------------------------------------------------------------------------------
+# -- conventions -------------------------------------------------------------------
 
 
 async def test_leaving_and_committing_are_checkpoints_and_nothing_else_is(

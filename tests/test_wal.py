@@ -442,23 +442,22 @@ async def test_methods_called_while_it_closes_raise_closed_resource_error(
 async def test_closing_with_a_full_queue_writes_the_queue_and_refuses_the_blocked(
     files: MemoryFiles,
 ) -> None:
-    async with open_tasks(files) as nursery:
-        async with open_memory(files, max_queue_size=3) as wal:
-            files.hold()
-            calls = []
-            for number in range(8):
-                calls.append(Call(nursery, wal.append, b"%d" % number))
-                await wait_all_tasks_blocked()
-            closing = Call(nursery, wal.aclose)
+    async with open_memory(files, max_queue_size=3) as wal, open_tasks(files) as nursery:
+        files.hold()
+        calls = []
+        for number in range(8):
+            calls.append(Call(nursery, wal.append, b"%d" % number))
             await wait_all_tasks_blocked()
-            # The blocked are told at once; the queued wait for their outcome.
-            assert [call.state for call in calls] == ["waiting"] * 4 + ["raised"] * 4
-            for call in calls[4:]:
-                with pytest.raises(trio.ClosedResourceError, match=r"^/log: the log was closed$"):
-                    raise call.error
-            files.release()
-            await wait_all_tasks_blocked()
-            assert closing.state == "returned"
+        closing = Call(nursery, wal.aclose)
+        await wait_all_tasks_blocked()
+        # The blocked are told at once; the queued wait for their outcome.
+        assert [call.state for call in calls] == ["waiting"] * 4 + ["raised"] * 4
+        for call in calls[4:]:
+            with pytest.raises(trio.ClosedResourceError, match=r"^/log: the log was closed$"):
+                raise call.error
+        files.release()
+        await wait_all_tasks_blocked()
+        assert closing.state == "returned"
         assert [call.value for call in calls[:4]] == [1, 2, 3, 4]
     async with open_memory(files) as wal:
         assert await read_all(wal) == {n + 1: b"%d" % n for n in range(4)}
@@ -492,6 +491,7 @@ async def test_an_exception_group_of_the_body_is_not_touched(disk: Disk) -> None
             wal.send_nowait(b"one")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fail)
+                nursery.start_soon(trio.sleep_forever)
     assert type(caught.value).__name__ == "ExceptionGroup"
     assert caught.value.message == "Exceptions from Trio nursery"  # type: ignore[attr-defined]
     (inner,) = caught.value.exceptions  # type: ignore[attr-defined]
@@ -817,8 +817,8 @@ async def test_an_exhausted_default_thread_limiter_does_not_starve_the_log(
         try:
             for _ in range(int(limiter.total_tokens) + 5):
                 nursery.start_soon(occupy)
-            while limiter.statistics().tasks_waiting < 5:
-                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked()
+            assert limiter.statistics().tasks_waiting == 5
             async with trio_wal.open_wal(tmp_path / "log", segment_size=SMALL_SEGMENT) as wal:
                 await append_until(wal, lambda: wal.statistics().segments > 3)
                 assert len(await read_all(wal)) == wal.last_lsn

@@ -132,17 +132,23 @@ class Snapshot(AbstractContextManager["Snapshot"]):
     Keep it short: while it is open, memory and disk pages that it may need are kept.
     """
 
+    _view: View | None = None
+
+    @enable_ki_protection
     def __init__(self, db: Database) -> None:
         self._db = db
         self._seq, self._lsn = db.durable_point()
-        self._view: View | None = db.pin(self)
+        self._view = db.pin(self)
 
+    @enable_ki_protection
     def __enter__(self) -> Snapshot:
         return self
 
+    @enable_ki_protection
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @enable_ki_protection
     def close(self) -> None:
         """Let go of the view; idempotent."""
         view, self._view = self._view, None
@@ -305,6 +311,7 @@ class Database:
                     raise
                 retries -= 1
 
+    @enable_ki_protection
     async def put(self, key: bytes, value: bytes) -> int:
         """Set one key, in a transaction of its own; returns its LSN, durable then."""
         check_key(key)
@@ -383,6 +390,7 @@ class Database:
         next(found)
         return found
 
+    @enable_ki_protection
     def _scan(
         self,
         start: bytes | None,
@@ -670,9 +678,11 @@ class Database:
     async def _before_close(self) -> None:
         self._closed = True
         # LMDB must not be closed while somebody reads; nor may a checkpoint wait for them.
-        for reader in list(self._readers):
-            reader.database_closed()
-        await self._checkpointer.stop()
+        try:
+            for reader in list(self._readers):
+                reader.database_closed()
+        finally:
+            await self._checkpointer.stop()
         self.wake_waiting_for_room()
         self.memtable.close()
         self.refresh_view()

@@ -96,6 +96,8 @@ class Flusher:
         """Tasks that wait for any new durable record."""
         self.streams: weakref.WeakSet[CutStream] = weakref.WeakSet()
         """Readers, who must notice when the log's end is cut."""
+        self.cuts = 0
+        """How often they were told."""
         self._active_number = directory.active.header.number
         self._sync_due: float | None = None
         self._waiters: list[tuple[int, int, Task]] = []
@@ -253,8 +255,10 @@ class Flusher:
             barrier.error = exc
         if self._directory.last_lsn < self.last_lsn:
             self.last_lsn = self.durable_lsn = self._directory.last_lsn
+            self.cuts += 1
             for stream in list(self.streams):
                 stream.cut(self.last_lsn)
+            self.followers.unpark_all()
         self._look_after(False)
 
     def _look_after(self, wants_spare: bool) -> None:

@@ -173,12 +173,13 @@ class View:
         while True:
             keys = self._layer_keys(low, high, reverse)
             for key in keys:
-                version = self.version(key, seq)
                 while base_item is not None and (
                     base_item[0] > key if reverse else base_item[0] < key
                 ):
                     yield base_item
                     base_item = next(base, None)
+                # Not before: while it yields, a commit may be withdrawn.
+                version = self.version(key, seq)
                 if version is None:
                     # Only newer versions here: what the store has, if anything, stands.
                     continue

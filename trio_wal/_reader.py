@@ -94,7 +94,8 @@ class Source(Protocol):
     def release(self, header: SegmentHeader) -> None: ...
 
     async def wait_durable_after(self, lsn: int) -> bool:
-        """Wait until more than ``lsn`` is durable; False: there will be no more."""
+        """Wait until more than ``lsn`` is durable, or the end was cut; False: there will be
+        no more."""
         ...
 
     def watch(self, stream: RecordStream) -> None: ...
@@ -442,7 +443,8 @@ class WalSource:
 
     async def wait_durable_after(self, lsn: int) -> bool:
         flusher = self._flusher
-        while flusher.durable_lsn <= lsn:
+        cuts = flusher.cuts
+        while flusher.durable_lsn <= lsn and flusher.cuts == cuts:
             if flusher.done.is_set():
                 if self._queue.state is State.FAILED:
                     self._queue.check_open(self._queue.loss)

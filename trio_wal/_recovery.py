@@ -639,9 +639,6 @@ def repair(
             meta = attrs.evolve(meta, truncation=None)
             write_meta(directory, meta)
         active = _reopen(files, directory, plan, sealed, segment_size)
-        # The clock may have jumped back, and this segment may have no frame to say so.
-        times = [active.position.time_us, *(segment.last_time_us for segment in sealed[-1:])]
-        active.position = attrs.evolve(active.position, time_us=max(times))
         # A segment without frames does not know what time the log had reached.
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position

@@ -135,6 +135,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
 
     # -- reading --
 
+    @enable_ki_protection
     def _begin_reading(self) -> View:
         view = self._view
         if view is None:
@@ -384,6 +385,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             self._lsn = await self._db.wait_observed(self._observed)
         return self._lsn
 
+    @enable_ki_protection
     def abort(self) -> None:
         """Give up; nothing reaches the log.  Also after the end, where it does nothing."""
         if not self._ended:

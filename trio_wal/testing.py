@@ -457,8 +457,9 @@ class MemoryFile:
             if fault.written:
                 self._inode.write(data[: fault.written], offset)
             raise OSError(fault.error, os.strerror(fault.error), self.path)
-        self._files._take(max(0, offset + len(data) - len(self._inode.data)), self.path)
-        self._inode.write(data, offset)
+        if data:  # writing nothing behind the end does not grow a file
+            self._files._take(max(0, offset + len(data) - len(self._inode.data)), self.path)
+            self._inode.write(data, offset)
         self._files._done("pwrite", self.path)
 
     def sync(self) -> None:

@@ -52,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _forget_stdout()
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
+        # SystemExit: rich, while it shows the help.
         _forget_stdout()
         return ExitCode.PIPE_CLOSED
     except UsageError as exc:

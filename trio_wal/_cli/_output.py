@@ -102,7 +102,10 @@ def show(table: Table) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = NOT_A_TERMINAL_WIDTH
-    console.print(table)
+    # Not written by rich itself, which ends the program where nobody reads any more.
+    with console.capture() as shown:
+        console.print(table)
+    print(shown.get(), end="")
 
 
 class Bar:

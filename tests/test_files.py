@@ -1,0 +1,555 @@
+"""The calls to the operating system: real files, real modes, real locks.
+
+What another process does is in test_processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from logs import TINY, append, open_log, records_of
+
+import trio_wal
+from trio_wal import CorruptLogError, LogLockedError
+from trio_wal._directory import open_log_directory
+from trio_wal._files import Directory, OsDirectory, OsFiles
+from trio_wal.testing import MemoryFiles
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="modes, links and FIFOs are tested as POSIX has them"
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[OsDirectory]:
+    opened = OsFiles().open_directory(str(tmp_path / "log"), create=True)
+    yield opened
+    opened.close()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def snapshot(path: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a directory: kind, mode and content."""
+    return {
+        entry.name: (
+            entry.lstat().st_mode,
+            entry.read_bytes() if entry.is_file() and not entry.is_symlink() else b"",
+        )
+        for entry in sorted(path.iterdir())
+    }
+
+
+def refused(path: Path, error: type[Exception], match: str) -> None:
+    """Opening a log is refused, soon, and changes nothing in its directory."""
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with trio_wal.open_wal(path):
+                raise AssertionError("it was opened")
+
+    before = snapshot(path) if path.is_dir() else None
+    with pytest.raises(error, match=match):
+        trio.run(main)
+    if before is not None:
+        assert snapshot(path) == before
+
+
+def make_log(path: Path, count: int = 5) -> None:
+    log = open_log_directory(OsFiles(), str(path), segment_size=TINY)
+    for n in range(count):
+        append(log, b"%d" % n)
+    log.close()
+
+
+# -- reading and writing ---------------------------------------------------------------------
+
+
+def test_pieces_are_written_one_after_the_other(directory: OsDirectory) -> None:
+    file = directory.open("file", create=True)
+    file.pwrite([b"abc", b"", b"def"], 3)
+    assert (file.pread(100, 0), file.size()) == (b"\0\0\0abcdef", 9)
+    many = [b"%04d" % n for n in range(5000)]
+    file.pwrite(many, 1)
+    assert file.pread(20_001, 0) == b"\0" + b"".join(many)
+    file.close()
+
+
+def test_a_short_write_is_gone_on_with(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = directory.open("file", create=True)
+    original = os.pwritev
+
+    def short(fd: int, pieces: Any, offset: int) -> int:
+        return original(fd, [b"".join(pieces)[:7]], offset)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    data = [bytes([n]) * 10 for n in range(20)]
+    file.pwrite(data, 5)
+    monkeypatch.undo()
+    assert file.pread(300, 5) == b"".join(data)
+    file.close()
+
+
+def test_a_file_that_takes_no_more_bytes_is_an_error(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = directory.open("file", create=True)
+    monkeypatch.setattr(os, "pwritev", lambda fd, pieces, offset: 0)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] the file takes no more bytes: .*/log/file'$"):
+        file.pwrite([b"abc"], 0)
+    file.close()
+
+
+def test_a_short_read_is_gone_on_with(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = directory.open("file", create=True)
+    file.pwrite([b"0123456789"], 0)
+    original = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: original(fd, min(length, 3), at))
+    assert file.pread(8, 1) == b"12345678"
+    assert file.pread(100, 5) == b"56789"
+    assert file.pread(100, 10) == b""
+    file.close()
+
+
+@pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP, errno.EINVAL])
+def test_space_is_reserved_and_reads_as_zeros(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch, error: int | None
+) -> None:
+    if error is not None:
+
+        def fallocate(*_: object) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
+    file = directory.open("file", create=True)
+    file.pwrite([b"abc"], 0)
+    file.allocate(3_000_000)
+    assert file.pread(4_000_000, 0) == b"abc".ljust(3_000_000, b"\0")
+    file.allocate(5)
+    assert file.size() == 3_000_000
+    blocks = os.stat(Path(directory.path) / "file").st_blocks
+    assert blocks * 512 >= 3_000_000, "there are holes"
+    file.close()
+
+
+def test_no_space_to_reserve_is_an_error(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fallocate(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
+    if sys.platform == "darwin":
+        pytest.skip("there is no posix_fallocate on macOS")
+    file = directory.open("file", create=True)
+    with pytest.raises(OSError, match=rf"^\[Errno {errno.ENOSPC}\]"):
+        file.allocate(1000)
+    file.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere another call does it")
+def test_data_is_made_durable_by_fdatasync_and_names_by_fsync(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: calls.append("data"))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("names"))
+    file = directory.open("file", create=True)
+    file.sync()
+    directory.sync()
+    assert calls == ["data", "names"]
+    file.close()
+
+
+@pytest.mark.parametrize(("error", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_directories_is_accepted(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch, error: int, raises: bool
+) -> None:
+    def fsync(fd: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raises:
+        with pytest.raises(OSError, match=rf"^\[Errno {error}\]"):
+            directory.sync()
+    else:
+        directory.sync()
+
+
+def test_closing_twice_closes_no_other_file(directory: OsDirectory) -> None:
+    file = directory.open("file", create=True)
+    number = file._fd
+    file.close()
+    other = os.open(directory.path, os.O_RDONLY)
+    try:
+        assert other == number, "the number is free again and given to another"
+        file.close()
+        os.fstat(other)
+    finally:
+        os.close(other)
+    directory.close()
+    directory.close()
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../secret", "/etc/passwd", "a/b"])
+def test_only_names_in_the_directory_are_names(directory: OsDirectory, name: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: directory.open(name),
+        lambda: directory.open(name, create=True),
+        lambda: directory.unlink(name),
+        lambda: directory.rename(name, "x"),
+        lambda: directory.rename("x", name),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^name must be one of a file in the directory"):
+            call()
+
+
+def test_creating_demands_that_there_is_nothing(directory: OsDirectory) -> None:
+    path = Path(directory.path)
+    (path / "file").write_bytes(b"mine")
+    (path / "link").symlink_to(path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            directory.open(name, create=True)
+    assert (path / "file").read_bytes() == b"mine"
+    assert not (path / "nowhere").exists()
+
+
+def test_an_open_log_stays_in_its_directory_wherever_that_goes(tmp_path: Path) -> None:
+    log = open_log_directory(OsFiles(), str(tmp_path / "log"), segment_size=TINY)
+    append(log, b"before")
+    (tmp_path / "log").rename(tmp_path / "moved")
+    (tmp_path / "log").mkdir()
+    for n in range(5):
+        append(log, b"%d" % n)
+    log.close()
+    assert list((tmp_path / "log").iterdir()) == []
+    log = open_log_directory(OsFiles(), str(tmp_path / "moved"), segment_size=TINY)
+    assert len(records_of(log)) == 6
+    log.close()
+
+
+# -- modes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+def test_a_log_is_its_owners_alone_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "new" / "parent" / "log"
+    before = os.umask(umask)
+    try:
+        log = open_log_directory(OsFiles(), str(path), segment_size=TINY)
+        append(log, b"a")
+        append(log, b"b")
+        log.prepare_spare()
+        append(log, b"c")
+        log.truncate_after(2)
+        names = {entry.name: mode(entry) for entry in path.iterdir()}
+        log.close()
+    finally:
+        os.umask(before)
+    assert {"lock", "log.meta"} < names.keys()
+    assert set(names.values()) == {0o600}
+    assert {mode(folder) for folder in (path, path.parent, path.parent.parent)} == {0o700}
+
+
+def test_a_directory_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.mkdir(mode=0o750)
+    path.chmod(0o750)
+    make_log(path)
+    assert mode(path) == 0o750
+
+
+# -- things that are no files --------------------------------------------------------------------
+
+
+def symlink(path: Path) -> None:
+    target = path.with_name("elsewhere")
+    target.write_bytes(path.read_bytes() if path.exists() else b"")
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def dangling(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def unix_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        here = Path.cwd()
+        os.chdir(path.parent)  # the path of a socket must be short
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+@pytest.mark.parametrize("make", [symlink, dangling, fifo, folder, unix_socket])
+@pytest.mark.parametrize("name", ["wal-00000000000000000001.log", "log.meta"])
+def test_what_is_no_regular_file_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """A link would lead out of the directory, a FIFO would be waited for."""
+    path = tmp_path / "log"
+    make_log(path)
+    make(path / name)
+    refused(path, CorruptLogError, rf"/{name}: damaged at offset 0: not a regular file")
+
+    async def look() -> None:
+        with trio.fail_after(60):
+            async with trio_wal.open_reader(path):
+                raise AssertionError("it was opened")
+
+    with pytest.raises(CorruptLogError, match=rf"/{name}: damaged at offset 0: not a regular file"):
+        trio.run(look)
+
+
+@pytest.mark.parametrize("make", [symlink, fifo])
+def test_a_lock_file_that_is_no_regular_file_is_refused(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "log"
+    make_log(path)
+    make(path / "lock")
+    refused(path, CorruptLogError, r"/lock: damaged at offset 0: not a regular file")
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "device"])
+def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "log"
+    if kind == "file":
+        path.write_bytes(b"my thesis")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path = Path(os.devnull)
+    refused(path, CorruptLogError, r": damaged at offset 0: not a directory")
+    assert kind != "file" or path.read_bytes() == b"my thesis"
+
+
+def test_a_foreign_directory_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_bytes(b"ten years")
+    (tmp_path / "figures").mkdir()
+    refused(tmp_path, CorruptLogError, r"this is no log: it holds 'figures' but no log\.meta")
+
+
+async def test_bad_arguments_create_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for options in ({"segment_size": 0}, {"durability": "perhaps"}, {"retention": 3}):
+        with pytest.raises((TypeError, ValueError)):
+            trio_wal.open_wal(path, **options)  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+async def test_a_path_through_a_symlink_is_the_same_log(tmp_path: Path) -> None:
+    make_log(tmp_path / "log")
+    (tmp_path / "link").symlink_to(tmp_path / "log")
+    async with trio_wal.open_wal(tmp_path / "link") as wal:
+        assert wal.last_lsn == 5
+        await wal.append(b"through the link")
+        with pytest.raises(LogLockedError):
+            async with trio_wal.open_wal(tmp_path / "log"):
+                pass
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        assert wal.last_lsn == 6
+
+
+async def test_a_relative_path_is_meant_from_where_the_log_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with trio_wal.open_wal("log", segment_size=TINY) as wal:
+        assert wal.path == str(tmp_path / "log")
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        for n in range(5):
+            await wal.append(b"%d" % n)
+        async with wal.read() as records:
+            assert len([record async for record in records]) == 5
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+# -- ownership -------------------------------------------------------------------------------------
+
+
+async def test_a_second_open_in_this_process_is_refused_with_its_pid(tmp_path: Path) -> None:
+    async with trio_wal.open_wal(tmp_path) as wal:
+        await wal.append(b"a")
+        with pytest.raises(
+            LogLockedError, match=rf"^{re.escape(str(tmp_path))}: the log is open in process \d+; "
+        ) as caught:
+            async with trio_wal.open_wal(tmp_path):
+                pass
+        assert (caught.value.path, caught.value.pid) == (str(tmp_path), os.getpid())
+        assert await wal.append(b"b") == 2
+    async with trio_wal.open_wal(tmp_path) as wal:
+        assert wal.last_lsn == 2
+
+
+async def test_unlinking_the_lock_file_does_not_unlock(tmp_path: Path) -> None:
+    async with trio_wal.open_wal(tmp_path) as wal:
+        (tmp_path / "lock").unlink()
+        with pytest.raises(LogLockedError) as caught:
+            async with trio_wal.open_wal(tmp_path):
+                pass
+        assert caught.value.pid is None
+        assert str(caught.value).startswith(f"{tmp_path}: the log is open in another process; ")
+        assert await wal.append(b"a") == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"nobody", b"-1", b"9" * 40, b"\xff" * 64])
+def test_a_lock_file_with_another_text_names_nobody(directory: OsDirectory, text: bytes) -> None:
+    (Path(directory.path) / "lock").write_bytes(text)
+    other = OsFiles().open_directory(directory.path)
+    other.lock()
+    with pytest.raises(LogLockedError) as caught:
+        directory.lock()
+    assert caught.value.pid is None
+    other.close()
+    directory.lock()
+
+
+def test_a_refused_open_leaves_the_lock_file_as_it_was(tmp_path: Path) -> None:
+    make_log(tmp_path)
+    (tmp_path / "lock").write_bytes(b"as it was")
+    data = bytearray((tmp_path / "log.meta").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "log.meta").write_bytes(data)
+    with pytest.raises(CorruptLogError):
+        open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    assert (tmp_path / "lock").read_bytes() == b"as it was"
+
+
+def test_what_is_published_is_read_whole_or_not_at_all(directory: OsDirectory) -> None:
+    assert directory.published() == 0
+    directory.publish(5)
+    assert directory.published() == 0, "only the owner publishes"
+    directory.lock()
+    directory.sign()
+    looker = OsFiles().open_directory(directory.path)
+    for lsn in (0, 1, 77, 2**40, 2**64 - 1, 3):
+        directory.publish(lsn)
+        assert looker.published() == lsn
+    lock = Path(directory.path) / "lock"
+    data = lock.read_bytes()
+    for place in range(32, 48):
+        torn = bytearray(data)
+        torn[place] ^= 0x40
+        lock.write_bytes(torn)
+        assert looker.published() == 0
+    lock.write_bytes(data[:47])
+    assert looker.published() == 0
+    looker.close()
+
+
+# -- a file system that cannot be written --------------------------------------------------------
+
+READ_ONLY = """
+import errno, sys, trio, trio_wal
+
+async def main(path):
+    try:
+        async with trio_wal.open_wal(path):
+            print("opened")
+    except OSError as exc:
+        print(errno.errorcode[exc.errno])
+    async with trio_wal.open_reader(path) as reader, reader.read() as records:
+        print([record.data async for record in records])
+
+trio.run(main, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mount namespaces")
+def test_a_log_on_a_read_only_file_system_is_read_and_not_opened(tmp_path: Path) -> None:
+    make_log(tmp_path / "log", count=2)
+    before = snapshot(tmp_path / "log")
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$2" -c "$3" "$1"'
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare(1) here to make a read-only mount with")
+    unshare = ["unshare", "--mount", "--map-root-user", "--user", "sh", "-c", script, "sh"]
+    run = subprocess.run(
+        [*unshare, str(tmp_path / "log"), sys.executable, READ_ONLY],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(Path(trio_wal.__file__).parent.parent)},
+    )
+    if run.returncode and not run.stdout:
+        pytest.skip(f"no read-only mount can be made here: {run.stderr.strip()}")
+    assert run.stdout.splitlines() == ["EROFS", "[b'0', b'1']"]
+    assert snapshot(tmp_path / "log") == before
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere: the read-only file system is the test for root")
+    tmp_path.chmod(0o500)
+    try:
+        refused(tmp_path, PermissionError, r"^\[Errno 13\]")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("operation", ["open", "lock", "pread"])
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EMFILE])
+async def test_an_open_that_the_system_refuses_raises_its_error_and_leaves_the_log(
+    operation: Any, error: int
+) -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    log.close()
+    before = files.contents("/log")
+    for after in range(1 if operation == "lock" else 3):
+        files.fail(operation, error, after=after)
+        with pytest.raises(OSError, match=rf"^\[Errno {error}\]"):
+            async with trio_wal.open_wal("/log", files=files):
+                pass
+        assert files.contents("/log") == before
+    async with trio_wal.open_wal("/log", files=files) as wal:
+        assert wal.last_lsn == 1
+
+
+def test_both_kinds_of_directories_are_directories(directory: OsDirectory) -> None:
+    kinds: list[Directory] = [directory, MemoryFiles().open_directory("/log", create=True)]
+    for opened in kinds:
+        opened.lock()
+        opened.sign()
+        opened.publish(3)
+        assert opened.published() == 3
+        opened.close()
