@@ -314,6 +314,9 @@ def decode_frame_header(data: bytes, offset: int, seed: int) -> FrameHeader | No
 _KINDS: Final = {int(kind): kind for kind in Kind}
 _CODECS: Final = {int(codec): codec for codec in Codec}
 _JOIN_RECORDS: Final = 1 << 16
+_GATHER_RECORDS: Final = 1000
+"""Below the 1,024 pieces that one writev(2) takes."""
+_GATHER_MEAN: Final = 4 * KiB
 
 
 def encode_body(records: Sequence[bytes]) -> list[bytes]:
@@ -324,6 +327,9 @@ def encode_body(records: Sequence[bytes]) -> list[bytes]:
     """
     count = len(records)
     table = struct.pack(f"<{count}I", *map(len, records))
+    if count <= _GATHER_RECORDS and sum(map(len, records)) >= _GATHER_MEAN * count:
+        # Large records: gathered by the write itself, not copied before it.
+        return [table, *records]
     if count <= _JOIN_RECORDS:
         return [b"".join((table, *records))]
     return [
