@@ -176,7 +176,10 @@ def lint(session: nox.Session) -> None:
 # private ones included.
 OPTIONAL = ("ASYNC106", "ASYNC900", "ASYNC910", "ASYNC911", "ASYNC912", "ASYNC913")
 FLAKE8_ASYNC_DISABLED = {
-    "trio_wal": OPTIONAL,
+    # ASYNC102 wants a time-out around whatever is awaited while closing. Leaving a log drains it
+    # for as long as the disk takes: that is a promise, and what is awaited there cannot be
+    # cancelled (the latch of `_wal`).
+    "trio_wal": (*OPTIONAL, "ASYNC102"),
     # A test's stand-in is often async without awaiting anything.
     "tests": (*OPTIONAL, "ASYNC124"),
     "perf": (*OPTIONAL, "ASYNC124"),

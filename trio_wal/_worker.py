@@ -137,7 +137,7 @@ class ThreadWorker:
             job, answer = item
             try:
                 answer.value = job()
-            except BaseException as exc:  # noqa: BLE001  (the flusher raises it)
+            except BaseException as exc:  # noqa: BLE001, ASYNC103  (the flusher raises it)
                 answer.error = exc
             # A job holds a whole batch: nothing here keeps it alive until the next one.
             del item, job, answer
