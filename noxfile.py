@@ -180,8 +180,14 @@ FLAKE8_ASYNC_DISABLED = {
     # for as long as the disk takes: that is a promise, and what is awaited there cannot be
     # cancelled (the latch of `_wal`).
     "trio_wal": (*OPTIONAL, "ASYNC102"),
-    # A test's stand-in is often async without awaiting anything.
-    "tests": (*OPTIONAL, "ASYNC124"),
+    # A test's stand-in is often async without awaiting anything (124), waits for a thread by
+    # checkpoints (110), has its body behind a yield (100), and does on purpose what a program
+    # should not: swallow an interrupt (104), use a database that closes (111), or start one
+    # task to have another one (112).
+    "tests": (
+        *OPTIONAL,
+        *("ASYNC100", "ASYNC104", "ASYNC110", "ASYNC111", "ASYNC112", "ASYNC124"),
+    ),
     "perf": (*OPTIONAL, "ASYNC124"),
 }
 

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import Disk
 
 from trio_wal.testing import MemoryFiles
+
+
+def pytest_sessionstart() -> None:
+    """A shell without job control starts what runs in the background with SIGINT ignored,
+    and Python then installs no handler: Ctrl-C would reach neither tests nor children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

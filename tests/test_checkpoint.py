@@ -467,6 +467,31 @@ async def test_retention_keeps_more_of_the_log_for_changes(
         assert [commit.lsn for commit in await commits_of(db)] == list(range(first, 61))
 
 
+async def test_a_feed_that_retention_overtakes_is_told_and_skips_nothing(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files, segment_size=TINY_SEGMENT) as db:
+        for number in range(10):
+            await db.put(b"%d" % number, bytes(300))
+        seen: list[int] = []
+
+        async def follow() -> None:
+            async with db.changes() as commits:
+                async for commit in commits:
+                    seen.append(commit.lsn)
+                    if commit.lsn == 5:
+                        for number in range(10, 60):
+                            await db.put(b"%d" % number, bytes(300))
+                        await db.checkpoint()
+                        await wait_all_tasks_blocked()
+
+        with pytest.raises(LsnTruncatedError) as caught:
+            await follow()
+        assert caught.value.first_lsn == db.wal.first_lsn > 50
+        assert 5 <= len(seen) < 50
+        assert seen == list(range(1, len(seen) + 1))
+
+
 # -- the map -----------------------------------------------------------------------
 
 

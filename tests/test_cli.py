@@ -35,6 +35,7 @@ from trio.testing import wait_all_tasks_blocked
 import trio_wal
 from trio_wal._cli import run
 from trio_wal._cli.dump import dump
+from trio_wal._queue import Barrier
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
@@ -391,6 +392,22 @@ def test_inspect_sees_a_rotation_that_a_crash_cut_short(cli: CommandLine, long_l
         "closed",
     ]
     assert cli("verify", long_log) == 0
+
+
+def test_a_segment_that_was_closed_and_then_rotated_away_is_unsealed_until_it_is_sealed(
+    cli: CommandLine, log: Path
+) -> None:
+    (closed,) = segment_files(log)
+    before = closed.read_bytes()
+
+    async def rotate() -> None:
+        async with trio_wal.open_wal(log) as wal:
+            await wal._run_job(Barrier(wal._directory.rotate))
+
+    trio.run(rotate)
+    closed.write_bytes(before)
+    assert [row["state"] for row in cli.json("inspect", log)["segments"]] == ["unsealed", "closed"]
+    assert cli("verify", log) == 0
 
 
 def test_inspect_names_the_features_of_a_log(cli: CommandLine, tmp_path: Path) -> None:
@@ -781,6 +798,44 @@ def test_ctrl_c_ends_a_dump_that_nobody_takes(long_log: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert finish(process)[2] == b""
+
+
+BLOCKED = """\
+import sys
+from trio_wal import _cli
+
+def interrupted(arguments):
+    print("half a result")
+    raise KeyboardInterrupt
+
+_cli._run = interrupted
+sys.exit(_cli.run([]))
+"""
+
+
+@on_posix
+def test_ctrl_c_leaves_no_output_to_wait_for() -> None:
+    """The interpreter would flush it at its end, into a pipe that is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(65536)):
+            pass
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x"):
+            pass
+    os.set_blocking(writer, True)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+        env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+    os.close(reader)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 @on_posix

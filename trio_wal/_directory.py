@@ -241,6 +241,7 @@ class LogDirectory:
         with self._shape:
             self._sealed += finished
             self.active = active
+        self._untouched = False
 
     # -- the next segment --
 

@@ -267,7 +267,7 @@ class _Checked:
     """What became of one segment."""
 
     end: Position
-    findings: list[Finding] = attrs.Factory(list)
+    findings: list[Finding] = attrs.Factory(list[Finding])
     frames: int = 0
     records: int = 0
     torn_bytes: int = 0

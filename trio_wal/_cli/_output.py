@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, TypeAlias
@@ -125,7 +125,7 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(what: str, *, bytes_done: bool = False) -> Iterator[Bar]:
+def progress_bar(what: str, *, bytes_done: bool = False) -> Generator[Bar]:
     if not sys.stderr.isatty():
         yield Bar(None, what)
         return
@@ -142,7 +142,7 @@ def log_of(path: Path) -> Path:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Directory]:
+def opened(path: Path) -> Generator[Directory]:
     """A directory to read, without its lock."""
     directory = OsFiles().open_directory(str(log_of(path)))
     try:

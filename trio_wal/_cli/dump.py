@@ -9,7 +9,6 @@ from typing import Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
-from trio_wal._exceptions import WalError
 from trio_wal._frame import FEATURE_DATABASE
 from trio_wal._operations import decode_transaction
 from trio_wal._reader import Record, RecordStream, open_reader
@@ -68,23 +67,18 @@ async def dump(
 async def _dump(records: RecordStream, to: int | None, line_of: Callable[[Record], bytes]) -> None:
     lines: list[bytes] = []
     size = 0
-    try:
-        async for record in records:
-            if to is not None and record.lsn > to:
-                break
-            line = line_of(record)
-            lines.append(line)
-            size += len(line)
-            # Nothing is held back while the stream waits for more.
-            if size >= WRITE_BYTES or not records._ready:
-                _write(lines)
-                size = 0
-            if record.lsn == to:
-                break
-    except WalError:
-        # Damage further on does not take away what was read before it.
-        _write(lines)
-        raise
+    async for record in records:
+        if to is not None and record.lsn > to:
+            break
+        line = line_of(record)
+        lines.append(line)
+        size += len(line)
+        # Nothing is held back while the stream reads on: it may have to wait, or to fail.
+        if size >= WRITE_BYTES or not records._ready:
+            _write(lines)
+            size = 0
+        if record.lsn == to:
+            break
     _write(lines)
 
 

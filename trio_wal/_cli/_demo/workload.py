@@ -10,7 +10,7 @@ import struct
 from bisect import bisect_right
 from io import BytesIO
 from itertools import accumulate
-from typing import Final
+from typing import Final, cast
 
 import attrs
 
@@ -39,10 +39,10 @@ class Workload:
         """Which line a record says it is; None where it cannot be one."""
         if len(data) < _TAG.size:
             return None
-        source, line = _TAG.unpack_from(data)
+        source, line = cast("tuple[int, int]", _TAG.unpack_from(data))
         if source >= len(self.contents):
             return None
-        index: int = self.starts[source] + line
+        index = self.starts[source] + line
         return index if index < self.starts[source + 1] else None
 
     def is_first_of_task(self, index: int) -> bool:
