@@ -199,6 +199,24 @@ async def test_a_checkpoint_goes_on_when_a_full_disk_took_pending_commits_back(
         files.free_bytes = math.inf
 
 
+async def test_a_checkpoint_goes_on_when_a_failed_log_took_pending_commits_back(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files) as db:
+        await db.put(b"a", b"1")
+        async with open_tasks(files) as nursery:
+            files.hold()
+            lost = Call(nursery, db.put, b"b", b"2")
+            await wait_all_tasks_blocked()
+            checkpoint = Call(nursery, db.checkpoint)
+            await wait_all_tasks_blocked()
+            files.fail("pwrite")
+            files.release()
+        assert isinstance(lost.error, LogFailedError)
+        assert (checkpoint.state, checkpoint.value) == ("returned", 1)
+        assert stored(files) == {b"a": b"1"}
+
+
 async def test_a_checkpoint_cancelled_at_any_step_is_done_by_the_next(files: MemoryFiles) -> None:
     outcomes = set()
     for step in range(30):

@@ -303,6 +303,8 @@ def test_a_frame_is_valid_only_where_it_was_written() -> None:
     assert decode_frame_header(data, FRAME.offset + BLOCK, SEGMENT.seed) is None
     salted = attrs.evolve(SEGMENT, salt=bytes(16))
     assert decode_frame_header(data, FRAME.offset, salted.seed) is None, "another incarnation"
+    unsalted = encode_frame_header(FRAME, 0)
+    assert decode_frame_header(unsalted, FRAME.offset, SEGMENT.seed) is None, "no salt at all"
     renumbered = attrs.evolve(SEGMENT, number=4)
     assert decode_frame_header(data, FRAME.offset, renumbered.seed) is None, "another segment"
 

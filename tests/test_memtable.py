@@ -25,7 +25,7 @@ from trio_wal import Database, Snapshot, _memtable
 from trio_wal._memtable import Layer, Version
 from trio_wal.testing import MemoryFiles
 
-KEYS = [b"%02d" % n for n in range(14)]
+KEYS = [b"%02d" % n for n in range(10)] + [b"03\0", b"03\0\0", b"03!", b"07 "]
 
 
 # -- a model beside it -------------------------------------------------------------

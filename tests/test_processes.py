@@ -82,7 +82,8 @@ PRELUDE = """
 import json, os, signal, sys, trio, trio_wal
 
 def say(*words):
-    print(*words, flush=True)
+    # In one write: another process may have the same standard output.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 async def hear():
     return (await trio.to_thread.run_sync(sys.stdin.readline)).split()
@@ -235,22 +236,26 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-async def main(path, result):
-    async with trio_wal.open_wal(path, segment_size=1) as wal:
-        for n in range(5):
-            await wal.append(b"%d" % n)
-            inodes = {os.stat(os.path.join(path, name)).st_ino for name in os.listdir(path)}
-            inodes.add(os.stat(path).st_ino)
-            for number in range(3):
-                try:
-                    if os.fstat(number).st_ino in inodes:
-                        raise SystemExit(f"{number} is a file of the log")
-                except OSError:
-                    pass
-    with open(result, "w") as file:
-        file.write("done")
+from trio_wal._directory import open_log_directory
+from trio_wal._files import OsFiles
 
-trio.run(main, *sys.argv[1:])
+path, result = sys.argv[1:]
+# Without trio, whose own descriptors would take the free numbers first.
+log = open_log_directory(OsFiles(), path, segment_size=1)
+for n in range(5):
+    log.prepare_spare()
+    log.write([b"%d" % n], n, sync=True)
+    inodes = {os.stat(os.path.join(path, name)).st_ino for name in os.listdir(path)}
+    inodes.add(os.stat(path).st_ino)
+    for number in range(3):
+        try:
+            if os.fstat(number).st_ino in inodes:
+                raise SystemExit(f"{number} is a file of the log")
+        except OSError:
+            pass
+log.close()
+with open(result, "w") as file:
+    file.write("done")
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
@@ -21,6 +22,7 @@ from trio_wal._files import OsFiles
 from trio_wal._frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
 from trio_wal._reader import CHUNK_BYTES, POLL_SECONDS
 from trio_wal._util import KiB
+from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
 Pairs = list[tuple[int, bytes]]
@@ -360,6 +362,47 @@ async def test_a_reader_overtaken_by_truncate_before_is_told() -> None:
             assert (caught.value.first_lsn, caught.value.lsn) == (5, 1)
 
 
+async def test_a_reader_does_not_go_on_in_a_file_that_was_dropped() -> None:
+    """Its file is still open; but what it would give is no longer in the log."""
+    files = log_of(8, size=CHUNK_BYTES // 3, segment_size=4 * CHUNK_BYTES)
+    async with open_wal(files, segment_size=4 * CHUNK_BYTES) as wal, wal.read() as records:
+        # One chunk, and not all of the segment.
+        await take(records, 3)
+        first = wal._directory.sealed()[0]
+        assert first.next_lsn > 4
+        await wal.truncate_before(first.next_lsn)
+        with pytest.raises(LsnTruncatedError) as caught:
+            await records.__anext__()
+        assert (caught.value.first_lsn, caught.value.lsn) == (first.next_lsn, 4)
+
+
+async def test_calls_in_threads_are_waited_for_before_the_files_are_closed() -> None:
+    blocking = Blocking(threaded=True)
+    go_on = threading.Event()
+    done: list[str] = []
+
+    async def call() -> None:
+        await blocking(go_on.wait)
+        done.append("call")
+
+    async def close() -> None:
+        await blocking.close()
+        done.append("close")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(close)
+        await wait_all_tasks_blocked()
+        early = done.copy()
+        go_on.set()
+    assert early == []
+    with pytest.raises(trio.ClosedResourceError, match=r"^this log is closed$"):
+        await blocking(print)
+    assert sorted(done) == ["call", "close"]
+    await blocking.close()
+
+
 async def test_a_reader_behind_whom_records_are_dropped_goes_on() -> None:
     size = CHUNK_BYTES
     async with open_wal(log_of(6, size=size)) as wal, wal.read() as records:
@@ -549,7 +592,8 @@ async def test_a_log_is_not_closed_under_a_call_in_a_thread(tmp_path: Path) -> N
     async with trio_wal.open_wal(tmp_path / "log", segment_size=TINY) as wal:
         for n in range(4):
             await wal.append(b"%d" % n)
-        directory = wal._directory
+        directory, worker = wal._directory, wal._worker
+        order: list[str] = []
         begun, go_on = trio.Event(), trio.Event()
         token = trio.lowlevel.current_trio_token()
         original = directory.drop_before
@@ -557,17 +601,25 @@ async def test_a_log_is_not_closed_under_a_call_in_a_thread(tmp_path: Path) -> N
         def slow(lsn: int) -> int:
             trio.from_thread.run_sync(begun.set, trio_token=token)
             trio.from_thread.run(go_on.wait, trio_token=token)
-            return original(lsn)
+            dropped = original(lsn)
+            order.append("dropped")
+            return dropped
 
-        directory.drop_before = slow
+        call = worker.call
+
+        async def watch(job: Any) -> Any:
+            order.append("job")
+            return await call(job)
+
+        directory.drop_before, worker.call = slow, watch
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wal.truncate_before, 3)
             await begun.wait()
             nursery.start_soon(wal.aclose)
+            await wal._maintenance_done.wait()
             await wait_all_tasks_blocked()
-            assert directory._directory._fd >= 0
             go_on.set()
-        assert directory._directory._fd < 0
+        assert order == ["dropped", "job"], "the job is the closing of the files"
     async with trio_wal.open_wal(tmp_path / "log") as wal:
         assert wal.first_lsn == 3
 

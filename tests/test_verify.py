@@ -171,6 +171,7 @@ def test_no_crash_ever_leaves_a_finding(operation: str) -> None:
     assert images
     for image in images:
         assert check(image).findings == ()
+        assert refusal(image) is None
 
 
 def test_an_unfinished_batch_at_the_end_is_no_finding_and_is_counted() -> None:
@@ -384,6 +385,15 @@ def test_the_footer_and_its_pointer_are_checked() -> None:
     assert places(check(files)) == [(name, seal.end)]
 
 
+def test_a_footer_that_a_crash_tore_is_no_finding() -> None:
+    """In the last segment but one: a rotation writes it when the last one is durable."""
+    files = ten_batches()
+    name = segments(files)[-2]
+    flip(files, name, frames(files, name)[-1].offset + 70)
+    assert check(files).findings == ()
+    assert refusal(files) is None
+
+
 # -- segments -------------------------------------------------------------------------
 
 
@@ -474,6 +484,7 @@ def test_a_missing_last_segment_is_noticed_by_the_footer_before_it(damaged: str)
     assert finding.path == f"{LOG}/{names[-1]}"
     assert finding.reason == f"segment {gone.number} is missing: {names[-2]} is sealed"
     assert (finding.first_lsn, finding.last_lsn) == (gone.first_lsn, None)
+    assert refusal(files) is not None
 
 
 def test_a_log_without_segments_is_a_finding() -> None:

@@ -543,7 +543,9 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
                 counts, index = (footer.records, footer.frames), footer.index
         walk = _walk(file, last, start, counts=counts)
         where = walk.end.offset
-        if walk.last_kind is Kind.SEAL:
+        pointer = last.pointer
+        if walk.last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL):
+            # Either is written only when the segment behind is durable.
             raise CorruptLogError(
                 f"{directory.path}/{segment_name(walk.end.next_lsn)}",
                 0,
