@@ -20,7 +20,7 @@ from trio_wal import CorruptLogError, LogFailedError, LsnTruncatedError, Unsuppo
 from trio_wal._directory import LogDirectory, open_log_directory
 from trio_wal._files import OsFiles
 from trio_wal._frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
-from trio_wal._reader import CHUNK_BYTES, POLL_SECONDS
+from trio_wal._reader import CHUNK_BYTES, POLL_SECONDS, Record, _Cursor
 from trio_wal._util import KiB
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
@@ -443,6 +443,85 @@ async def test_a_follower_of_what_is_to_come_is_not_concerned_by_a_cut() -> None
         for data in (b"six", b"seven"):
             await wal.append(data)
         assert await take(records, 1) == [(7, b"seven")]
+
+
+@pytest.mark.parametrize("given", [0, 5])
+async def test_files_that_go_while_the_log_is_cut_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int
+) -> None:
+    """The files go in a thread; a reader comes upon the gap, and again, and waits."""
+    async with trio_wal.open_wal(tmp_path, segment_size=TINY) as wal, wal.follow() as records:
+        for data in payloads(5):
+            await wal.append(data)
+        await take(records, given)
+        for data in payloads(5, 6):
+            await wal.append(data)
+        directory = wal._directory._directory
+        token = trio.lowlevel.current_trio_token()
+        cut_begun, tries, go_on = trio.Event(), 0, trio.Event()
+        rename, chunk = directory.rename, _Cursor.chunk
+
+        def slow(old: str, new: str) -> None:
+            # All segments but the first are gone now.
+            if old == "truncate.tmp":
+                trio.from_thread.run_sync(cut_begun.set, trio_token=token)
+                trio.from_thread.run(go_on.wait, trio_token=token)
+            rename(old, new)
+
+        def count(cursor: _Cursor, stop: int) -> list[Record]:
+            nonlocal tries
+            tries += 1
+            if tries == 4:
+                trio.from_thread.run_sync(go_on.set, trio_token=token)
+            return chunk(cursor, stop)
+
+        monkeypatch.setattr(directory, "rename", slow)
+        monkeypatch.setattr(_Cursor, "chunk", count)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wal.truncate_after, 2)
+            await cut_begun.wait()
+            try:
+                if given:
+                    with pytest.raises(LsnTruncatedError):
+                        await take(records, 1)
+                else:
+                    assert await take(records, 2) == list(numbered(payloads(2)))
+                    nursery.start_soon(wal.append, b"another third")
+                    assert await take(records, 1) == [(3, b"another third")]
+            finally:
+                go_on.set()
+        assert tries >= 4
+
+
+async def test_a_reader_that_is_faster_than_the_news_of_a_cut_waits_for_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The worker has cut the log; the task that waits for it has not run yet."""
+    async with open_wal(log_of(6)) as wal, wal.read() as finite, wal.follow() as endless:
+        worker, cut, go_on = wal._worker, trio.Event(), trio.Event()
+        call = worker.call
+
+        async def late(job: Any) -> Any:
+            result = await call(job)
+            if wal._directory.cuts:
+                cut.set()
+                await go_on.wait()
+            return result
+
+        worker.call = late
+        found: list[Pairs] = [[], []]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wal.truncate_after, 3)
+            await cut.wait()
+            for records, pairs in zip((finite, endless), found, strict=True):
+                nursery.start_soon(drain, records, pairs)
+            await trio.sleep(1)
+            go_on.set()
+            await wal.append(b"another fourth")
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert found[0] == list(numbered(payloads(3)))
+        assert found[1] == [*numbered(payloads(3)), (4, b"another fourth")]
 
 
 async def test_a_waiting_follower_is_told_of_a_cut() -> None:

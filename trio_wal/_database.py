@@ -58,14 +58,14 @@ class Commitment:
     __slots__ = ("layer", "lost", "observed", "seq", "settled", "versions", "waiters", "writes")
 
     def __init__(self, seq: int, writes: Writes, layer: Layer) -> None:
-        self.seq = seq
-        self.writes = writes
-        self.layer = layer
+        self.seq: int = seq
+        self.writes: Writes = writes
+        self.layer: Layer = layer
         self.versions: list[Version] = []
-        self.observed = False
+        self.observed: bool = False
         """Another transaction has read it: it cannot be taken back any more."""
-        self.lost = False
-        self.settled = False
+        self.lost: bool = False
+        self.settled: bool = False
         self.waiters: list[trio.Event] | None = None
 
     async def wait(self) -> None:
@@ -259,12 +259,12 @@ class Database:
         self.memtable: Final = Memtable(store)
         self.blocking: Final = wal._blocking
         self.files: Final = wal._files
-        self.max_transaction_bytes: Final = wal._max_record_size
+        self.max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
         self._pending: dict[Task, Commitment] = {}
         self._readers: dict[Transaction | Snapshot, int] = {}
-        self.last_seq = 0
+        self.last_seq: int = 0
         self._durable_seq = 0
         self._durable_lsn = wal.durable_lsn
         self.readers_gone: Final = trio.lowlevel.ParkingLot()

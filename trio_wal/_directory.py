@@ -97,19 +97,21 @@ class LogDirectory:
         opened = repair(files, directory, plan, segment_size=segment_size, features=features)
         self._meta = opened.meta
         self._sealed = opened.sealed
-        self.active = opened.active
+        self.active: ActiveSegment = opened.active
         self._untouched = plan.meta is not None and plan.clean
         self.report: RecoveryReport = attrs.evolve(
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
         )
         self._unsynced = False
-        self.synced_lsn = self.last_lsn
+        self.synced_lsn: int = self.last_lsn
         """Up to here a sync has returned."""
         self.keep_from: int | None = None
         """Records from here on are never dropped, whatever is asked for; None: no such."""
-        self.cuts = 0
+        self.cuts: int = 0
         """Counts before and after the log's end is cut: a reader compares."""
-        self.sync_seconds = 0.0
+        self.cutting: bool = False
+        """Whether that is under way: what a reader misses now need not be damage."""
+        self.sync_seconds: float = 0.0
         """How long the last sync took."""
         self._published_lsn = -1
         self.publish()
@@ -442,37 +444,44 @@ class LogDirectory:
                 # Retention, in another thread, was faster.
                 raise LsnTruncatedError(self.first_lsn, lsn)
             self.cuts += 1
-            self.sync()
-            keep, position, counts, records = self._find_cut(lsn)
-            header = SegmentHeader(
-                self.active.header.log_uuid,
-                keep.number + 1 if keep is not None else self._meta.base_number,
-                position.next_lsn,
-                self._files.random_bytes(16),
-                self._files.time_us(),
-                position.previous,
-                self._meta.features,
-            )
-            body = encode(records, self._meta.features)
-            spare = self._take_spare(body.stored_length)
+            self.cutting = True
             try:
-                spare.file.pwrite([header.encode()], 0)
-                new = ActiveSegment(spare.file, header, spare.capacity)
-                new.position = attrs.evolve(new.position, time_us=position.time_us)
-                if records:
-                    new.write(body, position.next_lsn - 1, position.time_us)
-                spare.file.sync()
-                self._directory.rename(spare.name, TRUNCATE_NAME)
-                self._directory.sync()
-                keep_number = keep.number if keep is not None else self._meta.base_number - 1
-                cut = Truncation(
-                    header.salt, keep_number, position.offset, position.previous, header.first_lsn
-                )
-                write_meta(self._directory, attrs.evolve(self._meta, truncation=cut))
-                self._finish_truncation(new, keep, position, counts)
-            except BaseException:
-                close_quietly(spare.file)
-                raise
+                self._cut(lsn)
+            finally:
+                self.cutting = False
+
+    def _cut(self, lsn: int) -> None:
+        self.sync()
+        keep, position, counts, records = self._find_cut(lsn)
+        header = SegmentHeader(
+            self.active.header.log_uuid,
+            keep.number + 1 if keep is not None else self._meta.base_number,
+            position.next_lsn,
+            self._files.random_bytes(16),
+            self._files.time_us(),
+            position.previous,
+            self._meta.features,
+        )
+        body = encode(records, self._meta.features)
+        spare = self._take_spare(body.stored_length)
+        try:
+            spare.file.pwrite([header.encode()], 0)
+            new = ActiveSegment(spare.file, header, spare.capacity)
+            new.position = attrs.evolve(new.position, time_us=position.time_us)
+            if records:
+                new.write(body, position.next_lsn - 1, position.time_us)
+            spare.file.sync()
+            self._directory.rename(spare.name, TRUNCATE_NAME)
+            self._directory.sync()
+            keep_number = keep.number if keep is not None else self._meta.base_number - 1
+            cut = Truncation(
+                header.salt, keep_number, position.offset, position.previous, header.first_lsn
+            )
+            write_meta(self._directory, attrs.evolve(self._meta, truncation=cut))
+            self._finish_truncation(new, keep, position, counts)
+        except BaseException:
+            close_quietly(spare.file)
+            raise
 
     def _finish_truncation(
         self,

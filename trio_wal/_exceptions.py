@@ -32,7 +32,7 @@ class CorruptLogError(WalError):
 
     def __init__(self, path: str | os.PathLike[str], offset: int, reason: str) -> None:
         super().__init__(path, offset, reason)
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.offset = offset
         self.reason = reason
 
@@ -59,7 +59,7 @@ class UnsupportedFormatError(WalError):
         self, path: str | os.PathLike[str], version: int, reason: str = "format version"
     ) -> None:
         super().__init__(path, version, reason)
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.version = version
         self.reason = reason
 
@@ -80,7 +80,7 @@ class LogLockedError(WalError):
 
     def __init__(self, path: str | os.PathLike[str], pid: int | None) -> None:
         super().__init__(path, pid)
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.pid = pid
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class LogFullError(WalError):
 
     def __init__(self, path: str | os.PathLike[str], needed: int) -> None:
         super().__init__(path, needed)
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.needed = needed
 
     def __str__(self) -> str:
@@ -168,7 +168,7 @@ class LogFailedError(WalError, trio.BrokenResourceError):
 
     def __init__(self, path: str | os.PathLike[str], outcome: Outcome) -> None:
         super().__init__(path, outcome)
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.outcome: Outcome = outcome
 
     def __str__(self) -> str:

@@ -40,11 +40,11 @@ class Version:
         older: Version | None,
         commitment: Commitment | None,
     ) -> None:
-        self.seq = seq
-        self.value = value
+        self.seq: int = seq
+        self.value: bytes | None = value
         """None: deleted."""
-        self.older = older
-        self.commitment = commitment
+        self.older: Version | None = older
+        self.commitment: Commitment | None = commitment
         """The commit it belongs to, until that is durable."""
 
     @property
@@ -60,12 +60,12 @@ class Layer:
 
     def __init__(self) -> None:
         self.versions: dict[bytes, Version] = {}
-        self.bytes = 0
+        self.bytes: int = 0
         """Estimated memory."""
-        self.log_bytes = 0
+        self.log_bytes: int = 0
         """Of the transactions in it, as they stand in the log."""
-        self.last_seq = 0
-        self.last_lsn = 0
+        self.last_seq: int = 0
+        self.last_lsn: int = 0
         """Of its newest durable commit; 0 where there is none."""
         self._sorted = SortedKeys()
         self.fresh: list[bytes] = []
@@ -104,7 +104,7 @@ class BaseRead:
 
     def __init__(self, transaction: ReadTransaction) -> None:
         self.transaction = transaction
-        self.get = transaction.get
+        self.get: Callable[[bytes], bytes | None] = transaction.get
         self._users = 0
         self._retired = False
 
@@ -131,9 +131,9 @@ class View:
     __slots__ = ("active", "base", "frozen")
 
     def __init__(self, base: BaseRead, frozen: Layer | None, active: Layer) -> None:
-        self.base = base
-        self.frozen = frozen
-        self.active = active
+        self.base: BaseRead = base
+        self.frozen: Layer | None = frozen
+        self.active: Layer = active
 
     def version(self, key: bytes, seq: int) -> Version | None:
         """The newest version not newer than ``seq``; None: ask the store."""
@@ -214,7 +214,7 @@ class Memtable:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.view = View(BaseRead(store.read()), None, Layer())
+        self.view: View = View(BaseRead(store.read()), None, Layer())
 
     @property
     def bytes(self) -> int:

@@ -95,22 +95,22 @@ class Batch:
 
     def __init__(self) -> None:
         self.entries: dict[Key, Item] = {}
-        self.bytes = 0
-        self.extra = 0
+        self.bytes: int = 0
+        self.extra: int = 0
         """Records minus entries: more for a unit, less for a barrier."""
-        self.unwaited = 0
+        self.unwaited: int = 0
         """Entries that nobody waits for."""
-        self.mixed = False
+        self.mixed: bool = False
         """Whether LSNs are not simply ``first_lsn`` + place: ``lsns`` has them then."""
         self.barrier: Barrier | None = None
         """The last entry, if it is one; a batch ends with a barrier that has a job."""
         self.records_max: float = 0
         self.bytes_max: float = 0
-        self.opened = 0.0
+        self.opened: float = 0.0
         """Trio time of the first entry, where nobody waits for it."""
-        self.queued = False
-        self.taken = False
-        self.first_lsn = 0
+        self.queued: bool = False
+        self.taken: bool = False
+        self.first_lsn: int = 0
         self.lsns: dict[Key, int] | None = None
         self.failure: tuple[Outcome, BaseException] | None = None
         self.refused: dict[Key, BaseException] = {}

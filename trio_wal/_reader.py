@@ -87,6 +87,10 @@ class Source(Protocol):
         """Changes whenever the log's end may have been cut."""
         ...
 
+    def cutting(self) -> bool:
+        """Whether that is under way."""
+        ...
+
     def locate(self, lsn: int) -> Place:
         """Blocking.  Raises `FileNotFoundError`, `_Moved`."""
         ...
@@ -375,8 +379,7 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
             raise LsnTruncatedError(source.first_lsn, self._cursor.next_lsn) from exc
         if isinstance(exc, _Moved) or generation != source.generation():
             return
-        if self._cursor.next_lsn > source.durable_lsn:
-            # The log's end was just cut, and is only now known to be.
+        if source.cutting() or self._cursor.next_lsn > source.durable_lsn:
             return
         if isinstance(exc, CorruptLogError):
             raise exc
@@ -392,7 +395,7 @@ class WalSource:
     def __init__(
         self, directory: LogDirectory, flusher: Flusher, queue: WriteQueue, blocking: Blocking
     ) -> None:
-        self.path = directory.path
+        self.path: str = directory.path
         self.blocking = blocking
         self._directory = directory
         self._flusher = flusher
@@ -404,13 +407,17 @@ class WalSource:
 
     @property
     def durable_lsn(self) -> int:
-        return self._flusher.durable_lsn
+        # The flusher hears of a cut only when it is done.
+        return min(self._flusher.durable_lsn, self._directory.last_lsn)
 
     async def refresh(self) -> None:
         pass
 
     def generation(self) -> int:
-        return self._directory.cuts
+        return self._directory.cuts + self._flusher.cuts
+
+    def cutting(self) -> bool:
+        return self._directory.cutting
 
     def locate(self, lsn: int) -> Place:
         directory = self._directory
@@ -444,7 +451,7 @@ class WalSource:
     async def wait_durable_after(self, lsn: int) -> bool:
         flusher = self._flusher
         cuts = flusher.cuts
-        while flusher.durable_lsn <= lsn and flusher.cuts == cuts:
+        while self.durable_lsn <= lsn and flusher.cuts == cuts:
             if flusher.done.is_set():
                 if self._queue.state is State.FAILED:
                     self._queue.check_open(self._queue.loss)
@@ -466,7 +473,7 @@ class _ReaderSource:
     """A directory that another process may be writing."""
 
     def __init__(self, directory: Directory, blocking: Blocking) -> None:
-        self.path = directory.path
+        self.path: str = directory.path
         self.blocking = blocking
         self._directory = directory
         self._names: list[str] = []
@@ -488,6 +495,9 @@ class _ReaderSource:
 
     def generation(self) -> int:
         return self._cuts
+
+    def cutting(self) -> bool:
+        return False
 
     async def refresh(self) -> None:
         await self.blocking(self.look)

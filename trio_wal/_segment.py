@@ -117,10 +117,10 @@ class ActiveSegment:
         self.file = file
         self.header = header
         self.capacity = capacity
-        self.position = position or start_of(header)
-        self.records = records
-        self.frames = frames
-        self.index = list(index)
+        self.position: Position = position or start_of(header)
+        self.records: int = records
+        self.frames: int = frames
+        self.index: list[tuple[int, int]] = list(index)
         self._seed = header.seed
         self._reserve = footer_reserve(capacity)
         self._index_step = index_step(capacity)
