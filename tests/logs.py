@@ -38,12 +38,16 @@ def append(log: LogDirectory, *records: bytes) -> int:
 
 def records_of(log: LogDirectory) -> Records:
     """Everything in an open log."""
+    return read_between(log, log.first_lsn, log.last_lsn)
+
+
+def read_between(log: LogDirectory, first_lsn: int, last_lsn: int) -> Records:
     source = WalSource(log, None, None, None)  # type: ignore[arg-type]
-    cursor = _Cursor(source, log.first_lsn)
+    cursor = _Cursor(source, first_lsn)
     found: list[tuple[int, bytes]] = []
     try:
-        while cursor.next_lsn <= log.last_lsn:
-            found += [(record.lsn, record.data) for record in cursor.chunk(log.last_lsn + 1)]
+        while cursor.next_lsn <= last_lsn:
+            found += [(record.lsn, record.data) for record in cursor.chunk(last_lsn + 1)]
     finally:
         cursor.leave()
     return tuple(found)

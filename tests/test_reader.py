@@ -63,6 +63,13 @@ def log_of(count: int, *, size: int = 0, **options: Any) -> MemoryFiles:
     return make_log(*([data.ljust(size, b".")] for data in payloads(count)), **options)
 
 
+def make_real_log(path: Path, count: int) -> None:
+    log = open_log_directory(OsFiles(), str(path), segment_size=TINY)
+    for data in payloads(count):
+        append(log, data)
+    log.close()
+
+
 # The same log, as its owner sees it and as one sees it who only reads.
 
 
@@ -493,6 +500,55 @@ async def test_files_that_go_while_the_log_is_cut_are_no_damage(
         assert tries >= 4
 
 
+async def test_what_was_missed_during_a_cut_is_looked_for_again_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the reader asks whether it was damage, the cut is over, and its LSN is written anew."""
+    make_real_log(tmp_path, 10)
+    async with trio_wal.open_wal(tmp_path, segment_size=TINY) as wal, wal.read(3) as records:
+        directory = wal._directory._directory
+        token = trio.lowlevel.current_trio_token()
+        cut_begun, go_on, cut = trio.Event(), trio.Event(), trio.Event()
+        rename, chunk = directory.rename, _Cursor.chunk
+
+        def slow(old: str, new: str) -> None:
+            if old == "truncate.tmp":
+                trio.from_thread.run_sync(cut_begun.set, trio_token=token)
+                trio.from_thread.run(go_on.wait, trio_token=token)
+            rename(old, new)
+
+        async def finish() -> None:
+            go_on.set()
+            await cut.wait()
+            for number in range(3, 9):
+                await wal.append(b"another %d" % number)
+
+        def late(cursor: _Cursor, stop: int) -> list[Record]:
+            try:
+                return chunk(cursor, stop)
+            except (CorruptLogError, OSError):
+                trio.from_thread.run(finish, trio_token=token)
+                raise
+
+        async def truncate() -> None:
+            await wal.truncate_after(2)
+            cut.set()
+
+        monkeypatch.setattr(directory, "rename", slow)
+        monkeypatch.setattr(_Cursor, "chunk", late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(truncate)
+            await cut_begun.wait()
+            try:
+                with pytest.raises(StopAsyncIteration):
+                    await records.__anext__()
+            finally:
+                go_on.set()
+        monkeypatch.undo()
+        async with wal.read(3) as again:
+            assert await take(again, 6) == [(n, b"another %d" % n) for n in range(3, 9)]
+
+
 async def test_a_reader_that_is_faster_than_the_news_of_a_cut_waits_for_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -515,8 +571,10 @@ async def test_a_reader_that_is_faster_than_the_news_of_a_cut_waits_for_it(
             await cut.wait()
             for records, pairs in zip((finite, endless), found, strict=True):
                 nursery.start_soon(drain, records, pairs)
-            await trio.sleep(1)
-            go_on.set()
+            try:
+                await trio.sleep(1)
+            finally:
+                go_on.set()
             await wal.append(b"another fourth")
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from logs import (
@@ -15,12 +18,14 @@ from logs import (
     make_log,
     numbered,
     open_log,
+    read_between,
     records_of,
     segments,
 )
 
 from trio_wal import CorruptLogError, LogFullError
-from trio_wal._directory import LogDirectory
+from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._files import OsFiles
 from trio_wal._frame import (
     BLOCK,
     DATA_OFFSET,
@@ -32,6 +37,7 @@ from trio_wal._frame import (
     footer_reserve,
     index_step,
 )
+from trio_wal._reader import _Moved
 from trio_wal._scan import FrameScanner, footer_index, payloads, read_pointer, start_of
 from trio_wal._segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
 from trio_wal._util import KiB, MiB
@@ -544,3 +550,100 @@ def test_a_segment_keeps_a_reserve_for_its_footer() -> None:
     assert active is log.active
     left = active.capacity - active.position.offset
     assert footer_reserve(active.capacity) <= left < footer_reserve(active.capacity) + BLOCK
+
+
+# -- two threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+def test_a_rotation_that_cannot_wait_takes_the_next_segment_as_far_as_it_is(recycled: bool) -> None:
+    """Zeros are written ahead in another thread; what an old file held must not shine through."""
+    files = MemoryFiles()
+    log = open_log(files, segment_size=1 * MiB)
+    for _ in range(60):
+        append(log, b"\xff" * 20_000)
+    if recycled:
+        log.drop_before(log.sealed()[0].next_lsn)
+        assert spares(files)
+    zeros, hurried = 0, threading.Event()
+
+    def look(operation: str, path: str) -> None:
+        nonlocal zeros
+        if operation == "pwrite" and threading.current_thread() is preparing:
+            zeros += 1
+            # The rotation asks for the file while its first zeros are written.
+            begun.set()
+            hurried.wait(60)
+
+    begun = threading.Event()
+    files.after_operation = look
+    preparing = threading.Thread(target=log.prepare_spare)
+    preparing.start()
+    assert begun.wait(60)
+    rotating = threading.Thread(target=log.rotate)
+    rotating.start()
+    while not log._hurry:
+        rotating.join(0.001)
+    hurried.set()
+    rotating.join(60)
+    preparing.join(60)
+    files.after_operation = None
+    assert zeros == 1, "it went on writing zeros"
+    data = files.read_file(LOG, log.active.header.name)
+    assert len(data) == log.active.capacity == 1 * MiB
+    assert not any(data[BLOCK:])
+    last = log.last_lsn
+    assert append(log, b"on it goes") == last + 1
+    assert records_of(log)[-1] == (last + 1, b"on it goes")
+
+
+def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path: Path) -> None:
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    append(log, b"1")
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run(call: Callable[[], object]) -> threading.Thread:
+        def loop() -> None:
+            try:
+                while not done.is_set():
+                    call()
+            except BaseException as exc:  # noqa: BLE001  (the test looks at it)
+                errors.append(exc)
+                done.set()
+
+        thread = threading.Thread(target=loop)
+        thread.start()
+        return thread
+
+    def look() -> None:
+        first, last = log.first_lsn, log.synced_lsn
+        try:
+            found = read_between(log, first, last)
+        except (FileNotFoundError, CorruptLogError, _Moved):
+            assert log.first_lsn > first, "nothing was dropped, and yet something is missing"
+        else:
+            assert found == tuple((lsn, b"%d" % lsn) for lsn in range(first, last + 1))
+
+    threads = [
+        run(log.prepare_spare),
+        run(lambda: log.drop_before(max(1, log.synced_lsn - 20))),
+        run(look),
+    ]
+    for lsn in range(2, 1500):
+        if done.is_set():
+            break
+        append(log, b"%d" % lsn)
+    done.set()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    log.close()
+    assert spares_in(tmp_path) == []
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY, verify_bytes=math.inf)
+    assert records_of(log) == tuple((lsn, b"%d" % lsn) for lsn in range(log.first_lsn, 1500))
+    log.close()
+
+
+def spares_in(path: Path) -> list[str]:
+    return [entry.name for entry in path.iterdir() if entry.name.startswith(SPARE)]
