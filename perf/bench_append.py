@@ -255,7 +255,7 @@ def _append_many(
     path: Path, units: Sequence[list[bytes]], seconds: float, bytes_max: int
 ) -> dict[str, float]:
     """One task, one unit after the other."""
-    load.age(path)
+    load.age(path, units[0])
     return trio.run(_append_many_async, path, units, seconds, bytes_max)
 
 

@@ -37,6 +37,8 @@ FRAME_HEADER: Final = 64
 FILE_BYTES: Final = 32 << 20
 AGED_BYTES: Final = 22 << 20
 """A young log's segments are small; behind this much it has come to those of full size."""
+AGED_TASKS_MIN: Final = 32
+"""Frames of fewer records are treated the same, and would take long."""
 
 
 @attrs.define
@@ -130,24 +132,28 @@ async def _ceiling(tasks: int, seconds: float) -> dict[str, float]:
 # -- the log ----------------------------------------------------------------------
 
 
-def age(path: Path) -> None:
-    """Bring a new log to its full-size segments."""
+def age(path: Path, unit: Sequence[bytes]) -> None:
+    """Bring a new log to its full-size segments, by frames like the ones to come: from their
+    size the log decides how it prepares a segment."""
 
     async def fill() -> None:
-        async with trio_wal.open_wal(path) as wal:
-            unit = [bytes(1 << 16)] * 16
-            for _ in range(0, AGED_BYTES, 1 << 20):
+        async with trio_wal.open_wal(path, durability="none") as wal:
+            for _ in range(0, AGED_BYTES, _frame_bytes(sum(map(len, unit)), len(unit))):
                 await wal.append_many(unit)
 
     if not path.exists():
         trio.run(fill)
 
 
+def _aged(path: Path, tasks: int) -> None:
+    age(path, [RECORD] * max(AGED_TASKS_MIN, tasks))
+
+
 def log(
     path: Path, tasks: int, seconds: float, *, max_queue_size: float = QUEUE_SIZE
 ) -> dict[str, float]:
     """Durable appends of `RECORD` by this many tasks, in the log at ``path``."""
-    age(path)
+    _aged(path, tasks)
     return trio.run(_log, path, tasks, seconds, max_queue_size)
 
 
@@ -186,7 +192,7 @@ async def _log(path: Path, tasks: int, seconds: float, max_queue_size: float) ->
 def log_latency(path: Path, tasks: int, seconds: float) -> list[float]:
     """Seconds of each append: the same load, but every task looks at the clock twice a record,
     which is why this is no trial that counts throughput."""
-    age(path)
+    _aged(path, tasks)
     return trio.run(_log_latency, path, tasks, seconds)
 
 
@@ -267,7 +273,11 @@ async def _thread_per_append(fd: int, tasks: int, seconds: float, grow: bool) ->
 
 def frame_bytes(records: int) -> int:
     """What a batch of this many `RECORD`s takes in the log's file."""
-    return -(-(FRAME_HEADER + records * (4 + len(RECORD))) // BLOCK) * BLOCK
+    return _frame_bytes(records * len(RECORD), records)
+
+
+def _frame_bytes(payload: int, records: int) -> int:
+    return -(-(FRAME_HEADER + 4 * records + payload) // BLOCK) * BLOCK
 
 
 PREPARATIONS: Final = ("growing", "reserved", "written")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +565,54 @@ async def test_closing_does_not_wait_for_a_snapshot_that_a_growing_map_waits_for
         snap.get(b"00")
     async with Home(tmp_path).open() as db:
         assert (db.recovery.transactions_replayed, db.statistics().store_keys) == (0, 20)
+
+
+async def test_the_map_grows_early_while_nobody_reads(tmp_path: Path) -> None:
+    async with Home(tmp_path).open(map_size=1 * MiB) as db:  # 16 MiB are the least
+        for number in range(10):
+            await db.put(b"%02d" % number, bytes(1 * MiB))
+        assert await db.checkpoint() == 10
+        with db.snapshot() as snap:
+            for number in range(10, 20):
+                await db.put(b"%02d" % number, bytes(1 * MiB))
+            assert await db.checkpoint() == 20, "it waited for the snapshot"
+            assert len(list(snap.scan())) == 10
+
+
+async def test_who_keeps_a_full_map_from_growing_is_told_and_it_works_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_wal._checkpoint.READERS_PATIENCE_SECONDS", 0)
+    home = Home(tmp_path)
+    count = itertools.count()
+
+    async def put(db: Database) -> None:
+        await db.put(b"%03d" % next(count), bytes(1 * MiB))
+
+    message = r"store: no space for \d+ bytes: the store's map is full and cannot grow while"
+    async with home.open(map_size=1 * MiB, checkpoint_bytes=4 * MiB) as db:
+        with db.snapshot() as snap:
+            # A task that holds the snapshot itself would otherwise wait for ever.
+            with pytest.raises(LogFullError, match=message):
+                await repeat(put, db)
+            acknowledged = db.durable_lsn
+            with pytest.raises(LogFullError, match=message):
+                await db.transaction().__aenter__()
+            with pytest.raises(LogFullError, match=message):
+                await db.checkpoint()
+            assert list(snap.scan()) == []
+            assert len(list(db.scan())) == acknowledged
+        assert 10 < acknowledged < 40, "as much as the map and the memtable hold"
+        for _ in range(30):
+            await put(db)
+        assert await db.checkpoint() == acknowledged + 30
+    async with home.open() as db:
+        assert db.statistics().store_keys == acknowledged + 30
+
+
+async def repeat(call: Callable[[Database], Awaitable[None]], db: Database) -> None:
+    for _ in range(100):
+        await call(db)
 
 
 # -- snapshots ---------------------------------------------------------------------

@@ -17,11 +17,13 @@ from hypothesis import example, given, settings, strategies as st
 
 from trio_wal import _codec
 from trio_wal._frame import (
+    BATCH_RECORDS_MAX,
     BLOCK,
     DATA_OFFSET,
     FRAME_BODY_MAX,
     FRAME_HEADER_SIZE,
     INDEX_ENTRIES_MAX,
+    LSN_MAX,
     TIME_US_MAX,
     Codec,
     Footer,
@@ -76,14 +78,15 @@ FRAME = FrameHeader(
 u16 = st.integers(0, 2**16 - 1)
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
+lsns = st.integers(0, LSN_MAX)
 times = st.integers(0, TIME_US_MAX)
 bytes16 = st.binary(min_size=16, max_size=16)
 
 segment_headers = st.builds(
     SegmentHeader,
     log_uuid=bytes16,
-    number=u64,
-    first_lsn=u64,
+    number=lsns,
+    first_lsn=lsns,
     salt=bytes16,
     created_us=st.integers(-(2**63), 2**63 - 1),
     previous=u32,
@@ -92,8 +95,8 @@ segment_headers = st.builds(
 metas = st.builds(
     Meta,
     log_uuid=bytes16,
-    base_number=u64,
-    base_lsn=u64,
+    base_number=lsns,
+    base_lsn=lsns,
     features=st.sampled_from([0, 1]),
     live=st.booleans(),
     truncation=st.none()
@@ -118,14 +121,14 @@ pointers = st.builds(
 @st.composite
 def frame_headers(draw: st.DrawFn) -> FrameHeader:
     kind = draw(st.sampled_from(Kind))
-    first = draw(st.integers(1, 2**64 - 1))
+    first = draw(st.integers(1, LSN_MAX))
     return FrameHeader(
         kind=kind,
         offset=draw(st.integers(0, 2**40)) * BLOCK,
         first_lsn=first,
         durable_lsn=draw(st.integers(0, first - 1)),
         time_us=draw(times),
-        count=draw(st.integers(1, 2**32 - 1)) if kind is Kind.DATA else 0,
+        count=draw(st.integers(1, BATCH_RECORDS_MAX)) if kind is Kind.DATA else 0,
         codec=draw(st.sampled_from(Codec)),
         stored_length=draw(st.integers(0, FRAME_BODY_MAX)),
         raw_length=draw(st.integers(0, FRAME_BODY_MAX)),

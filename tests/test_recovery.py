@@ -424,6 +424,30 @@ def test_a_failed_sync_of_the_mark_of_a_close_costs_no_later_record(rotate: bool
         assert content(files.crash_image(seed)) == numbered([b"a", b"b"])
 
 
+def test_what_was_dropped_before_two_kills_does_not_come_back_after_an_open() -> None:
+    files = make_log(*([b"%d" % n] for n in range(6)))
+    # The first kill: log.meta has its new name, and the directory is not synced.
+    killed: list[MemoryFiles] = []
+
+    def kill(operation: str, path: str) -> None:
+        if operation == "rename" and path == f"{LOG}/log.meta":
+            killed.append(files.crash_image(kind="kill"))
+
+    files.after_operation = kill
+    open_log(files).drop_before(5)
+    # The second: the next open has removed the last of the dropped segments.
+    again = killed[0]
+    images: list[MemoryFiles] = []
+    again.after_operation = lambda *_: images.append(again.crash_image(kind="kill"))
+    first_lsn = open_log(again).first_lsn
+    assert first_lsn == 5
+    assert len(images) >= 3
+    for image in images:
+        opened = open_log(image)
+        if opened.first_lsn == first_lsn:
+            assert {open_log(image.crash_image(seed)).first_lsn for seed in range(20)} == {5}
+
+
 def test_only_what_is_not_proven_durable_is_copied() -> None:
     files = make_log([b"a"], [b"b"], [b"c"], close=False, segment_size=64 * KiB)
     log = open_log(files, segment_size=64 * KiB)

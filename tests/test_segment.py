@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from logs import (
@@ -264,7 +267,70 @@ def test_a_full_disk_is_no_error_while_the_next_segment_is_prepared() -> None:
     files.free_bytes = 1000
     log.prepare_spare()
     assert spares(files) == []
-    assert files.free_bytes == 1000
+    assert files.free_bytes == 1000 - BLOCK, "the place of the next log.meta is kept"
+
+
+def test_a_full_disk_is_not_asked_again_at_every_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("trio_wal._directory.perf_counter", lambda: now)
+    files = MemoryFiles()
+    log = open_log(files, segment_size=1 * MiB)
+    files.free_bytes = 0
+
+    def wants_spare() -> bool:
+        return log.write([bytes(300 * KiB)], log.synced_lsn, sync=True)
+
+    assert wants_spare()
+    log.prepare_spare()
+    assert not wants_spare()
+    now += 10
+    assert wants_spare()
+
+
+def test_segments_can_be_dropped_on_a_disk_without_a_single_free_block() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for number in range(1, 5):
+        append(log, b"%d" % number)
+        log.prepare_spare()
+        files.free_bytes = 0
+        assert log.drop_before(log.last_lsn) == (number > 1)
+        assert log.first_lsn == number
+        files.free_bytes = math.inf
+        log.rotate()
+    log.close()
+    assert files.names(LOG) == ["log.meta", *segments(files)], "no reserve is left behind"
+    assert content(files) == ((4, b"4"),)
+
+
+def test_where_log_meta_has_no_place_segments_stay() -> None:
+    files = make_log([b"1"], [b"2"], [b"3"])
+    log = open_log(files)
+    files.free_bytes = 0
+    with pytest.raises(LogFullError, match=r"^/log: no space for 512 bytes: log.meta cannot be"):
+        log.drop_before(3)
+    assert (log.first_lsn, records_of(log)) == (1, numbered([b"1", b"2", b"3"]))
+    files.free_bytes = math.inf
+    log.drop_before(3)
+    assert records_of(log) == ((3, b"3"),)
+
+
+def test_where_log_meta_has_no_place_the_end_stays() -> None:
+    files = make_log([b"1"], [b"2"], [b"3"])
+    log = open_log(files)
+    log.prepare_spare()
+    files.after_operation = lambda operation, path: (
+        files.fail("pwrite", errno.ENOSPC) if path.endswith("truncate.tmp") else None
+    )
+    with pytest.raises(LogFullError, match=r"^/log: no space for 512 bytes: log.meta cannot be"):
+        log.truncate_after(1)
+    files.after_operation = None
+    files.heal()
+    assert "truncate.tmp" not in files.names(LOG)
+    assert append(log, b"4") == 4
+    assert records_of(log) == numbered([b"1", b"2", b"3", b"4"])
+    log.close()
+    assert content(files) == numbered([b"1", b"2", b"3", b"4"])
 
 
 def test_recovering_on_a_full_disk_leaves_no_file_behind() -> None:
@@ -501,6 +567,27 @@ def test_without_space_the_log_is_not_cut() -> None:
     assert records_of(log) == numbered([b"1", b"2", b"3"])
 
 
+@pytest.mark.parametrize("operation", ["open", "pwrite", "sync", "rename", "sync_dir"])
+def test_without_space_for_log_meta_the_log_is_cut_or_as_before_wherever_it_fails(
+    operation: Any,
+) -> None:
+    """Also where log.meta is in place already and only the sync of its name fails."""
+    records = numbered([data for batch in BATCHES for data in batch])
+    for after in range(20):
+        files = make_log(*BATCHES)
+        log = open_log(files)
+        files.operations.clear()
+        files.fail(operation, errno.ENOSPC, after=after)
+        with contextlib.suppress(OSError, LogFullError):
+            log.truncate_after(3)
+        for image in (copy_of(files), *(files.crash_image(seed) for seed in range(3))):
+            found = content(image)
+            assert found in (records, records[:3])
+        if files.operations.get(operation, 0) <= after:
+            break
+    assert 1 < after < 20
+
+
 # -- compression -------------------------------------------------------------------------------
 
 
@@ -630,7 +717,7 @@ def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path:
         run(lambda: log.drop_before(max(1, log.synced_lsn - 20))),
         run(look),
     ]
-    for lsn in range(2, 1500):
+    for lsn in range(2, 200):
         if done.is_set():
             break
         append(log, b"%d" % lsn)
@@ -641,7 +728,7 @@ def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path:
     log.close()
     assert spares_in(tmp_path) == []
     log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY, verify_bytes=math.inf)
-    assert records_of(log) == tuple((lsn, b"%d" % lsn) for lsn in range(log.first_lsn, 1500))
+    assert records_of(log) == tuple((lsn, b"%d" % lsn) for lsn in range(log.first_lsn, 200))
     log.close()
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("trio_wal")
 
 RETRY_SECONDS: Final = 1.0
+READERS_PATIENCE_SECONDS: Final = 5.0
+"""How long a full map waits for those who read before writers are told."""
 SORT_RUN: Final = 4096
 """Keys that are sorted at once: about a millisecond."""
 
@@ -47,6 +49,8 @@ class Checkpointer:
         self._started = False
         self.count = 0
         self.seconds_last = 0.0
+        self._stuck: LogFullError | None = None
+        """The map is full, and somebody reads."""
 
     def wake(self) -> None:
         self._wanted.set()
@@ -116,12 +120,18 @@ class Checkpointer:
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         started = perf_counter()
+        if self._stuck is not None:
+            await self._wait_unread(frozen)
+        if not db.reading and db.store.crowded(frozen.log_bytes):
+            # Early, while nobody reads: later it may have to wait for that.
+            self._grow(frozen)
         while True:
             try:
                 await db.blocking(self._apply, frozen, state)
                 break
             except MapFull:
-                await self._grow()
+                await self._wait_unread(frozen)
+                self._grow(frozen)
         self.seconds_last = perf_counter() - started
         self.count += 1
         self.state = state
@@ -158,10 +168,41 @@ class Checkpointer:
         items = ((key, versions[key].value) for key in _in_order(versions))
         self._db.store.apply(items, state)
 
-    async def _grow(self) -> None:
-        """A larger map, which LMDB allows only while nobody reads."""
-        await self._db.wait_unread()
-        self._db.memtable.reopen_base(self._db.store.grow)
+    async def _wait_unread(self, frozen: Layer) -> None:
+        """LMDB's map grows only while nobody reads.
+
+        Whoever reads may himself be waiting for room in the memtable, and so for this:
+        after a while that is an error instead.
+        """
+        db = self._db
+        with trio.move_on_after(READERS_PATIENCE_SECONDS) as scope:
+            await db.wait_unread()
+        if scope.cancelled_caught:
+            self._stuck = LogFullError(
+                db.store.path,
+                frozen.log_bytes,
+                "the store's map is full and cannot grow while snapshots or transactions that "
+                "have read are open; end them, or open the database with a larger map_size",
+            )
+            db.wake_waiting_for_room()  # to be told
+            raise self._stuck.again()
+        self._stuck = None
+
+    def check_growing(self) -> None:
+        """Raises `LogFullError` where there will be no room before readers leave."""
+        if self._stuck is not None and self._db.reading:
+            raise self._stuck.again()
+
+    def _grow(self, frozen: Layer) -> None:
+        """Nobody reads, and nothing else runs: no await in here."""
+        store = self._db.store
+
+        def grow() -> None:
+            store.grow()
+            while store.crowded(frozen.log_bytes):
+                store.grow()
+
+        self._db.memtable.reopen_base(grow)
         self._db.refresh_view()
 
 

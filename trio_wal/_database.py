@@ -25,6 +25,7 @@ from ._exceptions import CorruptLogError, RecordTooLargeError, TransactionConfli
 from ._files import Files, OsFiles
 from ._memtable import Layer, Memtable, Version, View
 from ._operations import (
+    KEY_BYTES_MAX,
     OPERATION_OVERHEAD,
     Operation,
     OperationsError,
@@ -33,7 +34,7 @@ from ._operations import (
     decode_transaction,
     encode_transaction,
 )
-from ._queue import Batch
+from ._queue import Batch, Key, State
 from ._reader import RecordStream
 from ._recovery import Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
@@ -229,12 +230,13 @@ class CommitStream(AbstractAsyncContextManager["CommitStream"], AsyncIterator[Co
 
     async def __anext__(self) -> Commit:
         record = await self._records.__anext__()
-        writes = _decode(self._path, record.lsn, record.data)
+        writes = decode_record(self._path, record.lsn, record.data)
         operations = tuple(Operation(key, value) for key, value in writes.items())
         return Commit(record.lsn, record.timestamp, operations)
 
 
-def _decode(path: str, lsn: int, data: bytes) -> Writes:
+def decode_record(path: str, lsn: int, data: bytes) -> Writes:
+    """The transaction in a record of a database's log, or `CorruptLogError`."""
     try:
         return decode_transaction(data)
     except OperationsError as exc:
@@ -254,6 +256,7 @@ class Database:
     ) -> None:
         self._path = path
         self._wal = wal
+        self._queue = wal._queue
         self._append = wal._own(self)
         self.store: Final = store
         self.memtable: Final = Memtable(store)
@@ -262,7 +265,7 @@ class Database:
         self.max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
-        self._pending: dict[Task, Commitment] = {}
+        self._pending: dict[Key, Commitment] = {}
         self._readers: dict[Transaction | Snapshot, int] = {}
         self.last_seq: int = 0
         self._durable_seq = 0
@@ -283,7 +286,8 @@ class Database:
         """A serializable transaction, as an async context manager.
 
         Committed at a clean end of the block, aborted if it raises.  Entering waits only
-        where checkpoints have fallen behind.
+        where checkpoints have fallen behind, and raises `LogFullError` where they cannot
+        go on because open snapshots keep LMDB's map from growing.
         """
         self._check_open()
         return Transaction(self)
@@ -313,12 +317,23 @@ class Database:
 
     @enable_ki_protection
     async def put(self, key: bytes, value: bytes) -> int:
-        """Set one key, in a transaction of its own; returns its LSN, durable then."""
-        check_key(key)
-        check_bytes("value", value)
-        self.check_size(1 + OPERATION_OVERHEAD + len(key) + len(value))
-        self._check_open()
-        if self.behind():
+        """Set one key, in a transaction of its own; returns its LSN, durable then.
+
+        Cancellation and errors are those of `Transaction.commit`.  It waits while
+        checkpoints have fallen behind; `LogFullError` where that cannot end, because open
+        snapshots keep LMDB's map from growing.
+        """
+        # The fast path of the checks.
+        if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
+            check_key(key)
+        if type(value) is not bytes:
+            check_bytes("value", value)
+        size = 1 + OPERATION_OVERHEAD + len(key) + len(value)
+        if size > self.max_transaction_bytes:
+            self.check_size(size)
+        if self._closed:
+            self._check_open()
+        if self._view.frozen is not None and self.behind():
             await self.wait_for_memtable()
         return await self.commit({key: value})
 
@@ -429,6 +444,11 @@ class Database:
 
         Runs beside the writers, and by itself every ``checkpoint_bytes`` of log.  A crash
         or cancellation on the way loses nothing.
+
+        Raises:
+          LogFullError: LMDB's map is full, and cannot grow because a snapshot, or a
+              transaction that has read, stayed open for several seconds.
+          OSError: the store could not be written; nothing is lost, the log still has it.
         """
         self._check_open()
         await trio.lowlevel.checkpoint()
@@ -528,6 +548,11 @@ class Database:
         if self.readers_gone and not self._readers:
             self.readers_gone.unpark_all()
 
+    @property
+    def reading(self) -> bool:
+        """Whether a snapshot or transaction holds a view."""
+        return bool(self._readers)
+
     async def wait_unread(self) -> None:
         """Until no snapshot and no transaction holds a view."""
         while self._readers:
@@ -536,7 +561,8 @@ class Database:
     async def wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self.behind():
-            self._wal._queue.check_open()
+            self._queue.check_open()
+            self._checkpointer.check_growing()
             self._waiting_for_room += 1
             try:
                 await self._room.wait()
@@ -563,7 +589,8 @@ class Database:
         Not a coroutine function: one frame less to pass through a park and a wake.  What
         it returns must be awaited at once.
         """
-        self._wal._queue.check_open()
+        if self._queue.state is not State.OPEN:
+            self._queue.check_open()
         payload = encode_transaction(writes)
         task = current_task()
         memtable = self.memtable
@@ -585,7 +612,7 @@ class Database:
         elif not commitment.lost:
             await commitment.wait()
         if commitment is not None and commitment.lost:
-            self._wal._queue.check_open()
+            self._queue.check_open()
             self.note_conflict()
             raise TransactionConflict(next(iter(commitment.writes)))
         return self._durable_lsn
@@ -612,14 +639,16 @@ class Database:
         last: Commitment | None = None
         lsn = batch.first_lsn
         for key in batch.entries:
-            commitment = pending.pop(key, None) if not isinstance(key, int) else None
+            # A flush waits in the batch too; and numbers stand for those who do not wait.
+            commitment = pending.pop(key, None)
             if commitment is None:
                 continue
+            layer = commitment.layer
             for version in commitment.versions:
                 version.commitment = None
-                if not keep_older and version.older is not None:
-                    commitment.layer.forget_older(version)
-            commitment.layer.last_lsn = lsn
+                if version.older is not None and not keep_older:
+                    layer.forget_older(version)
+            layer.last_lsn = lsn
             commitment.settled = True
             last = commitment
             lsn += 1
@@ -657,7 +686,7 @@ class Database:
         count = 0
         async with self._wal.read(state.lsn + 1) as records:
             async for record in records:
-                writes = _decode(self._wal.path, record.lsn, record.data)
+                writes = decode_record(self._wal.path, record.lsn, record.data)
                 self.last_seq += 1
                 self.memtable.write(writes, self.last_seq, None, keep_older=False)
                 layer = self._view.active

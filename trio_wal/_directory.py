@@ -24,20 +24,25 @@ from ._codec import require_zstd
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
+    BLOCK,
     FEATURE_DATABASE,
     FEATURE_ZSTD,
     FrameError,
     FrameHeader,
+    Meta,
     SegmentHeader,
     Truncation,
 )
 from ._recovery import (
+    META_NEW_NAME,
     TRUNCATE_NAME,
     VERIFY_BYTES,
     Plan,
     RecoveryReport,
     examine,
+    read_meta,
     repair,
+    reserve_meta,
     write_meta,
 )
 from ._retention import Retention
@@ -55,6 +60,8 @@ from ._segment import (
 from ._util import KiB
 
 ZERO_CHUNK: Final = 256 * KiB
+SPARE_RETRY_SECONDS: Final = 1.0
+"""After a full disk: not at every commit."""
 ZERO_FRAMES_BELOW: Final = 32 * KiB
 """Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
 needs no block allocation): it pays while the mean frame is smaller than this."""
@@ -93,6 +100,8 @@ class LogDirectory:
         self._hurry = False
         self._recycled: list[str] = []
         self._spares_made = 0
+        self._spare_not_before = 0.0
+        self._meta_reserved = False
         self._readers: dict[bytes, int] = {}
         opened = repair(files, directory, plan, segment_size=segment_size, features=features)
         self._meta = opened.meta
@@ -180,7 +189,11 @@ class LogDirectory:
         self._unsynced = True
         if sync:
             self.sync()
-        return self._spare is None and 4 * active.position.offset > active.capacity
+        return (
+            self._spare is None
+            and 4 * active.position.offset > active.capacity
+            and perf_counter() >= self._spare_not_before
+        )
 
     def sync(self) -> None:
         """On return everything written is durable."""
@@ -302,6 +315,12 @@ class LogDirectory:
         A rotation that cannot wait takes it as it is.  A full disk is not an error
         here: the rotation will say so, if it is still full then.
         """
+        if self._truncating.acquire(blocking=False):
+            # Else whoever truncates reserves it himself.
+            try:
+                self._reserve_meta()
+            finally:
+                self._truncating.release()
         with self._spare_lock:
             if self._spare is not None or self._preparing:
                 return
@@ -312,6 +331,7 @@ class LogDirectory:
             if self.active.mean_frame_bytes < ZERO_FRAMES_BELOW:
                 self._write_zeros(spare)
         except (OSError, LogFullError):
+            self._spare_not_before = perf_counter() + SPARE_RETRY_SECONDS
             if spare is not None:
                 close_quietly(spare.file)
                 self._directory.unlink(spare.name)
@@ -375,7 +395,7 @@ class LogDirectory:
             kept = sealed[len(dropped) :]
             first = kept[0].header if kept else self._header_after(dropped[-1])
             meta = attrs.evolve(self._meta, base_number=first.number, base_lsn=first.first_lsn)
-            write_meta(self._directory, meta)
+            self._write_meta(meta)
             with self._shape:
                 self._meta = meta
                 # The I/O worker may have added one meanwhile.
@@ -384,11 +404,30 @@ class LogDirectory:
             for segment in dropped:
                 spare = self._drop_file(segment, spare)
             self._directory.sync()
+            self._reserve_meta()
             if spare is not None:
                 # Not before its new name is durable: under the old one it must stay whole.
                 with self._spare_lock:
                     self._recycled.append(spare)
         return len(dropped)
+
+    def _write_meta(self, meta: Meta) -> None:
+        """Raises `LogFullError`, with nothing changed, where even that has no place."""
+        reserved, self._meta_reserved = self._meta_reserved, False
+        try:
+            write_meta(self._directory, meta, reserved=reserved)
+        except OSError as exc:
+            # Only the sync of its new name may have failed: then it is in place already.
+            if exc.errno in NO_SPACE and read_meta(self._directory) == self._meta:
+                raise LogFullError(self.path, BLOCK, "log.meta cannot be written") from exc
+            raise
+
+    def _reserve_meta(self) -> None:
+        """As far as there is space."""
+        if not self._meta_reserved:
+            with contextlib.suppress(OSError):
+                reserve_meta(self._directory)
+                self._meta_reserved = True
 
     def _header_after(self, segment: SegmentInfo) -> SegmentHeader:
         with self._shape:
@@ -477,7 +516,13 @@ class LogDirectory:
             cut = Truncation(
                 header.salt, keep_number, position.offset, position.previous, header.first_lsn
             )
-            write_meta(self._directory, attrs.evolve(self._meta, truncation=cut))
+            try:
+                self._write_meta(attrs.evolve(self._meta, truncation=cut))
+            except LogFullError:
+                self._directory.unlink(TRUNCATE_NAME)
+                raise
+            # The block of the old one is free now, and the next write must not fail.
+            self._reserve_meta()
             self._finish_truncation(new, keep, position, counts)
         except BaseException:
             close_quietly(spare.file)
@@ -511,7 +556,9 @@ class LogDirectory:
                     file, keep, file.size(), position, records=counts[0], frames=counts[1]
                 ).seal()
             )
-        write_meta(self._directory, self._meta)
+        # Decided is decided: an error here breaks the log, and recovery goes on from there.
+        reserved, self._meta_reserved = self._meta_reserved, False
+        write_meta(self._directory, self._meta, reserved=reserved)
         with self._shape:
             self._sealed = sealed
             self.active = new
@@ -635,6 +682,9 @@ class LogDirectory:
         self._hurry = True
 
     def _discard_spares(self) -> None:
+        if self._meta_reserved:
+            self._meta_reserved = False
+            self._directory.unlink(META_NEW_NAME)
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.file.close()

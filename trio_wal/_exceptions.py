@@ -92,26 +92,40 @@ class LogLockedError(WalError):
 
 
 class LogFullError(WalError):
-    """There is no disk space to prepare the next segment; the record was not accepted.
+    """There is no space for what comes next; nothing was accepted.
 
-    The log is not broken: it works again when there is space.  ``__cause__`` is the
-    operating system's error.
+    No disk space to prepare the next segment: ``__cause__`` is the operating system's
+    error then.  Or, of a database, no place in the store's map, which cannot grow while
+    snapshots are open.  Neither log nor database is broken: they work again when there
+    is space.
 
     Attributes:
-      path: the log's directory.
-      needed: bytes that the next segment needs.
+      path: the log's directory, or the store's.
+      needed: bytes that the next segment, or checkpoint, needs.
+      reason: what is in the way, if not the disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str], needed: int) -> None:
-        super().__init__(path, needed)
+    def __init__(
+        self, path: str | os.PathLike[str], needed: int, reason: str | None = None
+    ) -> None:
+        super().__init__(path, needed, reason)
         self.path: str = os.fspath(path)
         self.needed = needed
+        self.reason = reason
 
     def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.path}: no space for {self.needed} bytes: {self.reason}"
         return (
             f"{self.path}: no space for a segment of {self.needed} bytes; nothing was "
             "accepted, free disk space or call truncate_before(), then try again"
         )
+
+    def again(self) -> LogFullError:
+        """The same error for one more task: a traceback belongs to one."""
+        fresh = LogFullError(self.path, self.needed, self.reason)
+        fresh.__cause__ = self.__cause__
+        return fresh
 
 
 class RecordTooLargeError(WalError, ValueError):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME: Final = "lock"
 _IOV_MAX: Final = 1024
+_PREAD_UNSEEN: Final = 4 << 20
 _PID_BYTES: Final = 32
 _PUBLISHED: Final = 16
 
@@ -184,6 +185,9 @@ class OsFile:
         self._seek = threading.Lock()
 
     def pread(self, length: int, offset: int) -> bytes:
+        if length > _PREAD_UNSEEN:
+            # The system call takes memory for all of it, be the file as short as it may.
+            length = max(0, min(length, self.size() - offset))
         data = self._pread(length, offset)
         if len(data) == length or not data:
             return data

@@ -38,6 +38,9 @@ FRAME_BODY_MAX: Final = 1 << 30
 """Bytes of one frame's body, stored or decompressed: what a reader may have to
 hold at once.  `append_many` refuses a unit above it."""
 BATCH_RECORDS_MAX: Final = 1 << 24
+"""Records of one frame: a table of lengths costs a reader some hundred bytes a record."""
+LSN_MAX: Final = 1 << 63
+"""Also of segment numbers: no log comes that far, and what follows still fits its field."""
 INDEX_STEP_MIN: Final = 256 * KiB
 INDEX_ENTRIES_MAX: Final = 256
 """A footer's index has an entry each max(256 KiB, capacity / 256)."""
@@ -205,6 +208,8 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
         raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
         raise FrameError("the segment header declares another layout than version 1 has")
+    if max(number, first_lsn) > LSN_MAX:
+        raise FrameError(f"the segment header has the number {number} and LSN {first_lsn}")
     return SegmentHeader(
         log_uuid=uuid,
         number=number,
@@ -294,6 +299,8 @@ def decode_frame_header(data: bytes, offset: int, seed: int) -> FrameHeader | No
     if flags or kind not in _KINDS or codec not in _CODECS or not 0 <= time_us <= TIME_US_MAX:
         return None
     if max(stored, raw) > FRAME_BODY_MAX or durable >= first or (kind == Kind.DATA) != (count > 0):
+        return None
+    if count > BATCH_RECORDS_MAX or first > LSN_MAX:
         return None
     return FrameHeader(
         kind=_KINDS[kind],
@@ -495,6 +502,8 @@ def decode_meta(sector: bytes) -> Meta:
     )
     if features & ~FEATURES_KNOWN:
         raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
+    if max(number, lsn) > LSN_MAX:
+        raise FrameError(f"log.meta has the number {number} and LSN {lsn}")
     return Meta(
         log_uuid=uuid,
         base_number=number,

@@ -84,7 +84,10 @@ class Layer:
         """Nobody needs any more what a version replaced."""
         older, version.older = version.older, None
         while older is not None:
-            self.bytes -= older.bytes
+            # As `Version.bytes`.
+            self.bytes -= VERSION_OVERHEAD
+            if older.value is not None:
+                self.bytes -= len(older.value)
             older = older.older
 
     def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:

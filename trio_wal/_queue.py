@@ -422,7 +422,7 @@ class WriteQueue:
         if self.state is State.FULL:
             self._wants_space.set()
             assert self._full is not None
-            raise _again(self._full)
+            raise self._full.again()
         if not self._has_room(item):
             self.counters.rejected += 1
             raise trio.WouldBlock
@@ -598,14 +598,14 @@ class WriteQueue:
                 waiting.extra -= _count(item) - 1
                 waiting.mixed = True
                 waiting.barrier = None
-                waiting.refused[task] = _again(cause)
+                waiting.refused[task] = cause.again()
                 if self.owner is not None:
                     self.owner.withdrawn(task)
                 reschedule(task)
         self._sealed_records = sum(waiting.records for waiting in self._sealed)
         self._sealed_bytes = sum(waiting.bytes for waiting in self._sealed)
         for blocked in self._drain_blocked():
-            blocked.error = _again(cause)
+            blocked.error = cause.again()
         self._set_limits()
 
     async def wait_wants_space(self, seconds: float) -> None:
@@ -655,10 +655,3 @@ class WriteQueue:
         self.state = State.CLOSED
         self._blocked = {}
         self._set_limits()
-
-
-def _again(error: LogFullError) -> LogFullError:
-    """The same error for one more task: a traceback belongs to one."""
-    fresh = LogFullError(error.path, error.needed)
-    fresh.__cause__ = error.__cause__
-    return fresh

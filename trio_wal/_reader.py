@@ -153,14 +153,20 @@ class _Cursor:
 
     def _collect(self, records: list[Record], stop: int) -> None:
         size = 0
+        ended: SegmentHeader | None = None
         while self.next_lsn < stop and size < CHUNK_BYTES:
             place, scanner = self._open()
+            if place.header == ended:
+                # Its footer was read, and no other segment has the record.
+                reason = f"the segment ends before LSN {self.next_lsn}"
+                raise CorruptLogError(place.file.path, place.position.offset, reason)
             frame_body = next(iter(scanner), None)
             if frame_body is None:
                 self._at_end(place, scanner)
                 continue
             frame, body = frame_body
             if frame.kind is Kind.SEAL:
+                ended = place.header
                 self.leave()
             if frame.kind is not Kind.DATA or frame.next_lsn <= self.next_lsn:
                 continue

@@ -167,11 +167,14 @@ def read_meta(directory: Directory) -> Meta | None:
         file.close()
 
 
-def write_meta(directory: Directory, meta: Meta) -> None:
-    """Replace ``log.meta``, durably and atomically."""
-    if META_NEW_NAME in directory.names():
-        directory.unlink(META_NEW_NAME)
-    file = directory.open(META_NEW_NAME, create=True)
+def write_meta(directory: Directory, meta: Meta, *, reserved: bool = False) -> None:
+    """Replace ``log.meta``, durably and atomically; ``reserved`` after `reserve_meta`."""
+    if reserved:
+        file = directory.open(META_NEW_NAME, writable=True)
+    else:
+        if META_NEW_NAME in directory.names():
+            directory.unlink(META_NEW_NAME)
+        file = directory.open(META_NEW_NAME, create=True)
     try:
         file.pwrite([meta.encode()], 0)
         file.sync()
@@ -179,6 +182,21 @@ def write_meta(directory: Directory, meta: Meta) -> None:
         file.close()
     directory.rename(META_NEW_NAME, META_NAME)
     directory.sync()
+
+
+def reserve_meta(directory: Directory) -> None:
+    """Keep the disk space of the next ``log.meta``: on a full disk, dropping segments is the
+    way out and must not fail for want of a block."""
+    if META_NEW_NAME in directory.names():
+        directory.unlink(META_NEW_NAME)
+    file = directory.open(META_NEW_NAME, create=True)
+    try:
+        file.allocate(BLOCK)
+    except OSError:
+        directory.unlink(META_NEW_NAME)
+        raise
+    finally:
+        file.close()
 
 
 def _is_ours(name: str) -> bool:
@@ -386,7 +404,12 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
         return Plan(None, tuple(_temporary(names)))
     if not meta.live:
         # Its creation was interrupted; nothing was ever accepted.
-        segments = [name for name in names if segment_name_lsn(name) is not None]
+        segments = [name for name in names if name.startswith("wal-")]
+        strange = [name for name in segments if segment_name_lsn(name) is None]
+        if strange:
+            raise CorruptLogError(
+                f"{directory.path}/{strange[0]}", 0, "this is not the name of a segment"
+            )
         if len(segments) > 1:
             raise CorruptLogError(
                 f"{directory.path}/{segments[1]}", 0, "a log that was never in use has segments"
@@ -522,7 +545,11 @@ def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | 
     if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.CLOSE:
         return None
     footer = _scan.read_footer(file.pread, frame)
-    return None if footer is None else (frame, footer)
+    counted = (frame.first_lsn - last.header.first_lsn, frame.first_lsn - 1)
+    if footer is None or (footer.records, footer.last_lsn) != counted:
+        # Nothing that a bug or a forger wrote there may get into the footer that follows.
+        return None
+    return frame, footer
 
 
 def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float) -> Plan:
@@ -718,9 +745,9 @@ def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
     sealed = list(plan.sealed)
     if last.file_name != last.header.name:
         directory.rename(last.file_name, last.header.name)
-    if plan.leftovers or not plan.clean:
-        # Also what an interrupted session renamed, and was seen here, is durable now.
-        directory.sync()
+    # Also what an interrupted session renamed or unlinked, and was seen here, is durable now:
+    # an open that was killed between the two leaves a directory that looks clean.
+    directory.sync()
     if plan.seal_previous is not None:
         segment, walk = plan.seal_previous
         sealed[-1] = _seal(directory, segment, walk.end, (walk.records, walk.frames), walk.index)

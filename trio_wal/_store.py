@@ -65,6 +65,10 @@ class Store(Protocol):
         """Write a checkpoint, durably, all or nothing.  Raises `MapFull`."""
         ...
 
+    def crowded(self, needed: int) -> bool:
+        """Whether half of the map is used, or would be with so many bytes more."""
+        ...
+
     def grow(self) -> None:
         """Make the map larger; nothing may be reading."""
         ...
@@ -132,6 +136,7 @@ class LmdbStore:
             )
             self._data = self._env.open_db(_DATA)
             self._meta = self._env.open_db(_META)
+        self._page_size: int = self._env.stat()["psize"]
 
     def read(self) -> ReadTransaction:
         return _LmdbRead(self._env, self._data)
@@ -152,6 +157,11 @@ class LmdbStore:
             raise MapFull from exc
         except self._lmdb.Error as exc:
             raise OSError(5, f"checkpoint failed: {exc}", self.path) from exc
+
+    def crowded(self, needed: int) -> bool:
+        info = self._env.info()
+        used = (info["last_pgno"] + 1) * self._page_size
+        return bool(2 * (used + needed) > info["map_size"])
 
     def grow(self) -> None:
         try:

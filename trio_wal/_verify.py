@@ -177,6 +177,11 @@ def _list(directory: Directory) -> _Listing:
     if meta is not None and not meta.live:
         # Its creation was interrupted; one segment may be there, and nothing was accepted.
         findings += [
+            Finding(f"{directory.path}/{name}", 0, "this is not the name of a segment")
+            for name in candidates
+            if segment_name_lsn(name) is None
+        ]
+        findings += [
             Finding(f"{directory.path}/{name}", 0, "a log that was never in use has segments")
             for name in candidates[1:]
         ]
@@ -205,6 +210,11 @@ def _list(directory: Directory) -> _Listing:
             findings.append(_unread(exc, path))
             unreadable += [] if lsn is None else [lsn]
     chain, more = _chain(directory, meta, found)
+    cut = meta.truncation if meta is not None else None
+    if cut is not None and all(segment.header.salt != cut.salt for segment in found):
+        path = f"{directory.path}/{segment_name(cut.first_lsn)}"
+        reason = "the segment in which a truncated log goes on is missing"
+        more.append(Finding(path, 0, reason, cut.first_lsn))
     return _Listing(meta, chain, tuple(unreadable), (*findings, *more))
 
 
@@ -568,6 +578,10 @@ class _Verifier:
             missing = first_listing.missing_before(segment, due_number, due_lsn)
             if missing > 0:
                 findings.append(self._missing(segment, due_number, due_lsn, number == numbers[0]))
+            elif number == numbers[0] and self._starts_elsewhere(segment.header, base, base_lsn):
+                path = f"{self._directory.path}/{META_NAME}"
+                reason = f"it says that the log starts with segment {base} and LSN {base_lsn}"
+                findings.append(Finding(path, 0, f"{reason}, but that is {segment.file_name}"))
             findings += checked.findings
             first_lsn = segment.header.first_lsn if first_lsn is None else first_lsn
             due_number, due_lsn = number + 1, checked.end.next_lsn
@@ -594,6 +608,9 @@ class _Verifier:
             torn_bytes=torn,
             clean=clean and torn == 0,
         )
+
+    def _starts_elsewhere(self, header: SegmentHeader, base: int, base_lsn: int) -> bool:
+        return header.number < base or (header.number == base and header.first_lsn != base_lsn)
 
     def _missing(
         self, segment: FoundSegment, due_number: int, due_lsn: int, is_first: bool

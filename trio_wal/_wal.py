@@ -31,7 +31,7 @@ from trio.lowlevel import (
 
 from ._codec import require_zstd
 from ._directory import LogDirectory, open_log_directory
-from ._exceptions import RecordTooLargeError
+from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
@@ -398,7 +398,8 @@ class WriteAheadLog:
 
         Raises:
           ValueError: ``lsn`` is above ``last_lsn + 1``.
-          LogFullError: emptying the log needs a new segment, and there is no space.
+          LogFullError: emptying the log needs a new segment, and there is no space; or
+              not even the block that says where the log starts has a place.
         """
         check_int("lsn", lsn, 1)
         if lsn > self._flusher.last_lsn:
@@ -612,9 +613,10 @@ class WriteAheadLog:
                         if flusher.spare_wanted and not flusher.done.is_set():
                             flusher.spare_wanted = False
                             await self._blocking(directory.prepare_spare)
-                    except OSError as exc:
+                    except (OSError, LogFullError) as exc:
                         log.warning("%s: retention failed, will try again: %r", self.path, exc)
-                        await trio.sleep(MAINTENANCE_RETRY_SECONDS)
+                        with trio.move_on_after(MAINTENANCE_RETRY_SECONDS):
+                            await flusher.done.wait()
             finally:
                 self._maintenance_done.set()
 

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, final
 
@@ -33,9 +34,13 @@ import trio
 from ._exceptions import LogLockedError
 from ._order import SortedKeys
 from ._store import ReadTransaction, StoreState
+from ._util import KiB
 
 SECTOR: Final = 512
 """What a disk writes whole or not at all, or tears: the unit of damage."""
+FREED_FILES: Final = 8
+FREED_BYTES: Final = 64 * KiB
+"""Of so many deleted files the beginning may show up in sectors that were not synced."""
 
 Operation = Literal[
     "open", "pread", "pwrite", "sync", "allocate", "truncate",
@@ -88,14 +93,20 @@ class _Inode:
         del self.disk[size:]
         self.dirty.clear()
 
-    def after_power_loss(self, rng: random.Random) -> _Inode:
-        """The disk, with each sector that was not synced lost, kept, torn or garbage."""
+    def after_power_loss(self, rng: random.Random, freed: Sequence[bytes]) -> _Inode:
+        """The disk, with each sector that was not synced lost, kept, torn, garbage, or what
+        a deleted file has left there."""
         size = rng.choice((len(self.disk), len(self.data)))
         disk = bytearray(self.disk[:size])
         disk.extend(bytes(size - len(disk)))
         # Few crashes damage every sector in its own way: often all share one fate.
         fates = rng.choice(
-            (("lost",), ("kept",), ("lost", "kept"), ("lost", "kept", "torn", "garbage"))
+            (
+                ("lost",),
+                ("kept",),
+                ("lost", "kept"),
+                ("lost", "kept", "torn", "garbage", "stale"),
+            )
         )
         for sector in sorted(self.dirty):
             start = sector * SECTOR
@@ -109,6 +120,10 @@ class _Inode:
                 new = new[:cut] + old[cut:]
             elif fate == "garbage":
                 new = rng.randbytes(SECTOR)
+            elif fate == "stale":
+                left = rng.choice(freed) if freed else b""
+                at = start if rng.random() < 0.5 else rng.randrange(0, len(left) + 1, SECTOR)
+                new = left[at : at + SECTOR].ljust(SECTOR, b"\0")
             disk[start : start + SECTOR] = new[: max(0, min(SECTOR, size - start))]
         return _Inode(disk, bytearray(disk))
 
@@ -166,6 +181,7 @@ class MemoryFiles:
         self._epoch_us = epoch_us
         self._folders: dict[str, _Folder] = {}
         self._stores: dict[str, _StoreImage] = {}
+        self._freed: deque[bytes] = deque(maxlen=FREED_FILES)
         self._faults: list[_Fault] = []
         self._open_gate = trio.Event()
         self._open_gate.set()
@@ -226,8 +242,8 @@ class MemoryFiles:
         Args:
           seed: decides what becomes of everything that was not synced.
           kind: ``"kill"``: the process dies, all that it wrote stays.  ``"power"``: sectors
-              that were not synced are lost, kept, torn or garbage, and of the directory
-              operations that were not synced a beginning is kept.
+              that were not synced are lost, kept, torn, garbage or stale (of a deleted
+              file), and of the directory operations that were not synced a beginning is kept.
         """
         after = self.crash_image(seed, kind)
         self._dead = True
@@ -238,11 +254,14 @@ class MemoryFiles:
         rng = random.Random(seed)
         after = MemoryFiles(seed=rng.getrandbits(32), epoch_us=self._epoch_us)
         after.clock_offset_us = self.clock_offset_us
+        after._freed = self._freed.copy()
         images: dict[int, _Inode] = {}
 
         def image(inode: _Inode) -> _Inode:
             if id(inode) not in images:
-                images[id(inode)] = inode.copy() if kind == "kill" else inode.after_power_loss(rng)
+                images[id(inode)] = (
+                    inode.copy() if kind == "kill" else inode.after_power_loss(rng, self._freed)
+                )
             return images[id(inode)]
 
         for path, folder in self._folders.items():
@@ -424,6 +443,9 @@ class MemoryStore:
         self._image.state = state
         self._files._done("store", self.path)
 
+    def crowded(self, needed: int) -> bool:
+        return False
+
     def grow(self) -> None:
         pass
 
@@ -531,7 +553,10 @@ class MemoryDirectory:
         self._files._begin("unlink", f"{self.path}/{name}")
         if name not in self._folder.names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        self._files.free_bytes += len(self._folder.names[name].data)
+        data = self._folder.names[name].data
+        self._files.free_bytes += len(data)
+        if len(data) > SECTOR:
+            self._files._freed.append(bytes(data[:FREED_BYTES]))
         self._folder.change(_Change(name, None))
         self._files._done("unlink", f"{self.path}/{name}")
 

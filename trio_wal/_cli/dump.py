@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Final
 
 import msgspec
 from cyclopts import Parameter
 
+from trio_wal._database import decode_record
 from trio_wal._frame import FEATURE_DATABASE
-from trio_wal._operations import decode_transaction
 from trio_wal._reader import Record, RecordStream, open_reader
 from trio_wal._recovery import read_meta
 from trio_wal._util import KiB
@@ -60,7 +61,8 @@ async def dump(
         stop = None if to is None else to + 1
         stream = reader.follow(from_) if follow else reader.read(from_, stop)
         async with stream as records:
-            await _dump(records, to, _transaction if is_database else _line)
+            line_of = partial(_transaction, reader.path) if is_database else _line
+            await _dump(records, to, line_of)
     return ExitCode.OK
 
 
@@ -101,11 +103,11 @@ def _data(data: bytes) -> dict[str, object]:
         return {"base64": data}
 
 
-def _transaction(record: Record) -> bytes:
+def _transaction(path: str, record: Record) -> bytes:
     """A record of a database's log: what it did to each key; null is a deletion."""
     operations = [
         {"key": _data(key), "value": None if value is None else _data(value)}
-        for key, value in decode_transaction(record.data).items()
+        for key, value in decode_record(path, record.lsn, record.data).items()
     ]
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
     return _encode({**fields, "operations": operations})

@@ -12,7 +12,7 @@ from msgspec import to_builtins
 from trio_wal import _scan
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import Directory
-from trio_wal._frame import FORMAT_VERSION, Kind, to_datetime
+from trio_wal._frame import FORMAT_VERSION, TIME_US_MAX, Kind, to_datetime
 from trio_wal._reader import LOOK_TRIES, _ReaderSource
 from trio_wal._recovery import FoundSegment, read_meta
 from trio_wal._scan import FrameScanner, start_of
@@ -98,7 +98,7 @@ def _look_once(directory: Directory) -> _Log:
     if meta is None:
         raise CorruptLogError(directory.path, 0, "there is no log here: log.meta is missing")
     found = source._segments
-    rows = [_row(directory, *pair) for pair in zip(found, [*found[1:], None], strict=True)]
+    rows = [_row(directory, *pair) for pair in zip(found, [*found[1:], None], strict=False)]
     return _Log(
         path=directory.path,
         uuid=str(uuid.UUID(bytes=meta.log_uuid)),
@@ -146,7 +146,7 @@ def _row(directory: Directory, segment: FoundSegment, following: FoundSegment | 
         bytes=size,
         used=used,
         state=state,
-        created=to_datetime(header.created_us),
+        created=to_datetime(max(0, min(header.created_us, TIME_US_MAX))),
     )
 
 
