@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from command_line import (
@@ -35,7 +36,11 @@ from trio.testing import wait_all_tasks_blocked
 import trio_wal
 from trio_wal._cli import run
 from trio_wal._cli.dump import dump
+from trio_wal._directory import open_log_directory
+from trio_wal._files import OsFiles
+from trio_wal._frame import BLOCK, decode_meta, decode_segment_header
 from trio_wal._queue import Barrier
+from trio_wal._recovery import META_NAME
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
@@ -295,7 +300,7 @@ def test_records_before_damage_are_dumped(cli: CommandLine, long_log: Path) -> N
     first = int(damaged.stem[4:])
     assert cli("dump", long_log) == 3
     assert [json.loads(line)["lsn"] for line in cli.out.splitlines()] == list(range(1, first))
-    assert cli.err.startswith(f"trio-wal: {damaged}: damaged at offset 4096: ")
+    assert cli.err.startswith(f"trio-wal: {damaged}: at offset 4096: ")
 
 
 def test_dump_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
@@ -419,6 +424,40 @@ def test_inspect_names_the_features_of_a_log(cli: CommandLine, tmp_path: Path) -
     assert cli.json("verify", path)["features"] == ["zstd"]
 
 
+def test_a_log_whose_creation_was_cut_short_can_be_looked_at(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    path = make_log(tmp_path / "log")
+    meta = attrs.evolve(decode_meta((path / META_NAME).read_bytes()), live=False)
+    (path / META_NAME).write_bytes(meta.encode())
+    assert cli.json("inspect", path)["segments"] == []
+    assert dumped(cli, path) == []
+    assert cli("verify", path) == 0
+
+
+def test_inspect_shows_a_segment_of_an_impossible_time(cli: CommandLine, tmp_path: Path) -> None:
+    """A log may have been created on a machine without a clock."""
+    path = make_log(tmp_path / "log", [PAYLOAD])
+    (segment,) = segment_files(path)
+    data = segment.read_bytes()
+    for time_us, year in ((-1, "1970-01-01"), (2**62, "9999-12-31")):
+        header = attrs.evolve(decode_segment_header(data), created_us=time_us)
+        segment.write_bytes(header.encode() + data[BLOCK:])
+        (row,) = cli.json("inspect", path)["segments"]
+        assert row["created"].startswith(year)
+
+
+def test_dump_refuses_what_is_no_transaction_in_a_databases_log(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "log")
+    log = open_log_directory(OsFiles(), path, segment_size=1, database=True)
+    log.write([b"no transaction"], 0, sync=True)
+    log.close()
+    assert cli("dump", path) == 3
+    assert re.match(rf"^trio-wal: {re.escape(path)}: .*: LSN 1: a transaction does not", cli.err)
+
+
 def test_an_empty_log_can_be_looked_at(cli: CommandLine, tmp_path: Path) -> None:
     path = make_log(tmp_path / "log")
     assert dumped(cli, path) == []
@@ -534,7 +573,7 @@ def test_a_damaged_log_is_an_error_that_sends_to_verify(
     flip(damaged, 30)
     assert cli(command, long_log) == 3
     assert cli.err == (
-        f"trio-wal: {damaged}: damaged at offset 0: checksum of the segment header does not "
+        f"trio-wal: {damaged}: at offset 0: checksum of the segment header does not "
         "match; nothing was modified, 'trio-wal verify' lists every finding\n"
     )
 

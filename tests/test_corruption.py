@@ -137,7 +137,7 @@ def test_an_error_says_where_the_damage_is(number: int) -> None:
     assert (error.path, error.offset) == (f"/log/{name}", offset)
     assert error.reason.startswith("checksum of the frame body does not match")
     assert str(error) == (
-        f"/log/{name}: damaged at offset {offset}: {error.reason}; nothing was modified, "
+        f"/log/{name}: at offset {offset}: {error.reason}; nothing was modified, "
         "'trio-wal verify' lists every finding"
     )
 
@@ -149,7 +149,7 @@ def test_damage_that_a_later_frame_calls_durable_is_no_torn_tail() -> None:
     refused(
         files,
         CorruptLogError,
-        rf"^/log/{name}: damaged at offset 4608: checksum of the frame body does not match; the "
+        rf"^/log/{name}: at offset 4608: checksum of the frame body does not match; the "
         r"frame at offset 5120 says that LSN 2 had been durable",
     )
 
@@ -161,7 +161,7 @@ def test_a_closed_log_without_its_last_record_is_refused() -> None:
     lost = DATA_OFFSET + BLOCK
     for end in (lost + 2 * BLOCK, lost + BLOCK):
         files.write_file(LOG, name, data[:lost] + bytes(end - lost) + data[end:])
-        refused(files, CorruptLogError, rf"^/log/{name}: damaged at offset {lost}: ")
+        refused(files, CorruptLogError, rf"^/log/{name}: at offset {lost}: ")
 
 
 def test_random_blocks_swapped_or_misplaced_are_refused() -> None:
@@ -196,10 +196,10 @@ def four_segments(*, close: bool = True) -> MemoryFiles:
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (0, "wal-0{19}1.log: damaged at offset 0: segment 1 is missing: the log starts with it"),
-        (1, "wal-0{19}5.log: damaged at offset 0: segment 2 before it is missing"),
-        (2, "wal-0{19}7.log: damaged at offset 0: segment 3 before it is missing"),
-        (3, r"wal-0{19}7.log: damaged at offset 0: segment 4 is missing: wal-0{19}5.log is sealed"),
+        (0, "wal-0{19}1.log: at offset 0: segment 1 is missing: the log starts with it"),
+        (1, "wal-0{19}5.log: at offset 0: segment 2 before it is missing"),
+        (2, "wal-0{19}7.log: at offset 0: segment 3 before it is missing"),
+        (3, r"wal-0{19}7.log: at offset 0: segment 4 is missing: wal-0{19}5.log is sealed"),
     ],
 )
 def test_a_missing_segment_is_noticed(number: int, reason: str, close: bool) -> None:
@@ -234,7 +234,7 @@ def test_a_renamed_segment_is_noticed(number: int) -> None:
     refused(
         files,
         CorruptLogError,
-        rf"^/log/wal-0{{18}}99\.log: damaged at offset 0: the header says that this file is {name}",
+        rf"^/log/wal-0{{18}}99\.log: at offset 0: the header says that this file is {name}",
     )
 
 
@@ -268,7 +268,7 @@ def test_a_segment_of_another_log_is_noticed(number: int) -> None:
     refused(
         files,
         CorruptLogError,
-        rf"^/log/{name}: damaged at offset 0: this segment belongs to another log",
+        rf"^/log/{name}: at offset 0: this segment belongs to another log",
     )
 
 
@@ -310,7 +310,7 @@ def test_a_segment_cut_into_its_header_is_noticed(number: int, size: int) -> Non
     files = four_segments()
     name = segments(files)[number]
     files.write_file(LOG, name, files.read_file(LOG, name)[:size])
-    refused(files, CorruptLogError, rf"^/log/{name}: damaged at offset 0: ")
+    refused(files, CorruptLogError, rf"^/log/{name}: at offset 0: ")
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -319,7 +319,7 @@ def test_a_segment_cut_into_its_records_is_noticed(number: int, size: int) -> No
     files = four_segments()
     name = segments(files)[number]
     files.write_file(LOG, name, files.read_file(LOG, name)[:size])
-    refused(files, CorruptLogError, rf"^/log/{name}: damaged at offset \d+: ")
+    refused(files, CorruptLogError, rf"^/log/{name}: at offset \d+: ")
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -328,7 +328,7 @@ def test_a_segment_zeroed_from_its_records_on_is_noticed(number: int) -> None:
     name = segments(files)[number]
     data = files.read_file(LOG, name)
     files.write_file(LOG, name, data[:DATA_OFFSET].ljust(len(data), b"\0"))
-    refused(files, CorruptLogError, rf"^/log/{name}: damaged at offset 4096: ")
+    refused(files, CorruptLogError, rf"^/log/{name}: at offset 4096: ")
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -369,14 +369,14 @@ def test_a_footer_that_lies_is_noticed() -> None:
 def test_a_missing_meta_is_noticed() -> None:
     files = four_segments()
     files.remove_file(LOG, "log.meta")
-    refused(files, CorruptLogError, r"^/log/log\.meta: damaged at offset 0: the file is missing")
+    refused(files, CorruptLogError, r"^/log/log\.meta: at offset 0: the file is missing")
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(512), b"triowal\n" + bytes(504), b"x" * 600])
 def test_a_damaged_meta_is_noticed(data: bytes) -> None:
     files = four_segments()
     files.write_file(LOG, "log.meta", data)
-    refused(files, CorruptLogError, r"^/log/log\.meta: damaged at offset 0: ")
+    refused(files, CorruptLogError, r"^/log/log\.meta: at offset 0: ")
 
 
 @pytest.mark.parametrize("data", [b"", b"trio-wal", bytes(8192), b"\x7fELF" * 2000])
@@ -384,7 +384,7 @@ def test_a_segment_that_is_something_else_is_noticed(data: bytes) -> None:
     files = four_segments()
     name = segments(files)[1]
     files.write_file(LOG, name, data)
-    refused(files, CorruptLogError, rf"^/log/{name}: damaged at offset 0: ")
+    refused(files, CorruptLogError, rf"^/log/{name}: at offset 0: ")
 
 
 def test_a_foreign_directory_is_refused() -> None:
@@ -393,7 +393,7 @@ def test_a_foreign_directory_is_refused() -> None:
     refused(
         files,
         CorruptLogError,
-        r"^/log: damaged at offset 0: this is no log: it holds 'thesis\.tex' but no log\.meta",
+        r"^/log: at offset 0: this is no log: it holds 'thesis\.tex' but no log\.meta",
     )
 
 

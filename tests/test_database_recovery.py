@@ -375,7 +375,7 @@ async def test_a_store_that_is_gone_is_refused_where_the_log_starts_later(tmp_pa
     shutil.rmtree(tmp_path / "db" / "store")
     error = await refuse(
         tmp_path / "db",
-        rf"^{tmp_path}/db/store/data\.mdb: damaged at offset 0: the store is missing, and the "
+        rf"^{tmp_path}/db/store/data\.mdb: at offset 0: the store is missing, and the "
         rf"log starts at LSN {first}; ",
     )
     assert REBUILD in str(error)
@@ -393,7 +393,7 @@ async def test_the_store_of_another_database_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "db" / "store")
     shutil.copytree(tmp_path / "other" / "db" / "store", tmp_path / "db" / "store")
     error = await refuse(
-        tmp_path / "db", r"^.*data\.mdb: damaged at offset 0: the store belongs to another log; "
+        tmp_path / "db", r"^.*data\.mdb: at offset 0: the store belongs to another log; "
     )
     assert REBUILD in str(error)
     shutil.move(tmp_path / "db" / "store", tmp_path / "moved away")
@@ -442,11 +442,11 @@ async def test_a_store_without_a_log_is_refused(tmp_path: Path) -> None:
     await make(home)
     shutil.move(tmp_path / "db" / "log", tmp_path / "log")
     await refuse(
-        tmp_path / "db", r"^.*/db: damaged at offset 0: this is no database: it holds 'store' but "
+        tmp_path / "db", r"^.*/db: at offset 0: this is no database: it holds 'store' but "
     )
     (tmp_path / "db" / "log").mkdir()
     await refuse(
-        tmp_path / "db", r"^.*data\.mdb: damaged at offset 0: there is a store but no log; "
+        tmp_path / "db", r"^.*data\.mdb: at offset 0: there is a store but no log; "
     )
     (tmp_path / "db" / "log").rmdir()
     shutil.move(tmp_path / "log", tmp_path / "db" / "log")
@@ -472,7 +472,7 @@ async def test_a_damaged_store_is_refused_and_can_be_rebuilt(
     await make(home)
     file = tmp_path / "db" / "store" / "data.mdb"
     file.write_bytes(damage(file.read_bytes()))
-    error = await refuse(tmp_path / "db", rf"^{file}: damaged at offset 0: ")
+    error = await refuse(tmp_path / "db", rf"^{file}: at offset 0: ")
     assert REBUILD in str(error)
     shutil.move(tmp_path / "db" / "store", tmp_path / "moved away")
     async with home.open() as db:
@@ -485,7 +485,7 @@ async def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
     segment = sorted((tmp_path / "db" / "log").glob("wal-*"))[2]
     segment.unlink()
     await refuse(
-        tmp_path / "db", rf"^{segment.parent}/wal-.*: damaged at offset 0: segment . is mis"
+        tmp_path / "db", rf"^{segment.parent}/wal-.*: at offset 0: segment . is mis"
     )
 
 
@@ -494,7 +494,7 @@ async def test_a_log_that_is_not_a_databases_is_refused(tmp_path: Path) -> None:
         await wal.append(b"no transaction")
     # Given itself, and as a database's.
     await refuse(
-        tmp_path / "log", r"^.*/log: damaged at offset 0: this is no database: it holds 'lo.* but"
+        tmp_path / "log", r"^.*/log: at offset 0: this is no database: it holds 'lo.* but"
     )
     (tmp_path / "db").mkdir()
     shutil.move(tmp_path / "log", tmp_path / "db" / "log")
@@ -504,7 +504,7 @@ async def test_a_log_that_is_not_a_databases_is_refused(tmp_path: Path) -> None:
 async def test_a_databases_directory_is_no_log(tmp_path: Path) -> None:
     await make(Home(tmp_path))
     before = hash_tree(tmp_path)
-    with pytest.raises(CorruptLogError, match=r"^.*/db: damaged .*: this is no log: it holds 'l"):
+    with pytest.raises(CorruptLogError, match=r"^.*/db: at offset 0: this is no log: it holds 'l"):
         await trio_wal.open_wal(tmp_path / "db").__aenter__()
     with pytest.raises(CorruptLogError, match=rf"^{tmp_path}/db/log"):
         await trio_wal.open_wal(tmp_path / "db" / "log").__aenter__()
@@ -515,11 +515,11 @@ async def test_a_foreign_directory_or_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_bytes(b"dear ...")
     await refuse(
-        tmp_path / "home", r"^.*/home: damaged .*: this is no database: it holds 'letter\.txt' but"
+        tmp_path / "home", r"^.*/home: at offset 0: this is no database: it holds 'letter\.txt' but"
     )
     (tmp_path / "mixed" / "log").mkdir(parents=True)
     (tmp_path / "mixed" / "log" / "letter.txt").write_bytes(b"dear ...")
-    await refuse(tmp_path / "mixed", r"^.*/mixed/log: damaged .*: this is no log: it holds 'letter")
+    await refuse(tmp_path / "mixed", r"^.*/mixed/log: at offset 0: this is no log: it holds 'letter")
     (tmp_path / "file").write_bytes(b"dear ...")
     with pytest.raises(CorruptLogError, match=rf"^{tmp_path}/file: .*: not a directory; "):
         await trio_wal.open_database(tmp_path / "file").__aenter__()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import LOG, SMALL_SEGMENT, Call, append_until, open_memory, open_tasks, read_all
+from logs import content, make_log, open_log, records_of
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
@@ -652,3 +653,38 @@ async def test_a_full_real_disk(
         assert await wal.append(b"there is space") == last + 1
     async with trio_wal.open_wal(tmp_path / "log") as wal:
         assert len(await read_all(wal)) == last + 1
+
+
+# -- a cut of the log's end that fails ------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", range(5))
+@pytest.mark.parametrize("operation", ["unlink", "rename", "sync", "sync_dir", "pwrite", "open"])
+def test_nothing_is_dropped_once_cutting_the_end_has_failed(operation: Any, after: int) -> None:
+    """``log.meta`` may say what the open log does not know: that must not be written over."""
+    files = make_log(*([bytes([number])] for number in range(20)), close=False)
+    log = open_log(files)
+    before = records_of(log)
+    files.fail(operation, after=after)
+    try:
+        log.truncate_after(9)
+    except OSError:
+        files.heal()
+        with pytest.raises(OSError, match=rf"could not be cut, and nothing else will be: '{LOG}'"):
+            log.drop_before(5)
+    log.close(orderly=False)
+    assert content(files) in (before, before[:9])
+
+
+async def test_a_reader_is_told_when_cutting_the_end_has_failed(files: MemoryFiles) -> None:
+    async with failing(files, segment_size=1, flush_interval=0) as wal:
+        for number in range(20):
+            await wal.append(bytes([number]))
+        async with wal.follow(15) as records:
+            # The segment of LSN 15 is gone by then.
+            files.fail("rename", after=1)
+            with pytest.raises(trio_wal.LogFailedError):
+                await wal.truncate_after(9)
+            with pytest.raises(trio_wal.LogFailedError) as caught:
+                await anext(records)
+            check(caught.value, "unknown")

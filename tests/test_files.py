@@ -24,7 +24,7 @@ from logs import TINY, append, open_log, records_of
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError
 from trio_wal._directory import open_log_directory
-from trio_wal._files import Directory, OsDirectory, OsFiles
+from trio_wal._files import Directory, OsDirectory, OsFile, OsFiles
 from trio_wal.testing import MemoryFiles
 
 pytestmark = pytest.mark.skipif(
@@ -327,14 +327,14 @@ def test_what_is_no_regular_file_is_refused_at_once(
     path = tmp_path / "log"
     make_log(path)
     make(path / name)
-    refused(path, CorruptLogError, rf"/{name}: damaged at offset 0: not a regular file")
+    refused(path, CorruptLogError, rf"/{name}: at offset 0: not a regular file")
 
     async def look() -> None:
         with trio.fail_after(60):
             async with trio_wal.open_reader(path):
                 raise AssertionError("it was opened")
 
-    with pytest.raises(CorruptLogError, match=rf"/{name}: damaged at offset 0: not a regular file"):
+    with pytest.raises(CorruptLogError, match=rf"/{name}: at offset 0: not a regular file"):
         trio.run(look)
 
 
@@ -345,7 +345,7 @@ def test_a_lock_file_that_is_no_regular_file_is_refused(
     path = tmp_path / "log"
     make_log(path)
     make(path / "lock")
-    refused(path, CorruptLogError, r"/lock: damaged at offset 0: not a regular file")
+    refused(path, CorruptLogError, r"/lock: at offset 0: not a regular file")
 
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "device"])
@@ -357,7 +357,7 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, kind: str) -> No
         os.mkfifo(path)
     else:
         path = Path(os.devnull)
-    refused(path, CorruptLogError, r": damaged at offset 0: not a directory")
+    refused(path, CorruptLogError, r": at offset 0: not a directory")
     assert kind != "file" or path.read_bytes() == b"my thesis"
 
 
@@ -553,3 +553,24 @@ def test_both_kinds_of_directories_are_directories(directory: OsDirectory) -> No
         opened.publish(3)
         assert opened.published() == 3
         opened.close()
+
+
+def test_a_read_far_behind_the_end_takes_no_memory_for_what_is_not_there(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forged frame may claim any length; pread(2) takes a buffer of it first."""
+    file = directory.open("file", create=True)
+    file.pwrite([b"short"], 0)
+    asked: list[int] = []
+    original = OsFile._pread
+
+    def pread(self: OsFile, length: int, offset: int) -> bytes:
+        asked.append(length)
+        return original(self, length, offset)
+
+    monkeypatch.setattr(OsFile, "_pread", pread)
+    assert file.pread(1 << 40, 0) == b"short"
+    assert file.pread(1 << 40, 2) == b"ort"
+    assert file.pread(1 << 40, 99) == b""
+    assert max(asked) == 5
+    file.close()

@@ -24,6 +24,7 @@ from trio_wal._frame import (
     FRAME_HEADER_SIZE,
     INDEX_ENTRIES_MAX,
     LSN_MAX,
+    START_MAX,
     TIME_US_MAX,
     Codec,
     Footer,
@@ -78,7 +79,7 @@ FRAME = FrameHeader(
 u16 = st.integers(0, 2**16 - 1)
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
-lsns = st.integers(0, LSN_MAX)
+lsns = st.integers(0, START_MAX)
 times = st.integers(0, TIME_US_MAX)
 bytes16 = st.binary(min_size=16, max_size=16)
 
@@ -266,6 +267,17 @@ def test_a_feature_that_is_not_known_is_unsupported_and_not_damage(
     assert caught.value.version == 4
 
 
+@pytest.mark.parametrize("number", [START_MAX + 1, 2**64 - 1])
+def test_numbers_that_leave_no_room_for_what_follows_are_refused(number: int) -> None:
+    for changes in ({"number": number}, {"first_lsn": number}):
+        with pytest.raises(FrameError, match=r"^the segment header has the number \d+ and LSN"):
+            decode_segment_header(attrs.evolve(SEGMENT, **changes).encode())
+    for changes in ({"base_number": number}, {"base_lsn": number}):
+        meta = attrs.evolve(Meta(bytes(16), 1, 1), **changes)
+        with pytest.raises(FrameError, match=r"^log\.meta has the number \d+ and LSN"):
+            decode_meta(meta.encode())
+
+
 def test_a_header_of_another_layout_is_refused() -> None:
     with pytest.raises(FrameError, match=r"^the segment header declares another layout"):
         decode_segment_header(resealed(SEGMENT.encode(), 10, (64).to_bytes(2, "little")))
@@ -326,6 +338,8 @@ def test_a_frame_is_valid_only_where_it_was_written() -> None:
         (38, b"\1"),  # reserved
         (40, (FRAME_BODY_MAX + 1).to_bytes(4, "little")),
         (44, (FRAME_BODY_MAX + 1).to_bytes(4, "little")),
+        (32, (BATCH_RECORDS_MAX + 1).to_bytes(4, "little")),
+        (8, (LSN_MAX + 1).to_bytes(8, "little")),
     ],
 )
 def test_a_frame_header_with_an_impossible_field_is_none_even_if_its_checksum_fits(

@@ -157,7 +157,7 @@ def test_damage_in_them_is_found(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[4096 + 70] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CorruptLogError, match=r"/wal-0{19}1\.log: damaged at offset 4096: "):
+    with pytest.raises(CorruptLogError, match=r"/wal-0{19}1\.log: at offset 4096: "):
         open_log_directory(OsFiles(), str(path), segment_size=TINY)
 
 

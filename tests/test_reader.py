@@ -619,7 +619,7 @@ async def test_the_records_before_damage_are_given_and_then_its_place(
         log = trio_wal.open_reader(LOG, files=files)
     async with log as opened, opened.read() as records:
         assert [number for number, _ in await take(records, lsn - 1)] == list(range(1, lsn))
-        with pytest.raises(CorruptLogError, match=rf"^/log/{name}: damaged at offset ") as caught:
+        with pytest.raises(CorruptLogError, match=rf"^/log/{name}: at offset ") as caught:
             await records.__anext__()
         assert caught.value.offset == DATA_OFFSET + (lsn - 1) % 2 * BLOCK
         with pytest.raises(CorruptLogError):
@@ -917,9 +917,9 @@ async def test_a_log_that_is_only_being_created_is_empty() -> None:
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        ([], r"^/log: damaged at offset 0: there is no log here: log\.meta is missing"),
-        (["thesis.tex"], r"^/log: damaged at offset 0: there is no log here: log\.meta is missing"),
-        (["log.meta"], r"^/log/log\.meta: damaged at offset 0: log\.meta cut short: 0 of 512"),
+        ([], r"^/log: at offset 0: there is no log here: log\.meta is missing"),
+        (["thesis.tex"], r"^/log: at offset 0: there is no log here: log\.meta is missing"),
+        (["log.meta"], r"^/log/log\.meta: at offset 0: log\.meta cut short: 0 of 512"),
     ],
 )
 async def test_a_directory_without_a_log_is_refused(names: list[str], match: str) -> None:
@@ -1002,3 +1002,24 @@ async def test_a_compressed_log_is_read_like_any_other() -> None:
         async with look(files) as log:
             assert await read(log) == list(numbered([b"a" * 5000, b"b", b"c" * 3000, b"d"]))
             assert await read(log, 2, 4) == [(2, b"b"), (3, b"c" * 3000)]
+
+
+async def test_a_reader_is_told_where_a_segment_ends_before_the_next_one_begins() -> None:
+    """Files of two copies of one log that went different ways: no thread may look for ever."""
+    copies = []
+    for first in ([b"1", b"2"], [b"1"]):
+        files = MemoryFiles(seed=1)
+        log = open_log(files)
+        for data in first:
+            append(log, data)
+        log.rotate()
+        append(log, b"last")
+        log.close()
+        copies.append(files)
+    files, other = copies
+    name = segments(files)[0]
+    files.write_file(LOG, name, other.read_file(LOG, name))
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.read() as records:
+        assert (await records.__anext__()).data == b"1"
+        with pytest.raises(CorruptLogError, match=rf"^{LOG}/{name}: .*: the segment ends before"):
+            await records.__anext__()

@@ -331,7 +331,7 @@ async def test_a_crash_at_any_operation_of_a_log_with_many_tasks_loses_nothing_a
                 nursery.start_soon(write, b"task %d" % number)
         files.after_operation = None
     assert len(acknowledged) == 35
-    assert len(moments) > 100
+    assert len(moments) > 50
     for image, known in moments:
         found = dict(content(image))
         assert known.items() <= found.items()
@@ -502,7 +502,7 @@ def test_a_cut_that_was_decided_needs_its_new_segment() -> None:
     before = files.contents(LOG)
     with pytest.raises(
         CorruptLogError,
-        match=r"^/log/wal-0{19}2\.log: damaged at offset 0: the segment in which a truncated log "
+        match=r"^/log/wal-0{19}2\.log: at offset 0: the segment in which a truncated log "
         r"goes on is missing",
     ):
         open_log(files)
@@ -600,7 +600,7 @@ def test_damage_outside_of_the_budget_is_found_when_it_is_read() -> None:
     with pytest.raises(CorruptLogError):
         open_log(copy_of(files), verify_bytes=math.inf)
     log = open_log(files, verify_bytes=0)
-    with pytest.raises(CorruptLogError, match=rf"^/log/{name}: damaged at offset 4608: "):
+    with pytest.raises(CorruptLogError, match=rf"^/log/{name}: at offset 4608: "):
         records_of(log)
     append(log, b"8")
     log.drop_before(5)
@@ -631,3 +631,31 @@ def test_meta_of_a_log_in_use_says_so() -> None:
     meta = read_meta(eight().open_directory(LOG))
     assert meta is not None
     assert meta == Meta(meta.log_uuid, 1, 1, live=True)
+
+
+# -- what a forger writes ---------------------------------------------------------------------
+
+
+def test_a_footer_that_lies_about_its_segment_is_not_gone_on_with() -> None:
+    """Behind the mark of a close recovery counts from its footer, and writes the next one."""
+    files = make_log([b"a"], [b"b"], segment_size=16 * KiB)
+    log = open_log(files, segment_size=16 * KiB)
+    append(log, b"c")
+    log.active.records += 7
+    log.close()
+    log = open_log(files, segment_size=16 * KiB, verify_bytes=0)
+    log.rotate()
+    append(log, b"d")
+    log.close()
+    assert content(files) == numbered([b"a", b"b", b"c", b"d"])
+
+
+def test_a_log_of_which_only_creation_was_begun_may_hold_no_strange_segment() -> None:
+    files = MemoryFiles()
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda operation, path: images.append(copy_of(files))
+    open_log(files)
+    begun = next(image for image in images if "log.meta" in image.names(LOG))
+    begun.write_file(LOG, "wal-1.log", b"")
+    with pytest.raises(CorruptLogError, match=r"^/log/wal-1\.log: .* not the name of a segment"):
+        open_log(begun)

@@ -23,6 +23,7 @@ from trio_wal._frame import (
     Kind,
     Meta,
     SegmentHeader,
+    Truncation,
     decode_meta,
     decode_segment_header,
     encode_frame_header,
@@ -798,3 +799,34 @@ def test_progress_only_grows_and_ends_at_the_total() -> None:
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
     assert seen[-1] == (total, total)
     assert len(seen) > len(segments(files))
+
+
+# -- what log.meta says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"base_number": 2}, {"base_lsn": 3}])
+def test_a_meta_file_that_begins_the_log_elsewhere_is_a_finding(changes: dict[str, int]) -> None:
+    files = ten_batches()
+    change_meta(files, **changes)
+    findings = check(files).findings
+    assert findings[0].path == f"{LOG}/{META_NAME}"
+    assert findings[0].reason.startswith("it says that the log starts with segment ")
+
+
+def test_a_decided_cut_without_its_new_segment_is_a_finding() -> None:
+    files = ten_batches()
+    change_meta(files, truncation=Truncation(bytes(16), 1, DATA_OFFSET, 0, 3))
+    findings = check(files).findings
+    assert ["the segment in which a truncated log goes on is missing", 3] in [
+        [finding.reason, finding.first_lsn] for finding in findings
+    ]
+
+
+def test_a_strange_name_in_a_log_that_was_never_in_use_is_a_finding() -> None:
+    files = MemoryFiles()
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda operation, path: images.append(copy_of(files))
+    open_log(files)
+    begun = next(image for image in images if META_NAME in image.names(LOG))
+    begun.write_file(LOG, "wal-1.log", b"")
+    assert [finding.path for finding in check(begun).findings] == [f"{LOG}/wal-1.log"]

@@ -12,6 +12,7 @@ Three locks: ``_shape`` guards the list of segments and is held for an instant o
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -120,6 +121,9 @@ class LogDirectory:
         """Counts before and after the log's end is cut: a reader compares."""
         self.cutting: bool = False
         """Whether that is under way: what a reader misses now need not be damage."""
+        self.cut_failed: OSError | None = None
+        """What kept `truncate_after` from its end: log.meta may hold a decision that `_meta`
+        does not know, and to write `_meta` again would take that back, files being gone."""
         self.sync_seconds: float = 0.0
         """How long the last sync took."""
         self._published_lsn = -1
@@ -385,6 +389,9 @@ class LogDirectory:
         Returns how many were dropped.
         """
         with self._truncating:
+            if self.cut_failed is not None:
+                text = "the log's end could not be cut, and nothing else will be"
+                raise OSError(errno.EIO, text, self.path) from self.cut_failed
             sealed = self.sealed()
             if self.keep_from is not None:
                 # Looked at here, under the lock: a caller's own look may be out of date.
@@ -486,6 +493,9 @@ class LogDirectory:
             self.cutting = True
             try:
                 self._cut(lsn)
+            except OSError as exc:
+                self.cut_failed = exc
+                raise
             finally:
                 self.cutting = False
 

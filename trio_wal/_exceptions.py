@@ -38,7 +38,7 @@ class CorruptLogError(WalError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: damaged at offset {self.offset}: {self.reason}; "
+            f"{self.path}: at offset {self.offset}: {self.reason}; "
             "nothing was modified, 'trio-wal verify' lists every finding"
         )
 

@@ -40,7 +40,9 @@ hold at once.  `append_many` refuses a unit above it."""
 BATCH_RECORDS_MAX: Final = 1 << 24
 """Records of one frame: a table of lengths costs a reader some hundred bytes a record."""
 LSN_MAX: Final = 1 << 63
-"""Also of segment numbers: no log comes that far, and what follows still fits its field."""
+"""No log comes that far, and what follows still fits its field."""
+START_MAX: Final = LSN_MAX // 2
+"""Of a segment's number and first LSN: what is appended to it stays below `LSN_MAX`."""
 INDEX_STEP_MIN: Final = 256 * KiB
 INDEX_ENTRIES_MAX: Final = 256
 """A footer's index has an entry each max(256 KiB, capacity / 256)."""
@@ -208,7 +210,7 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
         raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
         raise FrameError("the segment header declares another layout than version 1 has")
-    if max(number, first_lsn) > LSN_MAX:
+    if max(number, first_lsn) > START_MAX:
         raise FrameError(f"the segment header has the number {number} and LSN {first_lsn}")
     return SegmentHeader(
         log_uuid=uuid,
@@ -502,7 +504,7 @@ def decode_meta(sector: bytes) -> Meta:
     )
     if features & ~FEATURES_KNOWN:
         raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
-    if max(number, lsn) > LSN_MAX:
+    if max(number, lsn) > START_MAX:
         raise FrameError(f"log.meta has the number {number} and LSN {lsn}")
     return Meta(
         log_uuid=uuid,

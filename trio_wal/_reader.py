@@ -423,6 +423,10 @@ class WalSource:
         return self._directory.cuts + self._flusher.cuts
 
     def cutting(self) -> bool:
+        failed = self._directory.cut_failed
+        if failed is not None:
+            # What the reader misses may be cut off or not: only recovery can tell.
+            raise self._queue.failed("unknown", failed)
         return self._directory.cutting
 
     def locate(self, lsn: int) -> Place:
