@@ -8,10 +8,7 @@ is simply done again.
 
 from __future__ import annotations
 
-import heapq
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -31,8 +28,6 @@ log = logging.getLogger("trio_wal")
 RETRY_SECONDS: Final = 1.0
 READERS_PATIENCE_SECONDS: Final = 5.0
 """How long a full map waits for those who read before writers are told."""
-SORT_RUN: Final = 4096
-"""Keys that are sorted at once: about a millisecond."""
 
 
 class Checkpointer:
@@ -164,9 +159,8 @@ class Checkpointer:
             directory.close()
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:
-        versions = frozen.versions
-        items = ((key, versions[key].value) for key in _in_order(versions))
-        self._db.store.apply(items, state)
+        # In the order of keys LMDB's tree is written page by page.
+        self._db.store.apply(frozen.items(), state)
 
     async def _wait_unread(self, frozen: Layer) -> None:
         """LMDB's map grows only while nobody reads.
@@ -204,19 +198,6 @@ class Checkpointer:
 
         self._db.memtable.reopen_base(grow)
         self._db.refresh_view()
-
-
-def _in_order(keys: Iterable[bytes]) -> Iterator[bytes]:
-    """The keys ascending, so that LMDB's tree is written page by page.
-
-    One sort of a million keys would hold the interpreter lock, and with it the event loop,
-    for a second: short runs are sorted and merged.
-    """
-    iterator = iter(keys)
-    runs: list[list[bytes]] = []
-    while run := sorted(islice(iterator, SORT_RUN)):
-        runs.append(run)
-    return heapq.merge(*runs)
 
 
 async def settle_quietly(db: Database) -> None:

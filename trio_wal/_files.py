@@ -36,6 +36,12 @@ NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The errors that mean "no room": not a failure while a segment is being prepared."""
 
 
+_DISK_ERRORS: Final = (
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+    *(errno.EPERM, errno.EMFILE, errno.ENFILE),
+)
+
+
 class File(Protocol):
     path: str
 
@@ -507,6 +513,11 @@ def close_quietly(file: File | Directory) -> None:
     """Close what is given up anyway, after an error that must not be hidden."""
     with contextlib.suppress(OSError):
         file.close()
+
+
+def disk_error(text: str) -> int | None:
+    """The errno of a disk or a limit that a library's message ends with; None: it is another."""
+    return next((number for number in _DISK_ERRORS if text.endswith(os.strerror(number))), None)
 
 
 def file_size(path: str) -> int:

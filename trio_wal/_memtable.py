@@ -13,11 +13,11 @@ the store's read transaction and the layers above it at one moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from ._operations import Writes
-from ._order import SortedKeys
+from ._order import RUN_KEYS, SortedKeys
 from ._store import ReadTransaction, Store
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class Version:
 
 
 class Layer:
-    """Newest versions by key, with an order that is made when somebody scans."""
+    """Newest versions by key, and the keys in order."""
 
-    __slots__ = ("_sorted", "bytes", "fresh", "last_lsn", "last_seq", "log_bytes", "versions")
+    __slots__ = ("bytes", "keys", "last_lsn", "last_seq", "log_bytes", "versions")
 
     def __init__(self) -> None:
         self.versions: dict[bytes, Version] = {}
@@ -67,18 +67,17 @@ class Layer:
         self.last_seq: int = 0
         self.last_lsn: int = 0
         """Of its newest durable commit; 0 where there is none."""
-        self._sorted = SortedKeys()
-        self.fresh: list[bytes] = []
-        """Keys that are not in the order yet."""
+        self.keys = SortedKeys()
+        """Some may be gone from ``versions`` again."""
 
-    def keys_between(
-        self, start: bytes | None, stop: bytes | None, reverse: bool
-    ) -> Iterator[bytes]:
-        """Its keys in order; some may be gone from ``versions`` again, or come twice."""
-        if self.fresh:
-            self._sorted.update(self.fresh)
-            self.fresh.clear()
-        return self._sorted.between(start, stop, reverse=reverse)
+    def items(self) -> Iterator[tuple[bytes, bytes | None]]:
+        """Keys in order with their newest values, None where it was deleted; of a layer
+        that nothing is written to any more, also in another thread."""
+        versions = self.versions
+        for key in self.keys.between(None, None, reverse=False):
+            version = versions.get(key)
+            if version is not None:
+                yield key, version.value
 
     def forget_older(self, version: Version) -> None:
         """Nobody needs any more what a version replaced."""
@@ -95,7 +94,7 @@ class Layer:
         if self.last_seq <= seq:
             return None
         versions = self.versions
-        for key in self.keys_between(start, stop, reverse=False):
+        for key in self.keys.between(start, stop, reverse=False):
             version = versions.get(key)
             if version is not None and version.seq > seq:
                 return key
@@ -206,9 +205,7 @@ class View:
         """The next keys of all layers, in order, without repetition."""
         found: set[bytes] = set()
         for layer in self.layers():
-            # A key that was withdrawn and written again comes twice.
-            keys = (key for key, _ in groupby(layer.keys_between(low, high, reverse)))
-            found.update(islice(keys, SCAN_CHUNK))
+            found.update(islice(layer.keys.between(low, high, reverse=reverse), SCAN_CHUNK))
         return sorted(found, reverse=reverse)[:SCAN_CHUNK]
 
 
@@ -230,11 +227,12 @@ class Memtable:
         layer = self.view.active
         versions = layer.versions
         layer.last_seq = seq
+        fresh = layer.keys.fresh
         size = 0
         for key, value in writes.items():
             older = versions.get(key)
             if older is None:
-                layer.fresh.append(key)
+                fresh.append(key)
                 size += len(key)
             elif older.commitment is None and not keep_older:
                 if older.older is not None:
@@ -250,6 +248,8 @@ class Memtable:
             if commitment is not None:
                 commitment.versions.append(version)
         layer.bytes += size
+        if len(fresh) >= RUN_KEYS:
+            layer.keys.tidy()
 
     def remove(self, layer: Layer, writes: Writes, seq: int) -> None:
         """A commit was withdrawn: its versions are gone."""
@@ -275,6 +275,8 @@ class Memtable:
         """What is here becomes the frozen layer; commits go into a new one."""
         view = self.view
         assert view.frozen is None
+        # From here on the order is read in two threads.
+        view.active.keys.tidy()
         self.view = View(view.base, view.active, Layer())
         return view.active
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import attrs
 
 from ._exceptions import CorruptLogError
-from ._files import file_size, make_directory, sync_file
+from ._files import disk_error, file_size, make_directory, sync_file
 from ._operations import KEY_BYTES_MAX
 from ._util import MiB
 
@@ -137,6 +137,7 @@ class LmdbStore:
             self._data = self._env.open_db(_DATA)
             self._meta = self._env.open_db(_META)
         self._page_size: int = self._env.stat()["psize"]
+        self._entries: int = 0
 
     def read(self) -> ReadTransaction:
         return _LmdbRead(self._env, self._data)
@@ -175,9 +176,13 @@ class LmdbStore:
         sync_file(data_file(path))
 
     def statistics(self) -> tuple[int, int]:
-        with self._env.begin() as txn:
-            entries: int = txn.stat(self._data)["entries"]
-        return entries, file_size(data_file(self.path))
+        try:
+            with self._env.begin() as txn:
+                self._entries = txn.stat(self._data)["entries"]
+        except self._lmdb.PanicError:
+            # A write of its own failed, and LMDB begins nothing any more: what was last known.
+            pass
+        return self._entries, file_size(data_file(self.path))
 
     def close(self) -> None:
         self._env.close()
@@ -198,6 +203,10 @@ class _corruption:  # noqa: N801  (reads as a clause)
 
     def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         if isinstance(exc, self._lmdb.Error):
+            number = disk_error(str(exc))
+            if number is not None:
+                # The disk's fault, or the process's: that is no damage.
+                raise OSError(number, f"LMDB says: {exc}", self._path) from exc
             raise damaged(self._path, f"LMDB says: {exc}") from exc
 
 
@@ -215,6 +224,7 @@ def inspect_store(path: str) -> StoreState | None:
 
     Raises:
       CorruptLogError: LMDB cannot read it, or the file is shorter than it says.
+      OSError: the disk's own.
     """
     size = file_size(data_file(path))
     if not size:
