@@ -275,6 +275,21 @@ print("a record written, the log opened again, the record read:", trio_wal.__fil
 """
 
 
+def _campaign(session: nox.Session, name: str, *arguments: str) -> None:
+    """Run a campaign of tests/campaigns against the installed package."""
+    session.install(".[cli,zstd]", *_group("test"))
+    with session.chdir("tests"):
+        # The campaigns, but not the source tree, are found where they stand.
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", name, *arguments, env=env)
+
+
+@nox.session(default=False)
+def crash(session: nox.Session) -> None:
+    """Simulated crashes at every file operation: `nox -s crash -- [PART...] [--minutes M]`."""
+    _campaign(session, "crash", *session.posargs)
+
+
 @nox.session(default=False)
 def perf(session: nox.Session) -> None:
     """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""

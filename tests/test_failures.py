@@ -682,7 +682,7 @@ async def test_a_reader_is_told_when_cutting_the_end_has_failed(files: MemoryFil
             await wal.append(bytes([number]))
         async with wal.follow(15) as records:
             # The segment of LSN 15 is gone by then.
-            files.fail("rename", after=1)
+            files.fail("rename", after=2)
             with pytest.raises(trio_wal.LogFailedError):
                 await wal.truncate_after(9)
             with pytest.raises(trio_wal.LogFailedError) as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import stat
 import struct
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -278,3 +281,46 @@ def test_a_store_that_does_not_say_what_it_is_is_refused(
 
 def test_the_data_file_is_where_lmdb_puts_it(tmp_path: Path) -> None:
     assert data_file(str(tmp_path / "store")) == str(fill(tmp_path / "store"))
+
+
+# -- errors of the disk ------------------------------------------------------------------------
+
+
+class _Refusing:
+    """An LMDB environment after a write of its own has failed."""
+
+    def __init__(self, environment: Any) -> None:
+        self.close = environment.close
+
+    def begin(self, **_: Any) -> Any:
+        raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC: Update of meta page failed")
+
+
+def test_a_store_whose_own_write_has_failed_can_be_looked_at_and_closed(tmp_path: Path) -> None:
+    store = LmdbStore(str(tmp_path / "store"), 8 * MiB)
+    store.apply([(b"key", b"value")], STATE)
+    before = store.statistics()
+    store._env = _Refusing(store._env)
+    with pytest.raises(OSError, match=r"checkpoint failed: mdb_txn_begin: MDB_PANIC"):
+        store.apply([(b"key", b"other")], STATE)
+    assert store.statistics() == before
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS, errno.EFBIG, errno.EDQUOT]
+)
+def test_an_error_of_the_disk_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "store"
+    name = fill(path)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise lmdb.Error(f"{path}: {os.strerror(number)}")
+
+    monkeypatch.setattr(lmdb, "open", fail)
+    for call in (lambda: inspect_store(str(path)), lambda: LmdbStore(str(path), 8 * MiB)):
+        with pytest.raises(OSError, match=r"LMDB says: .*store: ") as caught:
+            call()
+        assert (caught.value.errno, caught.value.filename) == (number, str(name))
