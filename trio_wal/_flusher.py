@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -178,9 +177,10 @@ class Flusher:
                 pass
             except trio.EndOfChannel:
                 return None
-            deadline = math.inf if self._sync_due is None else self._sync_due
+            if self._sync_due is None:
+                return await self._receive()
             batch: Batch | None = None
-            with trio.move_on_at(deadline) as scope:
+            with trio.move_on_at(self._sync_due) as scope:
                 batch = await self._receive()
             if not scope.cancelled_caught:
                 return batch
