@@ -146,8 +146,15 @@ class Recorder:
                 self.states.append(after(self.states[-1], [commit]))
 
 
+@pytest.fixture(params=[1, 30, 4 << 20])
+def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Checkpoints in pieces of one key, of a few, and of all."""
+    monkeypatch.setattr("trio_wal._checkpoint.PIECE_BYTES", request.param)
+    return int(request.param)
+
+
 async def test_a_crash_at_any_operation_leaves_every_acknowledged_transaction_whole(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, piece_bytes: int
 ) -> None:
     files = MemoryFiles(seed=1)
     bank = Bank(files, random.Random(1), seeds=1)
@@ -169,12 +176,13 @@ async def test_a_crash_at_any_operation_leaves_every_acknowledged_transaction_wh
                 await bank.transfer(db, 0, 2)
     files.after_operation = None
     assert {"pwrite", "sync", "rename", "store", "unlink", "sync_dir"} <= bank.operations.keys()
-    assert bank.operations["store"] > 5
+    assert bank.operations["store"] > (50 if piece_bytes == 1 else 5)
     assert len(bank.images) > 1000
     for image in bank.images:
         await bank.check(image, recorder.states)
 
 
+@pytest.mark.usefixtures("piece_bytes")
 async def test_a_crash_while_recovering_from_a_crash_is_recovered_from_as_well() -> None:
     files = MemoryFiles(seed=2)
     bank = Bank(files, random.Random(2), stride=11, seeds=1)
@@ -445,9 +453,7 @@ async def test_a_store_without_a_log_is_refused(tmp_path: Path) -> None:
         tmp_path / "db", r"^.*/db: at offset 0: this is no database: it holds 'store' but "
     )
     (tmp_path / "db" / "log").mkdir()
-    await refuse(
-        tmp_path / "db", r"^.*data\.mdb: at offset 0: there is a store but no log; "
-    )
+    await refuse(tmp_path / "db", r"^.*data\.mdb: at offset 0: there is a store but no log; ")
     (tmp_path / "db" / "log").rmdir()
     shutil.move(tmp_path / "log", tmp_path / "db" / "log")
     async with home.open() as db:
@@ -484,18 +490,14 @@ async def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
     await make(home)
     segment = sorted((tmp_path / "db" / "log").glob("wal-*"))[2]
     segment.unlink()
-    await refuse(
-        tmp_path / "db", rf"^{segment.parent}/wal-.*: at offset 0: segment . is mis"
-    )
+    await refuse(tmp_path / "db", rf"^{segment.parent}/wal-.*: at offset 0: segment . is mis")
 
 
 async def test_a_log_that_is_not_a_databases_is_refused(tmp_path: Path) -> None:
     async with trio_wal.open_wal(tmp_path / "log") as wal:
         await wal.append(b"no transaction")
     # Given itself, and as a database's.
-    await refuse(
-        tmp_path / "log", r"^.*/log: at offset 0: this is no database: it holds 'lo.* but"
-    )
+    await refuse(tmp_path / "log", r"^.*/log: at offset 0: this is no database: it holds 'lo.* but")
     (tmp_path / "db").mkdir()
     shutil.move(tmp_path / "log", tmp_path / "db" / "log")
     await refuse(tmp_path / "db", rf"^{tmp_path}/db/log")
@@ -519,7 +521,9 @@ async def test_a_foreign_directory_or_a_file_is_refused(tmp_path: Path) -> None:
     )
     (tmp_path / "mixed" / "log").mkdir(parents=True)
     (tmp_path / "mixed" / "log" / "letter.txt").write_bytes(b"dear ...")
-    await refuse(tmp_path / "mixed", r"^.*/mixed/log: at offset 0: this is no log: it holds 'letter")
+    await refuse(
+        tmp_path / "mixed", r"^.*/mixed/log: at offset 0: this is no log: it holds 'letter"
+    )
     (tmp_path / "file").write_bytes(b"dear ...")
     with pytest.raises(CorruptLogError, match=rf"^{tmp_path}/file: .*: not a directory; "):
         await trio_wal.open_database(tmp_path / "file").__aenter__()

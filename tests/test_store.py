@@ -118,6 +118,24 @@ def test_a_store_that_never_had_a_checkpoint_has_no_state(tmp_path: Path) -> Non
     assert inspect_store(str(tmp_path / "store")) is None
 
 
+def test_a_piece_of_a_checkpoint_does_not_say_that_it_is_complete(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    store = LmdbStore(path, 1 * MiB)
+    store.apply([(b"a", b"1")], None)
+    store.close()
+    assert inspect_store(path) is None, "the first checkpoint was never complete"
+    store = LmdbStore(path, 1 * MiB)
+    store.apply([(b"b", b"1")], STATE)
+    store.apply([(b"a", None), (b"b", b"2")], None)
+    store.close()
+    assert inspect_store(path) == STATE
+    store = LmdbStore(path, 1 * MiB)
+    read = store.read()
+    assert list(read.items(None, None, False)) == [(b"b", b"2")]
+    read.close()
+    store.close()
+
+
 def test_a_full_map_changes_nothing_and_can_grow(tmp_path: Path) -> None:
     store = LmdbStore(str(tmp_path / "store"), 1 * MiB)
     store.apply([(b"a", b"1")], STATE)

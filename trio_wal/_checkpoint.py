@@ -1,9 +1,8 @@
 """Moving committed state into the store, beside the writers.
 
-Law: one checkpoint at a time.  The frozen layer goes into the store together with the LSN
-that it reaches, in one LMDB transaction in a worker thread; only when that is synced may
-the log drop what it covers.  A checkpoint that is interrupted anywhere changes nothing and
-is simply done again.
+Law: one checkpoint at a time.  The frozen layer goes into the store in a worker thread, and
+the LSN that it reaches with the last piece of it; only when that is synced may the log drop
+what it covers.  A checkpoint that is interrupted anywhere is simply done again.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from trio.lowlevel import enable_ki_protection
 from ._exceptions import LogFailedError, LogFullError
 from ._recovery import create_empty
 from ._store import MapFull, StoreState
+from ._util import MiB
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("trio_wal")
 
 RETRY_SECONDS: Final = 1.0
+PIECE_BYTES: Final = 4 * MiB
+"""What goes into the store, and is synced, at once."""
 READERS_PATIENCE_SECONDS: Final = 5.0
 """How long a full map waits for those who read before writers are told."""
 
@@ -159,8 +161,23 @@ class Checkpointer:
             directory.close()
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:
-        # In the order of keys LMDB's tree is written page by page.
-        self._db.store.apply(frozen.items(), state)
+        """In the order of keys, in which LMDB writes its tree page by page.
+
+        In pieces, because the log shares the disk: its syncs would wait for one sync of
+        everything.  The last piece carries the LSN.  Of a checkpoint that is interrupted
+        the store has some newer values than its LSN says, and the log still has them all:
+        replay sets every one of these keys again.
+        """
+        piece: list[tuple[bytes, bytes | None]] = []
+        size = 0
+        for key, value in frozen.items():
+            piece.append((key, value))
+            size += len(key) + (0 if value is None else len(value))
+            if size >= PIECE_BYTES:
+                self._db.store.apply(piece, None)
+                piece = []
+                size = 0
+        self._db.store.apply(piece, state)
 
     async def _wait_unread(self, frozen: Layer) -> None:
         """LMDB's map grows only while nobody reads.

@@ -2,7 +2,7 @@
 
 Law: the only file that knows lmdb, which is imported when a database is opened.  An LMDB
 write transaction belongs to one thread: begin, puts and commit are one function.  The LSN
-that a state covers stands in the same LMDB transaction as the state.
+that a state covers comes in the LMDB transaction that completes the state.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ class Store(Protocol):
 
     def read(self) -> ReadTransaction: ...
 
-    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
-        """Write a checkpoint, durably, all or nothing.  Raises `MapFull`."""
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
+        """Write a piece of a checkpoint, durably, all or nothing; ``state`` with the last.
+
+        Raises `MapFull`.
+        """
         ...
 
     def crowded(self, needed: int) -> bool:
@@ -142,7 +145,7 @@ class LmdbStore:
     def read(self) -> ReadTransaction:
         return _LmdbRead(self._env, self._data)
 
-    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         try:
             with self._env.begin(write=True, db=self._data) as txn:
                 put, delete = txn.put, txn.delete
@@ -151,9 +154,10 @@ class LmdbStore:
                         delete(key)
                     else:
                         put(key, value)
-                txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)
-                txn.put(b"log", state.log_uuid, db=self._meta)
-                txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
+                if state is not None:
+                    txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)
+                    txn.put(b"log", state.log_uuid, db=self._meta)
+                    txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
         except self._lmdb.MapFullError as exc:
             raise MapFull from exc
         except self._lmdb.Error as exc:

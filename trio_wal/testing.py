@@ -421,7 +421,7 @@ class _MemoryRead:
 
 @final
 class MemoryStore:
-    """Stands in for LMDB: a checkpoint is there whole, and durable, or not at all."""
+    """Stands in for LMDB: a piece of a checkpoint is there whole, and durable, or not at all."""
 
     def __init__(self, files: MemoryFiles, path: str, image: _StoreImage) -> None:
         self.path = path
@@ -431,7 +431,7 @@ class MemoryStore:
     def read(self) -> ReadTransaction:
         return _MemoryRead(self._image.items)
 
-    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         self._files._begin("store", self.path)
         changed = self._image.items.copy()
         for key, value in items:
@@ -440,7 +440,8 @@ class MemoryStore:
             else:
                 changed[key] = value
         self._image.items = changed
-        self._image.state = state
+        if state is not None:
+            self._image.state = state
         self._files._done("store", self.path)
 
     def crowded(self, needed: int) -> bool:
