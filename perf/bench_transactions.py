@@ -36,6 +36,7 @@ TASKS: Final = (1, 16, 128, 1024)
 VALUE: Final = b"." * 100
 KEYS_A_TASK: Final = 500
 DATABASE: Final = "trio_wal"
+PUT: Final = "trio_wal, put()"
 LOG: Final = "log, append"
 BATCH_TASKS: Final = 10
 BATCH_PUTS: Final = 50
@@ -122,6 +123,40 @@ def _database(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, fl
     return {"per second": rate}
 
 
+def _put(path: Path, tasks: int, seconds: float) -> dict[str, float]:
+    """The same with the method for a transaction of one operation."""
+
+    async def main() -> float:
+        async with trio_wal.open_database(path) as db:
+
+            async def step(task: int, turn: int) -> None:
+                ((key, value),) = _writes(task, turn, 1).items()
+                await db.put(key, value)
+
+            return await _rate(tasks, seconds, step)
+
+    rate = trio.run(main)
+    shutil.rmtree(path)
+    return {"per second": rate}
+
+
+def _log(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
+    """Appends of the same bytes, without anything that a transaction is."""
+
+    async def main() -> float:
+        async with trio_wal.open_wal(path) as wal:
+
+            async def step(task: int, turn: int) -> None:
+                for value in _writes(task, turn, puts).values():
+                    await wal.append(value)
+
+            return await _rate(tasks, seconds, step)
+
+    rate = trio.run(main)
+    shutil.rmtree(path)
+    return {"per second": rate}
+
+
 def _peer(
     path: Path, kind: type[Peer], arrangement: str, tasks: int, seconds: float, puts: int
 ) -> dict[str, float]:
@@ -151,8 +186,12 @@ def _contenders(
 ) -> list[Contender]:
     made = [
         Contender(DATABASE, partial(_database, directory / "db", tasks, seconds, puts)),
-        Contender(LOG, partial(load.log, directory / "log", tasks, seconds)),
     ]
+    if puts == 1:
+        made += [
+            Contender(PUT, partial(_put, directory / "db", tasks, seconds)),
+            Contender(LOG, partial(_log, directory / "log", tasks, seconds, puts)),
+        ]
     for kind in PEERS:
         for arrangement in arrangements:
             trial = partial(_peer, directory / "peer", kind, arrangement, tasks, seconds, puts)

@@ -12,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("append", "recovery", "memory", "transactions")
+NAMES = ("append", "recovery", "memory", "transactions", "tails")
 
 
 def main() -> None:
