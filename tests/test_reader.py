@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -684,6 +685,53 @@ async def test_entering_and_the_end_of_iterating_are_checkpoints(look: Any) -> N
         with trio.testing.assert_checkpoints(), pytest.raises(StopAsyncIteration):
             await records.__anext__()
         await records.__aexit__(None, None, None)
+
+
+@both
+async def test_other_tasks_get_their_turn_at_least_every_1024_records(look: Any) -> None:
+    files = MemoryFiles()
+    count = 5000
+    async with open_wal(files) as wal:
+        await wal.append_many([b"%d" % number for number in range(count)])
+    seen = 0
+    turns = []
+    async with look(files) as log, log.read() as records, trio.open_nursery() as nursery:
+
+        async def other() -> None:
+            while True:
+                turns.append(seen)
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(other)
+        async for record in records:
+            assert record.data == b"%d" % seen
+            seen += 1
+        nursery.cancel_scope.cancel()
+    assert seen == count
+    assert max(later - earlier for earlier, later in pairwise([*turns, count])) <= 1024
+
+
+async def test_a_cut_while_others_have_their_turn_is_noticed() -> None:
+    files = MemoryFiles()
+    async with open_wal(files) as wal:
+        await wal.append_many([b"%d" % number for number in range(5000)])
+        async with wal.read() as records:
+            given = [await records.__anext__() for _ in range(2000)]
+            while len(records._ready) % 1024:
+                given.append(await records.__anext__())
+            cancelled = False
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                try:
+                    await records.__anext__()
+                except trio.Cancelled:
+                    cancelled = True
+                    raise
+            assert cancelled
+            await wal.append(b"behind")
+            await wal.truncate_after(4000)
+            given += [record async for record in records]
+    assert [record.lsn for record in given] == list(range(1, 4001)), "a cancelled turn loses none"
 
 
 async def test_a_cancelled_follower_lets_go_of_its_segment_and_loses_nothing() -> None:

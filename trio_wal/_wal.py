@@ -356,8 +356,8 @@ class WriteAheadLog:
                     ...
 
         Ends at the record that was the last durable one on entering; does not stop
-        writers.  Iterating is a checkpoint for every chunk of records read from disk,
-        not for every record.
+        writers.  Iterating is a checkpoint for every chunk of records read from disk and
+        for every 1,024 records, not for every record.
 
         Args:
           start: the first LSN; None: the oldest record.
