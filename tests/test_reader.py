@@ -688,7 +688,7 @@ async def test_entering_and_the_end_of_iterating_are_checkpoints(look: Any) -> N
 
 
 @both
-async def test_other_tasks_get_their_turn_at_least_every_1024_records(look: Any) -> None:
+async def test_other_tasks_get_their_turn_while_a_large_batch_is_read(look: Any) -> None:
     files = MemoryFiles()
     count = 5000
     async with open_wal(files) as wal:
@@ -708,7 +708,8 @@ async def test_other_tasks_get_their_turn_at_least_every_1024_records(look: Any)
             seen += 1
         nursery.cancel_scope.cancel()
     assert seen == count
-    assert max(later - earlier for earlier, later in pairwise([*turns, count])) <= 1024
+    # Trio runs the tasks of one turn in any order: at worst two turns meet.
+    assert max(later - earlier for earlier, later in pairwise([*turns, count])) <= 2 * 1024
 
 
 async def test_a_cut_while_others_have_their_turn_is_noticed() -> None:
