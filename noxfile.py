@@ -291,6 +291,18 @@ def crash(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def kill(session: nox.Session) -> None:
+    """Programs killed (SIGKILL) at random moments: `nox -s kill -- [--count KILLS]`."""
+    _campaign(session, "kill", *session.posargs)
+
+
+@nox.session(default=False)
+def powercut(session: nox.Session) -> None:
+    """Power cuts on real file systems (root): `nox -s powercut -- [PART...] [--count CUTS]`."""
+    _campaign(session, "powercut", *session.posargs)
+
+
+@nox.session(default=False)
 def perf(session: nox.Session) -> None:
     """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""
     session.install(".[cli,zstd]", *_group("perf"))

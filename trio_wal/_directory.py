@@ -331,9 +331,11 @@ class LogDirectory:
             self._preparing = True
         spare: _Spare | None = None
         try:
-            spare = self._recycle() or self._reserve_spare(self._next_capacity(0))
-            if self.active.mean_frame_bytes < ZERO_FRAMES_BELOW:
-                self._write_zeros(spare)
+            spare = self._recycle()
+            if spare is None:
+                spare = self._reserve_spare(self._next_capacity(0))
+                if self.active.mean_frame_bytes < ZERO_FRAMES_BELOW:
+                    self._write_zeros(spare)
         except (OSError, LogFullError):
             self._spare_not_before = perf_counter() + SPARE_RETRY_SECONDS
             if spare is not None:

@@ -1,0 +1,157 @@
+"""Recovering a crash image with the real recovery, and reading back what it found.
+
+Law: blocking, no tasks: what `open_wal` and `open_database` do in their threads, called
+directly, since an image is recovered a hundred thousand times a minute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+import trio_wal
+from trio_wal._database import LOG_NAME, STORE_NAME
+from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._operations import decode_transaction, encode_transaction
+from trio_wal._reader import WalSource, _Cursor
+from trio_wal._recovery import Plan
+from trio_wal.testing import MemoryFiles
+
+from ._oracle import Pair, Wrong
+
+LOG = "/log"
+DB = "/db"
+State = dict[bytes, bytes]
+
+
+@attrs.frozen
+class Recovered:
+    """An opened log, or database, and what it holds."""
+
+    log: LogDirectory
+    pairs: list[Pair]
+    store_lsn: int = 0
+    store_items: State = attrs.Factory(dict)
+
+    @property
+    def first_lsn(self) -> int:
+        return self.log.first_lsn
+
+
+def read_log(log: LogDirectory) -> list[Pair]:
+    """Every record, as a reader of the log gets it."""
+    pairs: list[Pair] = []
+    last_lsn = log.last_lsn
+    before = None
+    cursor = _Cursor(WalSource(log, None, None, None), log.first_lsn)  # type: ignore[arg-type]
+    try:
+        while cursor.next_lsn <= last_lsn:
+            for record in cursor.chunk(last_lsn + 1):
+                pairs.append((record.lsn, record.data))
+                if before is not None and record.timestamp < before:
+                    raise Wrong("other", f"the time of LSN {record.lsn} is before the one before")
+                before = record.timestamp
+    finally:
+        cursor.leave()
+    return pairs
+
+
+def recover_log(
+    files: MemoryFiles,
+    path: str = LOG,
+    *,
+    segment_size: int,
+    verify_bytes: float = math.inf,
+    check: Callable[[Plan], None] | None = None,
+    database: bool = False,
+) -> Recovered:
+    """What `open_wal` does before it yields."""
+    log = open_log_directory(
+        files,
+        path,
+        segment_size=segment_size,
+        verify_bytes=verify_bytes,
+        check=check,
+        database=database,
+    )
+    report = log.report
+    if (report.first_lsn, report.last_lsn) != (log.first_lsn, log.last_lsn):
+        raise Wrong("other", f"the report tells of another log: {report}")
+    return Recovered(log, read_log(log))
+
+
+def recover_database(
+    files: MemoryFiles,
+    path: str = DB,
+    *,
+    segment_size: int,
+    verify_bytes: float = math.inf,
+) -> Recovered:
+    """What `open_database` does before it yields, but for the replay into memory."""
+    opener: Any = trio_wal.open_database(path, files=files)
+    opener._prepare()
+    found = recover_log(
+        files,
+        f"{path}/{LOG_NAME}",
+        segment_size=segment_size,
+        verify_bytes=verify_bytes,
+        check=opener._check,
+        database=True,
+    )
+    state = files.inspect_store(f"{path}/{STORE_NAME}")
+    if state is None:
+        return found
+    reader = files.open_store(f"{path}/{STORE_NAME}", 0).read()
+    return attrs.evolve(
+        found, store_lsn=state.lsn, store_items=dict(reader.items(None, None, False))
+    )
+
+
+def replayed(found: Recovered) -> State:
+    """The state of a recovered database."""
+    state = dict(found.store_items)
+    for lsn, payload in found.pairs:
+        if lsn > found.store_lsn:
+            apply(state, decode_transaction(payload))
+    return state
+
+
+def apply(state: State, writes: dict[bytes, bytes | None]) -> None:
+    for key, value in writes.items():
+        if value is None:
+            state.pop(key, None)
+        else:
+            state[key] = value
+
+
+def transaction_key(payload: bytes) -> tuple[tuple[bytes, bytes | None], ...]:
+    """By what a transaction's record is recognized: all that it writes, in order."""
+    return tuple(decode_transaction(payload).items())
+
+
+AFTER = encode_transaction({b"after": b"the crash"})
+"""A record that is appended to recovered logs and databases."""
+
+
+def append_after(log: LogDirectory) -> Pair:
+    """Go on in a recovered log; durable on return."""
+    log.write([AFTER], log.synced_lsn, sync=True)
+    return log.last_lsn, AFTER
+
+
+def fingerprint(files: MemoryFiles) -> int:
+    """Tells images apart by everything that a recovery can see."""
+    folders = sorted(files._folders.items())
+    return hash(
+        (
+            tuple(
+                (path, name, bytes(inode.data))
+                for path, folder in folders
+                for name, inode in sorted(folder.names.items())
+            ),
+            tuple((path, store.state) for path, store in files._stores.items()),
+        )
+    )

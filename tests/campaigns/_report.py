@@ -1,0 +1,327 @@
+"""What campaigns share: options, a progress bar, processes, the closing table, the JSON.
+
+Law: nothing here knows what is tested.  Works without a terminal: there the progress is a
+line now and then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import attrs
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LINE_SECONDS = 20.0
+"""Without a terminal the progress is told this often."""
+NARROW = 130
+"""Columns of the tables where there is no terminal."""
+
+
+# -- options ----------------------------------------------------------------------
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    minutes: float | None = None,
+    count: int | None = None,
+    workers: bool = True,
+) -> None:
+    """The options that all campaigns have; ``minutes`` or ``count`` is the default budget."""
+    parser.add_argument("--minutes", type=float, default=minutes, help="how long (%(default)s)")
+    parser.add_argument("--count", type=int, default=count, help="how many cases (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of everything random (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    if workers:
+        parser.add_argument(
+            "--workers", type=int, default=cores(), help="processes (%(default)s, the cores)"
+        )
+
+
+def cores() -> int:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# -- progress ---------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Bar:
+    """How far a campaign is: of a time budget, of a count, or of whichever ends first."""
+
+    _progress: Progress
+    _title: str
+    _seconds: float | None
+    _count: int | None
+    started: float = attrs.Factory(time.monotonic)
+    done: int = 0
+    _told: float = attrs.Factory(time.monotonic)
+    _task: Any = None
+
+    def __attrs_post_init__(self) -> None:
+        self._task = self._progress.add_task(self._title, total=1.0, note="")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def over(self) -> bool:
+        """Whether the budget is used up."""
+        return (self._seconds is not None and self.seconds >= self._seconds) or (
+            self._count is not None and self.done >= self._count
+        )
+
+    def advance(self, cases: int = 1, note: str = "") -> None:
+        self.done += cases
+        share = 0.0
+        if self._seconds:
+            share = self.seconds / self._seconds
+        if self._count:
+            share = max(share, self.done / self._count)
+        self._progress.update(self._task, completed=min(1.0, share), note=note)
+        now = time.monotonic()
+        if not self._progress.console.is_terminal and now - self._told >= LINE_SECONDS:
+            self._told = now
+            print(f"{self._title}: {min(1.0, share):4.0%}  {note}", flush=True)
+
+
+@contextmanager
+def progress_bar(
+    title: str, *, minutes: float | None = None, count: int | None = None
+) -> Iterator[Bar]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console(),
+        refresh_per_second=4,
+        transient=True,
+    )
+    with progress:
+        yield Bar(progress, title, None if minutes is None else minutes * 60, count)
+
+
+def console() -> Console:
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=NARROW)
+
+
+# -- processes --------------------------------------------------------------------
+
+
+def in_processes(
+    job: Callable[[T], R],
+    tasks: Iterable[T | None],
+    workers: int,
+    over: Callable[[], bool],
+) -> Iterator[R]:
+    """``job(task)`` for one task after the other, in ``workers`` processes, as they finish.
+
+    ``tasks`` may be endless: none is begun once ``over()``, but those under way are
+    waited for.  None for a task: there is none before one under way has finished.  One
+    worker: in this process, which is how to debug.  Keep a task at about a second, and
+    ``job`` a function of a module.
+    """
+    if workers <= 1:
+        for task in tasks:
+            if over():
+                return
+            if task is not None:
+                yield job(task)
+        return
+    # Not forked: this process has threads (the progress bar's).
+    context = multiprocessing.get_context("spawn")
+    iterator = iter(tasks)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running: set[Future[R]] = set()
+        try:
+            while True:
+                while len(running) < 2 * workers and not over():
+                    task = next(iterator, None)
+                    if task is None:
+                        break
+                    running.add(pool.submit(job, task))
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BaseException:
+            # Ctrl-C, or nobody wants more: what is under way is not waited for.
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            for future in running:
+                future.cancel()
+
+
+# -- the report -------------------------------------------------------------------
+
+
+def bound(cases: int) -> str:
+    """What no failure in so many cases says: at most this share fails, at 95 % (3/N)."""
+    return f"{3 / cases:.1e}" if cases else "-"
+
+
+def per_minute(cases: int, seconds: float) -> int:
+    return round(60 * cases / seconds) if seconds > 0 else 0
+
+
+@attrs.define(eq=False)
+class Report:
+    """Rows of figures, what was found, and how it ends.
+
+    ``columns`` maps the name of a figure (as in the JSON) to its heading.
+    """
+
+    campaign: str
+    arguments: argparse.Namespace
+    columns: dict[str, str]
+    rows: list[dict[str, Any]] = attrs.Factory(list)
+    findings: list[dict[str, str]] = attrs.Factory(list)
+    notes: list[str] = attrs.Factory(list)
+    started: float = attrs.Factory(time.monotonic)
+
+    def add(self, **figures: Any) -> None:
+        """One row; a figure without a column goes into the JSON only."""
+        self.rows.append(figures)
+
+    def note(self, text: str) -> None:
+        """A line under the table."""
+        self.notes.append(text)
+
+    def find(self, what: str, replay: str) -> None:
+        """Something is wrong, and the one command that shows it."""
+        self.findings.append({"what": what, "replay": replay})
+
+    def finish(self) -> int:
+        """Print the table and what was found, write the JSON; gives the exit code."""
+        out = console()
+        table = Table(box=box.SIMPLE, title=f"campaign {self.campaign}", title_justify="left")
+        for name, heading in self.columns.items():
+            number = name == "bound" or any(
+                isinstance(row.get(name), int | float) for row in self.rows
+            )
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(heading, justify=justify, overflow="fold", no_wrap=number)
+        for row in self.rows:
+            table.add_row(*(_shown(row.get(name)) for name in self.columns))
+        if self.rows:
+            out.print(table)
+        for text in self.notes:
+            out.print(escape(text))
+        for finding in self.findings:
+            out.print(f"[bold red]FOUND[/] {escape(finding['what'])}")
+            out.print(f"  replay: {escape(finding['replay'])}", soft_wrap=True)
+        seed = getattr(self.arguments, "seed", None)
+        out.print(
+            f"seed {seed}, commit {commit()}, {time.monotonic() - self.started:.0f} s: "
+            + (f"{len(self.findings)} findings" if self.findings else "nothing found")
+        )
+        output = getattr(self.arguments, "output", None)
+        if output is not None:
+            self.write(Path(output))
+        return 1 if self.findings else 0
+
+    def write(self, output: Path) -> None:
+        arguments = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.arguments).items()
+            if name != "output"
+        }
+        content = {
+            "campaign": self.campaign,
+            "arguments": arguments,
+            "commit": commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "version": version(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": cores(),
+            "rows": self.rows,
+            "notes": self.notes,
+            "findings": self.findings,
+        }
+        output.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return escape(str(value))
+
+
+def commit() -> str:
+    """Of the source tree that the campaigns stand in; with a + where it was changed."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ("git", *arguments),
+        cwd=Path(__file__).parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    ).stdout.strip()
+
+
+def version() -> str:
+    """Of trio-wal, and where it was found: the installed package, or a copy before it."""
+    import trio_wal
+
+    try:
+        number = metadata.version("trio-wal")
+    except metadata.PackageNotFoundError:
+        number = "not installed"
+    return f"{number} ({Path(trio_wal.__file__).parent.name})"
+
+
+def replay_command(campaign: str, *arguments: object) -> str:
+    return " ".join(("python -m campaigns", campaign, *map(str, arguments)))
+
+
+def fail_usage(text: str) -> int:
+    """Exit code of a wrong option."""
+    print(text, file=sys.stderr)
+    return 2

@@ -1,0 +1,483 @@
+"""The programs that the simulator crashes: on the log and on the database.
+
+Law: only the public API is used.  Whatever a call promises by returning, or by raising, is
+told to the oracle at once.  Sizes are small, so that an image is: a segment holds two short
+records or a dozen, and a session ends after a few dozen calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+import trio
+
+import trio_wal
+from trio_wal import KeepBytes, KeepFor, KeepSegments
+
+from ._images import DB, LOG, recover_database, replayed
+from ._oracle import Pair, Submission, Wrong
+from ._simulator import Simulation, Workload
+
+SEGMENT_SIZES = (1, 1, 7_000, 12_000)
+"""The first: as small as they come, two short records."""
+CALLS_MAX = 10
+"""Of one task in one session."""
+RECORDS_KEPT = 10
+"""A session begins with at most so many records of the ones before, and a segment."""
+
+
+@attrs.define(eq=False)
+class LogWorld:
+    """A session on the log: calls, and what they say."""
+
+    sim: Simulation
+    weights: dict[str, int]
+    sent: list[Submission] = attrs.Factory(list)
+    _numbers: dict[int, int] = attrs.Factory(dict)
+
+    @property
+    def rng(self) -> random.Random:
+        return self.sim.rng
+
+    async def session(self) -> None:
+        sim = self.sim
+        async with trio_wal.open_wal(LOG, files=sim.files, **sim.options) as wal:
+            sim.live = wal
+            await self._opened(wal)
+            if wal.last_lsn - wal.first_lsn > RECORDS_KEPT:
+                # Recovering an image costs what the log holds; so much shows all there is.
+                with sim.tolerating_faults():
+                    await wal.truncate_before(wal.last_lsn - RECORDS_KEPT // 2)
+            async with trio.open_nursery() as nursery:
+                for task in range(self.rng.choice((1, 2, 2, 3))):
+                    nursery.start_soon(self._task, wal, task)
+            sim.closing()
+
+    async def _opened(self, wal: Any) -> None:
+        pairs: list[Pair] = []
+        with contextlib.suppress(trio_wal.LsnTruncatedError):  # retention is at work already
+            async with wal.read() as records:
+                async for record in records:
+                    pairs.append((record.lsn, record.data))  # noqa: PERF401  (kept if it raises)
+
+        def check() -> None:
+            if len(pairs) == wal.last_lsn - wal.first_lsn + 1:
+                self.sim.timeline.check(pairs, wal.first_lsn, killed=True)
+            self.sim.timeline.opened(pairs, wal.last_lsn)
+
+        self.sim.tell(check)
+
+    async def _task(self, wal: Any, task: int) -> None:
+        names = list(self.weights)
+        for _ in range(self.rng.randint(1, CALLS_MAX)):
+            (name,) = self.rng.choices(names, list(self.weights.values()))
+            with self.sim.tolerating_faults():
+                await getattr(self, name)(wal, task)
+
+    def _withdraw(self, submissions: list[Submission], why: str) -> None:
+        self.sim.tell(self.sim.timeline.withdraw, submissions, why)
+
+    def _failed(self, submissions: list[Submission], error: trio_wal.LogFailedError) -> None:
+        """What was not written is absent; of what was being written nobody knows."""
+        if error.outcome == "not written":
+            self._withdraw(submissions, "it was said not to be written")
+
+    # -- payloads --
+
+    def _payload(self, task: int) -> bytes:
+        rng = self.rng
+        number = self._numbers[task] = self._numbers.get(task, 0) + 1
+        size = rng.choice((0, 20, rng.randint(0, 200), rng.randint(0, 200), rng.randint(300, 1500)))
+        # The session is part of it: payloads are unique over all of a log's life.
+        return b"%d.%d.%x." % (task, number, rng.getrandbits(48)) + rng.randbytes(size)
+
+    def _submit(self, task: int, *payloads: bytes) -> list[Submission]:
+        return self.sim.timeline.submit(task, *payloads)
+
+    @property
+    def _durable(self) -> bool:
+        return bool(self.sim.options.get("durability", "sync") == "sync")
+
+    # -- calls --
+
+    async def append(self, wal: Any, task: int) -> None:
+        payload = self._payload(task)
+        (submission,) = self._submit(task, payload)
+        try:
+            lsn = await wal.append(payload)
+        except trio.Cancelled:
+            self._withdraw([submission], "append raised Cancelled")
+            raise
+        except trio_wal.LogFailedError as exc:
+            self._failed([submission], exc)
+            raise
+        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+
+    async def append_many(self, wal: Any, task: int) -> None:
+        payloads = [self._payload(task) for _ in range(self.rng.choice((1, 2, 3, 5)))]
+        submissions = self._submit(task, *payloads)
+        try:
+            lsns = await wal.append_many(payloads)
+        except trio.Cancelled:
+            self._withdraw(submissions, "append_many raised Cancelled")
+            raise
+        except trio_wal.LogFailedError as exc:
+            self._failed(submissions, exc)
+            raise
+        for submission, lsn in zip(submissions, lsns, strict=True):
+            self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+
+    async def send(self, wal: Any, task: int) -> None:
+        payload = self._payload(task)
+        (submission,) = self._submit(task, payload)
+        try:
+            if self.rng.random() < 0.5:
+                await wal.send(payload)
+            else:
+                wal.send_nowait(payload)
+        except trio.WouldBlock:
+            self._withdraw([submission], "send_nowait refused it")
+            return
+        except trio.Cancelled:
+            self._withdraw([submission], "send raised Cancelled")
+            raise
+        except trio_wal.LogFailedError as exc:
+            self._failed([submission], exc)
+            raise
+        self.sent.append(submission)
+
+    async def flush(self, wal: Any, task: int) -> None:
+        before = list(self.sent)
+        lsn = await wal.flush()
+
+        def check() -> None:
+            if self.sim.timeline.cut is not None:
+                return  # made already, perhaps, and not yet told
+            for submission in before:
+                if not submission.gone and (submission.lsn is None or submission.lsn > lsn):
+                    raise Wrong("lost", f"flush returned LSN {lsn} and left {submission}")
+            self.sim.timeline.settle_durable(lsn)
+
+        self.sim.tell(check)
+
+    async def wait_durable(self, wal: Any, task: int) -> None:
+        lsn = self.rng.randint(0, wal.last_lsn)
+        if self.sim.options.get("durability") == "none":
+            return
+        cut = self.sim.timeline.cut is not None
+        await wal.wait_durable(lsn)
+        if not cut and lsn <= wal.durable_lsn:
+            self.sim.tell(self.sim.timeline.settle_durable, lsn)
+
+    async def sleep(self, wal: Any, task: int) -> None:
+        """What is accepted becomes durable ``flush_interval`` later, also if nobody waits."""
+        options, timeline = self.sim.options, self.sim.timeline
+        last_lsn, cut, sent = wal.last_lsn, timeline.cut, list(self.sent)
+        seconds = self.rng.choice((0.001, 0.02, 5))
+        await trio.sleep(seconds)
+
+        def check() -> None:
+            if timeline.cut is not None or cut is not None or wal.last_lsn < last_lsn:
+                return  # the end of the log was cut meanwhile
+            if self.sim.sync_failed():
+                return
+            durable_lsn = wal.durable_lsn
+            if durable_lsn < last_lsn:
+                raise Wrong("lost", f"{seconds} s later LSN {last_lsn} is not durable")
+            for submission in sent:
+                if not submission.gone and (submission.lsn or math.inf) > durable_lsn:
+                    raise Wrong("lost", f"{seconds} s after it was sent it is not durable")
+            timeline.settle_durable(durable_lsn)
+
+        if seconds > options["flush_interval"] + 0.001 and options.get("durability") != "none":
+            self.sim.tell(check)
+
+    async def cancelled(self, wal: Any, task: int) -> None:
+        """A call that is cancelled some checkpoints later, or at once."""
+        call = self.rng.choice((self.append, self.append, self.append_many, self.send))
+        steps = self.rng.randint(0, 8)
+
+        async def cancel(scope: trio.CancelScope) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(cancel, scope)
+                with self.sim.tolerating_faults():
+                    await call(wal, task)
+
+    async def truncate_before(self, wal: Any, task: int) -> None:
+        lsn = self.rng.randint(wal.first_lsn, wal.last_lsn + 1)
+        try:
+            await wal.truncate_before(lsn)
+        except ValueError:
+            return  # a truncate_after has cut off more than that meanwhile
+
+    async def truncate_after(self, wal: Any, task: int) -> None:
+        timeline = self.sim.timeline
+        if timeline.cut is not None or self.sim.quiet:
+            return
+        low = max(wal.first_lsn - 1, wal.last_lsn - 8)
+        lsn = self.rng.randint(low, wal.last_lsn)
+        timeline.begin_cut(lsn)
+        done = True
+        try:
+            await wal.truncate_after(lsn)
+        except (trio_wal.LsnTruncatedError, ValueError):
+            done = False
+        self.sim.tell(timeline.end_cut, done=done)
+
+
+@attrs.define(eq=False)
+class DatabaseWorld:
+    """A session on the database."""
+
+    sim: Simulation
+    weights: dict[str, int]
+    backups: int = 0
+
+    @property
+    def rng(self) -> random.Random:
+        return self.sim.rng
+
+    async def session(self) -> None:
+        sim = self.sim
+        async with trio_wal.open_database(DB, files=sim.files, **sim.options) as db:
+            sim.live = db.wal
+            sim.tell(self._check_state, db)
+            sim.tell(sim.timeline.opened, [], db.durable_lsn)
+            async with trio.open_nursery() as nursery:
+                for task in range(self.rng.randint(1, 4)):
+                    nursery.start_soon(self._task, db, task)
+            sim.closing()
+
+    def _check_state(self, db: Any) -> None:
+        """What is read outside of a transaction is one durable state."""
+        lsn = db.durable_lsn
+        if dict(db.scan()) != self.sim.states[lsn]:
+            raise Wrong("partial", f"the database does not show the state of LSN {lsn}")
+        self.sim.timeline.settle_durable(lsn)
+
+    async def _task(self, db: Any, task: int) -> None:
+        names = list(self.weights)
+        for _ in range(self.rng.randint(1, CALLS_MAX)):
+            (name,) = self.rng.choices(names, list(self.weights.values()))
+            with self.sim.tolerating_faults():
+                await getattr(self, name)(db, task)
+
+    def _key(self) -> bytes:
+        return b"key %d" % self.rng.randrange(6)
+
+    def _value(self) -> bytes:
+        rng = self.rng
+        return rng.randbytes(rng.choice((1, 8, rng.randint(0, 120), rng.randint(300, 900))))
+
+    async def transact(self, db: Any, task: int) -> None:
+        """Reads and writes; serializable: at its LSN what it read still stood."""
+        rng, sim = self.rng, self.sim
+        reads: dict[bytes, bytes | None] = {}
+        writes: dict[bytes, bytes | None] = {}
+        scanned: list[tuple[bytes, bytes]] | None = None
+        submission: Submission | None = None
+        try:
+            async with db.transaction() as tx:
+                for _ in range(rng.randint(1, 4)):
+                    key = self._key()
+                    if rng.random() < 0.6:
+                        value = tx.get(key)
+                        if key not in writes:
+                            reads[key] = value
+                    if rng.random() < 0.7:
+                        writes[key] = self._value()
+                        tx.put(key, writes[key])
+                    elif (key in tx) and rng.random() < 0.5:
+                        if key not in writes:
+                            reads[key] = tx.get(key)
+                        writes[key] = None
+                        tx.delete(key)
+                    elif key not in writes:
+                        reads[key] = tx.get(key)
+                    if rng.random() < 0.3:
+                        await trio.lowlevel.checkpoint()
+                if rng.random() < 0.2 and not writes:
+                    scanned = list(tx.scan())
+                if not writes and rng.random() < 0.7:
+                    return
+                # Unique, so that a record in the log tells whose it is.
+                writes[b"task %d" % task] = b"%x" % rng.getrandbits(64)
+                tx.put(b"task %d" % task, writes[b"task %d" % task])
+                (submission,) = sim.timeline.submit(task, tuple(writes.items()))
+        except trio_wal.TransactionConflict:
+            if submission is not None:
+                sim.tell(sim.timeline.withdraw, [submission], "the commit raised a conflict")
+            return
+        except trio.Cancelled:
+            if submission is not None:
+                sim.tell(sim.timeline.withdraw, [submission], "the commit raised Cancelled")
+            raise
+        assert submission is not None
+
+        def check() -> None:
+            sim.timeline.acknowledge(submission, tx.lsn, durable=True)
+            before = sim.states[tx.lsn - 1]
+            for key, value in reads.items():
+                if before.get(key) != value:
+                    raise Wrong("other", f"LSN {tx.lsn} is not serializable: it read {key!r}")
+            if scanned is not None and scanned != sorted(before.items()):
+                raise Wrong("other", f"LSN {tx.lsn} is not serializable: it scanned")
+
+        sim.tell(check)
+
+    async def put(self, db: Any, task: int) -> None:
+        key, value = b"task %d" % task, b"%x" % self.rng.getrandbits(64)
+        (submission,) = self.sim.timeline.submit(task, ((key, value),))
+        try:
+            lsn = await db.put(key, value)
+        except trio.Cancelled:
+            self.sim.tell(self.sim.timeline.withdraw, [submission], "put raised Cancelled")
+            raise
+        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=True)
+
+    async def look(self, db: Any, task: int) -> None:
+        self.sim.tell(self._check_state, db)
+        await trio.lowlevel.checkpoint()
+
+    async def checkpoint(self, db: Any, task: int) -> None:
+        lsn = await db.checkpoint()
+
+        def check() -> None:
+            self.sim.store_floor = max(self.sim.store_floor, lsn)
+            self.sim.timeline.settle_durable(lsn)
+
+        self.sim.tell(check)
+
+    async def cancelled(self, db: Any, task: int) -> None:
+        call = self.rng.choice((self.transact, self.put, self.checkpoint))
+        steps = self.rng.randint(0, 10)
+
+        async def cancel(scope: trio.CancelScope) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(cancel, scope)
+                with self.sim.tolerating_faults():
+                    await call(db, task)
+
+    async def backup(self, db: Any, task: int) -> None:
+        self.backups += 1
+        sim = self.sim
+        path = f"/backup {task} {self.backups} {self.rng.getrandbits(32):x}"
+        lsn = await db.backup(path)
+
+        def check() -> None:
+            # Durable as a whole when it returns, whatever happens next.
+            image = sim.files.crash_image(self.rng.getrandbits(32), "power")
+            found = recover_database(image, path, segment_size=sim.options["segment_size"])
+            if (found.log.last_lsn, replayed(found)) != (lsn, sim.states[lsn]):
+                raise Wrong("partial", f"the backup is not the state of LSN {lsn}")
+
+        sim.tell(check)
+        # Its first segment is a full-grown one: every later image would be slow to make.
+        sim.files._folders.pop(f"{path}/log")
+        sim.files._folders.pop(path, None)
+        sim.files._stores.pop(f"{path}/store")
+
+
+# -- the workloads ------------------------------------------------------------------
+
+Options = Callable[[random.Random], dict[str, Any]]
+
+
+def _options(**fixed: Any) -> Options:
+    """Options of a log, some of them by chance."""
+
+    def choose(rng: random.Random) -> dict[str, Any]:
+        chosen = {
+            "segment_size": rng.choice(SEGMENT_SIZES),
+            "flush_interval": rng.choice((0, 0.010)),
+            "max_queue_size": rng.choice((3, 10_000)),
+            "max_batch_bytes": rng.choice((500, 1 << 20)),
+        }
+        return chosen | {
+            name: value(rng) if callable(value) else value for name, value in fixed.items()
+        }
+
+    return choose
+
+
+def _log(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
+    def session(sim: Simulation) -> Awaitable[None]:
+        return LogWorld(sim, weights).session()
+
+    return Workload(name, session, _options(**fixed), fails=fails)
+
+
+def _database(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
+    def session(sim: Simulation) -> Awaitable[None]:
+        return DatabaseWorld(sim, weights).session()
+
+    options = _options(
+        checkpoint_bytes=lambda rng: rng.choice((300, 900, 1 << 20)), max_queue_size=100, **fixed
+    )
+    return Workload(name, session, options, database=True, fails=fails)
+
+
+def _retention(rng: random.Random) -> Any:
+    return rng.choice(
+        (
+            KeepSegments(1),
+            KeepSegments(3),
+            KeepBytes(9000),
+            KeepFor(3),
+            KeepSegments(2) | KeepFor(1),
+            KeepSegments(4) & KeepBytes(12_000),
+        )
+    )
+
+
+_MIXED = {
+    "append": 6, "append_many": 3, "send": 4, "flush": 2, "wait_durable": 1, "sleep": 1,
+    "cancelled": 2,
+}  # fmt: skip
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        _log("append", {"append": 1}),
+        _log("units", {"append": 1, "append_many": 2}),
+        _log("send", {"send": 4, "append": 1, "flush": 1, "wait_durable": 1, "sleep": 1}),
+        _log("cancel", {"append": 2, "append_many": 1, "send": 1, "cancelled": 4}),
+        _log("drop", {"append": 5, "append_many": 1, "truncate_before": 2}),
+        _log("cut", {"append": 5, "append_many": 2, "send": 1, "truncate_after": 2}),
+        _log("retention", {"append": 5, "sleep": 1}, retention=_retention),
+        _log("interval", {**_MIXED, "sleep": 4}, durability="interval"),
+        _log("none", _MIXED, durability="none"),
+        _log(
+            "everything",
+            {**_MIXED, "truncate_before": 2, "truncate_after": 2},
+            durability=lambda rng: rng.choice(("sync", "interval", "none")),
+            retention=lambda rng: rng.choice((None, _retention(rng))),
+        ),
+        _log(
+            "failed-sync",
+            {**_MIXED, "append": 9, "truncate_before": 1, "truncate_after": 1},
+            fails=True,
+        ),
+        _database("failed-sync-database", {"transact": 5, "checkpoint": 1}, fails=True),
+        _database("transactions", {"transact": 6, "put": 1, "look": 1, "cancelled": 1}),
+        _database("checkpoints", {"transact": 5, "put": 1, "look": 1, "checkpoint": 3}),
+        _database(
+            "backup", {"transact": 5, "checkpoint": 1, "backup": 1, "cancelled": 1, "look": 1}
+        ),
+    )
+}
