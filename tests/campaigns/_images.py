@@ -101,12 +101,14 @@ def recover_database(
         check=opener._check,
         database=True,
     )
-    state = files.inspect_store(f"{path}/{STORE_NAME}")
-    if state is None:
-        return found
-    reader = files.open_store(f"{path}/{STORE_NAME}", 0).read()
+    store = f"{path}/{STORE_NAME}"
+    state = files.inspect_store(store)
+    # Also of a first checkpoint that was interrupted: its pieces are there, its LSN is not.
+    reader = files.open_store(store, 0).read()
     return attrs.evolve(
-        found, store_lsn=state.lsn, store_items=dict(reader.items(None, None, False))
+        found,
+        store_lsn=0 if state is None else state.lsn,
+        store_items=dict(reader.items(None, None, False)),
     )
 
 

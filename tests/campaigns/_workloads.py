@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from unittest import mock
 
 import attrs
 import trio
 
 import trio_wal
-from trio_wal import KeepBytes, KeepFor, KeepSegments
+from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
 
 from ._images import DB, LOG, recover_database, replayed
 from ._oracle import Pair, Submission, Wrong
@@ -235,6 +236,13 @@ class LogWorld:
         self.sim.tell(timeline.end_cut, done=done)
 
 
+@contextlib.asynccontextmanager
+async def _pieces_of(size: int) -> AsyncIterator[None]:
+    """Checkpoints in pieces of so many bytes."""
+    with mock.patch.object(_checkpoint, "PIECE_BYTES", size):
+        yield
+
+
 @attrs.define(eq=False)
 class DatabaseWorld:
     """A session on the database."""
@@ -249,7 +257,10 @@ class DatabaseWorld:
 
     async def session(self) -> None:
         sim = self.sim
-        async with trio_wal.open_database(DB, files=sim.files, **sim.options) as db:
+        async with (
+            _pieces_of(self.rng.choice((1, 30, 1 << 20))),
+            trio_wal.open_database(DB, files=sim.files, **sim.options) as db,
+        ):
             sim.live = db.wal
             sim.tell(self._check_state, db)
             sim.tell(sim.timeline.opened, [], db.durable_lsn)
