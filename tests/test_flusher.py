@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import trio
 from helpers import Call, open_memory, open_tasks, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
+from trio_wal._worker import ThreadWorker
 from trio_wal.testing import MemoryFiles
 
 
@@ -486,3 +490,29 @@ async def test_what_is_written_but_not_synced_may_be_lost_with_the_power(
         assert 0 < lost < 30
         async with open_memory(files.crash_image(0, "kill")) as after:
             assert await read_all(after) == {1: b"synced", 2: b"written"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the bell is no file descriptor")
+async def test_when_the_worker_thread_dies_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does where there is no memory for the next job."""
+
+    def die(self: ThreadWorker) -> None:
+        self._jobs.get()
+        raise MemoryError
+
+    monkeypatch.setattr(ThreadWorker, "_serve", die)
+    told: list[BaseException] = []
+
+    async def use() -> None:
+        async with trio_wal.open_wal(tmp_path / "log") as wal:
+            try:
+                await wal.append(b"record")
+            except trio_wal.LogFailedError as exc:
+                told.append(exc)
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        await use()
+    assert MemoryError in [type(exc) for exc in caught.value.exceptions]  # type: ignore[attr-defined]
+    assert [type(exc.__cause__) for exc in told] == [trio.ClosedResourceError]

@@ -150,23 +150,23 @@ class Flusher:
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Until the queue is closed and empty, or something failed."""
-        with trio.CancelScope(shield=True):
-            try:
+        try:
+            with trio.CancelScope(shield=True):
                 while (batch := await self._next_batch()) is not None:
                     await self._commit(batch)
                     del batch  # its payload must not stay until the next one comes
                 if self.durable_lsn < self.last_lsn:
                     await self._sync()
-            except OSError as exc:
-                self._fail(exc)
-            except BaseException as exc:
-                # Not the disk but this program is at fault: nobody may hang on it.
-                self._fail(exc)
-                raise
-            finally:
-                self._release_all()
-                self.maintenance.set()
-                self.done.set()
+        except OSError as exc:
+            self._fail(exc)
+        except BaseException as exc:
+            # Not the disk but this program is at fault: nobody may hang on it.
+            self._fail(exc)
+            raise
+        finally:
+            self._release_all()
+            self.maintenance.set()
+            self.done.set()
 
     async def _next_batch(self) -> Batch | None:
         """The oldest batch, still being filled; None when the queue is closed and empty."""

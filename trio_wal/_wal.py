@@ -584,6 +584,14 @@ class WriteAheadLog:
         self._directory.keep_from = lsn
         self._flusher.maintenance.set()
 
+    def _abandon(self) -> None:
+        """Have the tasks end that were started, and let go of the files: nothing was accepted."""
+        self._queue.close()
+        self._flusher.done.set()
+        self._flusher.maintenance.set()
+        self._worker.stop()
+        self._directory.close(orderly=False)
+
     # -- the tasks of the log's nursery --
 
     def _start(self, nursery: trio.Nursery) -> None:
@@ -709,7 +717,14 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             worker = InlineWorker(gate, directory.publish)
         self._wal = WriteAheadLog(options, files, directory, blocking, worker)
         self._nursery_manager = trio.open_nursery()
-        self._wal._start(await self._nursery_manager.__aenter__())
+        nursery = await self._nursery_manager.__aenter__()
+        try:
+            self._wal._start(nursery)
+        except BaseException as exc:
+            # Out of memory: what was started must not be waited for for ever.
+            self._wal._abandon()
+            await self._nursery_manager.__aexit__(type(exc), exc, exc.__traceback__)
+            raise
         return self._wal
 
     @enable_ki_protection

@@ -98,6 +98,8 @@ if sys.platform == "linux":
         def close(self) -> None:
             fd, self._fd = self._fd, -1
             if fd >= 0:
+                # Who still waits is told: the thread has died, of MemoryError for one.
+                trio.lowlevel.notify_closing(fd)
                 os.close(fd)
 
     def _new_bell() -> _Bell:
