@@ -312,11 +312,12 @@ class Flusher:
             return
 
     def _fail(self, exc: BaseException) -> None:
-        log.error("%s: the log is broken: %r", self._directory.path, exc)
         in_flight, self.in_flight = self.in_flight, None
         unsynced = in_flight is not None or self.durable_lsn < self.last_lsn
         self._queue.fail(exc, in_flight, "unknown" if unsynced else "not written")
         self._queue.batches.close()
+        # Last: where this fails too, of MemoryError for one, everybody has been told.
+        log.error("%s: the log is broken: %r", self._directory.path, exc)
 
 
 def _errno_of(error: LogFullError) -> tuple[int, str]:

@@ -1,0 +1,284 @@
+"""Campaigns as judges of one package: what did you find, after how many cases?
+
+Law: each runs in this process, against whatever `trio_wal` is importable, until it finds
+something or its time is over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+import trio_wal
+
+OPERATIONS: Final = 400
+"""More than a workload of `errors` has."""
+CASE_SECONDS: Final = 15
+"""A case that takes longer is taken as one that never ends."""
+
+
+@attrs.frozen
+class Judgement:
+    cases: int
+    found: str
+    """Nothing: nothing was found."""
+    seconds: float
+
+
+Judge = Callable[[int, float, str], Judgement]
+"""(seed, seconds, which part of the campaign: nothing, all of it)"""
+Cases = Iterator[str]
+"""What each case found: mostly nothing."""
+
+
+def _until_found(cases: Cases, seconds: float) -> Judgement:
+    from .hostile import Slow, limited_time
+
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+    started = time.monotonic()
+    number = 0
+    found = ""
+    while not found and (not number or time.monotonic() - started < seconds):
+        try:
+            with limited_time(CASE_SECONDS):
+                found = next(cases)
+        except StopIteration:
+            break
+        except Slow as exc:
+            found = str(exc)
+        number += 1
+    return Judgement(number, found, time.monotonic() - started)
+
+
+def simulator(seed: int, seconds: float, only: str = "") -> Judgement:
+    from ._simulator import run_points
+
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+    started = time.monotonic()
+    result = run_points(seed, seconds=seconds, workload=only or None)
+    found = result.first_failure
+    cases = result.points + result.nested
+    return Judgement(cases, found.what if found else "", time.monotonic() - started)
+
+
+def whole(seed: int, seconds: float, only: str = "") -> Judgement:
+    from .whole import run_whole
+
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+    started = time.monotonic()
+    result = run_whole(seed, seconds=seconds)
+    found = result.first_failure
+    return Judgement(result.points, found.what if found else "", time.monotonic() - started)
+
+
+def schedules(seed: int, seconds: float, only: str = "") -> Judgement:
+    from .schedules import run_schedules
+
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+    started = time.monotonic()
+    result = run_schedules(seed, seconds=seconds)
+    found = result.first_failure
+    return Judgement(result.points, found.what if found else "", time.monotonic() - started)
+
+
+def errors(seed: int, seconds: float, only: str = "") -> Judgement:
+    """A fault at some operation, drawn; ``only`` is ``WORKLOAD[/KIND[/MODE]]``."""
+    from .errors import KINDS, MODES, WORKLOADS, Case, run_case
+
+    def cases() -> Cases:
+        rng = random.Random(seed)
+        wanted = only.split("/") if only else []
+        names, kinds, modes = (
+            [given] if given else list(choices)
+            for given, choices in zip_longest(wanted, (WORKLOADS, KINDS, MODES))
+        )
+        loops = [
+            Case(name, start, kind, mode, 0)
+            for name in names
+            for start in range(WORKLOADS[name].moments or 1)
+            for kind in kinds
+            for mode in modes
+        ]
+        # How many operations there are turns out when one of them is asked for.
+        numbers = {loop: rng.sample(range(OPERATIONS), OPERATIONS) for loop in loops}
+        while loops:
+            loop = rng.choice(loops)
+            number = numbers[loop].pop()
+            result = run_case(attrs.evolve(loop, number=number))
+            if result.operation:
+                yield result.error
+            else:
+                numbers[loop] = [other for other in numbers[loop] if other < number]
+            if not numbers[loop]:
+                loops.remove(loop)
+
+    return _until_found(cases(), seconds)
+
+
+def bitrot(seed: int, seconds: float, only: str = "") -> Judgement:
+    from .bitrot import (
+        MODES,
+        OFFLINE,
+        SHORT,
+        SILENT,
+        SMALL,
+        file_damages,
+        run_case,
+        subject,
+        usable,
+    )
+
+    def cases() -> Cases:
+        rng = random.Random(seed)
+        names = [name for name in (*SMALL, *SHORT) if usable(name)]
+        files = {name: sum(1 for _ in file_damages(subject(name))) for name in names}
+        while True:
+            name = rng.choice(names)
+            part = only or rng.choice(("flips", "flips", "files", "random"))
+            if subject(name).commits and part == "files":
+                continue
+            case = {
+                "flips": rng.randrange(subject(name).bits()),
+                "files": rng.randrange(files[name]),
+                "random": rng.getrandbits(32),
+            }[part]
+            mode = rng.choice((*MODES, OFFLINE))
+            _, found = run_case(part, name, mode, case)
+            yield found.error if found.outcome == SILENT else ""
+
+    return _until_found(cases(), seconds)
+
+
+def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
+    from .hostile import MEMORY_BYTES, described, limit_once, run_case
+
+    def cases() -> Cases:
+        limit_once(MEMORY_BYTES)
+        for number in itertools.count((seed << 32) + 1):
+            try:
+                run_case("inputs", str(number))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+                yield described(exc)
+            else:
+                yield ""
+
+    return _until_found(cases(), seconds)
+
+
+def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Those that are stopped long before they have taken much memory."""
+    from .hostile import BOMBS, MEMORY_BYTES, described, run_case
+
+    names = [name for name, (_, limit) in BOMBS.items() if limit == MEMORY_BYTES]
+
+    def cases() -> Cases:
+        for name in names:
+            try:
+                run_case("bombs", name)
+            except KeyboardInterrupt:
+                raise
+            except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+                yield described(exc)
+            else:
+                yield ""
+
+    return _until_found(cases(), seconds)
+
+
+# -- LMDB ---------------------------------------------------------------------------
+
+
+def store(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Real databases on real files, against a dictionary: checkpoints, reopening, backups."""
+
+    def cases() -> Cases:
+        for number in itertools.count(seed):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    trio.run(_database_on_disk, Path(folder), random.Random(number))
+                except KeyboardInterrupt:
+                    raise
+                except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+                    yield f"{type(exc).__name__}: {exc}"
+                else:
+                    yield ""
+
+    return _until_found(cases(), seconds)
+
+
+async def _database_on_disk(folder: Path, rng: random.Random) -> None:
+    expected: dict[bytes, bytes] = {}
+    keys = [b"%d" % n for n in range(12)]
+    backup: tuple[Path, dict[bytes, bytes]] | None = None
+    for life in range(4):
+        async with trio_wal.open_database(
+            folder / "db", segment_size=1, checkpoint_bytes=rng.choice((200, 1 << 20))
+        ) as db:
+            _check(dict(db.scan()) == expected, f"life {life}: {dict(db.scan())}, not {expected}")
+            for _ in range(rng.randrange(1, 12)):
+                async with db.transaction() as tx:
+                    for key in rng.sample(keys, rng.randrange(1, 4)):
+                        if key in expected and rng.random() < 0.4:
+                            tx.delete(key)
+                            del expected[key]
+                        else:
+                            expected[key] = rng.randbytes(rng.choice((0, 5, 300)))
+                            tx.put(key, expected[key])
+                if rng.random() < 0.3:
+                    await db.checkpoint()
+            _check(list(db.scan()) == sorted(expected.items()), "the scan is another")
+            back = list(db.scan(reverse=True))
+            _check(back == sorted(expected.items(), reverse=True), "the scan backwards is another")
+            if rng.random() < 0.5:
+                backup = folder / f"backup {life}", dict(expected)
+                await db.backup(backup[0])
+    if backup is not None:
+        async with trio_wal.open_database(backup[0]) as db:
+            _check(dict(db.scan()) == backup[1], "the backup is another")
+    await _mixed_up(folder)
+
+
+async def _mixed_up(folder: Path) -> None:
+    """The store of another database is refused."""
+    for name in (b"one", b"other"):
+        async with trio_wal.open_database(folder / name.decode()) as db:
+            await db.put(b"name", name)
+            await db.checkpoint()
+    (folder / "one" / "store").rename(folder / "away")
+    (folder / "other" / "store").rename(folder / "one" / "store")
+    try:
+        async with trio_wal.open_database(folder / "one"):
+            pass
+    except trio_wal.CorruptLogError:
+        return
+    raise AssertionError("the store of another database was taken")
+
+
+def _check(condition: object, what: str) -> None:
+    if not condition:
+        raise AssertionError(what)
+
+
+JUDGES: Final[dict[str, Judge]] = {
+    "simulator": simulator,
+    "whole": whole,
+    "schedules": schedules,
+    "errors": errors,
+    "bitrot": bitrot,
+    "hostile": hostile,
+    "bombs": bombs,
+    "store": store,
+}
+"""In the order in which they are asked."""

@@ -1,0 +1,559 @@
+"""Cancelled at every step, Ctrl-C at every line, out of memory at every allocation.
+
+Law: a program runs with one interruption; then its log or database is opened again and must
+bear out what every call said (`errors.Witness`), and more: what raised `Cancelled` is absent,
+what was accepted is there because leaving drains, the close was a clean one, Ctrl-C comes out
+of the program as what it is, and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import attrs
+import trio
+from helpers import LOG, AtStep, read_all
+from trio.testing import MockClock
+
+import trio_wal
+from trio_wal import Database, KeepAll, WriteAheadLog
+from trio_wal.testing import MemoryFiles
+
+from . import _report, errors
+from .errors import DB, HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, check
+from .hostile import described, limited_time
+
+PARTS: Final = ("cancel", "ctrl-c", "memory")
+CHUNK: Final = 40
+CASE_SECONDS: Final = 30
+PACKAGE: Final = str(Path(trio_wal.__file__).parent)
+TRACED: Final = (
+    "_queue.py", "_flusher.py", "_wal.py", "_worker.py", "_database.py", "_transaction.py",
+    "_checkpoint.py", "_memtable.py", "_reader.py",
+)  # fmt: skip
+"""What runs in the event loop, where a signal arrives; not what runs in threads."""
+
+
+# -- programs -----------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Run:
+    """One run of a program."""
+
+    witness: Witness
+    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    """Around everything."""
+    victim: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    """Around one of the writers."""
+    entered: bool = False
+    """Whether the log was open."""
+
+    async def write(
+        self, task: bytes, records: list[bytes], call: Callable[[], Awaitable[Any]]
+    ) -> None:
+        try:
+            await self.witness.write(task, records, call)
+        except trio.Cancelled:
+            self.witness.absent.update(records)
+            raise
+
+    async def ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        return await self.witness.ask(call)
+
+
+async def _writer(run: Run, wal: WriteAheadLog, name: bytes, scope: trio.CancelScope) -> None:
+    with scope:
+        for n in range(2):
+            data = b"%s %d" % (name, n)
+            await run.write(name, [data + b" append"], partial(wal.append, data + b" append"))
+            unit = [data + b" unit", data + b" of", data + b" three"]
+            await run.write(name, unit, partial(wal.append_many, unit))
+            await run.write(name, [data + b" send"], partial(wal.send, data + b" send"))
+            await run.ask(wal.flush)
+
+
+async def log_program(files: MemoryFiles, run: Run) -> None:
+    """Three writers, a full queue, rotations, a reader, segments dropped."""
+    async with trio_wal.open_wal(LOG, files=files, max_queue_size=3, **OPTIONS) as wal:
+        run.entered = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_writer, run, wal, b"victim", run.victim)
+            for number in range(2):
+                scope = trio.CancelScope()
+                nursery.start_soon(_writer, run, wal, b"%d" % number, scope)
+        await run.ask(partial(read_all, wal, wal.last_lsn))
+        await run.ask(partial(wal.wait_durable, wal.last_lsn))
+        run.witness.dropped_to = 5
+        await run.ask(partial(wal.truncate_before, 5))
+        await run.write(b"last", [b"last"], partial(wal.append, b"last"))
+
+
+async def _transactor(run: Run, db: Database, name: bytes, scope: trio.CancelScope) -> None:
+    with scope:
+        try:
+            await errors.transact(db, run.witness, name, errors.markers(name, 3))
+        except trio.Cancelled:
+            run.witness.absent.add(run.witness.order[name][-1])
+            raise
+
+
+async def database_program(files: MemoryFiles, run: Run) -> None:
+    """Three tasks with transactions that read and write, checkpoints, a backup."""
+    async with trio_wal.open_database(
+        DB, files=files, checkpoint_bytes=400, retention=KeepAll(), **OPTIONS
+    ) as db:
+        run.entered = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_transactor, run, db, b"victim", run.victim)
+            for number in range(2):
+                scope = trio.CancelScope()
+                nursery.start_soon(_transactor, run, db, b"%d" % number, scope)
+            nursery.start_soon(run.ask, db.checkpoint)
+        with db.snapshot() as snapshot:
+            dict(snapshot.scan())
+        await run.ask(partial(db.backup, "/backup"))
+        await run.ask(db.checkpoint)
+
+
+PROGRAMS: Final = {"log": log_program, "database": database_program}
+
+
+def fresh() -> tuple[MemoryFiles, Run]:
+    return MemoryFiles(seed=6), Run(Witness(Injector(HEALTHY, 0, 0)))
+
+
+def deterministic_run(main: Callable[[], Awaitable[None]]) -> None:
+    """The same steps in the same order each time, on a clock that jumps."""
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
+    trio._core._run._r.seed(0)  # type: ignore[attr-defined]
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def look(files: MemoryFiles, run: Run, program: str) -> None:
+    """Open what was left, and hold it against what was said."""
+    witness = run.witness
+    if run.entered:
+        # Leaving the block has drained: what was accepted is there.
+        witness.present.update(*witness.sent.values())
+    for image in (files.crash_image(kind="kill"), files.crash_image(1)):
+
+        async def main(image: MemoryFiles = image) -> None:
+            if program == "log":
+                async with trio_wal.open_wal(LOG, files=image, **OPTIONS) as wal:
+                    witness.examine(wal.first_lsn, await read_all(wal))
+                    report = wal.recovery
+            else:
+                async with trio_wal.open_database(
+                    DB, files=image, retention=KeepAll(), **OPTIONS
+                ) as db:
+                    await witness.examine_database(db)
+                    report = db.recovery
+            check(report.torn_bytes == 0, f"something torn was left: {report}")
+            check(report.clean_shutdown or not run.entered, "the log was not closed in order")
+
+        trio.run(main)
+
+
+# -- cancelled ----------------------------------------------------------------------
+
+
+def cancelled(program: str, mode: str, step: int) -> bool:
+    """Whether there was such a step."""
+    files, run = fresh()
+    at_step: AtStep | None = None
+
+    async def main() -> None:
+        nonlocal at_step
+        with trio.move_on_after(HANG_SECONDS) as patience:
+            target = run.scope if mode == "all" else run.victim
+            with run.scope, AtStep(step, target.cancel) as at_step:
+                await PROGRAMS[program](files, run)
+        check(not patience.cancelled_caught, "it hangs")
+
+    deterministic_run(main)
+    assert at_step is not None
+    look(files, run, program)
+    return at_step.done
+
+
+# -- interrupted --------------------------------------------------------------------
+
+
+class Tracer:
+    """Counts the lines of the package that run, and sends a signal at one of them."""
+
+    def __init__(self, interrupt_at: int = 0) -> None:
+        self.count = 0
+        self.first: dict[tuple[str, int], int] = {}
+        self.last: dict[tuple[str, int], int] = {}
+        self._interrupt_at = interrupt_at
+        self.done = False
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        path = frame.f_code.co_filename
+        return self._line if path.startswith(PACKAGE) and path.endswith(TRACED) else None
+
+    def _line(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            self.count += 1
+            if self._interrupt_at:
+                if self.count == self._interrupt_at:
+                    self.done = True
+                    signal.raise_signal(signal.SIGINT)
+            else:
+                place = frame.f_code.co_filename, frame.f_lineno
+                self.first.setdefault(place, self.count)
+                self.last[place] = self.count
+        return self._line
+
+
+def interrupted(program: str, number: int, tracer: Tracer | None = None) -> bool:
+    """Whether there was so many lines."""
+    files, run = fresh()
+    tracer = Tracer(number) if tracer is None else tracer
+
+    async def main() -> None:
+        await PROGRAMS[program](files, run)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        deterministic_run(main)
+        came_out = False
+    except BaseException as exc:  # noqa: BLE001  (what it is, is looked at)
+        came_out = True
+        sys.settrace(before)
+        kinds = set(_leaves(exc))
+        check(kinds == {KeyboardInterrupt}, f"Ctrl-C came out as {described(exc)}")
+    finally:
+        sys.settrace(before)
+        signal.signal(signal.SIGINT, handler)
+    check(came_out == tracer.done, "Ctrl-C was swallowed")
+    look(files, run, program)
+    return tracer.done
+
+
+def _leaves(exc: BaseException) -> Iterator[type[BaseException]]:
+    nested = getattr(exc, "exceptions", None)
+    if nested is None:
+        yield type(exc)
+    for inner in nested or ():
+        yield from _leaves(inner)
+
+
+@functools.cache
+def lines(program: str) -> tuple[int, ...]:
+    """When each line ran for the first and for the last time; then every other moment."""
+    tracer = Tracer()
+    interrupted(program, 0, tracer)
+    edges = sorted({*tracer.first.values(), *tracer.last.values()})
+    rest = sorted(set(range(1, tracer.count + 1)) - set(edges))
+    random.Random(1).shuffle(rest)
+    return (*edges, *rest)
+
+
+# -- out of memory ------------------------------------------------------------------
+#
+# In a forked child on real files: `_testcapi` fails its n-th allocation, and the parent
+# judges what the child has said through a pipe, even where it died of it.  Many of the
+# allocations are trio's own, or CPython's, which do not outlive that: a child that is stuck,
+# or dies, is a crash like any other, and must have told no lie.
+
+ROUNDS: Final = 6
+MANY: Final = 500
+"""So many failures in a row nobody overlooks."""
+CHILD_SECONDS: Final = 3
+"""After so long a child is stuck."""
+
+
+def memory_usable() -> str:
+    """Why this part cannot run here; nothing: it can."""
+    if not hasattr(os, "fork"):
+        return "this platform cannot fork"
+    if importlib.util.find_spec("_testcapi") is None:
+        return "this Python comes without _testcapi"
+    return ""
+
+
+async def _memory_program(path: str, tell: Callable[[bytes], object], begin: Any) -> None:
+    database = path.endswith("db")
+    begin()
+    if database:
+        async with trio_wal.open_database(path, checkpoint_bytes=300, map_size=1 << 20) as db:
+            for n in range(ROUNDS):
+                try:
+                    async with db.transaction() as tx:
+                        before = tx.get(b"count", b"-")
+                        tx.put(b"count", b"%d" % n)
+                        tx.put(b"before", before)
+                    tell(b"%d " % n)
+                except MemoryError:
+                    pass
+    else:
+        async with trio_wal.open_wal(path, segment_size=1, flush_interval=0) as wal:
+            for n in range(ROUNDS):
+                try:
+                    if n == 3:
+                        await wal.append_many([b"%d" % n, b"%d of" % n])
+                    else:
+                        await wal.append(b"%d" % n)
+                    tell(b"%d " % n)
+                except MemoryError:
+                    pass
+
+
+@functools.cache
+def _load_all() -> None:
+    """Whatever is imported late, so that its allocations are not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("log", "db"):
+            trio.run(_memory_program, f"{folder}/{name}", lambda said: None, lambda: None)
+
+
+def starved(program: str, number: int, burst: int) -> str:
+    """What became of a child whose allocations from the n-th on fail, so many of them."""
+    testcapi: Any = importlib.import_module("_testcapi")
+    _load_all()
+    folder = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    path = f"{folder}/{'db' if program == 'database' else 'log'}"
+    read_end, write_end = os.pipe()
+    try:
+        child = os.fork()
+        if child == 0:
+            _in_child(testcapi, path, write_end, number, burst)
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            said = pipe.read().split()
+        _, status = os.waitpid(child, 0)
+        outcome = _outcome(status)
+        _judge_child(path, [int(n) for n in said])
+        return f"{outcome}, all said" if len(said) == ROUNDS else outcome
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_child(testcapi: Any, path: str, pipe: int, number: int, burst: int) -> None:
+    code = 70
+    try:
+        signal.alarm(CHILD_SECONDS)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+
+        def begin() -> None:
+            testcapi.set_nomemory(number, number + burst)
+
+        program = partial(_memory_program, path, partial(os.write, pipe), begin)
+        try:
+            trio.run(program)
+            code = 0
+        except BaseException as exc:  # noqa: BLE001  (the exit code tells what it was)
+            testcapi.remove_mem_hooks()
+            kinds = set(_leaves(exc))
+            named = (MemoryError, trio_wal.WalError, OSError)
+            code = 1 if all(issubclass(kind, named) for kind in kinds) else 2
+        testcapi.remove_mem_hooks()
+    finally:
+        os._exit(code)
+
+
+def _outcome(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return "stuck" if os.WTERMSIG(status) == signal.SIGALRM else "died"
+    return {0: "went on", 1: "raised"}.get(os.WEXITSTATUS(status), "raised another error")
+
+
+def _judge_child(path: str, acknowledged: list[int]) -> None:
+    async def main() -> None:
+        if path.endswith("db"):
+            async with trio_wal.open_database(path, map_size=1 << 20) as db:
+                state = dict(db.scan())
+            shown = int(state.get(b"count", b"-1"))
+            check(shown >= max(acknowledged, default=-1), f"{acknowledged} became {state}")
+            check(len(state) in (0, 2), f"half a transaction: {state}")
+        else:
+            async with trio_wal.open_wal(path) as wal:
+                found = list((await read_all(wal)).values())
+            for n in acknowledged:
+                check(b"%d" % n in found, f"{n} was acknowledged, there is {found}")
+            check((b"3" in found) == (b"3 of" in found), f"half a unit: {found}")
+            check(found == sorted(found) and len(set(found)) == len(found), f"order: {found}")
+
+    trio.run(main)
+
+
+@functools.cache
+def allocations(program: str) -> int:
+    """About how many there are: from there on nothing is felt any more."""
+    low, high = 1, 1 << 22
+    while high - low > MANY:
+        middle = (low + high) // 2
+        try:
+            felt = starved(program, middle, MANY) != "went on, all said"
+        except Lie:
+            felt = True  # told by the cases themselves
+        low, high = (middle, high) if felt else (low, middle)
+    return high
+
+
+# -- the campaign -------------------------------------------------------------------
+
+
+@attrs.frozen
+class Task:
+    part: str
+    program: str
+    mode: str
+    cases: range
+    """Steps, places among `lines`, or allocations."""
+
+
+@attrs.frozen
+class Answer:
+    task: Task
+    counts: dict[str, int]
+    failures: tuple[tuple[int, str], ...]
+
+
+def run_case(part: str, program: str, mode: str, case: int) -> str:
+    """What came of it; nothing: there is no such case."""
+    with limited_time(CASE_SECONDS):
+        if part == "cancel":
+            return "cancelled" if cancelled(program, mode, case) else ""
+        if part == "memory":
+            outcome = starved(program, case, int(mode))
+            return outcome if case < allocations(program) else ""
+        moments = lines(program)
+        if case >= len(moments):
+            return ""
+        return "interrupted" if interrupted(program, moments[case]) else ""
+
+
+def run_task(task: Task) -> Answer:
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
+    counts: Counter[str] = Counter()
+    failures: list[tuple[int, str]] = []
+    for case in task.cases:
+        try:
+            outcome = run_case(task.part, task.program, task.mode, case)
+        except BaseException as exc:
+            if type(exc) is KeyboardInterrupt:
+                raise
+            failures.append((case, described(exc)))
+            counts["FOUND"] += 1
+            continue
+        if not outcome:
+            break
+        counts[outcome] += 1
+    return Answer(task, dict(counts), tuple(failures))
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[Task]:
+    stride, seed = arguments.stride, arguments.seed
+    found: list[Task] = []
+    for part in arguments.parts or PARTS:
+        for program in PROGRAMS:
+            if part == "cancel":
+                rows = [(mode, 1500) for mode in ("all", "one")]
+            elif part == "ctrl-c":
+                rows = [("", len(lines(program)))]
+            elif memory_usable():
+                rows = []
+            else:
+                rows = [(burst, allocations(program)) for burst in ("1", "50")]
+            for mode, count in rows:
+                step = stride * (ALLOCATIONS_STRIDE if part == "memory" else 1)
+                cases = range(seed % step, count, step)
+                size = CHUNK
+                found += [
+                    Task(part, program, mode, cases[start : start + size])
+                    for start in range(0, len(cases), size)
+                ]
+    if arguments.minutes is not None:
+        # Where the time is too short for all of them, some of each kind are done.
+        random.Random(seed).shuffle(found)
+    return found
+
+
+ALLOCATIONS_STRIDE: Final = 5
+"""Neighbours among the allocations mostly belong to one call."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="every N-th moment only (%(default)s)"
+    )
+    parser.add_argument("--replay", metavar="PART:PROGRAM:MODE:CASE", help="one case again")
+    _report.add_common_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.replay is not None:
+        return replay(arguments.replay)
+    if unknown := set(arguments.parts) - set(PARTS):
+        return _report.fail_usage(f"no such part: {', '.join(sorted(unknown))}")
+    columns = {"part": "part", "program": "program", "mode": "mode", "cases": "cases"}
+    report = _report.Report(
+        "interrupts", arguments, columns | {"came": "what came of it", "found": "FOUND"}
+    )
+    todo = tasks_of(arguments)
+    rows: dict[tuple[str, str, str], Counter[str]] = {}
+    with _report.progress_bar("interrupts", minutes=arguments.minutes, count=len(todo)) as bar:
+        for answer in _report.in_processes(run_task, todo, arguments.workers, bar.over):
+            task = answer.task
+            row = rows.setdefault((task.part, task.program, task.mode), Counter())
+            row.update(answer.counts)
+            for case, what in answer.failures[:2]:
+                name = f"'{task.part}:{task.program}:{task.mode}:{case}'"
+                replayed = _report.replay_command("interrupts", "--replay", name)
+                report.find(f"{task.part}, {task.program} {task.mode}: {what}", replayed)
+            bar.advance(1, f"{task.part}: {task.program}")
+        seconds = bar.seconds
+    for (part, program, mode), row in sorted(rows.items()):
+        came = ", ".join(f"{name} {n:,}" for name, n in sorted(row.items()) if name != "FOUND")
+        report.add(
+            part=part,
+            program=program,
+            mode=mode,
+            cases=row.total(),
+            came=came,
+            found=row["FOUND"],
+        )
+    total = sum(row.total() for row in rows.values())
+    report.note(f"{total:,} interruptions, {_report.per_minute(total, seconds):,} a minute")
+    if "memory" in (arguments.parts or PARTS) and (why := memory_usable()):
+        report.note(f"memory: not run: {why}")
+    return report.finish()
+
+
+def replay(text: str) -> int:
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
+    part, _, rest = text.partition(":")
+    try:
+        program, mode, case = rest.split(":")
+        outcome = run_case(part, program, mode, int(case))
+    except (ValueError, KeyError):
+        return _report.fail_usage(f"no such case: {text}")
+    except (Lie, Exception) as exc:  # noqa: BLE001  (told, whatever it is)
+        print(described(exc))
+        return 1
+    print(outcome or "there is no such case")
+    return 0

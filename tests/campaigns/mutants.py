@@ -1,0 +1,568 @@
+"""Seeded bugs: each is put into a copy of the package, and a campaign must find it.
+
+Law: a mutant is an exact change of the source, a text that stands there just once and what
+takes its place; where the text is not there any more the campaign fails, so that a mutant
+cannot quietly become none.  The package itself is never touched: a copy of what is
+installed is changed, in a temporary folder, and judged in a process of its own.
+
+Every mutant names the campaign that is expected to find it; where that does not within the
+budget, the others are asked.  The package as it is must pass the same budget of every one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+import trio_wal
+
+from . import _judges, _report
+
+TESTS: Final = Path(__file__).parents[1]
+PACKAGE: Final = Path(trio_wal.__file__).parent
+SECONDS: Final = 20.0
+"""For one judge to find one mutant."""
+GRACE_SECONDS: Final = 60.0
+"""A judge that has not ended so long after its time hangs."""
+
+
+@attrs.frozen
+class Mutant:
+    name: str
+    file: str
+    judge: str
+    """A campaign, or ``campaign:part``."""
+    changes: tuple[tuple[str, str], ...]
+    """(what stands there once, what takes its place)"""
+
+
+def mutant(name: str, file: str, judge: str, *texts: str) -> Mutant:
+    return Mutant(name, f"{file}.py", judge, tuple(zip(texts[::2], texts[1::2], strict=True)))
+
+
+SIMULATOR, WHOLE, SCHEDULES = "simulator", "whole", "schedules"
+ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", "store"
+
+MUTANTS: Final = (
+    # -- group commit --
+    mutant(
+        "acknowledged before the sync", "_directory", SIMULATOR,
+        "        if sync:\n            self.sync()\n        return (",
+        "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
+    ),
+    mutant(
+        "watermark too early: what is written is called durable", "_flusher", "simulator:none",
+        "partial(self._directory.write, records, self.durable_lsn, sync=sync)",
+        "partial(self._directory.write, records, self.last_lsn, sync=sync)",
+    ),
+    mutant(
+        "a failed sync is tried again", "_directory", ERRORS,
+        "            self.active.file.sync()\n            self.sync_seconds",
+        "            try:\n                self.active.file.sync()\n"
+        "            except OSError:\n                self.active.file.sync()\n"
+        "            self.sync_seconds",
+    ),
+    mutant(
+        "a failed write is taken for a good one", "_directory", ERRORS,
+        "        active.write(body, durable_lsn, self._files.time_us())\n",
+        "        with contextlib.suppress(OSError):\n"
+        "            active.write(body, durable_lsn, self._files.time_us())\n",
+    ),
+    mutant(
+        "flush syncs nothing", "_flusher", ERRORS,
+        "            or barrier is not None\n", "",
+    ),
+    mutant(
+        "the records of a failed write are called not written", "_flusher", ERRORS,
+        '"unknown" if unsynced else "not written"', '"not written"',
+    ),
+    mutant(
+        "what is being written can be withdrawn", "_queue", WHOLE,
+        "        if batch.taken or (self.owner", "        if (self.owner",
+    ),
+    mutant(
+        "a withdrawn record leaves a gap in the numbers", "_queue", WHOLE,
+        "        batch.extra -= records - 1\n        batch.mixed = True\n        if batch.barrier",
+        "        batch.extra -= records - 1\n        if batch.barrier",
+    ),
+    mutant(
+        "what a full disk refused is written all the same", "_queue", ERRORS,
+        "                item = waiting.entries.pop(task)",
+        "                item = waiting.entries[task]",
+    ),
+    mutant(
+        "a unit is written as two frames", "_directory", SIMULATOR,
+        "        active = self.active\n        active.write(body,",
+        "        active = self.active\n"
+        "        if len(records) > 1 and active.fits(body.stored_length + 600):\n"
+        "            half = encode(records[:1], self._meta.features)\n"
+        "            active.write(half, durable_lsn, self._files.time_us())\n"
+        "            body = encode(records[1:], self._meta.features)\n"
+        "        active.write(body,",
+    ),
+    # -- segments, rotation, recycling --
+    mutant(
+        "no directory sync for a new segment", "_segment", SIMULATOR,
+        "    directory.rename(old_name, header.name)\n    directory.sync()\n",
+        "    directory.rename(old_name, header.name)\n",
+    ),
+    mutant(
+        "a new segment's header is not synced before its name", "_segment", SIMULATOR,
+        "    file.pwrite([header.encode()], 0)\n    file.sync()\n",
+        "    file.pwrite([header.encode()], 0)\n",
+    ),
+    mutant(
+        "a rotation does not sync the segment before", "_directory", "simulator:interval",
+        "old.rewrite_marks() or self._unsynced\n            self.sync()\n",
+        "old.rewrite_marks() or self._unsynced\n",
+    ),
+    mutant(
+        "footers are not synced", "_segment", SIMULATOR,
+        "        self._has_pointer = True\n        self.file.sync()\n",
+        "        self._has_pointer = True\n",
+    ),
+    mutant(
+        "a sealed segment is not cut at its end", "_segment", SIMULATOR,
+        "        self.file.truncate(self.position.offset)\n", "",
+    ),
+    mutant(
+        "no salt: a segment's checksums start from nothing", "_frame", SIMULATOR,
+        "return crc32c(_SEED.pack(self.salt, self.number))", "return 0",
+    ),
+    mutant(
+        "a frame of another place is taken", "_frame", BITROT,
+        "    if at != offset or crc32c", "    if crc32c",
+    ),
+    mutant(
+        "a dropped file is written over under its name", "_directory", "simulator:retention",
+        "spare = self._drop_file(segment, spare)\n            self._directory.sync()\n",
+        "spare = self._drop_file(segment, spare)\n",
+    ),
+    mutant(
+        "marks of a close are not written again", "_segment", "errors:appends/EIO/once",
+        "self.file.pwrite([self.file.pread(end - start, start)], start)\n", "pass\n",
+    ),
+    # -- truncation, retention --
+    mutant(
+        "segments go before log.meta says so", "_directory", "simulator:drop",
+        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            with self._shape:\n",
+    ),
+    mutant(
+        "one segment too many is dropped", "_directory", "errors:truncations",
+        "if segment.next_lsn <= lsn]\n            if not dropped:",
+        "if segment.first_lsn < lsn]\n            if not dropped:",
+    ),
+    mutant(
+        "a cut is not decided in log.meta", "_directory", "simulator:cut",
+        "                self._write_meta(attrs.evolve(self._meta, truncation=cut))\n",
+        "                pass\n",
+    ),
+    mutant(
+        "what stays behind a cut is not synced", "_directory", "simulator:cut",
+        "spare.file.sync()\n            self._directory.rename(spare.name, TRUNCATE",
+        "self._directory.rename(spare.name, TRUNCATE",
+    ),
+    mutant(
+        "a cut takes one record too many", "_directory", "simulator:cut",
+        "[: lsn + 1 - frame.first_lsn]", "[: lsn - frame.first_lsn]",
+    ),
+    mutant(
+        "log.meta is not synced before its name", "_recovery", SIMULATOR,
+        "        file.pwrite([meta.encode()], 0)\n        file.sync()\n",
+        "        file.pwrite([meta.encode()], 0)\n",
+    ),
+    mutant(
+        "the name of log.meta is not synced", "_recovery", SIMULATOR,
+        "    directory.rename(META_NEW_NAME, META_NAME)\n    directory.sync()\n",
+        "    directory.rename(META_NEW_NAME, META_NAME)\n",
+    ),
+    mutant(
+        "a cut that log.meta tells of is taken back", "_directory", "errors:truncations",
+        " and read_meta(self._directory) == self._meta:", ":",
+    ),
+    # -- recovery --
+    mutant(
+        "a torn tail is not cut", "_recovery", SIMULATOR,
+        "        elif torn:\n            copy_from", "        elif False:\n            copy_from",
+    ),
+    mutant(
+        "what is only in the page cache is believed", "_recovery", ERRORS,
+        "        if walk.unproven:\n", "        if False:\n",
+    ),
+    mutant(
+        "the copy of an unproven tail is not synced", "_recovery", SIMULATOR,
+        "    finally:\n        old.close()\n    active.file.sync()\n",
+        "    finally:\n        old.close()\n",
+    ),
+    mutant(
+        "the old segment is sealed before its copy is durable", "_recovery", SIMULATOR,
+        "    if not replaces:\n        sealed.append(", "    if False:\n        sealed.append(",
+        "    finally:\n        old.close()\n    active.file.sync()\n",
+        "    finally:\n        old.close()\n    if not replaces:\n"
+        "        sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))\n"
+        "    active.file.sync()\n",
+    ),
+    mutant(
+        "a decided cut is not carried out by recovery", "_recovery", "simulator:cut",
+        "cut is not None and header.number > cut.keep_number and header.salt != cut.salt",
+        "False",
+    ),
+    mutant(
+        "a footer that may be in the page cache only is believed", "_recovery", "errors:appends",
+        "        _rewrite_footer(directory, plan.previous)", "        pass",
+    ),
+    mutant(
+        "the clock goes back over an empty segment", "_recovery", "errors:recovery of truncations",
+        "        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))\n",
+        "        active.position = attrs.evolve(here, time_us=0)\n",
+    ),
+    # -- damage --
+    mutant(
+        "the checksum of a body is not looked at", "_scan", BITROT,
+        "                if crc32c(body) != frame.body_crc:", "                if False:",
+    ),
+    mutant(
+        "the checksum of a frame's header leaves its lengths out", "_frame", BITROT,
+        "FRAME_MAGIC + crc32c(fields, seed)", "FRAME_MAGIC + crc32c(fields[:24], seed)",
+        "crc32c(data[8:FRAME_HEADER_SIZE], seed) != crc", "crc32c(data[8:32], seed) != crc",
+    ),
+    mutant(
+        "the checksum of a frame's header leaves its time out", "_frame", BITROT,
+        "    return FRAME_MAGIC + crc32c(fields, seed)",
+        "    return FRAME_MAGIC + crc32c(fields[:16] + fields[24:], seed)",
+        "crc32c(data[8:FRAME_HEADER_SIZE], seed) != crc",
+        "crc32c(data[8:24] + data[32:FRAME_HEADER_SIZE], seed) != crc",
+    ),
+    mutant(
+        "a bad segment is skipped", "_recovery", BITROT,
+        "            if not _joins(walk.end, following):\n", "            if False:\n",
+    ),
+    mutant(
+        "damage that a later frame calls durable is cut as torn", "_recovery", BITROT,
+        "    if tail.covering is not None:", "    if False:",
+    ),
+    mutant(
+        "a frame does not vouch for the one just before it", "_scan", BITROT,
+        "frame.durable_lsn >= position.next_lsn:", "frame.durable_lsn > position.next_lsn:",
+    ),
+    mutant(
+        "the mark of a close does not vouch for what is before it", "_recovery", BITROT,
+        "        if last.pointer is not None and last.pointer.offset > where:", "        if False:",
+    ),
+    mutant(
+        "a missing last segment is not missed", "_recovery", "bitrot:files",
+        "if walk.last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL)",
+        "if False",
+    ),
+    mutant(
+        "a missing first segment is not missed", "_recovery", "bitrot:files",
+        "    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):",
+        "    if False:",
+    ),
+    mutant(
+        "a segment of another log is taken", "_recovery", "bitrot:files",
+        "        if header.log_uuid != meta.log_uuid:", "        if False:",
+    ),
+    mutant(
+        "a format from the future is read as ours", "_frame", "bitrot:files",
+        "    if version != FORMAT_VERSION:", "    if False:",
+    ),
+    mutant(
+        "a table of lengths is believed", "_frame", HOSTILE,
+        "    if table > len(body):", "    if False:",
+    ),
+    mutant(
+        "any number of records is believed", "_frame", BOMBS,
+        "count > BATCH_RECORDS_MAX or first > LSN_MAX", "False",
+    ),
+    mutant(
+        "a declared size is believed before decompressing", "_codec", BOMBS,
+        "body, max_output_size=raw_length)", "body)",
+        "        if parameters.content_size != raw_length:", "        if False:",
+        "    if len(raw) != raw_length:", "    if False:",
+    ),
+    mutant(
+        "a reader looks for ever for what no segment has", "_reader", HOSTILE,
+        "            if place.header == ended:", "            if False:",
+    ),
+    # -- the database --
+    mutant(
+        "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
+        "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
+        "        lsn = max(db.wal.durable_lsn, self.state.lsn)\n",
+    ),
+    mutant(
+        "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
+        "        await db.wait_settled(frozen.last_seq)\n", "",
+    ),
+    mutant(
+        "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
+        "        state = StoreState(self.state.log_uuid, lsn)\n",
+        "        state = StoreState(self.state.log_uuid, lsn)\n"
+        "        db.wal._keep_from(lsn + 1)\n",
+    ),
+    mutant(
+        "a log may be dropped that the store does not hold", "_directory", "simulator:checkpoints",
+        "                lsn = min(lsn, self.keep_from)\n", "                pass\n",
+    ),
+    mutant(
+        "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
+        "            piece.append((key, value))\n",
+        "            if value is not None:\n                piece.append((key, value))\n",
+    ),
+    mutant(
+        "replay begins one transaction too late", "_database", "simulator:transactions",
+        "self._wal.read(state.lsn + 1)", "self._wal.read(state.lsn + 2)",
+    ),
+    mutant(
+        "transactions are not validated", "_transaction", SCHEDULES,
+        "            return self._doomed\n        if self._observed",
+        "            return self._doomed\n        return None\n        if self._observed",
+    ),
+    mutant(
+        "what a checkpoint took away is no conflict", "_database", "errors:database",
+        "                reader.layer_dropped(frozen)\n", "                pass\n",
+    ),
+    mutant(
+        "a commit that was read can be withdrawn", "_database", WHOLE,
+        "return commitment is None or not commitment.observed", "return True",
+    ),
+    mutant(
+        "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
+        "                    layer.versions[key] = version.older\n",
+        "                    del layer.versions[key]\n",
+    ),
+    mutant(
+        "a read-only transaction does not wait for what it read", "_database", "errors:database",
+        "        elif not commitment.lost:\n            await commitment.wait()\n",
+        "        elif not commitment.lost:\n            await trio.lowlevel.checkpoint()\n",
+    ),
+    mutant(
+        "a snapshot sees what came after it", "_memtable", SCHEDULES,
+        "version = self.active.versions.get(key)\n        while version is not None and",
+        "version = self.active.versions.get(key)\n        while False and",
+    ),
+    mutant(
+        "LMDB keeps what was deleted", "_store", STORE,
+        "                        delete(key)\n", "                        pass\n",
+    ),
+    mutant(
+        "LMDB's state is not written with its data", "_store", STORE,
+        'txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
+        'state.lsn % 2 or txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
+    ),
+    mutant(
+        "a store of another log is taken", "_database", STORE,
+        "        elif state.log_uuid != plan.meta.log_uuid:", "        elif False:",
+    ),
+    mutant(
+        "a backup starts at the wrong record", "_checkpoint", "errors:database",
+        "                first_lsn=state.lsn + 1,", "                first_lsn=state.lsn + 2,",
+    ),
+)  # fmt: skip
+
+
+# -- putting one in -----------------------------------------------------------------
+
+
+class NotThere(Exception):
+    """A mutant's text is gone from the source, or stands there more than once."""
+
+
+def mutated(one: Mutant, source: str) -> str:
+    """The source with the bug in it.
+
+    Raises:
+      NotThere
+    """
+    for old, new in one.changes:
+        if source.count(old) != 1:
+            times = f"{source.count(old)} times in {one.file}"
+            raise NotThere(f"mutant no longer applies: {one.name!r}: {times}: {old!r}")
+        source = source.replace(old, new)
+    compile(source, one.file, "exec")
+    return source
+
+
+def copy_package(folder: Path, one: Mutant | None) -> None:
+    """The installed package in a folder, with a bug."""
+    target = folder / PACKAGE.name
+    # Compiled files are left: they are told by a time and a size, which may be the same.
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
+    if one is not None:
+        file = target / one.file
+        file.write_text(mutated(one, file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+# -- judging one --------------------------------------------------------------------
+
+
+@attrs.frozen
+class Task:
+    mutant: Mutant | None
+    """None: the package as it is."""
+    judges: tuple[str, ...]
+    """Asked one after the other until one finds something."""
+    seed: int
+    seconds: float
+
+
+@attrs.frozen
+class Verdict:
+    task: Task
+    judge: str
+    """That found it; nothing: none did."""
+    what: str
+    cases: int
+    """Until it was found."""
+    seconds: float
+    passed: tuple[str, ...]
+    """Judges that found nothing."""
+
+
+def judge_one(task: Task) -> Verdict:
+    cases = 0
+    seconds = 0.0
+    passed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy_package(Path(folder), task.mutant)
+        for judge in task.judges:
+            answer = ask(judge, Path(folder), task.seed, task.seconds)
+            cases += answer["cases"]
+            seconds += answer["seconds"]
+            if answer["found"]:
+                return Verdict(task, judge, answer["found"], cases, seconds, tuple(passed))
+            passed.append(judge)
+    return Verdict(task, "", "", cases, seconds, tuple(passed))
+
+
+def ask(judge: str, folder: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """One judge's answer about the copy of the package in a folder."""
+    command = [sys.executable, "-m", "campaigns", "mutants", "--judge", judge]
+    command += ["--seed", str(seed), "--seconds", str(seconds), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{TESTS}"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    try:
+        done = subprocess.run(
+            command,
+            cwd=TESTS,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds + GRACE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"cases": 0, "seconds": seconds + GRACE_SECONDS, "found": "it hangs"}
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])  # type: ignore[no-any-return]
+    # Nothing but the mutant is new: it has broken what a judge prepares, or the process.
+    errors = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    return {"cases": 0, "seconds": 0.0, "found": f"{judge} cannot begin: {errors[-1]}"}
+
+
+def judge_here(arguments: argparse.Namespace) -> int:
+    """In the process of its own: against the copy that is found first."""
+    name, _, only = arguments.judge.partition(":")
+    judgement = _judges.JUDGES[name](arguments.seed, arguments.seconds, only)
+    print(json.dumps(attrs.asdict(judgement)))
+    return 0
+
+
+# -- the campaign -------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="TEXT", help="only mutants with it; all")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for a judge and a mutant (%(default)s)"
+    )
+    parser.add_argument("--judge", metavar="JUDGE[:PART]", help="only this one, on this package")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="so many mutants, chosen by the seed"
+    )
+    _report.add_common_arguments(parser)
+
+
+def chosen(arguments: argparse.Namespace) -> list[Mutant]:
+    found = [
+        one
+        for one in MUTANTS
+        if not arguments.names or any(text in f"{one.file} {one.name}" for text in arguments.names)
+    ]
+    if arguments.sample is not None:
+        found = random.Random(arguments.seed).sample(found, min(arguments.sample, len(found)))
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.judge is not None:
+        if arguments.judge.partition(":")[0] not in _judges.JUDGES:
+            return _report.fail_usage(f"judges are {', '.join(_judges.JUDGES)}")
+        return judge_here(arguments)
+    mutants = chosen(arguments)
+    if not mutants:
+        return _report.fail_usage("there is no such mutant")
+    for one in MUTANTS:
+        # All of them, whichever are asked for: a text that is gone is a defect at once.
+        mutated(one, (PACKAGE / one.file).read_text(encoding="utf-8"))
+    report = _report.Report(
+        "mutants",
+        arguments,
+        {
+            "mutant": "mutant", "file": "file", "judge": "found by", "cases": "after cases",
+            "seconds": "seconds",
+        },
+    )  # fmt: skip
+    seed, seconds = arguments.seed, arguments.seconds
+    used = {one.judge.partition(":")[0] for one in mutants}
+    tasks = [
+        *(Task(None, (judge,), seed, seconds) for judge in _judges.JUDGES if judge in used),
+        *(
+            Task(one, tuple(dict.fromkeys((one.judge, *_judges.JUDGES))), seed, seconds)
+            for one in mutants
+        ),
+    ]
+    found = 0
+    with _report.progress_bar("mutants", minutes=arguments.minutes, count=len(tasks)) as bar:
+        for verdict in _report.in_processes(judge_one, tasks, arguments.workers, bar.over):
+            one = verdict.task.mutant
+            judge = verdict.judge or "NOBODY"
+            if one is None:
+                (judge,) = verdict.task.judges
+                if verdict.judge:
+                    replayed = _report.replay_command("mutants", "--judge", judge, "--seed", seed)
+                    report.find(f"the package as it is: {judge}: {verdict.what}", replayed)
+                judge = f"{judge}: {verdict.what or 'nothing'}"
+            elif verdict.judge:
+                found += 1
+                if verdict.passed:
+                    judge += f" (not by {', '.join(verdict.passed)})"
+            else:
+                replayed = _report.replay_command("mutants", f"'{one.name}'", "--seed", seed)
+                report.find(f"not found: {one.name} ({one.file})", replayed)
+            report.add(
+                mutant="(the package as it is)" if one is None else one.name,
+                file="" if one is None else one.file,
+                judge=judge,
+                cases=verdict.cases,
+                seconds=round(verdict.seconds, 1),
+                what=verdict.what,
+            )
+            bar.advance(1, f"{found} found")
+    done = sum(row["file"] != "" for row in report.rows)
+    report.rows.sort(key=lambda row: (row["file"] == "", row["file"], row["mutant"]))
+    report.note(f"{found} of {done} mutants found")
+    return report.finish()

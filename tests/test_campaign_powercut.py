@@ -1,0 +1,320 @@
+"""Power cuts and errors of real disks: short shares, and what the images are made of.
+
+What needs root, FUSE, loop devices or strace skips with its reason where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fcntl", reason="loop devices and FUSE are Linux's")
+
+from campaigns import _mounts, realerrors
+from campaigns._blockstore import SECTOR, Fault, Recording
+from campaigns._cuts import MODES, Cut, Cutter, choose
+from campaigns._ledger import new_ledger
+from campaigns.powercut import Case, Judge
+
+TESTS = Path(__file__).parent
+
+
+def run_campaign(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the campaigns fork, which a process with threads must not."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-m", "campaigns", *map(str, arguments)],
+        cwd=TESTS,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def skip_unless(reason: str | None) -> None:
+    if reason is not None:
+        pytest.skip(reason)
+
+
+# -- a share of the campaigns -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "system"), [("cuts", "ext4"), ("cuts", "xfs"), ("cuts", "btrfs"), ("faults", "ext4")]
+)
+def test_no_power_cut_loses_what_was_acknowledged(tmp_path: Path, part: str, system: str) -> None:
+    skip_unless(_mounts.why_not([system], fuse=True))
+    figures = tmp_path / "figures.json"
+    done = run_campaign(
+        *("powercut", part, "--systems", system, "--cuts", 12, "--count", 24, "--workers", 1),
+        *("--seed", 3, "--output", figures, "--keep", tmp_path / "kept"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert {(row["part"], row["system"]) for row in rows} == {(part, system)}
+    cuts = sum(row["cuts"] for row in rows)
+    assert cuts >= 24
+    assert sum(row["acknowledged"] for row in rows) > 0
+    assert 0 < sum(row["distinct"] for row in rows) <= cuts
+    # Nothing stays: no loop device, no mount, no file.
+    assert "trio-wal-powercut" not in Path("/proc/mounts").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "kept"] == ["figures.json"]
+
+
+UNSYNCED = """\
+import sys
+from trio_wal._files import OsFile
+
+OsFile.sync = lambda self: None
+from campaigns import powercut
+keep, folder = sys.argv[1:]
+for seed in range(20):
+    outcome = powercut.disk_of(powercut.Task("cuts", "ext4", "log", seed, 40, folder, keep))
+    if outcome.found:
+        found = outcome.found[0]
+        print(f"{found.file}:{found.cut.place}:{found.cut.damage}")
+        break
+"""
+"""Nothing of the log is ever synced."""
+
+
+def test_a_log_that_never_syncs_is_found_and_its_cut_is_kept(tmp_path: Path) -> None:
+    skip_unless(_mounts.why_not(["ext4"], fuse=True))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", UNSYNCED, tmp_path / "kept", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    again = run_campaign("powercut", "--replay", done.stdout.strip())
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert re.search(r"^(lost|refused)", again.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("part", realerrors.PARTS)
+def test_no_error_of_the_system_makes_a_false_acknowledgement(tmp_path: Path, part: str) -> None:
+    skip_unless(realerrors.why_not(part))
+    figures = tmp_path / "figures.json"
+    done = run_campaign(
+        *("realerrors", part, "--count", 5, "--workers", 1, "--seed", 2, "--output", figures)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert sum(row["errors"] for row in rows) == 5
+    assert not any(row["false"] or row["other"] for row in rows)
+
+
+def test_what_cannot_be_run_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert _mounts.why_not() == "mounting needs root"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(_mounts.shutil, "which", lambda name: None)
+    assert _mounts._why_not_system("xfs") == "mkfs.xfs is not installed"
+    assert realerrors.why_not("calls") == "strace is not installed"
+    assert realerrors.why_not("limit") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("powercut", "all"), "all: no part of this"),
+        (("powercut", "--systems", "ext4,fat"), "--systems fat: not known"),
+        (("realerrors", "some"), "some: no part of this"),
+        (("realerrors", "--replay", "x"), "--replay x: not a case"),
+    ],
+)
+def test_a_wrong_option_is_usage(arguments: tuple[str, ...], message: str) -> None:
+    done = run_campaign(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")
+
+
+# -- images of a disk --------------------------------------------------------------------
+
+DISK = 64 * SECTOR
+
+
+def sectors(value: int, count: int = 1) -> bytes:
+    return bytes([value]) * (count * SECTOR)
+
+
+def recorded(*writes: tuple[int, bytes] | None) -> Recording:
+    """A disk of zeros with these writes (at sectors) and barriers."""
+    listed = [None if write is None else (write[0] * SECTOR, write[1]) for write in writes]
+    return Recording("ext4", bytes(DISK), listed)
+
+
+def values(image: bytes) -> list[set[int]]:
+    """Of each sector, the bytes that are in it."""
+    return [set(image[place : place + SECTOR]) for place in range(0, DISK, SECTOR)]
+
+
+def images(recording: Recording, place: int, **options: Any) -> list[bytes]:
+    found = []
+    for damage in range(400):
+        cutter = Cutter(recording, **options)
+        found.append(cutter.image(cutter.advance(Cut(place, damage))))
+    return found
+
+
+def test_what_a_barrier_covers_is_always_there() -> None:
+    recording = recorded((0, sectors(1, 4)), (8, sectors(2)), None, (0, sectors(3, 4)))
+    for image in images(recording, 4):
+        found = values(image)
+        assert found[8] == {2}
+        assert all(found[place] in ({1}, {3}) for place in range(4))
+
+
+def test_a_barrier_that_was_not_completed_covers_nothing() -> None:
+    recording = recorded((0, sectors(1)), None)
+    assert {image[0] for image in images(recording, 1)} == {0, 1}
+    assert {image[0] for image in images(recording, 2)} == {1}
+
+
+def test_since_the_barrier_each_sector_is_old_or_new_in_every_combination() -> None:
+    recording = recorded(None, (0, sectors(1, 2)), (4, sectors(2)))
+    found = {(image[0], image[SECTOR], image[4 * SECTOR]) for image in images(recording, 3)}
+    assert found == {(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 2)}
+
+
+def test_a_sector_written_twice_may_be_any_of_the_three() -> None:
+    recording = recorded((3, sectors(1)), (3, sectors(2)))
+    assert {image[3 * SECTOR] for image in images(recording, 2)} == {0, 1, 2}
+
+
+def test_a_sector_is_never_torn_but_a_longer_write_is() -> None:
+    recording = recorded((0, sectors(1, 8)))
+    found = [values(image) for image in images(recording, 1)]
+    assert all(len(sector) == 1 for image in found for sector in image)
+    assert any({1} in image[:8] and {0} in image[:8] for image in found)
+
+
+def test_a_superblock_is_written_whole_or_not_at_all() -> None:
+    recording = recorded((0, sectors(1, 12)))
+    for image in images(recording, 1, whole=[(0, 8 * SECTOR)]):
+        assert len({image[place * SECTOR] for place in range(8)}) == 1
+    assert len({image[8 * SECTOR :] for image in images(recording, 1)}) > 4
+
+
+def test_every_mode_of_damage_is_used_and_the_plain_ones_are_plain() -> None:
+    recording = recorded((0, sectors(1)), (1, sectors(2)), (2, sectors(3)))
+    for damage, mode in enumerate(MODES):
+        cutter = Cutter(recording)
+        cut = Cut(3, damage)
+        assert cut.mode == mode
+        image = cutter.image(cutter.advance(cut))
+        if mode == "kept":
+            assert image[: 3 * SECTOR] == sectors(1) + sectors(2) + sectors(3)
+        if mode == "lost":
+            assert image == bytes(DISK)
+        if mode == "suffix":
+            # The last write is there whatever became of the first.
+            assert image[2 * SECTOR] == 3
+
+
+def test_the_same_cut_leaves_the_same_disk() -> None:
+    rng = Random(5)
+    writes = [
+        None if rng.random() < 0.3 else (rng.randrange(60), sectors(rng.randrange(256), 3))
+        for _ in range(50)
+    ]
+    recording = recorded(*writes)
+    cuts = choose(recording, 40, Random(1))
+    assert cuts == sorted(cuts, key=lambda cut: cut.place)
+    assert {cut.place for cut in cuts} <= set(range(51))
+    cutter = Cutter(recording)
+    seen: dict[bytes, bytes] = {}
+    for cut in cuts:
+        pieces = cutter.advance(cut)
+        image = cutter.image(pieces)
+        alone = Cutter(recording)
+        assert alone.image(alone.advance(cut)) == image
+        assert seen.setdefault(cutter.fingerprint(pieces), image) == image
+    assert len(seen) > 20
+
+
+# -- what is judged at a cut -------------------------------------------------------------
+
+
+def test_a_message_binds_the_cuts_from_where_it_was_read() -> None:
+    recording = recorded((0, sectors(1)), None, (1, sectors(2)), None)
+    opening = json.dumps(["open", 1, 0, 0, True, []])
+    for place, line in (
+        (0, '["life", 0]'),
+        (1, opening),
+        (1, '["will", 0, 0, 1]'),
+        (3, '["ack", 0, 0, 1]'),
+    ):
+        recording.messages.append((place, line))
+    case = Case("log", 1, 1, {}, recording, new_ledger("log", 1, power=True))
+    judge = Judge(case)
+    nothing = (1, 0, 0, True, [])
+    for place, opening_now in ((0, True), (1, False), (2, False)):
+        assert judge.at(place).check(nothing) == []
+        assert judge.opening == opening_now
+    assert judge.at(3).check(nothing) == ["lost: ends at LSN 0, durable was 1"]
+    # The ledger that the case began with is as it was.
+    assert case.ledger.opened == 0
+
+
+def test_a_fault_hits_what_it_is_for_until_it_is_told_to_end() -> None:
+    fault = Fault(b"poison", "end", after=1, count=2)
+    hits = [fault.hits("write", b"..poison.."), fault.hits("write", b"clean")]
+    hits += [fault.hits("write", b"poison"), fault.hits("barrier")]
+    assert hits == [False, False, True, False]
+    fault.heard("something")
+    assert fault.count == 1
+    fault.heard("end")
+    assert not fault.hits("write", b"poison")
+
+
+# -- what strace shows -------------------------------------------------------------------
+
+TRACE = """\
+100 openat(4</w/files>, "spare-1.tmp", O_RDWR|O_CREAT, 0600) = 7</w/files/spare-1.tmp>
+101 pwritev2(5</w/files/wal-1.log>, [{iov_base="abc", iov_len=3}], 1, 4096, 0) = 3
+101 fdatasync(5</w/files/wal-1.log> <unfinished ...>
+100 write(9<pipe:[7]>, "[\\"will\\", 0, 3, 1]\\n", 18) = 18
+101 <... fdatasync resumed>)            = -1 EIO (Input/output error) (INJECTED)
+100 write(9<pipe:[7]>, "[\\"ack\\", 0, 3, 4]\\n", 18 <unfinished ...>
+101 fdatasync(5</w/files/wal-1.log>)     = 0
+101 exit_group(0) = ?
+"""
+
+
+def test_calls_are_read_from_what_strace_shows() -> None:
+    calls = list(realerrors.calls_of(TRACE.splitlines()))
+    assert [(call.name, call.path, call.injected) for call in calls[:3]] == [
+        ("openat", "/w/files", False),
+        ("pwritev2", "/w/files/wal-1.log", False),
+        ("fdatasync", "/w/files/wal-1.log", True),
+    ]
+    said = [call.message for call in calls]
+    assert [words for words in said if words] == [["will", 0, 3, 1], ["ack", 0, 3, 4]]
+
+
+def test_a_false_acknowledgement_and_a_sync_that_is_tried_again_are_found() -> None:
+    case = realerrors.Case("calls", "log", 1, "fdatasync", "EIO", "once", 1)
+    assert realerrors.Case.parse(case.text()) == case
+    calls = list(realerrors.calls_of(TRACE.splitlines()))
+    life = realerrors.Life(['["life", 1]'], 0)
+    assert realerrors._check_calls(case, calls, life) == [
+        "lost: fdatasync of /w/files/wal-1.log failed, nobody was told",
+        "lost: acknowledged after a failure: ['ack', 0, 3, 4]",
+        "after a failed sync /w/files/wal-1.log was synced 1 times more",
+    ]
+    told = realerrors.Life(['["error", 0, 3, "LogFailedError", "unknown", 5]'], 3)
+    assert realerrors._check_calls(case, calls[:4], told) == []
