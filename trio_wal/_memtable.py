@@ -67,7 +67,7 @@ class Layer:
         self.last_seq: int = 0
         self.last_lsn: int = 0
         """Of its newest durable commit; 0 where there is none."""
-        self.keys = SortedKeys()
+        self.keys: SortedKeys = SortedKeys()
         """Some may be gone from ``versions`` again."""
 
     def items(self) -> Iterator[tuple[bytes, bytes | None]]:
