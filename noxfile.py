@@ -291,6 +291,12 @@ def crash(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Seeded bugs that the campaigns must find: `nox -s mutants -- [--sample N] [TEXT...]`."""
+    _campaign(session, "mutants", *session.posargs)
+
+
+@nox.session(default=False)
 def kill(session: nox.Session) -> None:
     """Programs killed (SIGKILL) at random moments: `nox -s kill -- [--count KILLS]`."""
     _campaign(session, "kill", *session.posargs)

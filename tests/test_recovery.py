@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -31,6 +34,8 @@ from logs import (
 
 import trio_wal
 from trio_wal import CorruptLogError, RecoveryReport
+from trio_wal._directory import open_log_directory
+from trio_wal._files import OsFiles
 from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Meta, Truncation, frame_size
 from trio_wal._recovery import examine, read_meta
 from trio_wal._util import KiB
@@ -659,3 +664,28 @@ def test_a_log_of_which_only_creation_was_begun_may_hold_no_strange_segment() ->
     begun.write_file(LOG, "wal-1.log", b"")
     with pytest.raises(CorruptLogError, match=r"^/log/wal-1\.log: .* not the name of a segment"):
         open_log(begun)
+
+
+# -- the page cache ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks descriptors up in Linux's /proc")
+def test_the_end_of_a_log_is_read_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed write the page cache holds what the disk does not have."""
+    dropped: list[tuple[str, int]] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length) == (0, 0)
+        dropped.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), advice))
+
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=1)
+    for number in range(10):
+        append(log, bytes([number]))
+    log.close(orderly=False)
+    names = sorted(path.name for path in tmp_path.glob("wal-*"))
+    assert len(names) > 3
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    open_log_directory(OsFiles(), str(tmp_path), segment_size=1).close()
+    assert dropped == [(name, os.POSIX_FADV_DONTNEED) for name in names[-2:]]

@@ -17,7 +17,8 @@ import lmdb
 import pytest
 from databases import hash_tree
 
-from trio_wal import CorruptLogError
+import trio_wal
+from trio_wal import CorruptLogError, _store
 from trio_wal._store import LmdbStore, MapFull, Store, StoreState, data_file, inspect_store
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
@@ -308,7 +309,7 @@ class _Refusing:
     """An LMDB environment after a write of its own has failed."""
 
     def __init__(self, environment: Any) -> None:
-        self.close = environment.close
+        self.close, self.info = environment.close, environment.info
 
     def begin(self, **_: Any) -> Any:
         raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC: Update of meta page failed")
@@ -323,6 +324,98 @@ def test_a_store_whose_own_write_has_failed_can_be_looked_at_and_closed(tmp_path
         store.apply([(b"key", b"other")], STATE)
     assert store.statistics() == before
     store.close()
+
+
+def test_after_a_failed_write_a_store_is_read_from_the_disk_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reread: list[str] = []
+    monkeypatch.setattr(_store, "reread_file", reread.append)
+    path = str(tmp_path / "store")
+    store = LmdbStore(path, 8 * MiB)
+    store.apply([(b"key", b"value")], STATE)
+    store._env = _Refusing(store._env)
+    with pytest.raises(OSError, match="checkpoint failed"):
+        store.apply([(b"key", b"other")], STATE)
+    for _ in range(2):
+        with pytest.raises(MapFull):
+            store.apply([(b"key", b"other")], STATE)
+    assert not reread
+    assert store.crowded(0)
+    store.grow()
+    assert not store.crowded(0)
+    assert reread == [data_file(path)]
+    assert store.read().get(b"key") == b"value"
+    store.apply([(b"key", b"other")], STATE)
+    assert store.read().get(b"key") == b"other"
+    store.close()
+    assert sorted(os.listdir(path)) == ["data.mdb", "lock.mdb"]
+
+
+def test_what_a_failed_write_left_to_the_next_process_is_read_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reread: list[str] = []
+    monkeypatch.setattr(_store, "reread_file", reread.append)
+    path = str(tmp_path / "store")
+    store = LmdbStore(path, 8 * MiB)
+    store.apply([(b"key", b"value")], STATE)
+    store._env = _Refusing(store._env)
+    with pytest.raises(OSError, match="checkpoint failed"):
+        store.apply([(b"key", b"other")], STATE)
+    store.close()
+    assert inspect_store(path) == STATE
+    assert reread == [data_file(path)]
+    LmdbStore(path, 8 * MiB).close()
+    assert reread == [data_file(path)] * 2
+    LmdbStore(path, 8 * MiB).close()
+    assert inspect_store(path) == STATE
+    assert len(reread) == 2
+
+
+async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise lmdb.Error(f"{tmp_path}: {os.strerror(errno.EIO)}")
+
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"key", b"value")
+        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        monkeypatch.setattr(lmdb, "open", fail)
+        for _ in range(3):
+            with pytest.raises(OSError, match=r"checkpoint failed|cannot be read"):
+                await db.checkpoint()
+        assert db.statistics().checkpoint_lsn == 0
+        monkeypatch.undo()
+        assert await db.checkpoint() == 1
+        assert db.get(b"key") == b"value"
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"key", b"other")
+        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        monkeypatch.setattr(lmdb, "open", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"checkpoint failed|cannot be read"):
+                await db.checkpoint()
+    monkeypatch.undo()
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        assert dict(db.scan()) == {b"key": b"other"}
+
+
+async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path: Path) -> None:
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"key", b"value")
+        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="checkpoint failed"):
+            await db.checkpoint()
+        assert db.get(b"key") == b"value"
+        await db.put(b"key", b"other")
+        assert await db.checkpoint() == 2
+        assert db.get(b"key") == b"other"
+        assert db.statistics().checkpoint_lsn == 2
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        assert dict(db.scan()) == {b"key": b"other"}
+        assert db.recovery.checkpoint_lsn == 2
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from ._recovery import (
     examine,
     read_meta,
     repair,
+    reread_tail,
     reserve_meta,
     write_meta,
 )
@@ -362,6 +363,10 @@ class LogDirectory:
             file.allocate(capacity)
         except BaseException:
             close_quietly(file)
+            # Not to be used again: a page that could not be written may stay lost.
+            self._recycled.remove(name)
+            with contextlib.suppress(OSError):
+                self._directory.unlink(name)
             raise
         self._recycled.remove(name)
         return _Spare(name, file, capacity)
@@ -731,6 +736,7 @@ def open_log_directory(
     directory = files.open_directory(path, create=True)
     try:
         directory.lock()
+        reread_tail(directory)
         plan = examine(directory, verify_bytes=verify_bytes)
         features = FEATURE_ZSTD if compression == "zstd" else 0
         if database:

@@ -81,6 +81,11 @@ class Directory(Protocol):
 
     def unlink(self, name: str) -> None: ...
 
+    def reread(self, name: str) -> None:
+        """Have what is read of a file from now on come from the disk, as far as that can be
+        had: after a failed write the kernel keeps what is not there."""
+        ...
+
     def sync(self) -> None:
         """On return all that was created, renamed and unlinked is durable."""
         ...
@@ -352,6 +357,13 @@ class OsDirectory:
         where, dir_fd = self._where(name)
         os.unlink(where, dir_fd=dir_fd)
 
+    def reread(self, name: str) -> None:
+        file = self.open(name)
+        try:
+            _forget_cached(file._fd)
+        finally:
+            file.close()
+
     def sync(self) -> None:
         if self._fd >= 0:
             _sync_directory(self._fd)
@@ -435,6 +447,17 @@ class OsDirectory:
         fd, self._windows_lock = self._windows_lock, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _forget_cached(fd: int) -> None:
+    """Drop the clean pages of a file from the page cache.
+
+    A page whose write has failed is clean and not on the disk.  On ext4 it stays lost even
+    if it is then written again and synced with success, where its block had never been written
+    before (seen on Linux 6.18); once it is dropped, writing it again works.
+    """
+    if sys.platform not in ("win32", "darwin"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_directory(fd: int) -> None:
@@ -526,6 +549,31 @@ def file_size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+def leave_mark(path: str) -> None:
+    """An empty file that later processes on this running system will see; not durable, and it
+    need not be: what it warns of is in the page cache, and goes away with that."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | _CLOEXEC | _NOFOLLOW, 0o600))
+
+
+def has_mark(path: str) -> bool:
+    return os.path.lexists(path)
+
+
+def remove_mark(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def reread_file(path: str) -> None:
+    """As `Directory.reread`."""
+    fd = os.open(path, os.O_RDONLY | _BINARY | _CLOEXEC)
+    try:
+        _forget_cached(fd)
+    finally:
+        os.close(fd)
 
 
 def sync_file(path: str) -> None:

@@ -307,6 +307,18 @@ def _check_chain(
     return segments
 
 
+def reread_tail(directory: Directory) -> None:
+    """Before a log is recovered: its last two segments are read from the disk.
+
+    Only these are written again, and only there can a process that has ended have left what
+    is in the page cache alone.
+    """
+    names = directory.names()
+    segments = [name for name in names if segment_name_lsn(name) is not None]
+    for name in (*segments[-2:], *(name for name in names if name == TRUNCATE_NAME)):
+        directory.reread(name)
+
+
 # -- examine ----------------------------------------------------------------------
 
 

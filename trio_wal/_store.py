@@ -14,11 +14,22 @@ from typing import Any, Final, Protocol
 import attrs
 
 from ._exceptions import CorruptLogError
-from ._files import disk_error, file_size, make_directory, sync_file
+from ._files import (
+    disk_error,
+    file_size,
+    has_mark,
+    leave_mark,
+    make_directory,
+    remove_mark,
+    reread_file,
+    sync_file,
+)
 from ._operations import KEY_BYTES_MAX
 from ._util import MiB
 
 DATA_NAME: Final = "data.mdb"
+SUSPECT_NAME: Final = "suspect"
+"""Stands beside the data from a failed write on, until the data was read from the disk anew."""
 MAP_GROWTH: Final = 2
 READERS_MAX: Final = 4096
 """Open snapshots and the like, at once."""
@@ -29,7 +40,8 @@ _META: Final = b"meta"
 
 
 class MapFull(Exception):
-    """The store has no more room in its map; grow it while nobody reads, and try again."""
+    """The store has no more room in its map, or a write has failed and its pages must not be
+    written again before they were forgotten; grow it while nobody reads, and try again."""
 
 
 @attrs.frozen
@@ -64,16 +76,19 @@ class Store(Protocol):
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         """Write a piece of a checkpoint, durably, all or nothing; ``state`` with the last.
 
-        Raises `MapFull`.
+        Raises:
+          MapFull
+          OSError: a write failed; the next call raises `MapFull`.
         """
         ...
 
     def crowded(self, needed: int) -> bool:
-        """Whether half of the map is used, or would be with so many bytes more."""
+        """Whether half of the map is used, or would be with so many bytes more; or else `grow`
+        is due."""
         ...
 
     def grow(self) -> None:
-        """Make the map larger; nothing may be reading."""
+        """Make the map larger, or begin anew after a failed write; nothing may be reading."""
         ...
 
     def copy(self, path: str) -> None:
@@ -131,21 +146,38 @@ class LmdbStore:
         self._lmdb = importlib.import_module("lmdb")
         self.path = path
         make_directory(path)
-        # LMDB never shrinks a map below what is used; a larger file needs a larger map.
-        size = max(map_size, file_size(data_file(path)) + 16 * MiB)
-        with _corruption(self._lmdb, path):
-            self._env = self._lmdb.open(
-                path, map_size=size, max_dbs=2, mode=0o600, max_readers=READERS_MAX
-            )
-            self._data = self._env.open_db(_DATA)
-            self._meta = self._env.open_db(_META)
-        self._page_size: int = self._env.stat()["psize"]
         self._entries: int = 0
+        self._open(map_size)
+
+    def _open(self, map_size: int) -> None:
+        self._suspect = True
+        forget_suspect(self.path)
+        # LMDB never shrinks a map below what is used; a larger file needs a larger map.
+        size = max(map_size, file_size(data_file(self.path)) + 16 * MiB)
+        try:
+            with _corruption(self._lmdb, self.path):
+                self._env = self._lmdb.open(
+                    self.path, map_size=size, max_dbs=2, mode=0o600, max_readers=READERS_MAX
+                )
+                self._data = self._env.open_db(_DATA)
+                self._meta = self._env.open_db(_META)
+        except OSError:
+            leave_mark(f"{self.path}/{SUSPECT_NAME}")
+            raise
+        self._page_size: int = self._env.stat()["psize"]
+        self._map_size: int = size
+        remove_mark(f"{self.path}/{SUSPECT_NAME}")
+        self._suspect = False
 
     def read(self) -> ReadTransaction:
-        return _LmdbRead(self._env, self._data)
+        try:
+            return _LmdbRead(self._env, self._data)
+        except self._lmdb.Error as exc:
+            raise OSError(5, f"the store cannot be read: {exc}", self.path) from exc
 
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
+        if self._suspect:
+            raise MapFull
         try:
             with self._env.begin(write=True, db=self._data) as txn:
                 put, delete = txn.put, txn.delete
@@ -161,16 +193,28 @@ class LmdbStore:
         except self._lmdb.MapFullError as exc:
             raise MapFull from exc
         except self._lmdb.Error as exc:
-            raise OSError(5, f"checkpoint failed: {exc}", self.path) from exc
+            # LMDB would write the same pages again, and that may not help: see `_files`.
+            self._suspect = True
+            leave_mark(f"{self.path}/{SUSPECT_NAME}")
+            number = disk_error(str(exc)) or 5
+            raise OSError(number, f"checkpoint failed: {exc}", self.path) from exc
 
     def crowded(self, needed: int) -> bool:
+        if self._suspect:
+            return True
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._page_size
         return bool(2 * (used + needed) > info["map_size"])
 
     def grow(self) -> None:
+        if self._suspect:
+            # Closed first: what is mapped stays in the cache.
+            self._env.close()
+            self._open(self._map_size)
+            return
         try:
-            self._env.set_mapsize(self._env.info()["map_size"] * MAP_GROWTH)
+            self._map_size = self._env.info()["map_size"] * MAP_GROWTH
+            self._env.set_mapsize(self._map_size)
         except self._lmdb.Error as exc:
             raise OSError(12, f"the map cannot grow: {exc}", self.path) from exc
 
@@ -183,13 +227,19 @@ class LmdbStore:
         try:
             with self._env.begin() as txn:
                 self._entries = txn.stat(self._data)["entries"]
-        except self._lmdb.PanicError:
+        except self._lmdb.Error:
             # A write of its own failed, and LMDB begins nothing any more: what was last known.
             pass
         return self._entries, file_size(data_file(self.path))
 
     def close(self) -> None:
         self._env.close()
+
+
+def forget_suspect(path: str) -> None:
+    """After a write of a store has failed: read it from the disk, not from the page cache."""
+    if has_mark(f"{path}/{SUSPECT_NAME}") and file_size(data_file(path)):
+        reread_file(data_file(path))
 
 
 def data_file(path: str) -> str:
@@ -233,6 +283,7 @@ def inspect_store(path: str) -> StoreState | None:
     size = file_size(data_file(path))
     if not size:
         return None
+    forget_suspect(path)
     lmdb = importlib.import_module("lmdb")
     name = data_file(path)
     with _corruption(lmdb, path):

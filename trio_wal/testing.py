@@ -572,6 +572,9 @@ class MemoryDirectory:
             raise LogLockedError(self.path, os.getpid())
         self._folder.owner = self
 
+    def reread(self, name: str) -> None:
+        pass
+
     def sign(self) -> None:
         pass
 

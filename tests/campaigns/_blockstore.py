@@ -70,8 +70,8 @@ class Recording:
 
 @attrs.define
 class Fault:
-    """Answers requests with EIO, until a message that is ``until``: those that hold
-    ``marker``, or any, from the n-th on."""
+    """Answers requests with EIO, from a message that is ``since`` until one that is ``until``:
+    those that hold ``marker``, or any, from the n-th on."""
 
     marker: bytes | None = None
     until: str = ""
@@ -80,13 +80,16 @@ class Fault:
     """"write" or "barrier"."""
     count: int = 1
     """How many in a row."""
+    since: str = ""
 
     def heard(self, line: str) -> None:
+        if line == self.since:
+            self.since = ""
         if line == self.until:
             self.count = 0
 
     def hits(self, kind: str, data: bytes = b"") -> bool:
-        if not self.count or kind != self.kind:
+        if self.since or not self.count or kind != self.kind:
             return False
         if self.marker is not None and self.marker not in data:
             return False

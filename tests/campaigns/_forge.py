@@ -165,9 +165,10 @@ def _encode_segment(segment: Segment) -> tuple[bytes, int]:
         if frame.kind != Kind.SEAL:
             following = crc
         if pointer is not None and segment.points_to == place:
+            kind: Any = frame.kind
             pointer = attrs.evolve(
                 pointer,
-                kind=frame.kind,
+                kind=kind,
                 offset=len(data),
                 last_lsn=(frame.first_lsn or 1) - 1,
                 crc=crc,
@@ -224,7 +225,7 @@ def _slice(data: bytes, length: int, offset: int) -> bytes:
 # -- logs to begin with -------------------------------------------------------------
 
 BATCHES: Final = ([b"first"], [b"second", b"", b"third"], [bytes(600)], [b"last", b"of all"])
-TRANSACTIONS: Final = (
+TRANSACTIONS: Final[tuple[dict[bytes, bytes | None], ...]] = (
     {b"alice": b"10"},
     {b"bob": bytes(range(200)), b"alice": None},
     {b"carol": b"7", b"dave": b""},
@@ -297,6 +298,10 @@ def mutated(rng: random.Random) -> tuple[Contents, bool]:
     return contents, database
 
 
+def _with(values: Any, field: str, value: int) -> Any:
+    return attrs.evolve(values, **{field: value})
+
+
 def _a_segment(log: Log, rng: random.Random) -> Segment | None:
     return rng.choice(log.segments) if log.segments else None
 
@@ -317,7 +322,7 @@ def _change_header(log: Log, rng: random.Random) -> None:
     if field == "previous":
         segment.follows = False
     before = segment.header.name
-    segment.header = attrs.evolve(segment.header, **{field: value})
+    segment.header = _with(segment.header, field, value)
     if segment.name == before and rng.random() < 0.8:
         segment.name = segment.header.name
 
@@ -458,7 +463,7 @@ def _change_pointer(log: Log, rng: random.Random) -> None:
     elif field == "kind":
         pointer = attrs.evolve(pointer, kind=rng.choice(list(Kind)))
     else:
-        pointer = attrs.evolve(pointer, **{field: hostile(rng, field, getattr(pointer, field))})
+        pointer = _with(pointer, field, hostile(rng, field, getattr(pointer, field)))
         segment.points_to = None
     segment.pointer = rng.choice((pointer, pointer, pointer, None))
 
@@ -485,12 +490,12 @@ def _change_meta(log: Log, rng: random.Random) -> None:
         )
         name = rng.choice(("keep_number", "offset", "previous", "first_lsn"))
         value = hostile(rng, name, getattr(cut, name))
-        log.meta = attrs.evolve(meta, truncation=attrs.evolve(cut, **{name: value}))
+        log.meta = attrs.evolve(meta, truncation=_with(cut, name, value))
     else:
         value = hostile(rng, field, getattr(meta, field))
         if field == "features" and rng.random() < 0.8:
             value = rng.randrange(4)
-        log.meta = attrs.evolve(meta, **{field: value})
+        log.meta = _with(meta, field, value)
 
 
 def _move_frames(log: Log, rng: random.Random) -> None:

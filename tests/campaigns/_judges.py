@@ -98,9 +98,9 @@ def errors(seed: int, seconds: float, only: str = "") -> Judgement:
     def cases() -> Cases:
         rng = random.Random(seed)
         wanted = only.split("/") if only else []
+        every: list[list[str]] = [list(WORKLOADS), list(KINDS), list(MODES)]
         names, kinds, modes = (
-            [given] if given else list(choices)
-            for given, choices in zip_longest(wanted, (WORKLOADS, KINDS, MODES))
+            [given] if given else choices for given, choices in zip_longest(wanted, every)
         )
         loops = [
             Case(name, start, kind, mode, 0)
@@ -169,7 +169,7 @@ def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
                 run_case("inputs", str(number))
             except KeyboardInterrupt:
                 raise
-            except BaseException as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+            except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
                 yield described(exc)
             else:
                 yield ""
@@ -189,7 +189,7 @@ def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
                 run_case("bombs", name)
             except KeyboardInterrupt:
                 raise
-            except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+            except Exception as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
                 yield described(exc)
             else:
                 yield ""
@@ -210,7 +210,7 @@ def store(seed: int, seconds: float, only: str = "") -> Judgement:
                     trio.run(_database_on_disk, Path(folder), random.Random(number))
                 except KeyboardInterrupt:
                     raise
-                except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+                except Exception as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
                     yield f"{type(exc).__name__}: {exc}"
                 else:
                     yield ""

@@ -85,6 +85,9 @@ class Job:
     """The step of the event loop at which it kills itself, for "kill"."""
     cuts: bool = True
     """Whether `truncate_after` is among what it does."""
+    large: bool = False
+    """Appends only, of records so large that segments are not written with zeros in advance, and
+    each the first in its blocks of the file system."""
     poison: int | None = None
     """Task 0 writes `POISON` in its operation of this number."""
     sync_again: bool = False
@@ -121,6 +124,10 @@ def mark_of(seed: int, data: bytes) -> Mark | None:
         return None
     mark = (life, task, number, part, parts)
     return mark if record(seed, mark, size) == data.removesuffix(POISON) else None
+
+
+LARGE: Final = 9 * 4096 - 64 - 4 - _HEAD.size - CHECK_BYTES
+"""Of a record that fills nine pages with its frame's header and table of lengths."""
 
 
 def _size(rng: Random) -> int:
@@ -206,6 +213,9 @@ class _Life:
         self.gate = _Gate()
         self.synced = job.options.get("durability", "sync") == "sync"
         """Whether an acknowledgement means durable."""
+
+    def size(self, rng: Random) -> int:
+        return LARGE if self.job.large else _size(rng)
 
     def rng(self, who: object) -> Random:
         return Random(f"{self.job.seed} {self.job.life} {who}")
@@ -319,9 +329,11 @@ class _LogLife(_Life):
         """One operation; gives the number of the next."""
         tell, wal = self.tell, self.wal
         kind = rng.choices(("append", "many", "send", "cancel"), (5, 2, 2, 1))[0]
+        if self.job.large:
+            kind = "append"
         if self.job.poison == number and task == 0:
             kind = "poison"
-        sizes = [_size(rng) for _ in range(1 if kind == "append" else rng.randint(2, 5))]
+        sizes = [self.size(rng) for _ in range(1 if kind == "append" else rng.randint(2, 5))]
         seed, life = self.job.seed, self.job.life
         try:
             if kind == "send":

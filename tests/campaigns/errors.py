@@ -33,7 +33,6 @@ import attrs
 import trio
 from databases import DB, TINY_SEGMENT, after, commits_of
 from helpers import LOG, read_all
-from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import (
@@ -50,6 +49,7 @@ from trio_wal._files import NO_SPACE
 from trio_wal.testing import MemoryFiles, Operation
 
 from . import _report
+from ._simulator import seeded_run
 
 SEEDS: Final = 2
 """Power failures after each case."""
@@ -529,8 +529,9 @@ async def transact(db: Database, witness: Witness, name: bytes, markers: list[by
             tx.put(SHARED, marker + AFTER + before)
             return tx
 
-        async def call(change: Callable[[Transaction], Awaitable[Transaction]] = change) -> Any:
-            return (await db.run(change)).lsn
+        async def call(change: Callable[..., Awaitable[Transaction]] = change) -> Any:
+            tx: Transaction = await db.run(change)
+            return tx.lsn
 
         await witness.write(name, [marker], call)
 
@@ -665,9 +666,7 @@ def play(program: Callable[[], Awaitable[None]]) -> None:
             await program()
         check(not scope.cancelled_caught, "it hangs")
 
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
-    trio._core._run._r.seed(0)  # type: ignore[attr-defined]
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    seeded_run(main, seed=0)
 
 
 @attrs.frozen
@@ -703,9 +702,9 @@ def run_case(case: Case) -> Result:
         if injector.failed:
             check(not injector.retried, "touched again after it had failed:", injector.retried)
             images = examine(files, witness)
-    except BaseException as exc:
-        if isinstance(exc, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
         error = " | ".join(_lines(exc))
     if not injector.failed and not error:
         return Result("", {})

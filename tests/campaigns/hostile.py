@@ -60,6 +60,7 @@ taken apart, and printed as text.  Some 3 GiB of it are touched."""
 BOMB_AVAILABLE_BYTES: Final = 5 << 30
 SECONDS_MAX: Final = 30
 """Of one input, with room for a machine that does other things."""
+COUNT: Final = 100_000
 CHUNK: Final = 400
 REAL_EVERY: Final = 16
 """One of so many inputs is also put on real files and given to the command line."""
@@ -301,7 +302,7 @@ KINDS: Final[dict[str, Place]] = {
     "FIFO": _fifo,
     "socket": _socket,
     "endless device": _device,
-    "empty file": lambda path, canary: path.write_bytes(b"") and None,
+    "empty file": lambda path, canary: path.touch(),
     "hard link": lambda path, canary: path.hardlink_to(canary / "file"),
 }
 
@@ -487,15 +488,18 @@ def limit_memory(extra: int) -> None:
 
 @contextlib.contextmanager
 def limited_time(seconds: float = SECONDS_MAX) -> Iterator[None]:
-    def ring(number: int, frame: object) -> None:
-        raise Slow(f"more than {seconds} seconds")
-
+    """Raises `Slow`; the shorter of two that are nested counts."""
     if not hasattr(signal, "setitimer"):
         yield
         return
-    before = signal.signal(signal.SIGALRM, ring)
     left, _ = signal.getitimer(signal.ITIMER_REAL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    limit = min(seconds, left or seconds)
+
+    def ring(number: int, frame: object) -> None:
+        raise Slow(f"more than {limit:.3g} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
@@ -544,7 +548,7 @@ def run_task(task: Task) -> Answer:
             counts.update(run_case(task.part, case).counts)
         except KeyboardInterrupt:
             raise
-        except BaseException as exc:  # noqa: BLE001  (whatever it is, it is a finding)
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
             failures.append((case, described(exc)))
     return Answer(task, dict(counts), tuple(failures))
 
@@ -585,6 +589,13 @@ def described(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {exc}{where}"
 
 
+def _count(arguments: argparse.Namespace) -> int:
+    """Of the random inputs; with a time and no number there is no end."""
+    if arguments.count is not None:
+        return int(arguments.count)
+    return COUNT if arguments.minutes is None else 1 << 40
+
+
 def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
     parts = arguments.parts or PARTS
     if "bombs" in parts and not missing_memory():
@@ -593,8 +604,8 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
         cases = [f"{target}|{kind}" for target in TARGETS for kind in KINDS if _fits(target, kind)]
         yield from (Task("names", tuple(cases[n : n + 24])) for n in range(0, len(cases), 24))
     if "inputs" in parts:
-        for start in range(0, arguments.count, CHUNK):
-            numbers = range(start, min(start + CHUNK, arguments.count))
+        for start in range(0, _count(arguments), CHUNK):
+            numbers = range(start, min(start + CHUNK, _count(arguments)))
             seeds = (str((arguments.seed << 32) + number) for number in numbers)
             yield Task("inputs", tuple(seeds))
 
@@ -602,7 +613,7 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument("--replay", metavar="PART:CASE", help="one case again")
-    _report.add_common_arguments(parser, count=100_000)
+    _report.add_common_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -612,13 +623,16 @@ def run(arguments: argparse.Namespace) -> int:
         return _report.fail_usage(f"no such part: {', '.join(sorted(unknown))}")
     columns = {"part": "part", "looked": "looked at by", "cases": "times"}
     report = _report.Report("hostile", arguments, columns | {"ok": "ok", "errors": "typed errors"})
-    todo = list(tasks_of(arguments))
-    total = sum(len(task.cases) for task in todo)
+    total = None
+    if arguments.minutes is None or arguments.count is not None:
+        total = sum(len(task.cases) for task in tasks_of(arguments))
     counts: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
     cases: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     with _report.progress_bar("hostile files", minutes=arguments.minutes, count=total) as bar:
-        for answer in _report.in_processes(run_task, todo, arguments.workers, bar.over):
+        for answer in _report.in_processes(
+            run_task, tasks_of(arguments), arguments.workers, bar.over
+        ):
             part = answer.task.part
             counts[part].update(answer.counts)
             cases[part] += len(answer.task.cases)

@@ -28,15 +28,16 @@ from typing import Any, Final
 
 import attrs
 import trio
+from databases import DB
 from helpers import LOG, AtStep, read_all
-from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import Database, KeepAll, WriteAheadLog
 from trio_wal.testing import MemoryFiles
 
 from . import _report, errors
-from .errors import DB, HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, check
+from ._simulator import seeded_run
+from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, check
 from .hostile import described, limited_time
 
 PARTS: Final = ("cancel", "ctrl-c", "memory")
@@ -91,7 +92,8 @@ async def _writer(run: Run, wal: WriteAheadLog, name: bytes, scope: trio.CancelS
 
 async def log_program(files: MemoryFiles, run: Run) -> None:
     """Three writers, a full queue, rotations, a reader, segments dropped."""
-    async with trio_wal.open_wal(LOG, files=files, max_queue_size=3, **OPTIONS) as wal:
+    options = {**OPTIONS, "flush_interval": 10}
+    async with trio_wal.open_wal(LOG, files=files, max_queue_size=3, **options) as wal:
         run.entered = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_writer, run, wal, b"victim", run.victim)
@@ -141,9 +143,7 @@ def fresh() -> tuple[MemoryFiles, Run]:
 
 def deterministic_run(main: Callable[[], Awaitable[None]]) -> None:
     """The same steps in the same order each time, on a clock that jumps."""
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
-    trio._core._run._r.seed(0)  # type: ignore[attr-defined]
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    seeded_run(main, seed=0)
 
 
 def look(files: MemoryFiles, run: Run, program: str) -> None:
@@ -238,7 +238,7 @@ def interrupted(program: str, number: int, tracer: Tracer | None = None) -> bool
     try:
         deterministic_run(main)
         came_out = False
-    except BaseException as exc:  # noqa: BLE001  (what it is, is looked at)
+    except BaseException as exc:  # noqa: BLE001, ASYNC103  (what it is, is looked at)
         came_out = True
         sys.settrace(before)
         kinds = set(_leaves(exc))
@@ -280,7 +280,7 @@ def lines(program: str) -> tuple[int, ...]:
 ROUNDS: Final = 6
 MANY: Final = 500
 """So many failures in a row nobody overlooks."""
-CHILD_SECONDS: Final = 3
+CHILD_SECONDS: Final = 2
 """After so long a child is stuck."""
 
 
@@ -353,6 +353,7 @@ def starved(program: str, number: int, burst: int) -> str:
 def _in_child(testcapi: Any, path: str, pipe: int, number: int, burst: int) -> None:
     code = 70
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(CHILD_SECONDS)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
@@ -364,7 +365,7 @@ def _in_child(testcapi: Any, path: str, pipe: int, number: int, burst: int) -> N
         try:
             trio.run(program)
             code = 0
-        except BaseException as exc:  # noqa: BLE001  (the exit code tells what it was)
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (the exit code tells what it was)
             testcapi.remove_mem_hooks()
             kinds = set(_leaves(exc))
             named = (MemoryError, trio_wal.WalError, OSError)
@@ -453,9 +454,9 @@ def run_task(task: Task) -> Answer:
     for case in task.cases:
         try:
             outcome = run_case(task.part, task.program, task.mode, case)
-        except BaseException as exc:
-            if type(exc) is KeyboardInterrupt:
-                raise
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
             failures.append((case, described(exc)))
             counts["FOUND"] += 1
             continue
@@ -552,7 +553,7 @@ def replay(text: str) -> int:
         outcome = run_case(part, program, mode, int(case))
     except (ValueError, KeyError):
         return _report.fail_usage(f"no such case: {text}")
-    except (Lie, Exception) as exc:  # noqa: BLE001  (told, whatever it is)
+    except (Lie, Exception) as exc:  # noqa: BLE001, ASYNC103  (told, whatever it is)
         print(described(exc))
         return 1
     print(outcome or "there is no such case")

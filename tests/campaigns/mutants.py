@@ -538,9 +538,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = 0
     with _report.progress_bar("mutants", minutes=arguments.minutes, count=len(tasks)) as bar:
         for verdict in _report.in_processes(judge_one, tasks, arguments.workers, bar.over):
-            one = verdict.task.mutant
+            asked = verdict.task.mutant
             judge = verdict.judge or "NOBODY"
-            if one is None:
+            if asked is None:
                 (judge,) = verdict.task.judges
                 if verdict.judge:
                     replayed = _report.replay_command("mutants", "--judge", judge, "--seed", seed)
@@ -551,11 +551,11 @@ def run(arguments: argparse.Namespace) -> int:
                 if verdict.passed:
                     judge += f" (not by {', '.join(verdict.passed)})"
             else:
-                replayed = _report.replay_command("mutants", f"'{one.name}'", "--seed", seed)
-                report.find(f"not found: {one.name} ({one.file})", replayed)
+                replayed = _report.replay_command("mutants", f"'{asked.name}'", "--seed", seed)
+                report.find(f"not found: {asked.name} ({asked.file})", replayed)
             report.add(
-                mutant="(the package as it is)" if one is None else one.name,
-                file="" if one is None else one.file,
+                mutant="(the package as it is)" if asked is None else asked.name,
+                file="" if asked is None else asked.file,
                 judge=judge,
                 cases=verdict.cases,
                 seconds=round(verdict.seconds, 1),

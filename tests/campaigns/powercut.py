@@ -323,6 +323,7 @@ def _jobs(
 ) -> list[Job]:
     jobs: list[Job] = []
     faulty = task.part == "faults"
+    large = faulty and task.kind == "log" and rng.random() < 0.5
     for number in range(LIVES):
         job = Job(
             kind=task.kind,
@@ -335,6 +336,12 @@ def _jobs(
             kill_at=rng.randint(1, STEPS),
             options=options,
         )
+        if large:
+            # One at a time: the frames are then as long as that is about.
+            large_options = {**options, "segment_size": 256 * _mounts.KIB, "durability": "sync"}
+            job = attrs.evolve(
+                job, tasks=1, large=True, cuts=False, operations=9, options=large_options
+            )
         if faulty and number == 0:
             # The fault must be met, and told.
             poison = rng.randrange(job.operations // 2)
@@ -346,6 +353,10 @@ def _jobs(
 def _fault(jobs: list[Job], rng: Random) -> Fault:
     """An error for the write of a chosen record, or for any request of the first life."""
     until = json.dumps(["life", jobs[1].life])
+    if jobs[0].large:
+        if rng.random() < 0.5:
+            return Fault(None, until, after=rng.randrange(3), since='["closing"]')
+        return Fault(None, until, after=rng.randrange(70))
     if rng.random() < 0.6:
         return Fault(_program.POISON, until, after=rng.choice((0, 0, 0, 1)))
     return Fault(
