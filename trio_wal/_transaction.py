@@ -274,7 +274,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if key in self._writes:
             before = self._writes[key]
             size -= OPERATION_OVERHEAD + len(key) + (0 if before is None else len(before))
-        self._db.check_size(size)
+        if size > self._db.max_transaction_bytes:
+            self._db.check_size(size)
         self._bytes = size
         self._writes[key] = value
 

@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -41,6 +42,8 @@ from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, chec
 from .hostile import described, limited_time
 
 PARTS: Final = ("cancel", "ctrl-c", "memory")
+STEPS: Final = 800
+"""More than any of the programs has."""
 CHUNK: Final = 40
 CASE_SECONDS: Final = 30
 PACKAGE: Final = str(Path(trio_wal.__file__).parent)
@@ -472,7 +475,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     for part in arguments.parts or PARTS:
         for program in PROGRAMS:
             if part == "cancel":
-                rows = [(mode, 1500) for mode in ("all", "one")]
+                rows = [(mode, STEPS) for mode in ("all", "one")]
             elif part == "ctrl-c":
                 rows = [("", len(lines(program)))]
             elif memory_usable():
@@ -482,15 +485,21 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             for mode, count in rows:
                 step = stride * (ALLOCATIONS_STRIDE if part == "memory" else 1)
                 cases = range(seed % step, count, step)
-                size = CHUNK
+                # A child that is stuck takes its seconds.
+                size = 5 if part == "memory" else CHUNK
                 found += [
                     Task(part, program, mode, cases[start : start + size])
                     for start in range(0, len(cases), size)
                 ]
-    if arguments.minutes is not None:
-        # Where the time is too short for all of them, some of each kind are done.
-        random.Random(seed).shuffle(found)
-    return found
+    # Where the time is too short for all of them, some of each row are done.
+    rows_of: dict[tuple[str, str, str], list[Task]] = {}
+    for task in found:
+        rows_of.setdefault((task.part, task.program, task.mode), []).append(task)
+    for (part, _, _), tasks in rows_of.items():
+        if part == "memory":
+            random.Random(seed).shuffle(tasks)
+    turns = zip_longest(*rows_of.values())
+    return [task for turn in turns for task in turn if task is not None]
 
 
 ALLOCATIONS_STRIDE: Final = 5
