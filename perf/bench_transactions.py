@@ -259,8 +259,7 @@ def _plot(figure: Any, data: dict[str, Any]) -> None:
     tasks = [entry["tasks"] for entry in shown]
     for name in shown[0]["per second"]:
         rates = [entry["per second"][name]["median"] for entry in shown]
-        style = {"linewidth": 2.5} if name == DATABASE else {"linestyle": "--", "linewidth": 1}
-        axes.plot(tasks, rates, marker="o", markersize=3, label=name, **style)
+        axes.plot(tasks, rates, marker="o", markersize=3, label=name, **_style(name))
     axes.set(
         xscale="log",
         yscale="log",
@@ -271,6 +270,18 @@ def _plot(figure: Any, data: dict[str, Any]) -> None:
     axes.set_xticks(tasks, [str(count) for count in tasks])
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=6, ncols=2)
+
+
+def _style(name: str) -> dict[str, Any]:
+    """A colour a peer, a line an arrangement."""
+    ours = {DATABASE: ("C0", "-", 2.5), PUT: ("C0", "--", 1.5), LOG: ("0.5", "--", 1.5)}
+    if name in ours:
+        color, line, width = ours[name]
+    else:
+        kind, arrangement = name.split(", ")
+        color = f"C{1 + [peer.name for peer in PEERS].index(kind)}"
+        line, width = dict(zip(ARRANGEMENTS, (":", "--", "-"), strict=True))[arrangement], 1.0
+    return {"color": color, "linestyle": line, "linewidth": width}
 
 
 # -- one key that everybody increments --------------------------------------------
