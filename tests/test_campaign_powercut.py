@@ -105,6 +105,62 @@ def test_a_log_that_never_syncs_is_found_and_its_cut_is_kept(tmp_path: Path) -> 
     assert re.search(r"^(lost|refused)", again.stdout, re.MULTILINE)
 
 
+REOPENED = """\
+import random, sys
+from pathlib import Path
+import attrs
+from campaigns import _mounts, powercut
+from campaigns._blockstore import Fault
+from campaigns._cuts import Cut, Cutter
+from campaigns._ledger import new_ledger
+from campaigns._program import Job
+
+class OneMount(random.Random):
+    def choice(self, seq): return seq[-1]
+
+_mounts.private_namespace()
+folder, after = Path(sys.argv[1]), int(sys.argv[2])
+system = _mounts.FILE_SYSTEMS["ext4"]
+_mounts.make(system, str(folder / "image"))
+disk = powercut.Disk(system, folder)
+options = {"segment_size": 256 * _mounts.KIB, "flush_interval": 0}
+first = Job(kind="log", path=disk.place, seed=1, tasks=1, operations=9, large=True, cuts=False,
+            drops=False, faulty=True, options=options)
+jobs = [first, attrs.evolve(first, life=1, operations=4)]
+fault = Fault(None, '["life", 1]', after=after, since='["closing"]')
+recording, codes = disk.record((folder / "image").read_bytes(), jobs, fault, OneMount())
+case = powercut.Case("log", 1, 2, options, recording, new_ledger("log", 1, power=True))
+ledger = powercut.Judge(case).at(len(recording.writes))
+assert not ledger.problems, ledger.problems
+cutter = Cutter(recording, system.whole)
+pieces = cutter.advance(Cut(len(recording.writes), 0))
+with disk.image() as image:
+    image.write(cutter.durable, pieces)
+    problems, _ = powercut.look(case, ledger, image, deep=False)
+assert not problems, problems
+print(codes, recording.failed)
+"""
+"""The n-th write after closing has begun fails; the log is opened again on the same mount."""
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_a_log_goes_on_where_the_mark_of_its_end_could_not_be_written(
+    tmp_path: Path, after: int
+) -> None:
+    """On ext4 a page whose first write has failed stays lost, however often it is written."""
+    skip_unless(_mounts.why_not(["ext4"], fuse=True))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", REOPENED, tmp_path, str(after)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("part", realerrors.PARTS)
 def test_no_error_of_the_system_makes_a_false_acknowledgement(tmp_path: Path, part: str) -> None:
     skip_unless(realerrors.why_not(part))

@@ -148,6 +148,9 @@ class Ledger:
     def _second_sync(self, said: list[str]) -> None:
         self.errors.second_sync += said
 
+    def _synced(self, name: str) -> None:
+        """The operating system said that a sync had succeeded."""
+
     def _strange(self, text: str) -> None:
         self.problems.append(text)
 

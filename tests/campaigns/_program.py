@@ -34,7 +34,7 @@ import trio
 
 import trio_wal
 from trio_wal import Database, Transaction, TransactionConflict, WriteAheadLog
-from trio_wal._files import Files, OsFiles
+from trio_wal._files import Files, OsFile, OsFiles
 from trio_wal._operations import decode_transaction
 from trio_wal._segment import SPARE_PREFIX
 
@@ -85,13 +85,16 @@ class Job:
     """The step of the event loop at which it kills itself, for "kill"."""
     cuts: bool = True
     """Whether `truncate_after` is among what it does."""
+    drops: bool = True
+    """Whether `truncate_before` is."""
     large: bool = False
     """Appends only, of records so large that segments are not written with zeros in advance, and
     each the first in its blocks of the file system."""
     poison: int | None = None
     """Task 0 writes `POISON` in its operation of this number."""
-    sync_again: bool = False
-    """After an error, sync every file by hand and tell what that says."""
+    faulty: bool = False
+    """The disk may answer with errors: tell each sync that has succeeded, and after an error
+    sync every file by hand and tell what that says."""
     ballast: str = ""
     """A file that is removed at the first `LogFullError`, to make room."""
     options: dict[str, Any] = attrs.Factory(dict)
@@ -309,7 +312,9 @@ class _LogLife(_Life):
     async def run(self, wal: WriteAheadLog) -> None:
         self.wal = wal
         await self.look(wal)
-        beside = [self.drop, self.follow]
+        beside = [self.follow]
+        if self.job.drops:
+            beside.append(self.drop)
         if self.job.cuts:
             beside.append(self.cut)
         await self.tasks(self.act, *beside)
@@ -687,6 +692,17 @@ def teller(fd: int) -> Tell:
     return tell
 
 
+def tell_syncs(tell: Tell) -> None:
+    """From here on, in this process: what the operating system says of each sync."""
+    sync = OsFile.sync
+
+    def sync_and_tell(self: OsFile) -> None:
+        sync(self)
+        tell("synced", os.path.basename(self.path))
+
+    setattr(OsFile, "sync", sync_and_tell)  # noqa: B010  (a method)
+
+
 def sync_again(path: str) -> list[str]:
     """What a second sync says, of each file: the kernel may have forgotten the first's error."""
     said: list[str] = []
@@ -717,10 +733,12 @@ def run(job: Job, fd: int) -> int:
         said.append(str(words[0]))
         tell(*words)
 
+    if job.faulty:
+        tell_syncs(tell)
     instruments = [_KillAtStep(job.kill_at)] if job.ending == "kill" else []
     try:
         trio.run(live, job, tell_and_see, instruments=instruments)
-        if job.sync_again and "error" in said and os.path.exists(job.path):
+        if job.faulty and "error" in said and os.path.exists(job.path):
             tell("second sync", sync_again(job.path))
     except BrokenPipeError:
         return 1

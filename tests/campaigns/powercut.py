@@ -125,6 +125,8 @@ class Outcome:
     """Openings that cut an unfinished batch."""
     unmountable: int = 0
     """Disks that the file system itself did not mount, or found damaged; in no other figure."""
+    false_syncs: int = 0
+    """Losses after a sync that the file system called successful without a barrier."""
     acknowledged: int = 0
     failed: int = 0
     """Requests that the disk answered with an error."""
@@ -141,6 +143,7 @@ class Outcome:
         for name in (
             *("recordings", "writes", "barriers", "cuts", "opening", "distinct", "torn"),
             *("unmountable", "acknowledged", "failed", "told", "forgotten", "retaken"),
+            "false_syncs",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.errors += other.errors
@@ -237,6 +240,7 @@ def _add_row(report: Report, total: Outcome, seconds: float) -> None:
             for name in (
                 *("recordings", "writes", "barriers", "cuts", "distinct", "opening", "torn"),
                 *("unmountable", "acknowledged", "failed", "told", "forgotten", "retaken"),
+                "false_syncs",
             )
         },
         errors=dict(total.errors),
@@ -251,6 +255,12 @@ def _add_sum(
 ) -> None:
     if unmountable := sum(total.unmountable for total in totals.values()):
         report.note(f"{unmountable} disks were not mounted by the file system: in no figure")
+    for (_, system, kind), total in sorted(totals.items()):
+        if total.false_syncs:
+            report.note(
+                f"{system}, {kind}: {total.false_syncs} losses are the file system's own: after an "
+                "error it said of a sync that it had succeeded, and had sent no barrier"
+            )
     for (part, system, kind), total in sorted(totals.items()):
         if part == "faults":
             report.note(
@@ -335,6 +345,7 @@ def _jobs(
             ending=rng.choice(("close", "exit", "kill")),
             kill_at=rng.randint(1, STEPS),
             options=options,
+            faulty=faulty,
         )
         if large:
             # One at a time: the frames are then as long as that is about.
@@ -344,8 +355,8 @@ def _jobs(
             )
         if faulty and number == 0:
             # The fault must be met, and told.
-            poison = rng.randrange(job.operations // 2)
-            job = attrs.evolve(job, ending="close", poison=poison, sync_again=True)
+            poison = None if large else rng.randrange(job.operations // 2)
+            job = attrs.evolve(job, ending="close", poison=poison)
         jobs.append(job)
     return jobs
 
@@ -420,6 +431,10 @@ def _cut(outcome: Outcome, disk: Disk, case: Case, rng: Random) -> tuple[bytes, 
             outcome.cuts += 1
             outcome.opening += judge.opening
             outcome.torn += torn
+            if problems and _is_false_sync(recording, cut):
+                outcome.false_syncs += 1
+                _keep(outcome, case, "false-sync")
+                break
             if problems:
                 file = _keep(outcome, case, "lost")
                 is_loss = any(text.startswith(LOST) for text in problems)
@@ -437,6 +452,18 @@ def _cut(outcome: Outcome, disk: Disk, case: Case, rng: Random) -> tuple[bytes, 
         is_loss = any(text.startswith(LOST) for text in judge.ledger.problems)
         outcome.found.append(Found(judge.ledger.problems[0], is_loss, last, file))
     return going_on or (recording.base, case.ledger)
+
+
+def _is_false_sync(recording: Recording, cut: Cut) -> bool:
+    """Whether the file system lied: since the disk's error it has asked for no barrier at all,
+    and yet it has said of a sync that it had succeeded."""
+    failed = [place for place, _ in recording.failed if place <= cut.place]
+    if not failed or any(entry is None for entry in recording.writes[failed[0] : cut.place]):
+        return False
+    return any(
+        failed[0] <= place <= cut.place and line.startswith('["synced"')
+        for place, line in recording.messages
+    )
 
 
 def _keep(outcome: Outcome, case: Case, why: str) -> str:
