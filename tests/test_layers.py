@@ -33,7 +33,7 @@ BANDS: dict[int, set[str]] = {
     # Files: blocking calls, run in worker threads.
     1: {"_directory", "_files", "_recovery", "_segment", "_store", "_verify"},
     # Tasks: trio.
-    2: {"_flusher", "_queue", "_reader", "_wal", "_worker"},
+    2: {"_flusher", "_park", "_queue", "_reader", "_wal", "_worker"},
     # The database on top of the log.
     3: {"_checkpoint", "_database", "_memtable", "_transaction"},
     # Edges: they compose, and nobody imports them.

@@ -23,7 +23,7 @@ from trio.lowlevel import Task, current_task, enable_ki_protection
 from ._checkpoint import Checkpointer, settle_quietly
 from ._exceptions import CorruptLogError, RecordTooLargeError, TransactionConflict
 from ._files import Files, OsFiles
-from ._memtable import Layer, Memtable, Version, View
+from ._memtable import Layer, Memtable, View
 from ._operations import (
     KEY_BYTES_MAX,
     OPERATION_OVERHEAD,
@@ -53,32 +53,27 @@ MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
 
 
-class Commitment:
-    """A commit on its way to the disk."""
+class Fate:
+    """What becomes of a pending commit that a transaction has read."""
 
-    __slots__ = ("layer", "lost", "observed", "seq", "settled", "versions", "waiters", "writes")
+    __slots__ = ("key", "lost", "seq", "settled", "waiters")
 
-    def __init__(self, seq: int, writes: Writes, layer: Layer) -> None:
+    def __init__(self, key: bytes, seq: int) -> None:
+        self.key: bytes = key
+        """One that was read."""
         self.seq: int = seq
-        self.writes: Writes = writes
-        self.layer: Layer = layer
-        self.versions: list[Version] = []
-        self.observed: bool = False
-        """Another transaction has read it: it cannot be taken back any more."""
         self.lost: bool = False
         self.settled: bool = False
-        self.waiters: list[trio.Event] | None = None
+        self.waiters: list[trio.Event] = []
 
     async def wait(self) -> None:
         """Until it is settled or lost."""
         event = trio.Event()
-        if self.waiters is None:
-            self.waiters = []
         self.waiters.append(event)
         await event.wait()
 
     def wake(self) -> None:
-        for event in self.waiters or ():
+        for event in self.waiters:
             event.set()
 
 
@@ -265,10 +260,15 @@ class Database:
         self.max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
-        self._pending: dict[Key, Commitment] = {}
+        self._pending: dict[Key, tuple[int, Writes, Layer]] = {}
+        """Commits on their way to the disk, by task and in their order: number, writes, and the
+        layer that has them."""
+        self._fates: dict[int, Fate] = {}
+        """Of those among them that a transaction has read, by number."""
         self._readers: dict[Transaction | Snapshot, int] = {}
         self.last_seq: int = 0
-        self._durable_seq = 0
+        self.settled_seq: int = 0
+        """Of the newest commit whose call may return; those above are pending."""
         self._durable_lsn = wal.durable_lsn
         self.readers_gone: Final = trio.lowlevel.ParkingLot()
         self._room = trio.Event()
@@ -368,7 +368,7 @@ class Database:
             if key not in self._active_versions and self._view.frozen is None:
                 value = self._base_get(key)
             else:
-                value = self._view.get(key, self._durable_seq)
+                value = self._view.get(key, self.settled_seq)
         except BaseException:
             check_key(key)
             self._check_open()
@@ -529,7 +529,7 @@ class Database:
     # -- for transactions and snapshots --
 
     def durable_point(self) -> tuple[int, int]:
-        return self._durable_seq, self._durable_lsn
+        return self.settled_seq, self._durable_lsn
 
     def layers(self) -> tuple[Layer, ...]:
         return self._view.layers()
@@ -592,29 +592,32 @@ class Database:
         if self._queue.state is not State.OPEN:
             self._queue.check_open()
         payload = encode_transaction(writes)
-        task = current_task()
-        memtable = self.memtable
         layer = self._view.active
-        seq = self.last_seq + 1
-        commitment = Commitment(seq, writes, layer)
-        self.last_seq = seq
-        self._pending[task] = commitment
-        memtable.write(writes, seq, commitment, bool(self._readers))
+        self.last_seq = seq = self.last_seq + 1
+        self._pending[current_task()] = (seq, writes, layer)
+        layer.add(writes, seq, self.settled_seq, bool(self._readers))
         layer.log_bytes += len(payload)
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
         return self._append(payload)
 
-    async def wait_observed(self, commitment: Commitment | None) -> int:
+    def observe(self, key: bytes, seq: int) -> Fate:
+        """A transaction has read a pending commit: it cannot be taken back any more."""
+        fate = self._fates.get(seq)
+        if fate is None:
+            fate = self._fates[seq] = Fate(key, seq)
+        return fate
+
+    async def wait_observed(self, fate: Fate | None) -> int:
         """Wait until what was read is durable; returns the newest durable LSN."""
-        if commitment is None or commitment.settled:
+        if fate is None or fate.settled:
             await trio.lowlevel.checkpoint()
-        elif not commitment.lost:
-            await commitment.wait()
-        if commitment is not None and commitment.lost:
+        elif not fate.lost:
+            await fate.wait()
+        if fate is not None and fate.lost:
             self._queue.check_open()
             self.note_conflict()
-            raise TransactionConflict(next(iter(commitment.writes)))
+            raise TransactionConflict(fate.key)
         return self._durable_lsn
 
     def note_conflict(self) -> None:
@@ -623,47 +626,48 @@ class Database:
     # -- the log tells what becomes of commits --
 
     def may_withdraw(self, task: Task) -> bool:
-        commitment = self._pending.get(task)
-        return commitment is None or not commitment.observed
+        commit = self._pending.get(task)
+        return commit is None or commit[0] not in self._fates
 
     def withdrawn(self, task: Task) -> None:
-        commitment = self._pending.pop(task, None)
-        if commitment is not None:
-            commitment.lost = True
-            self.memtable.remove(commitment.layer, commitment.writes, commitment.seq)
-            commitment.wake()
+        commit = self._pending.pop(task, None)
+        if commit is not None:
+            seq, writes, layer = commit
+            layer.remove(writes, seq)
+            fate = self._fates.pop(seq, None)
+            if fate is not None:
+                fate.lost = True
+                fate.wake()
 
     def settled(self, batch: Batch) -> None:
-        pending = self._pending
+        pop = self._pending.pop
+        # A flush waits in the batch too; and numbers stand for those who do not wait.
+        commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
+        if not commits:
+            return
+        seq, _, layer = commits[-1]
+        lsn = self._durable_lsn = batch.first_lsn + len(commits) - 1
+        self.settled_seq = seq
+        self._transactions += len(commits)
+        layer.last_lsn = lsn
+        if commits[0][2] is not layer:
+            # A checkpoint froze the layer in between.
+            frozen = [c for c in commits if c[2] is not layer]
+            frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
         keep_older = bool(self._readers)
-        last: Commitment | None = None
-        lsn = batch.first_lsn
-        for key in batch.entries:
-            # A flush waits in the batch too; and numbers stand for those who do not wait.
-            commitment = pending.pop(key, None)
-            if commitment is None:
-                continue
-            layer = commitment.layer
-            for version in commitment.versions:
-                version.commitment = None
-                if version.older is not None and not keep_older:
-                    layer.forget_older(version)
-            layer.last_lsn = lsn
-            commitment.settled = True
-            last = commitment
-            lsn += 1
-            if commitment.waiters is not None:
-                commitment.wake()
-        if last is not None:
-            self._durable_seq = last.seq
-            self._durable_lsn = lsn - 1
-            self._transactions += lsn - batch.first_lsn
+        for above in self._view.layers():
+            above.settle(seq, keep_older)
+        if self._fates:
+            for number in [number for number in self._fates if number <= seq]:
+                fate = self._fates.pop(number)
+                fate.settled = True
+                fate.wake()
 
     # -- for the checkpointer --
 
     async def wait_settled(self, seq: int) -> None:
         """Until no commit up to ``seq`` is pending."""
-        while self._pending and next(iter(self._pending.values())).seq <= seq:
+        while self._pending and next(iter(self._pending.values()))[0] <= seq:
             await settle_quietly(self)
 
     def checkpointed(self, frozen: Layer, lsn: int) -> None:
@@ -687,12 +691,12 @@ class Database:
         async with self._wal.read(state.lsn + 1) as records:
             async for record in records:
                 writes = decode_record(self._wal.path, record.lsn, record.data)
-                self.last_seq += 1
-                self.memtable.write(writes, self.last_seq, None, keep_older=False)
+                seq = self.settled_seq = self.last_seq = self.last_seq + 1
                 layer = self._view.active
+                layer.add(writes, seq, seq, keep_older=False)
+                layer.settle(seq, keep_older=False)
                 layer.last_lsn = record.lsn
                 layer.log_bytes += len(record.data)
-                self._durable_seq = self.last_seq
                 count += 1
                 if layer.log_bytes >= self._checkpoint_bytes:
                     await self._checkpointer.checkpoint()

@@ -1,7 +1,8 @@
 """Versions of what is not yet in the store, and views of them.
 
 Law: one event loop, no I/O.  Every committed write has a sequence number (the order of
-commits, which is the order of the log); a reader has one too and sees nothing newer.
+commits, which is the order of the log); a reader has one too and sees nothing newer.  A
+version is pending while its number is above that of the newest settled commit.
 
 A layer maps a key to its newest version, which links to older ones as long as somebody
 may need them: the newest durable one while newer ones are pending, and all of them while
@@ -12,40 +13,34 @@ the store's read transaction and the layers above it at one moment.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import msgspec
 
 from ._operations import Writes
 from ._order import RUN_KEYS, SortedKeys
 from ._store import ReadTransaction, Store
-
-if TYPE_CHECKING:
-    from ._database import Commitment
 
 VERSION_OVERHEAD: Final = 200
 """Bytes that a version costs beside its key and value: measured, CPython 3.11."""
 SCAN_CHUNK: Final = 128
 
 
-class Version:
-    """One value of a key."""
+class Version(msgspec.Struct, eq=False, gc=False):
+    """One value of a key.
 
-    __slots__ = ("commitment", "older", "seq", "value")
+    A msgspec struct, because every commit makes one for each of its keys: a third of the
+    price of a class of our own, and nothing that the garbage collector would have to walk
+    through.  Chains of versions have no cycles.
+    """
 
-    def __init__(
-        self,
-        seq: int,
-        value: bytes | None,
-        older: Version | None,
-        commitment: Commitment | None,
-    ) -> None:
-        self.seq: int = seq
-        self.value: bytes | None = value
-        """None: deleted."""
-        self.older: Version | None = older
-        self.commitment: Commitment | None = commitment
-        """The commit it belongs to, until that is durable."""
+    seq: int
+    value: bytes | None
+    """None: deleted."""
+    older: Version | None
 
     @property
     def bytes(self) -> int:
@@ -56,7 +51,7 @@ class Version:
 class Layer:
     """Newest versions by key, and the keys in order."""
 
-    __slots__ = ("bytes", "keys", "last_lsn", "last_seq", "log_bytes", "versions")
+    __slots__ = ("_replacing", "bytes", "keys", "last_lsn", "last_seq", "log_bytes", "versions")
 
     def __init__(self) -> None:
         self.versions: dict[bytes, Version] = {}
@@ -69,6 +64,41 @@ class Layer:
         """Of its newest durable commit; 0 where there is none."""
         self.keys: SortedKeys = SortedKeys()
         """Some may be gone from ``versions`` again."""
+        self._replacing: deque[Version] = deque()
+        """Pending versions with an older one behind them, in the order of commits; some may
+        have been withdrawn."""
+
+    def add(self, writes: Writes, seq: int, settled_seq: int, keep_older: bool) -> None:
+        """The versions of a commit."""
+        versions = self.versions
+        self.last_seq = seq
+        fresh = self.keys.fresh
+        size = 0
+        for key, value in writes.items():
+            older = versions.get(key)
+            version = versions[key] = Version(seq, value, older)
+            if older is None:
+                fresh.append(key)
+                size += len(key)
+            else:
+                if older.seq <= settled_seq and older.older is not None and not keep_older:
+                    # Somebody who has left since had kept it.
+                    self.forget_older(older)
+                self._replacing.append(version)
+            # As `Version.bytes`.
+            size += VERSION_OVERHEAD if value is None else VERSION_OVERHEAD + len(value)
+        self.bytes += size
+        if len(fresh) >= RUN_KEYS:
+            self.keys.tidy()
+
+    def settle(self, seq: int, keep_older: bool) -> None:
+        """Commits up to ``seq`` are settled: nobody who begins to read now needs what they
+        replaced."""
+        replacing = self._replacing
+        while replacing and replacing[0].seq <= seq:
+            version = replacing.popleft()
+            if version.older is not None and not keep_older:
+                self.forget_older(version)
 
     def items(self) -> Iterator[tuple[bytes, bytes | None]]:
         """Keys in order with their newest values, None where it was deleted; of a layer
@@ -78,6 +108,30 @@ class Layer:
             version = versions.get(key)
             if version is not None:
                 yield key, version.value
+
+    def remove(self, writes: Writes, seq: int) -> None:
+        """A pending commit was withdrawn: its versions are gone."""
+        for key in writes:
+            version = self.versions[key]
+            if version.seq == seq:
+                if version.older is None:
+                    # Its place in the order stays: harmless, and sorted lists delete slowly.
+                    del self.versions[key]
+                    self.bytes -= len(key)
+                else:
+                    self.versions[key] = version.older
+                removed = version
+            else:
+                while version.older is not None and version.older.seq > seq:
+                    version = version.older
+                assert version.older is not None
+                removed = version.older
+                version.older = removed.older
+            removed.older = None
+            self.bytes -= removed.bytes
+        # The others stand before one that is still pending: no more of them than of those.
+        while self._replacing and self._replacing[-1].older is None:
+            self._replacing.pop()
 
     def forget_older(self, version: Version) -> None:
         """Nobody needs any more what a version replaced."""
@@ -161,10 +215,10 @@ class View:
         start: bytes | None,
         stop: bytes | None,
         reverse: bool,
-        observe: Callable[[Commitment], None] | None = None,
+        observe: Callable[[bytes, int], None] | None = None,
     ) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values at ``seq`` in order: store and layers merged; ``observe`` is told
-        of each pending commit that is seen.
+        of each version in a layer that is seen, by its key and number.
 
         Layers may change between two steps: their keys are taken in chunks, and each
         chunk looks them up anew.
@@ -185,8 +239,8 @@ class View:
                 if version is None:
                     # Only newer versions here: what the store has, if anything, stands.
                     continue
-                if observe is not None and version.commitment is not None:
-                    observe(version.commitment)
+                if observe is not None:
+                    observe(key, version.seq)
                 if base_item is not None and base_item[0] == key:
                     base_item = next(base, None)
                 if version.value is not None:
@@ -219,57 +273,6 @@ class Memtable:
     @property
     def bytes(self) -> int:
         return sum(layer.bytes for layer in self.view.layers())
-
-    def write(
-        self, writes: Writes, seq: int, commitment: Commitment | None, keep_older: bool
-    ) -> None:
-        """Add the versions of a commit, pending where it has a commitment."""
-        layer = self.view.active
-        versions = layer.versions
-        layer.last_seq = seq
-        fresh = layer.keys.fresh
-        size = 0
-        for key, value in writes.items():
-            older = versions.get(key)
-            if older is None:
-                fresh.append(key)
-                size += len(key)
-            elif older.commitment is None and not keep_older:
-                if older.older is not None:
-                    layer.forget_older(older)
-                if commitment is None:
-                    size -= older.bytes
-                    older = None
-            version = versions[key] = Version(seq, value, older, commitment)
-            # As `Version.bytes`.
-            size += VERSION_OVERHEAD
-            if value is not None:
-                size += len(value)
-            if commitment is not None:
-                commitment.versions.append(version)
-        layer.bytes += size
-        if len(fresh) >= RUN_KEYS:
-            layer.keys.tidy()
-
-    def remove(self, layer: Layer, writes: Writes, seq: int) -> None:
-        """A commit was withdrawn: its versions are gone."""
-        for key in writes:
-            version = layer.versions[key]
-            if version.seq == seq:
-                if version.older is None:
-                    # Its place in the order stays: harmless, and sorted lists delete slowly.
-                    del layer.versions[key]
-                    layer.bytes -= len(key)
-                else:
-                    layer.versions[key] = version.older
-                layer.bytes -= version.bytes
-                continue
-            while version.older is not None and version.older.seq > seq:
-                version = version.older
-            removed = version.older
-            if removed is not None and removed.seq == seq:
-                version.older = removed.older
-                layer.bytes -= removed.bytes
 
     def freeze(self) -> Layer:
         """What is here becomes the frozen layer; commits go into a new one."""

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 import trio
@@ -39,6 +39,7 @@ from ._exceptions import (
     Outcome,
 )
 from ._frame import BATCH_RECORDS_MAX
+from ._park import WOKEN, request
 
 
 class State(enum.Enum):
@@ -189,10 +190,12 @@ class Claim:
     throughput, most of it in the garbage collector.
     """
 
-    __slots__ = ("_queue", "batch", "task")
+    __slots__ = ("_queue", "batch", "request", "task")
 
     def __init__(self, queue: WriteQueue) -> None:
         self._queue = queue
+        self.request: Any = request(self)
+        """For `park`."""
         self.batch: Batch | None = None
         self.task: Task | None = None
 
@@ -555,10 +558,10 @@ class WriteQueue:
     def _wake(self, batch: Batch) -> None:
         if batch.unwaited:
             for task in batch.waiters():
-                reschedule(task)
+                reschedule(task, WOKEN)
         else:
             for key in batch.entries:
-                reschedule(key)  # type: ignore[arg-type]
+                reschedule(key, WOKEN)  # type: ignore[arg-type]
 
     def fail(self, cause: BaseException, in_flight: Batch | None, loss: Outcome) -> None:
         """The log is broken: tell everybody, take nothing more."""

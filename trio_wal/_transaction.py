@@ -25,7 +25,7 @@ from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, Writes, check_key
 from ._util import check_bytes, check_int
 
 if TYPE_CHECKING:
-    from ._database import Commitment, Database
+    from ._database import Database, Fate
 
 D = TypeVar("D")
 
@@ -75,8 +75,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     _reads: set[bytes] | None = None
     _ranges: list[tuple[bytes | None, bytes | None]] | None = None
     _bytes = 1
-    _observed: Commitment | None = None
-    """The newest pending commit that was read."""
+    _observed: Fate | None = None
+    """Of the newest pending commit that was read."""
     _doomed: bytes | None = None
     """A key that is known to conflict."""
     _dropped: tuple[Layer, ...] = ()
@@ -84,7 +84,6 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     _cut = False
     """The database was closed under it."""
     _ended = False
-    _begun = False
     _lsn: int | None = None
 
     def __init__(self, db: Database) -> None:
@@ -94,9 +93,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     # -- the block --
 
     async def __aenter__(self) -> Transaction:
-        if self._begun:
+        if self._task is not None:
             raise RuntimeError("a transaction is for one use")
-        self._begun = True
         if self._db.behind():
             await self._db.wait_for_memtable()
         self._task = current_task()
@@ -157,14 +155,13 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         version = view.version(key, self._seq)
         if version is None:
             return view.base.get(key)
-        if version.commitment is not None:
-            self._observe(version.commitment)
+        if version.seq > self._db.settled_seq:
+            self._observe(key, version.seq)
         return version.value
 
-    def _observe(self, commitment: Commitment) -> None:
-        commitment.observed = True
-        if self._observed is None or commitment.seq > self._observed.seq:
-            self._observed = commitment
+    def _observe(self, key: bytes, seq: int) -> None:
+        if seq > self._db.settled_seq and (self._observed is None or seq > self._observed.seq):
+            self._observed = self._db.observe(key, seq)
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -261,8 +258,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
           TypeError, ValueError: ``key`` is not 1 to 511 bytes, ``value`` not bytes.
           RecordTooLargeError: the transaction would be over ``max_record_size``.
         """
-        self._check()
-        # The fast path of check_key and check_bytes.
+        # The fast paths of _check, check_key and check_bytes.
+        if self._ended or self._task is not current_task():
+            self._check()
         if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
             check_key(key)
         if type(value) is not bytes:
@@ -350,7 +348,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             return self._doomed
         if self._observed is not None and self._observed.lost:
             # What was read will never have been.
-            return next(iter(self._observed.writes))
+            return self._observed.key
         if self._seq != self._db.last_seq:
             for layer in (*self._db.layers(), *self._dropped):
                 conflict = self.conflict_in(layer)

@@ -35,6 +35,7 @@ from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
+from ._park import park
 from ._queue import Barrier, Claim, Owner, State, Unit, WriteQueue
 from ._reader import RecordStream, WalSource
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
@@ -224,7 +225,7 @@ class WriteAheadLog:
         claim = claims.pop() if claims else Claim(queue)
         claim.batch = batch
         claim.task = task
-        await wait_task_rescheduled(claim)
+        await park(claim.request)
         # A claim that is free keeps nothing alive.
         claim.batch = claim.task = None
         claims.append(claim)

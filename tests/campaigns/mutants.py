@@ -336,17 +336,17 @@ MUTANTS: Final = (
     ),
     mutant(
         "a commit that was read can be withdrawn", "_database", WHOLE,
-        "return commitment is None or not commitment.observed", "return True",
+        "return commit is None or commit[0] not in self._fates", "return True",
     ),
     mutant(
         "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
-        "                    layer.versions[key] = version.older\n",
-        "                    del layer.versions[key]\n",
+        "                    self.versions[key] = version.older\n",
+        "                    del self.versions[key]\n",
     ),
     mutant(
         "a read-only transaction does not wait for what it read", "_database", "errors:database",
-        "        elif not commitment.lost:\n            await commitment.wait()\n",
-        "        elif not commitment.lost:\n            await trio.lowlevel.checkpoint()\n",
+        "        elif not fate.lost:\n            await fate.wait()\n",
+        "        elif not fate.lost:\n            await trio.lowlevel.checkpoint()\n",
     ),
     mutant(
         "a snapshot sees what came after it", "_memtable", SCHEDULES,
