@@ -277,6 +277,8 @@ class Database:
         self._conflicts = 0
         self._recovery = wal.recovery
         self._closed = False
+        self.checkpointing: bool = False
+        """Whether a layer is on its way into the store."""
         self._closed_store: tuple[int, int] | None = None
         self.refresh_view()
 
@@ -289,7 +291,8 @@ class Database:
         where checkpoints have fallen behind, and raises `LogFullError` where they cannot
         go on because open snapshots keep LMDB's map from growing.
         """
-        self._check_open()
+        if self._closed:
+            self._check_open()
         return Transaction(self)
 
     async def run(self, fn: Callable[..., Awaitable[T] | T], *args: object, retries: int = 10) -> T:
@@ -333,7 +336,7 @@ class Database:
             self.check_size(size)
         if self._closed:
             self._check_open()
-        if self._view.frozen is not None and self.behind():
+        if self.checkpointing and self.behind():
             await self.wait_for_memtable()
         return await self.commit({key: value})
 
@@ -357,6 +360,7 @@ class Database:
         self._view = view
         self._active_versions = view.active.versions
         self._base_get = view.base.get
+        self.checkpointing = view.frozen is not None
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...

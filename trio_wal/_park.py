@@ -47,7 +47,7 @@ WOKEN: Final = _Woken()
 
 def _message(abort: AbortFn) -> Any:
     """What `wait_task_rescheduled` hands to trio for this abort function."""
-    coroutine: Any = wait_task_rescheduled(abort)
+    coroutine: Any = wait_task_rescheduled(abort)  # noqa: ASYNC105  (it is never to be run)
     try:
         return coroutine.send(None)
     finally:

@@ -95,8 +95,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     async def __aenter__(self) -> Transaction:
         if self._task is not None:
             raise RuntimeError("a transaction is for one use")
-        if self._db.behind():
-            await self._db.wait_for_memtable()
+        db = self._db
+        if db.checkpointing and db.behind():
+            await db.wait_for_memtable()
         self._task = current_task()
         return self
 
@@ -117,7 +118,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             self._end()
         elif self._view is None and self._writes:
             # As `commit`, which has nothing to validate here.
-            self._check()
+            if self._task is not current_task():
+                self._check()
             self._ended = True
             self._lsn = await self._db.commit(self._writes)
         else:
