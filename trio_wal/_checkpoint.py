@@ -16,7 +16,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._exceptions import LogFailedError, LogFullError
 from ._recovery import create_empty
-from ._store import MapFull, StoreState
+from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
 
 if TYPE_CHECKING:
@@ -168,16 +168,19 @@ class Checkpointer:
         the store has some newer values than its LSN says, and the log still has them all:
         replay sets every one of these keys again.
         """
-        piece: list[tuple[bytes, bytes | None]] = []
+        # Two lists, not one of pairs, which the garbage collector would take for its business.
+        keys: list[bytes] = []
+        values: list[bytes | None] = []
         size = 0
-        for key, value in frozen.items():
-            piece.append((key, value))
+        for key, value in taking_turns(frozen.items()):
+            keys.append(key)
+            values.append(value)
             size += len(key) + (0 if value is None else len(value))
             if size >= PIECE_BYTES:
-                self._db.store.apply(piece, None)
-                piece = []
+                self._db.store.apply(zip(keys, values, strict=True), None)
+                keys, values = [], []
                 size = 0
-        self._db.store.apply(piece, state)
+        self._db.store.apply(zip(keys, values, strict=True), state)
 
     async def _wait_unread(self, frozen: Layer) -> None:
         """LMDB's map grows only while nobody reads.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol
+from time import perf_counter, sleep
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 
@@ -27,10 +28,15 @@ from ._files import (
 from ._operations import KEY_BYTES_MAX
 from ._util import MiB
 
+T = TypeVar("T")
+
 DATA_NAME: Final = "data.mdb"
 SUSPECT_NAME: Final = "suspect"
 """Stands beside the data from a failed write on, until the data was read from the disk anew."""
 MAP_GROWTH: Final = 2
+TURN_KEYS: Final = 64
+TURN_SECONDS: Final = 0.001
+TURN_PAUSE_SECONDS: Final = 0.00005
 READERS_MAX: Final = 4096
 """Open snapshots and the like, at once."""
 STORE_FORMAT: Final = 1
@@ -100,6 +106,21 @@ class Store(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def taking_turns(items: Iterable[T]) -> Iterator[T]:
+    """The items, with a pause after every millisecond or so: the event loop gets its turn.
+
+    A thread that goes on and on keeps the interpreter lock for the interpreter's switch interval
+    of 5 ms.  That LMDB's calls give it away does not help: for a microsecond each, which is too
+    short for a thread that waits for it to wake up.
+    """
+    since = perf_counter()
+    for number, item in enumerate(items, 1):
+        yield item
+        if not number % TURN_KEYS and perf_counter() - since > TURN_SECONDS:
+            sleep(TURN_PAUSE_SECONDS)
+            since = perf_counter()
 
 
 class _LmdbRead:
@@ -181,7 +202,7 @@ class LmdbStore:
         try:
             with self._env.begin(write=True, db=self._data) as txn:
                 put, delete = txn.put, txn.delete
-                for key, value in items:
+                for key, value in taking_turns(items):
                     if value is None:
                         delete(key)
                     else:
