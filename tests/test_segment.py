@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from logs import (
     LOG,
@@ -27,7 +28,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
 from trio_wal._files import OsFiles
 from trio_wal._frame import (
     BLOCK,
@@ -682,6 +683,40 @@ def test_a_rotation_that_cannot_wait_takes_the_next_segment_as_far_as_it_is(recy
     last = log.last_lsn
     assert append(log, b"on it goes") == last + 1
     assert records_of(log)[-1] == (last + 1, b"on it goes")
+
+
+def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two pieces of zeros there are pauses, bounded; none where the active segment
+    fills faster, and none once a rotation waits."""
+    log = open_log(MemoryFiles(), segment_size=1 * MiB)
+    waits: list[float] = []
+
+    class Lock:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait(self, seconds: float) -> None:
+            waits.append(seconds)
+
+    monkeypatch.setattr(log, "_spare_lock", Lock())
+
+    def pauses(done: float, used: float) -> list[float]:
+        waits.clear()
+        here = log.active.position
+        log.active.position = attrs.evolve(here, offset=int(used * log.active.capacity))
+        log._pause(done, 0.5)
+        log.active.position = here
+        return list(waits)
+
+    assert pauses(done=0.0, used=0.25) == [PAUSE_SHARE * 0.5] * PAUSES
+    assert pauses(done=0.5, used=0.49) == [PAUSE_SHARE * 0.5] * PAUSES
+    assert pauses(done=0.5, used=0.51) == []
+    assert pauses(done=0.99, used=0.75) == []
+    log._hurry = True
+    assert pauses(done=0.0, used=0.25) == []
 
 
 def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ from ._util import KiB
 ZERO_CHUNK: Final = 256 * KiB
 SPARE_RETRY_SECONDS: Final = 1.0
 """After a full disk: not at every commit."""
+PREPARE_FROM: Final = 0.25
+PREPARED_AT: Final = 0.75
+"""The next segment is prepared while the active one fills between these shares of it."""
+PAUSES: Final = 4
+PAUSE_SHARE: Final = 4
+"""Zeros and commits share the disk: between two pieces of zeros there are so many pauses of so
+many times what the piece took, unless preparing falls behind.  A log that is idle has its segment
+within seconds all the same, and nothing waits in vain."""
 ZERO_FRAMES_BELOW: Final = 32 * KiB
 """Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
 needs no block allocation): it pays while the mean frame is smaller than this."""
@@ -196,7 +204,7 @@ class LogDirectory:
             self.sync()
         return (
             self._spare is None
-            and 4 * active.position.offset > active.capacity
+            and active.position.offset > PREPARE_FROM * active.capacity
             and perf_counter() >= self._spare_not_before
         )
 
@@ -274,6 +282,7 @@ class LogDirectory:
         needed = capacity_for(stored_length, 0)
         with self._spare_lock:
             self._hurry = True
+            self._spare_lock.notify_all()
             self._spare_lock.wait_for(lambda: not self._preparing)
             self._hurry = False
             spare, self._spare = self._spare, None
@@ -379,9 +388,22 @@ class LogDirectory:
             if self._hurry:
                 file.truncate(offset)
                 return offset
+            started = perf_counter()
             file.pwrite([zeros[: end - offset]], offset)
             file.sync()
+            if offset + ZERO_CHUNK < end:
+                self._pause(offset / end, perf_counter() - started)
         return end
+
+    def _pause(self, done: float, seconds: float) -> None:
+        """Leave the disk to the commits, after a piece that took so long."""
+        with self._spare_lock:
+            for _ in range(PAUSES):
+                used = self.active.position.offset / self.active.capacity
+                due = (used - PREPARE_FROM) / (PREPARED_AT - PREPARE_FROM)
+                if self._hurry or done < due:
+                    return
+                self._spare_lock.wait(PAUSE_SHARE * seconds)
 
     def _write_zeros(self, spare: _Spare) -> None:
         if self._zero(spare.file, 0, spare.capacity) < spare.capacity:
