@@ -68,10 +68,10 @@ def findings(seeds: range) -> list[str]:
 def test_an_error_that_is_none_of_ours_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings(range(60)) == []
 
-    def body_ends(body: bytes, count: int) -> list[int]:
+    def check_table(body: bytes, count: int, length: int) -> tuple[int, ...]:
         raise IndexError("believed a count")
 
-    monkeypatch.setattr(_scan, "body_ends", body_ends)
+    monkeypatch.setattr(_scan, "check_table", check_table)
     assert any("IndexError: believed a count" in what for what in findings(range(60)))
 
 

@@ -37,6 +37,7 @@ from trio_wal._frame import (
 from trio_wal._scan import FrameScanner, start_of
 from trio_wal._segment import ActiveSegment
 from trio_wal._util import KiB
+from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 BATCHES = [[b"first"], [b"second", b"", b"third"], [bytes(600)], [b"last", b"of all"]]
@@ -123,6 +124,31 @@ def test_all_bits_of_all_headers_and_frame_headers_matter(name_of: str) -> None:
             image = copy_of(files)
             image.flip_bit(LOG, name, 8 * place + bit)
             assert outcome(image) is CorruptLogError
+
+
+@pytest.mark.parametrize("verify_bytes", [0, math.inf])
+@pytest.mark.parametrize(
+    ("offset", "place", "reason"),
+    [
+        (POINTER_OFFSET + 9, POINTER_OFFSET, "the pointer to the segment's footer is damaged"),
+        (5120 + 10, 5120, "the segment's footer is damaged"),
+    ],
+)
+def test_a_damaged_pointer_is_not_called_a_damaged_footer(
+    offset: int, place: int, reason: str, verify_bytes: float
+) -> None:
+    """It could be written anew, but damage is damage; `verify` says the same of it."""
+    files = make_log(*BATCHES, [b"one segment more"])
+    name = segments(files)[0]
+    files.flip_bit(LOG, name, 8 * offset)
+    before = files.contents(LOG)
+    with pytest.raises(CorruptLogError) as caught:
+        open_log(files, verify_bytes=verify_bytes)
+    found = (caught.value.path, caught.value.offset, caught.value.reason)
+    assert found == (f"/log/{name}", place, reason)
+    assert files.contents(LOG) == before
+    (finding,) = verify(files.open_directory(LOG)).findings
+    assert (finding.path, finding.offset, finding.reason) == found
 
 
 @pytest.mark.parametrize("number", range(4))

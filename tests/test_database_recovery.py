@@ -33,6 +33,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import CorruptLogError, Database, KeepAll, LogFullError, TransactionConflict
+from trio_wal._frame import BLOCK, DATA_OFFSET
 from trio_wal.testing import MemoryFiles
 
 # -- crashes at every operation on the files ---------------------------------------
@@ -491,6 +492,60 @@ async def test_a_damaged_log_is_refused(tmp_path: Path) -> None:
     segment = sorted((tmp_path / "db" / "log").glob("wal-*"))[2]
     segment.unlink()
     await refuse(tmp_path / "db", rf"^{segment.parent}/wal-.*: at offset 0: segment . is mis")
+
+
+def damage(segment: Path) -> None:
+    """Flip a bit in the body of its first frame."""
+    data = bytearray(segment.read_bytes())
+    data[DATA_OFFSET + 100] ^= 1
+    segment.write_bytes(data)
+
+
+@pytest.mark.parametrize("ending", ["closed", "torn"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_damage_among_what_would_be_replayed_is_found_before_anything_is_written(
+    tmp_path: Path, number: int, ending: str
+) -> None:
+    """Behind the store's LSN everything is checked, whatever `verify_bytes` says: replay reads
+    it, but only after an unfinished batch was cut, and checkpoints while it reads."""
+    home = Home(tmp_path)
+    options: Any = {"retention": KeepAll(), "checkpoint_bytes": 300}
+    async with home.open(segment_size=TINY_SEGMENT, checkpoint_bytes=1 << 20) as db:
+        for count in range(1, 10):
+            await db.put(b"k%d" % count, bytes(200))
+            if count == 1:
+                await db.checkpoint()
+    segments = sorted((tmp_path / "db" / "log").glob("wal-*"))
+    assert [int(path.name[4:24]) for path in segments] == [1, 3, 5, 7, 9]
+    if ending == "torn":
+        data = bytearray(segments[-1].read_bytes())
+        assert not any(data[DATA_OFFSET + 2 * BLOCK :])
+        data[DATA_OFFSET + 2 * BLOCK : DATA_OFFSET + 2 * BLOCK + 4] = b"torn"
+        segments[-1].write_bytes(data)
+    damage(segments[number])
+    before = hash_tree(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CorruptLogError) as caught:
+            await home.open(segment_size=TINY_SEGMENT, verify_bytes=0, **options).__aenter__()
+        assert hash_tree(tmp_path) == before
+    assert (caught.value.path, caught.value.offset) == (str(segments[number]), DATA_OFFSET)
+
+
+async def test_what_the_store_holds_is_not_checked_for_a_replay(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    options: Any = {"segment_size": TINY_SEGMENT, "retention": KeepAll(), "verify_bytes": 0}
+    async with home.open(**options) as db:
+        for count in range(1, 10):
+            await db.put(b"k%d" % count, bytes(200))
+            if count == 5:
+                await db.checkpoint()
+    segments = sorted((tmp_path / "db" / "log").glob("wal-*"))
+    damage(segments[1])
+    async with home.open(**options) as db:
+        report = db.recovery
+        # LSN 5 and 6 share a segment.
+        assert (report.records_replayed, report.transactions_replayed) == (5, 4)
+        assert db.get(b"k9") == bytes(200)
 
 
 async def test_a_log_that_is_not_a_databases_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ What another process does is in test_processes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from logs import TINY, append, open_log, records_of
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError
 from trio_wal._directory import open_log_directory
-from trio_wal._files import Directory, OsDirectory, OsFile, OsFiles
+from trio_wal._files import FOLIO_MAX, Directory, OsDirectory, OsFile, OsFiles
 from trio_wal.testing import MemoryFiles
 
 pytestmark = pytest.mark.skipif(
@@ -574,3 +576,47 @@ def test_a_read_far_behind_the_end_takes_no_memory_for_what_is_not_there(
     assert file.pread(1 << 40, 99) == b""
     assert max(asked) == 5
     file.close()
+
+
+# -- the page cache --------------------------------------------------------------------------
+
+
+def cached(path: Path) -> list[int]:
+    """Offsets of the pages that can be read without the disk."""
+    found: list[int] = []
+    with path.open("rb") as file:
+        # So that a look at one page does not have others read.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, path.stat().st_size, PAGESIZE):
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                if exc.errno != errno.EOPNOTSUPP:
+                    raise
+                pytest.skip("this file system does not tell what is in memory")
+            found.append(offset)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="asks Linux's page cache")
+@pytest.mark.parametrize("edge", [0, PAGESIZE, FOLIO_MAX // 2, FOLIO_MAX - PAGESIZE])
+def test_nothing_outside_of_what_is_kept_stays_in_the_page_cache(
+    directory: OsDirectory, tmp_path: Path, edge: int
+) -> None:
+    """Not even where the kernel caches in units that reach across the edge."""
+    path = tmp_path / "log" / "file"
+    size = 6 * FOLIO_MAX
+    with contextlib.closing(directory.open("file", create=True)) as file:
+        file.pwrite([os.urandom(size)], 0)
+        file.sync()
+        kept = range(FOLIO_MAX - edge, 4 * FOLIO_MAX + edge)
+        directory.reread("file", keep=kept)
+        left = cached(path)
+        assert left
+        assert set(left) <= set(range(FOLIO_MAX, 4 * FOLIO_MAX, PAGESIZE))
+        # Too little to be worth it: everything goes.
+        assert len(file.pread(size, 0)) == size
+        directory.reread("file", keep=range(FOLIO_MAX - 1, 2 * FOLIO_MAX - 1))
+        assert cached(path) == []

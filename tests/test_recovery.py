@@ -35,10 +35,19 @@ from logs import (
 import trio_wal
 from trio_wal import CorruptLogError, RecoveryReport
 from trio_wal._directory import open_log_directory
-from trio_wal._files import OsFiles
-from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Meta, Truncation, frame_size
+from trio_wal._files import FOLIO_MAX, OsFiles
+from trio_wal._frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FRAME_HEADER_SIZE,
+    POINTER_OFFSET,
+    Meta,
+    Truncation,
+    frame_size,
+)
 from trio_wal._recovery import examine, read_meta
 from trio_wal._util import KiB
+from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 
@@ -183,6 +192,45 @@ def test_the_unused_end_of_the_last_file_is_not_missed(close: bool) -> None:
     log = open_log(files)
     assert log.report.torn_bytes == 0
     append(log, b"c")
+    assert content(files) == numbered([b"a", b"b", b"c"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "pointer", "torn"),
+    [
+        (BLOCK, True, 0),
+        (BLOCK, False, 0),
+        (FRAME_HEADER_SIZE, False, 0),
+        # Only the pointer tells what that was, or nothing does.
+        (20, True, 0),
+        (20, False, BLOCK),
+        (0, True, 0),
+    ],
+)
+def test_a_torn_mark_of_a_close_is_no_unfinished_batch(kept: int, pointer: bool, torn: int) -> None:
+    """The power failed in the last sync of a close; every record had been told durable."""
+    files = MemoryFiles(seed=7)
+    log = open_log(files, segment_size=16 * KiB)
+    append(log, b"a")
+    append(log, b"b")
+    # So that the mark has two blocks, as it has in long segments.
+    log.active.index = [(1, DATA_OFFSET + n) for n in range(40)]
+    mark = log.active.position.offset
+    log.close()
+    (name,) = segments(files)
+    data = bytearray(files.read_file(LOG, name))
+    assert len(data[mark:].rstrip(b"\0")) > BLOCK
+    data[mark + kept :] = bytes(len(data) - mark - kept)
+    if not pointer:
+        data[POINTER_OFFSET : POINTER_OFFSET + BLOCK] = bytes(BLOCK)
+    files.write_file(LOG, name, bytes(data))
+    found = report(files, segment_size=16 * KiB)
+    assert (found.last_lsn, found.torn_bytes, found.clean_shutdown) == (2, torn, False)
+    assert verify(files.open_directory(LOG)).torn_bytes == torn
+    log = open_log(files, segment_size=16 * KiB)
+    assert records_of(log) == numbered([b"a", b"b"])
+    append(log, b"c")
+    log.close()
     assert content(files) == numbered([b"a", b"b", b"c"])
 
 
@@ -573,13 +621,14 @@ def eight() -> MemoryFiles:
 @pytest.mark.parametrize(
     ("verify_bytes", "replayed"),
     [
-        # A segment costs its bytes, and 4 KiB for each of its frames.
+        # A segment costs its bytes, and 32 KiB for each of its frames.
         (0, 0),
-        (8 * KiB, 0),
-        (9 * KiB, 2),
-        (9 * KiB + 1, 6),  # one that is begun is finished
-        (18 * KiB, 6),
-        (18 * KiB + 1, 10),
+        (33 * KiB - BLOCK - 1, 0),
+        (33 * KiB - BLOCK, 2),
+        (98 * KiB - 1, 2),
+        (98 * KiB, 6),
+        (163 * KiB - 1, 6),
+        (163 * KiB, 10),
         (math.inf, 10),
     ],
 )
@@ -591,6 +640,79 @@ def test_so_much_is_checked_record_by_record_newest_first(
     found = report(files, verify_bytes=verify_bytes)
     assert found.records_replayed == replayed
     assert (found.first_lsn, found.last_lsn, found.clean_shutdown) == (1, 10, True)
+
+
+FRAME = 100 * KiB
+
+
+@pytest.fixture(scope="module")
+def long_segments() -> MemoryFiles:
+    """A short segment, then two of 24 frames of 100 KiB each, closed."""
+    files = MemoryFiles(seed=8)
+    log = open_log(files, segment_size=26 * FRAME)
+    append(log, b"first")
+    for number in range(48):
+        if number % 24 == 0:
+            log.rotate()
+        append(log, bytes([number]) * (FRAME - BLOCK))
+    log.close()
+    assert len(segments(files)) == 3
+    return files
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 4, 10, 23, 24, 25, 30, 47, 48])
+def test_of_a_long_segment_the_newest_part_is_checked(
+    long_segments: MemoryFiles, frames: int
+) -> None:
+    """From a place in its footer's index on, of which there is one each 300 KiB here."""
+    budget = frames * (FRAME + 32 * KiB) + 2 * BLOCK
+    found = report(long_segments, verify_bytes=budget)
+    assert frames - 3 < found.records_replayed <= frames
+    if frames % 24 == 0:
+        assert found.records_replayed == frames
+    assert found.bytes_scanned - FRAME * found.records_replayed in (0, BLOCK)
+    assert found.clean_shutdown
+
+
+@pytest.mark.parametrize("damaged", [9, 22, 33, 34, 46])
+@pytest.mark.parametrize("checked", [5, 10, 24, 40])
+def test_damage_in_the_part_that_is_checked_is_refused_and_in_no_other(
+    long_segments: MemoryFiles, damaged: int, checked: int
+) -> None:
+    files = copy_of(long_segments)
+    name = segments(files)[1 + damaged // 24]
+    offset = DATA_OFFSET + damaged % 24 * FRAME
+    files.flip_bit(LOG, name, 8 * (offset + 70_000))
+    budget = checked * (FRAME + 32 * KiB) + 2 * BLOCK
+    replayed = report(long_segments, verify_bytes=budget).records_replayed
+    if damaged >= 48 - replayed:
+        before = files.contents(LOG)
+        with pytest.raises(CorruptLogError, match=rf"^/log/{name}: at offset {offset}: checksum"):
+            open_log(files, verify_bytes=budget)
+        assert files.contents(LOG) == before
+    else:
+        log = open_log(files, verify_bytes=budget)
+        with pytest.raises(CorruptLogError, match=rf"^/log/{name}: at offset {offset}: checksum"):
+            records_of(log)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_index_that_lies_costs_only_a_longer_check(number: int) -> None:
+    """It is in a footer with a good checksum: no damage, but nothing to begin at either."""
+    files = MemoryFiles(seed=8)
+    log = open_log(files, segment_size=26 * FRAME)
+    append(log, b"first")
+    log.rotate()
+    for n in range(14):
+        append(log, bytes([n]) * (FRAME - BLOCK))
+    log.active.index[1:] = [(lsn, offset + BLOCK) for lsn, offset in log.active.index[1:]]
+    if number == 0:
+        log.rotate()
+        append(log, b"last")
+    log.close()
+    found = report(files, verify_bytes=6 * (FRAME + 32 * KiB))
+    assert found.records_replayed == found.last_lsn - 1
+    assert (found.clean_shutdown, found.segments) == (True, 3 - number)
 
 
 def test_the_last_segment_of_a_crashed_log_is_checked_whatever_is_asked_for() -> None:
@@ -669,23 +791,50 @@ def test_a_log_of_which_only_creation_was_begun_may_hold_no_strange_segment() ->
 # -- the page cache ---------------------------------------------------------------------
 
 
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """(file, offset, length) of what is asked to be read from the disk, as it is asked for."""
+    asked: list[tuple[str, int, int]] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        asked.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return asked
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks descriptors up in Linux's /proc")
 def test_the_end_of_a_log_is_read_from_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failed write the page cache holds what the disk does not have."""
-    dropped: list[tuple[str, int]] = []
-
-    def advise(fd: int, offset: int, length: int, advice: int) -> None:
-        assert (offset, length) == (0, 0)
-        dropped.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), advice))
-
     log = open_log_directory(OsFiles(), str(tmp_path), segment_size=1)
     for number in range(10):
         append(log, bytes([number]))
     log.close(orderly=False)
     names = sorted(path.name for path in tmp_path.glob("wal-*"))
     assert len(names) > 3
-    monkeypatch.setattr(os, "posix_fadvise", advise)
+    asked = forgotten(monkeypatch)
     open_log_directory(OsFiles(), str(tmp_path), segment_size=1).close()
-    assert dropped == [(name, os.POSIX_FADV_DONTNEED) for name in names[-2:]]
+    assert asked == [(name, 0, 0) for name in names[-2:]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks descriptors up in Linux's /proc")
+@pytest.mark.parametrize("close", [True, False])
+def test_what_a_seal_or_a_close_proves_to_be_on_the_disk_need_not_come_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, close: bool
+) -> None:
+    """Else an open would wait for the disk, however orderly the log was closed."""
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=1)
+    for size in (1, 4 * FOLIO_MAX, 3 * FOLIO_MAX, 2 * FOLIO_MAX):
+        append(log, bytes(size))
+    assert [info.bytes // FOLIO_MAX for info in log.sealed()] == [0, 4, 3]
+    log.close(orderly=close)
+    *_, previous, last = sorted(path.name for path in tmp_path.glob("wal-*"))
+    asked = forgotten(monkeypatch)
+    open_log_directory(OsFiles(), str(tmp_path), segment_size=1).close()
+    assert asked == [
+        (previous, 0, FOLIO_MAX),
+        (previous, 3 * FOLIO_MAX, 0),
+        *([(last, 0, FOLIO_MAX), (last, 2 * FOLIO_MAX, 0)] if close else [(last, 0, 0)]),
+    ]

@@ -205,6 +205,50 @@ def test_a_frame_larger_than_the_window_is_read_whole() -> None:
     assert found[-2:] == [big, b"b"]
 
 
+LONG = [b"x" * n for n in (70_000, 0, 100_000, 180_001)]
+
+
+def long_segment(*batches: list[bytes]) -> bytes:
+    files = make_log(*batches, segment_size=16 * 1024)
+    return files.read_file(LOG, segments(files)[-1])
+
+
+def skim(data: bytes) -> FrameScanner:
+    header = decode_segment_header(data)
+    return FrameScanner(reader(data), header, start_of(header), skim=True)
+
+
+@pytest.mark.parametrize("records", [LONG, [b""] * 90_000, [b"", *LONG] * 3])
+def test_of_a_long_body_a_skim_gives_the_table_that_is_checked(records: list[bytes]) -> None:
+    data = long_segment(records)
+    (frame, body), _close = list(skim(data))
+    assert frame.stored_length > 2 * _scan.SKIM_WINDOW
+    table = 4 * len(records)
+    at = frame.offset + FRAME_HEADER_SIZE
+    assert body == data[at : at + table]
+    _scan.check_body(frame, body)
+    with pytest.raises(FrameError, match="add up to"):
+        _scan.check_body(frame, b"\1" + body[1:])
+    assert [body for _, body in skim(DATA)] == [body for _, body in scan(DATA)]
+
+
+@pytest.mark.parametrize("place", [64, 80, 131_136, 262_208, 350_080, 350_081, 350_082, 350_207])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_skim_judges_a_long_body_as_a_whole_scan_does(place: int, cut: bool) -> None:
+    data = long_segment(LONG, [b"behind"])
+    (first, _), *_ = skim(data)
+    assert (first.offset, first.stored_length, first.end) == (DATA_OFFSET, 350_017, 354_304)
+    at = DATA_OFFSET + place
+    damaged = data[:at] if cut else changed(data, at, bytes([data[at] ^ 1]))
+    skimmed = skim(damaged)
+    whole = FrameScanner(reader(damaged), decode_segment_header(data), skimmed.position)
+    assert [frame for frame, _ in skimmed] == [frame for frame, _ in whole]
+    assert skimmed.reason == whole.reason
+    assert skimmed.position == whole.position
+    # What is cut off behind the body may be missing: it was zeros.
+    assert (skimmed.position.offset == first.offset) == (not cut or place < 350_081)
+
+
 # -- hostile bytes ----------------------------------------------------------------------
 
 

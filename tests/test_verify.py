@@ -330,20 +330,20 @@ def test_a_body_that_does_not_hold_what_it_declares_is_a_finding(
 ) -> None:
     files = one_segment(3)
     (name,) = segments(files)
-    monkeypatch.setattr(_scan, "body_ends", _refuse_the_second())
+    monkeypatch.setattr(_scan, "check_table", _refuse_the_second())
     result = check(files)
     assert places(result) == [(name, frames(files, name)[1].offset)]
     assert lost(result) == [(2, 2)]
 
 
-def _refuse_the_second() -> Callable[[bytes, int], list[int]]:
+def _refuse_the_second() -> Callable[[bytes, int, int], tuple[int, ...]]:
     """Only a forger makes such a body: its checksum is good."""
-    from trio_wal._frame import FrameError, body_ends
+    from trio_wal._frame import FrameError, check_table
 
-    def refuse(body: bytes, count: int) -> list[int]:
+    def refuse(body: bytes, count: int, length: int) -> tuple[int, ...]:
         if body[4:5] == b"1":
             raise FrameError("no")
-        return body_ends(body, count)
+        return check_table(body, count, length)
 
     return refuse
 

@@ -754,14 +754,15 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     def _store_path(self) -> str:
         return f"{self._path}/{STORE_NAME}"
 
-    def _check(self, plan: Plan) -> None:
-        """Log and store must fit each other before either is written."""
+    def _check(self, plan: Plan) -> int | None:
+        """Log and store must fit each other before either is written; returns the first LSN
+        to replay."""
         state = self._state = self._files.inspect_store(self._store_path)
         name = data_file(self._store_path)
         if plan.meta is None:
             if state is not None:
                 raise damaged(name, "there is a store but no log")
-            return
+            return None
         last_lsn = plan.last_lsn
         if state is None:
             if plan.meta.base_lsn > 1:
@@ -779,6 +780,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
                 name,
                 f"the store ends at LSN {state.lsn}, but its log starts at {plan.meta.base_lsn}",
             )
+        return 1 if state is None else state.lsn + 1
 
     def _prepare(self) -> None:
         """Create the directory, or see whether it is a database's."""

@@ -40,6 +40,7 @@ from ._recovery import (
     VERIFY_BYTES,
     Plan,
     RecoveryReport,
+    check_records,
     examine,
     read_meta,
     repair,
@@ -743,10 +744,14 @@ def open_log_directory(
     segment_size: int,
     verify_bytes: float = VERIFY_BYTES,
     compression: str | None = None,
-    check: Callable[[Plan], None] | None = None,
+    check: Callable[[Plan], int | None] | None = None,
     database: bool = False,
 ) -> LogDirectory:
     """Lock, recover and open the log in a directory, which is created if it is missing.
+
+    Args:
+      check: looks at the plan before anything is written, and may refuse it; returns the LSN
+          from which on all records will be read at once, and so are checked before, or None.
 
     Raises:
       LogLockedError, CorruptLogError, UnsupportedFormatError, LogFullError, OSError
@@ -774,7 +779,9 @@ def open_log_directory(
             if plan.meta.features & FEATURE_ZSTD:
                 require_zstd()
         if check is not None:
-            check(plan)
+            read_from = check(plan)
+            if read_from is not None:
+                plan = check_records(directory, plan, read_from)
         # Only now, when nothing can be refused any more, is anything written.
         directory.sign()
         return LogDirectory(

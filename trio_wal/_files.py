@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ._exceptions import CorruptLogError, LogLockedError
+from ._util import align_up
 
 if TYPE_CHECKING:
     from ._store import Store, StoreState
@@ -31,6 +33,9 @@ _IOV_MAX: Final = 1024
 _PREAD_UNSEEN: Final = 4 << 20
 _PID_BYTES: Final = 32
 _PUBLISHED: Final = 16
+FOLIO_MAX: Final = mmap.PAGESIZE**2 // 8
+"""At multiples of this no folio of Linux's page cache reaches across: none is larger than what
+one page of a page table, with entries of 8 bytes, maps (2 MiB where a page has 4 KiB)."""
 
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The errors that mean "no room": not a failure while a segment is being prepared."""
@@ -81,9 +86,10 @@ class Directory(Protocol):
 
     def unlink(self, name: str) -> None: ...
 
-    def reread(self, name: str) -> None:
+    def reread(self, name: str, keep: range = range(0)) -> None:
         """Have what is read of a file from now on come from the disk, as far as that can be
-        had: after a failed write the kernel keeps what is not there."""
+        had: after a failed write the kernel keeps what is not there.  Of the bytes in ``keep``
+        that is not needed."""
         ...
 
     def sync(self) -> None:
@@ -357,10 +363,10 @@ class OsDirectory:
         where, dir_fd = self._where(name)
         os.unlink(where, dir_fd=dir_fd)
 
-    def reread(self, name: str) -> None:
+    def reread(self, name: str, keep: range = range(0)) -> None:
         file = self.open(name)
         try:
-            _forget_cached(file._fd)
+            _forget_cached(file._fd, keep)
         finally:
             file.close()
 
@@ -449,15 +455,24 @@ class OsDirectory:
             os.close(fd)
 
 
-def _forget_cached(fd: int) -> None:
-    """Drop the clean pages of a file from the page cache.
+def _forget_cached(fd: int, keep: range = range(0)) -> None:
+    """Drop the clean pages of a file from the page cache, but for some of those in ``keep``.
 
     A page whose write has failed is clean and not on the disk.  On ext4 it stays lost even
     if it is then written again and synced with success, where its block had never been written
     before (seen on Linux 6.18); once it is dropped, writing it again works.
+
+    Linux passes over a folio, its unit of caching, that reaches out of the range it is told.
+    So the ranges end where no folio can reach across.
     """
     if sys.platform not in ("win32", "darwin"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        start = align_up(keep.start, FOLIO_MAX)
+        stop = keep.stop - keep.stop % FOLIO_MAX
+        if start < stop:
+            os.posix_fadvise(fd, 0, start, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, stop, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_directory(fd: int) -> None:

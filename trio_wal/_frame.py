@@ -365,14 +365,25 @@ def decode_body(body: bytes, count: int) -> list[bytes]:
 
 def body_ends(body: bytes, count: int) -> list[int]:
     """Where each payload ends in the body, after a check that the table adds up."""
-    table = 4 * count
-    if table > len(body):
-        raise FrameError(f"a table of {count} lengths does not fit a body of {len(body)} bytes")
-    ends = list(accumulate(struct.unpack_from(f"<{count}I", body), initial=table))
-    if ends[-1] != len(body):
-        raise FrameError(f"the lengths add up to {ends[-1]} bytes, the body has {len(body)}")
+    lengths = check_table(body, count, len(body))
+    ends = list(accumulate(lengths, initial=4 * count))
     del ends[0]
     return ends
+
+
+def check_table(body: bytes, count: int, length: int) -> tuple[int, ...]:
+    """The table of lengths with which a body of ``length`` bytes begins.
+
+    Raises:
+      FrameError: it does not add up to the body.
+    """
+    if 4 * count > length:
+        raise FrameError(f"a table of {count} lengths does not fit a body of {length} bytes")
+    lengths = struct.unpack_from(f"<{count}I", body)
+    total = 4 * count + sum(lengths)
+    if total != length:
+        raise FrameError(f"the lengths add up to {total} bytes, the body has {length}")
+    return lengths
 
 
 @attrs.frozen

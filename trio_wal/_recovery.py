@@ -71,8 +71,8 @@ META_NEW_NAME: Final = "log.meta.tmp"
 TRUNCATE_NAME: Final = "truncate.tmp"
 VERIFY_BYTES: Final = 32 * MiB
 """How much of the log is checked record by record on every open, newest first."""
-_FRAME_COST: Final = 4 * KiB
-"""What checking one more frame costs, as bytes: about 3 us at 1-2 GB/s."""
+_FRAME_COST: Final = 32 * KiB
+"""What checking one more frame costs, as bytes: about 12 us at 2-3 GB/s."""
 
 
 @attrs.frozen
@@ -86,7 +86,8 @@ class RecoveryReport:
     """Records whose checksums were checked on this open."""
     bytes_scanned: int
     torn_bytes: int
-    """Bytes of an unfinished batch that were cut; nobody had been told it was durable."""
+    """Bytes of an unfinished batch that were cut; nobody had been told it was durable.  What
+    is left of a mark that a crash tore while the log was being closed is none."""
     clean_shutdown: bool
     """True where the log was closed in order, and for a new log."""
     seconds: float
@@ -105,6 +106,8 @@ class FoundSegment:
     """Differs from the header's where a decided truncation is not yet carried out."""
     size: int
     pointer: Pointer | None
+    mark: FrameHeader | None
+    """The SEAL or CLOSE frame that the pointer tells of, where its header stands there."""
 
     @property
     def number(self) -> int:
@@ -140,6 +143,8 @@ class Plan:
     clean: bool = True
     records_replayed: int = 0
     bytes_scanned: int = 0
+    verified_lsn: int = 1
+    """Every record from here on was checked."""
 
     @property
     def last_lsn(self) -> int:
@@ -223,14 +228,20 @@ def read_segment(directory: Directory, name: str) -> FoundSegment:
 
 
 def look_at(file: File, name: str) -> FoundSegment:
-    """Header and pointer of an open segment file."""
+    """Header, pointer and mark of an open segment file."""
     try:
         head = file.pread(POINTER_OFFSET + BLOCK, 0)
         header = decode_segment_header(head)
         size = file.size()
         if size < DATA_OFFSET:
             raise FrameError(f"the file has only {size} bytes")
-        return FoundSegment(header, name, size, decode_pointer(head[POINTER_OFFSET:], header.seed))
+        pointer = decode_pointer(head[POINTER_OFFSET:], header.seed)
+        mark = None
+        if pointer is not None:
+            mark = _scan.frame_at(file.pread, header, pointer.offset)
+            if mark is not None and (mark.kind, mark.crc) != (pointer.kind, pointer.crc):
+                mark = None
+        return FoundSegment(header, name, size, pointer, mark)
     except UnsupportedVersion as exc:
         raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
     except FrameError as exc:
@@ -308,15 +319,34 @@ def _check_chain(
 
 
 def reread_tail(directory: Directory) -> None:
-    """Before a log is recovered: its last two segments are read from the disk.
+    """Before a log is recovered: have the end of it read from the disk.
 
-    Only these are written again, and only there can a process that has ended have left what
-    is in the page cache alone.
+    After a failed write or sync the page cache holds what the disk does not, and such a page
+    may stay lost even if it is written again (see `_files`).  A process that has ended can
+    have left such pages in the last two segments only: it does not begin a third before the
+    footer of the first is synced.  And recovery writes to no other segment.
+
+    Of those two, what stands before a SEAL or CLOSE frame is kept in the cache, so that the
+    open of a large log need not wait for the disk: such a frame is written only after a sync
+    of all before it has returned, and what had to be recovered before was read from the disk
+    then.  It proves that wherever it is seen, be it in the page cache alone.  It does not prove
+    itself: the frame, all behind it, and the pointer to it, which are what is written again,
+    come from the disk; and so does everything where there is none.
     """
     names = directory.names()
     segments = [name for name in names if segment_name_lsn(name) is not None]
     for name in (*segments[-2:], *(name for name in names if name == TRUNCATE_NAME)):
-        directory.reread(name)
+        directory.reread(name, keep=_proven_durable(directory, name))
+
+
+def _proven_durable(directory: Directory, name: str) -> range:
+    """The bytes of a segment that were on the disk when its SEAL or last CLOSE was written."""
+    try:
+        mark = read_segment(directory, name).mark
+    except (CorruptLogError, UnsupportedFormatError):
+        # For `examine` to say.
+        mark = None
+    return range(DATA_OFFSET, DATA_OFFSET if mark is None else mark.offset)
 
 
 # -- examine ----------------------------------------------------------------------
@@ -324,8 +354,9 @@ def reread_tail(directory: Directory) -> None:
 
 @attrs.define
 class _Walk:
-    """A full pass over one segment: what `examine` needs to know of it."""
+    """A pass over one segment, or its end: what `examine` needs to know of it."""
 
+    start: Position
     end: Position
     records: int = 0
     frames: int = 0
@@ -338,6 +369,11 @@ class _Walk:
     unproven: deque[tuple[Position, int, int]] = attrs.Factory(deque[tuple[Position, int, int]])
     """(position, records before, frames before) of each frame not proven durable."""
 
+    @property
+    def cost(self) -> int:
+        """What it cost, as bytes, where no frames were counted before."""
+        return self.bytes + _FRAME_COST * self.frames
+
 
 def _walk(
     file: File,
@@ -345,11 +381,13 @@ def _walk(
     start: Position,
     *,
     counts: tuple[int, int] = (0, 0),
-    until: SegmentHeader | None = None,
+    until: SegmentHeader | FrameHeader | None = None,
+    chained: bool = True,
 ) -> _Walk:
-    """Check every frame from ``start`` on; stops before the segment ``until``."""
-    scanner = FrameScanner(file.pread, segment.header, start)
-    walk = _Walk(start, *counts, marks_offset=start.offset)
+    """Check every frame from ``start`` on; stops before the segment, or the SEAL or CLOSE
+    frame, ``until``.  With ``chained=False`` it is not known what is before ``start``."""
+    scanner = FrameScanner(file.pread, segment.header, start, chained=chained, skim=True)
+    walk = _Walk(start, start, *counts, marks_offset=start.offset)
     step = index_step(segment.size)
     before = start
     frames = iter(scanner)
@@ -388,9 +426,49 @@ def _last_lsn_of(unproven: deque[tuple[Position, int, int]], end: Position) -> i
     return following.next_lsn - 1
 
 
-def _joins(end: Position, following: SegmentHeader) -> bool:
-    """Whether the segment starts just where ``end`` is."""
+def _joins(end: Position, following: SegmentHeader | FrameHeader) -> bool:
+    """Whether the segment, or frame, follows what is before ``end``."""
     return following.first_lsn == end.next_lsn and following.previous == end.previous
+
+
+def _walk_up_to(
+    file: File, segment: FoundSegment, start: Position, following: SegmentHeader | FrameHeader
+) -> _Walk:
+    """Check the records from ``start``, a place that `_start_for` gave, up to what follows.
+
+    Raises:
+      CorruptLogError: they do not come as far as that.
+    """
+    first = segment.header.first_lsn
+    if start.offset > DATA_OFFSET:
+        counts = (start.next_lsn - first, 0)
+        walk = _walk(file, segment, start, counts=counts, until=following, chained=False)
+        if walk.frames:
+            return _check_end(file, walk, following)
+        # Damaged there, or not the place of a frame at all.
+    return _check_end(
+        file, _walk(file, segment, start_of(segment.header), until=following), following
+    )
+
+
+def _check_end(file: File, walk: _Walk, following: SegmentHeader | FrameHeader) -> _Walk:
+    if not _joins(walk.end, following):
+        reason = walk.reason or f"the records before LSN {following.first_lsn} are missing"
+        raise CorruptLogError(file.path, walk.end.offset, reason)
+    return walk
+
+
+def _start_for(
+    segment: FoundSegment, mark: FrameHeader, footer: Footer | None, budget: float
+) -> Position | None:
+    """From where on ``budget`` pays for a check up to ``mark``; None: it pays for nothing."""
+    length = mark.offset - DATA_OFFSET
+    cost = length + _FRAME_COST * (0 if footer is None else footer.frames)
+    if footer is None or cost <= budget:
+        return start_of(segment.header)
+    first = mark.offset - int(length * budget / cost) if budget > 0 else mark.offset
+    places = (Position(at, lsn, 0) for lsn, at in footer.index if first <= at < mark.offset)
+    return next(places, None)
 
 
 def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan:
@@ -441,21 +519,26 @@ def _examine_chain(
     last = found[-1]
     tail = _examine_last(directory, last, verify_bytes)
     assert tail.end is not None
-    # Where the last segment is too long to be checked, the ones before it are not checked either.
-    budget = verify_bytes - tail.end.offset - _FRAME_COST * tail.counts[1]
+    verified_lsn = tail.verified_lsn
+    budget = verify_bytes - tail.bytes_scanned - _FRAME_COST * tail.counts[1]
     sealed: list[SegmentInfo] = []
     replayed, scanned = tail.records_replayed, tail.bytes_scanned
     seal_previous = None
     for following, segment in pairwise(reversed(found)):
+        if verified_lsn > following.header.first_lsn:
+            # Where not all of a segment is checked, the ones before it are not checked either.
+            budget = 0
         may_be_open = following is last
         info, walk, unsealed = _examine_sealed(
-            directory, segment, following.header, meta, full=budget > 0, may_be_open=may_be_open
+            directory, segment, following.header, meta, budget=budget, may_be_open=may_be_open
         )
         sealed.append(info)
         if walk is not None:
-            replayed += walk.records
+            if verified_lsn <= following.header.first_lsn:
+                verified_lsn = min(verified_lsn, walk.start.next_lsn)
+            replayed += walk.end.next_lsn - walk.start.next_lsn
             scanned += walk.bytes
-            budget -= walk.bytes + _FRAME_COST * walk.frames
+            budget -= walk.cost
         if unsealed and walk is not None:
             seal_previous = (segment, walk)
     return attrs.evolve(
@@ -468,6 +551,7 @@ def _examine_chain(
         clean=tail.clean and seal_previous is None and meta.truncation is None,
         records_replayed=replayed,
         bytes_scanned=scanned,
+        verified_lsn=verified_lsn,
     )
 
 
@@ -477,52 +561,61 @@ def _examine_sealed(
     following: SegmentHeader,
     meta: Meta,
     *,
-    full: bool,
+    budget: float,
     may_be_open: bool,
 ) -> tuple[SegmentInfo, _Walk | None, bool]:
-    """A segment with another behind it: (what it is, the full pass, footer missing)."""
+    """A segment with another behind it: (what it is, what was checked, footer missing)."""
     cut = meta.truncation
     may_be_open = may_be_open or (cut is not None and segment.number == cut.keep_number)
-    file = directory.open(segment.file_name)
-    try:
-        seal = _find_seal(file, segment, following)
-        if may_be_open and seal is not None and not _is_whole_seal(file, segment, seal):
-            # A crash tore what its one sync was to cover; it is written again.
-            seal = None
-        walk = None
-        if full or seal is None:
-            walk = _walk(file, segment, start_of(segment.header), until=following)
-            if not _joins(walk.end, following):
-                reason = walk.reason or f"the records before LSN {following.first_lsn} are missing"
-                raise CorruptLogError(file.path, walk.end.offset, reason)
-            if seal is None and not may_be_open:
-                raise CorruptLogError(file.path, walk.end.offset, "the segment's footer is damaged")
-            if seal is not None:
-                _check_seal(file, segment, walk, seal)
-        end = seal.end if seal is not None else segment.size
-        time_us = seal.time_us if seal is not None else (walk.end.time_us if walk else 0)
-        info = SegmentInfo(segment.header, following.first_lsn, end, time_us)
-        return info, walk, seal is None
-    finally:
-        file.close()
+    seal = _seal_of(segment, following)
+    walk = None
+    if budget > 0 or may_be_open or seal is None:
+        file = directory.open(segment.file_name)
+        try:
+            if may_be_open and seal is not None and not _is_whole_seal(file, segment, seal):
+                # A crash tore what its one sync was to cover; it is written again.
+                seal = None
+            if seal is None:
+                walk = _walk_up_to(file, segment, start_of(segment.header), following)
+                if not may_be_open:
+                    raise _seal_is_damaged(file, segment, walk)
+            elif budget > 0:
+                footer = _scan.read_footer(file.pread, seal)
+                start = _start_for(segment, seal, footer, budget)
+                if start is not None:
+                    walk = _walk_up_to(file, segment, start, following)
+                    _check_seal(file, segment, walk, seal)
+        finally:
+            file.close()
+    end = seal.end if seal is not None else segment.size
+    time_us = seal.time_us if seal is not None else (walk.end.time_us if walk else 0)
+    info = SegmentInfo(segment.header, following.first_lsn, end, time_us)
+    return info, walk, seal is None
 
 
-def _find_seal(file: File, segment: FoundSegment, following: SegmentHeader) -> FrameHeader | None:
+def _seal_of(segment: FoundSegment, following: SegmentHeader) -> FrameHeader | None:
     """The SEAL frame that the pointer tells of, if it fits the segment behind."""
-    pointer = segment.pointer
-    if pointer is None or pointer.kind is not Kind.SEAL:
-        return None
-    frame = _scan.frame_at(file.pread, segment.header, pointer.offset)
-    if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.SEAL:
-        return None
-    end = Position(frame.offset, frame.first_lsn, frame.previous)
-    return frame if _joins(end, following) else None
+    mark = segment.mark
+    fits = mark is not None and mark.kind is Kind.SEAL and _joins(_before(mark), following)
+    return mark if fits else None
+
+
+def _before(frame: FrameHeader) -> Position:
+    return Position(frame.offset, frame.first_lsn, frame.previous)
+
+
+def _seal_is_damaged(file: File, segment: FoundSegment, walk: _Walk) -> CorruptLogError:
+    """Which of the two it is: the records in front of them are whole."""
+    seal = next(iter(FrameScanner(file.pread, segment.header, walk.end)), None)
+    if seal is not None and seal[0].kind is Kind.SEAL:
+        reason = "the pointer to the segment's footer is damaged"
+        return CorruptLogError(file.path, POINTER_OFFSET, reason)
+    return CorruptLogError(file.path, walk.end.offset, "the segment's footer is damaged")
 
 
 def _is_whole_seal(file: File, segment: FoundSegment, seal: FrameHeader) -> bool:
     """Whether footer and file size are as `ActiveSegment.seal` leaves them."""
-    before = Position(seal.offset, seal.first_lsn, seal.previous)
-    scanner = FrameScanner(file.pread, segment.header, before)
+    scanner = FrameScanner(file.pread, segment.header, _before(seal))
     return next(iter(scanner), None) is not None and segment.size == seal.end
 
 
@@ -550,11 +643,8 @@ def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeade
 
 def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | None:
     """The CLOSE frame that the pointer tells of."""
-    pointer = last.pointer
-    if pointer is None or pointer.kind is not Kind.CLOSE:
-        return None
-    frame = _scan.frame_at(file.pread, last.header, pointer.offset)
-    if frame is None or frame.crc != pointer.crc or frame.kind is not Kind.CLOSE:
+    frame = last.mark
+    if frame is None or frame.kind is not Kind.CLOSE:
         return None
     footer = _scan.read_footer(file.pread, frame)
     counted = (frame.first_lsn - last.header.first_lsn, frame.first_lsn - 1)
@@ -572,14 +662,21 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
         counts = (0, 0)
         index: tuple[tuple[int, int], ...] = ()
         close = _find_close(file, last)
+        checked = None
+        verified_lsn = last.header.first_lsn
         if close is not None:
             frame, footer = close
-            if frame.offset + _FRAME_COST * footer.frames > verify_bytes:
-                # Too long to check all of it: start behind the CLOSE frame.
+            from_here = _start_for(last, frame, footer, verify_bytes)
+            if from_here != start:
+                # Too long to check all of it: go on behind the CLOSE frame.
                 start = Position(
                     frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us
                 )
                 counts, index = (footer.records, footer.frames), footer.index
+                verified_lsn = frame.first_lsn
+                if from_here is not None:
+                    checked = _walk_up_to(file, last, from_here, frame)
+                    verified_lsn = checked.start.next_lsn
         walk = _walk(file, last, start, counts=counts)
         where = walk.end.offset
         pointer = last.pointer
@@ -590,14 +687,15 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
                 0,
                 f"segment {last.number + 1} is missing: {last.file_name} is sealed",
             )
-        if last.pointer is not None and last.pointer.offset > where:
+        if pointer is not None and pointer.offset > where:
             raise CorruptLogError(
                 file.path, where, walk.reason or "frames that had been durable are missing"
             )
         ends_closed = close is not None and where == close[0].end
         # The first write behind a CLOSE frame takes the pointer away, in the same sync:
         # while it stands, nothing behind it was ever acknowledged.
-        torn = 0 if ends_closed and not walk.reason else _torn_bytes(file, last, walk)
+        torn_end = where if ends_closed and not walk.reason else _torn_end(file, last, walk)
+        torn = torn_end > where
         marks_offset = walk.marks_offset
         if close is not None and marks_offset == close[0].end:
             marks_offset = close[0].offset
@@ -617,17 +715,19 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
             marks_offset=marks_offset,
             copy_from=copy_from,
             copy_counts=copy_counts,
-            torn_bytes=torn,
-            clean=torn == 0 and (ends_closed or walk.last_kind is Kind.CLOSE),
-            records_replayed=walk.records - counts[0],
-            bytes_scanned=walk.bytes,
+            torn_bytes=torn_end
+            - _scan.torn_start(file.pread, last.header, pointer, walk.end, torn_end),
+            clean=not torn and (ends_closed or walk.last_kind is Kind.CLOSE),
+            records_replayed=walk.end.next_lsn - verified_lsn,
+            bytes_scanned=walk.bytes + (0 if checked is None else checked.bytes),
+            verified_lsn=verified_lsn,
         )
     finally:
         file.close()
 
 
-def _torn_bytes(file: File, last: FoundSegment, walk: _Walk) -> int:
-    """Bytes of the unfinished batch behind the last valid frame.
+def _torn_end(file: File, last: FoundSegment, walk: _Walk) -> int:
+    """Offset behind what is unfinished behind the last valid frame.
 
     Raises:
       CorruptLogError: it was finished, and durable, once.
@@ -640,7 +740,48 @@ def _torn_bytes(file: File, last: FoundSegment, walk: _Walk) -> int:
             f"{walk.reason or 'a frame is missing'}; the frame at offset "
             f"{tail.covering.offset} says that LSN {walk.end.next_lsn} had been durable",
         )
-    return tail.torn_end - walk.end.offset
+    return tail.torn_end
+
+
+def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
+    """The plan after a check of the records from ``lsn`` on that `examine` has left out.
+
+    For who will read them all at once: damage among them is found while nothing is written.
+
+    Raises:
+      CorruptLogError, UnsupportedFormatError: the log must not be opened.
+    """
+    last = plan.last
+    if last is None:
+        return plan
+    behind: list[SegmentHeader | FrameHeader] = [info.header for info in plan.sealed[1:]]
+    names = [info.name for info in plan.sealed]
+    if names:
+        behind.append(last.header)
+    if last.mark is not None:
+        names.append(last.file_name)
+        behind.append(last.mark)
+    for name, following in zip(reversed(names), reversed(behind), strict=True):
+        if following.first_lsn <= lsn or plan.verified_lsn <= lsn:
+            break
+        segment = last if name == last.file_name else read_segment(directory, name)
+        if segment.header.first_lsn >= plan.verified_lsn:
+            continue
+        file = directory.open(name)
+        try:
+            index = _scan.footer_index(file.pread, segment.header, segment.pointer)
+            places = (Position(at, first, 0) for first, at in reversed(index) if first <= lsn)
+            start = next(places, start_of(segment.header))
+            walk = _walk_up_to(file, segment, start, following)
+        finally:
+            file.close()
+        plan = attrs.evolve(
+            plan,
+            records_replayed=plan.records_replayed + plan.verified_lsn - walk.start.next_lsn,
+            bytes_scanned=plan.bytes_scanned + walk.bytes,
+            verified_lsn=walk.start.next_lsn,
+        )
+    return plan
 
 
 # -- repair -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ._frame import (
     Kind,
     Pointer,
     SegmentHeader,
-    body_ends,
+    check_table,
     crc32c,
     decode_body,
     decode_footer,
@@ -34,12 +34,15 @@ from ._frame import (
     decode_pointer,
     frame_size,
 )
-from ._util import MiB, align_up
+from ._util import KiB, MiB, align_up
 
 Read = Callable[[int, int], bytes]
 """``read(length, offset)``; shorter only at the end of the file."""
 
 WINDOW: Final = 1 * MiB
+SKIM_WINDOW: Final = 128 * KiB
+"""Where nothing is kept: so little stays in the processor's cache, and in memory that an
+allocator does not give back and take anew."""
 _ZEROS: Final = bytes(WINDOW + FRAME_HEADER_SIZE)
 
 
@@ -67,6 +70,9 @@ class FrameScanner:
 
     ``chained=False`` is for a walk that starts in the middle, where the checksum of
     the frame before is not known: the first frame is then taken as it stands.
+
+    ``skim=True`` is for who only checks: of a long body that is not compressed no more
+    is given than its table of lengths, though all of it is checked.
     """
 
     def __init__(
@@ -77,11 +83,14 @@ class FrameScanner:
         *,
         chained: bool = True,
         bodies: bool = True,
+        skim: bool = False,
     ) -> None:
         self._read = read
         self._seed = segment.seed
         self._chained = chained
         self._bodies = bodies
+        self._skim = skim
+        self._window_size = SKIM_WINDOW if skim else WINDOW
         self._window = b""
         self._window_offset = 0
         self.position = position
@@ -90,10 +99,26 @@ class FrameScanner:
     def _bytes(self, length: int, offset: int) -> bytes:
         start = offset - self._window_offset
         if start < 0 or start + length > len(self._window):
-            self._window = self._read(max(length, WINDOW), offset)
+            self._window = self._read(max(length, self._window_size), offset)
             self._window_offset = offset
             start = 0
         return self._window[start : start + length]
+
+    def _long_body(self, frame: FrameHeader) -> tuple[bytes, int, int, bytes]:
+        """The table of a body, then length and checksum of all of it, and the padding."""
+        start = frame.offset + FRAME_HEADER_SIZE
+        end = start + frame.stored_length
+        table: list[bytes] = []
+        missing = 4 * frame.count
+        length = crc = 0
+        for offset in range(start, end, SKIM_WINDOW):
+            piece = self._read(min(SKIM_WINDOW, end - offset), offset)
+            if missing > 0:
+                table.append(piece[:missing])
+                missing -= len(piece)
+            length += len(piece)
+            crc = crc32c(piece, crc)
+        return b"".join(table), length, crc, self._read(frame.end - end, end)
 
     def __iter__(self) -> Iterator[tuple[FrameHeader, bytes]]:
         while True:
@@ -111,16 +136,21 @@ class FrameScanner:
                 return
             body = b""
             if self._bodies:
-                whole = self._bytes(frame_size(frame.stored_length), here.offset)
-                end = FRAME_HEADER_SIZE + frame.stored_length
-                body = whole[FRAME_HEADER_SIZE:end]
-                if len(body) < frame.stored_length:
-                    self.reason = f"frame body cut short: {len(body)} of {frame.stored_length}"
+                long = self._skim and frame.stored_length > SKIM_WINDOW
+                if long and frame.kind is Kind.DATA and frame.codec is Codec.NONE:
+                    body, length, crc, padding = self._long_body(frame)
+                else:
+                    whole = self._bytes(frame_size(frame.stored_length), here.offset)
+                    end = FRAME_HEADER_SIZE + frame.stored_length
+                    body, padding = whole[FRAME_HEADER_SIZE:end], whole[end:]
+                    length, crc = len(body), crc32c(body)
+                if length < frame.stored_length:
+                    self.reason = f"frame body cut short: {length} of {frame.stored_length}"
                     return
-                if crc32c(body) != frame.body_crc:
+                if crc != frame.body_crc:
                     self.reason = "checksum of the frame body does not match"
                     return
-                if whole.count(0, end) != len(whole) - end:
+                if padding.count(0) != len(padding):
                     self.reason = "padding behind the frame is not zero"
                     return
             self._chained = True
@@ -141,9 +171,10 @@ def check_body(frame: FrameHeader, body: bytes) -> None:
     elif frame.codec is Codec.NONE:
         if frame.raw_length != frame.stored_length:
             raise FrameError("an uncompressed frame declares two lengths")
-        body_ends(body, frame.count)
+        check_table(body, frame.count, frame.raw_length)
     else:
-        body_ends(_codec.decompress(body, frame.raw_length), frame.count)
+        raw = _codec.decompress(body, frame.raw_length)
+        check_table(raw, frame.count, frame.raw_length)
 
 
 def payloads(frame: FrameHeader, body: bytes) -> list[bytes]:
@@ -224,3 +255,19 @@ def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Positi
                 return Tail(end, frame)
             at = window.find(FRAME_MAGIC, at + 1)
     return Tail(min(align_up(end, BLOCK), max(size, position.offset)))
+
+
+def torn_start(
+    read: Read, segment: SegmentHeader, pointer: Pointer | None, position: Position, torn_end: int
+) -> int:
+    """Where an unfinished batch starts in what stands behind the last valid frame.
+
+    Not at a CLOSE frame that a crash tore, which is nobody's batch: its header tells, or the
+    pointer that was written with it, and then nothing was written behind it.
+    """
+    if pointer is not None and (pointer.kind, pointer.offset) == (Kind.CLOSE, position.offset):
+        return torn_end
+    frame = frame_at(read, segment, position.offset)
+    if frame is None or frame.kind is not Kind.CLOSE or frame.previous != position.previous:
+        return position.offset
+    return min(frame.end, torn_end)

@@ -445,7 +445,8 @@ class _SegmentCheck:
         if pointer is not None and pointer.offset > end.offset:
             return True
         tail = _scan.examine_tail(self._read, self._segment.size, self._header, end)
-        self.result.torn_bytes = tail.torn_end - end.offset
+        start = _scan.torn_start(self._read, self._header, pointer, end, tail.torn_end)
+        self.result.torn_bytes = tail.torn_end - start
         return tail.covering is not None
 
     def _next_frame(self, start: int) -> FrameHeader | None:

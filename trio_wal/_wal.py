@@ -680,7 +680,7 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         options: _Options,
         files: Files,
         *,
-        check: Callable[[Plan], None] | None = None,
+        check: Callable[[Plan], int | None] | None = None,
         keep_from: Callable[[], int] | None = None,
         database: bool = False,
     ) -> None:

@@ -572,7 +572,7 @@ class MemoryDirectory:
             raise LogLockedError(self.path, os.getpid())
         self._folder.owner = self
 
-    def reread(self, name: str) -> None:
+    def reread(self, name: str, keep: range = range(0)) -> None:
         pass
 
     def sign(self) -> None:
