@@ -419,9 +419,7 @@ def _how(mode: str) -> str:
 
 
 def _differences(stored: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name}: {stored.get(name)}" for name in SAME if stored.get(name) != facts.get(name)
-    ]
+    return [f"{name}: {stored.get(name)}" for name in SAME if stored.get(name) != facts.get(name)]
 
 
 def save(report: Report, facts: Mapping[str, str], plots: Path) -> None:
