@@ -59,7 +59,7 @@ class Stall:
             self._moves.wait()
             real(file)
 
-        _files.OsFile.sync = sync  # type: ignore[method-assign]
+        _files.OsFile.sync = sync  # type: ignore[assignment, method-assign]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

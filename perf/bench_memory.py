@@ -29,7 +29,7 @@ STILL_SECONDS: Final = 0.5
 """When nothing was accepted for so long, every task is blocked, or done."""
 
 DEFAULT: Final = "as opened by default"
-CASES: Final[dict[str, dict[str, float]]] = {
+CASES: Final[dict[str, dict[str, Any]]] = {
     DEFAULT: {"max_queue_bytes": 64 * MiB},
     "unbounded count, 64 MiB": {"max_queue_size": math.inf, "max_queue_bytes": 64 * MiB},
     "unbounded": {"max_queue_size": math.inf, "max_queue_bytes": math.inf},
@@ -80,7 +80,7 @@ def run(setting: Setting) -> Report:
     return report
 
 
-def _measure(setting: Setting, options: dict[str, float], sends: int) -> dict[str, Any]:
+def _measure(setting: Setting, options: dict[str, Any], sends: int) -> dict[str, Any]:
     with setting.scratch() as directory:
         found = apart(stalled, str(directory / "log"), options, sends)
     assert found["durable"] == sends
@@ -110,11 +110,11 @@ def _plot(figure: Any, data: dict[str, Any]) -> None:
 # -- in the process that is measured ----------------------------------------------
 
 
-def stalled(path: str, options: dict[str, float], sends: int) -> dict[str, Any]:
+def stalled(path: str, options: dict[str, Any], sends: int) -> dict[str, Any]:
     return trio.run(partial(_stalled, path, options, sends))
 
 
-async def _stalled(path: str, options: dict[str, float], sends: int) -> dict[str, Any]:
+async def _stalled(path: str, options: dict[str, Any], sends: int) -> dict[str, Any]:
     stall = Stall()
     found: dict[str, Any] = {}
     async with trio_wal.open_wal(path, max_batch_bytes=MAX_BATCH_BYTES, **options) as wal:

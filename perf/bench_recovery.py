@@ -207,7 +207,7 @@ def _closed_copy(crashed: Path, path: Path) -> int:
 
 
 async def _open(path: Path, verify_bytes: float | None) -> trio_wal.RecoveryReport:
-    options = {} if verify_bytes is None else {"verify_bytes": verify_bytes}
+    options: dict[str, Any] = {} if verify_bytes is None else {"verify_bytes": verify_bytes}
     async with trio_wal.open_wal(path, **options) as wal:
         return wal.recovery
 
