@@ -286,8 +286,8 @@ def _keys(setting: Setting, report: Report) -> None:
     made = table(
         f"Keys in the database, values of {VALUE_BYTES[0]} to {VALUE_BYTES[1]} bytes, loaded in "
         f"their order by transactions of {KEYS_A_TRANSACTION:,} (median of several passes)",
-        ["keys", "loaded/s", "in no order", "open ms", "get µs", "scan µs", f"puts/s, {PUT_TASKS} tasks",
-         "own memory MB", "LMDB's pages MB", "its file MB"],
+        ["keys", "loaded/s", "in no order", "open ms", "get µs", "scan µs",
+         f"puts/s, {PUT_TASKS} tasks", "own memory MB", "LMDB's pages MB", "its file MB"],
     )  # fmt: skip
     rows = []
     for keys in KEYS if setting.brief else KEYS_AT_LENGTH:
