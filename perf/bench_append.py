@@ -34,7 +34,7 @@ from harness import (
 import trio_wal
 
 TASKS: Final = (1, 4, 16, 64, 128, 256, 1024, 4096)
-REQUIRED: Final = (1, 128, 1024)
+REQUIRED: Final = (1, 128, 1024, 4096)
 """For these the issue names a figure: they get more rounds."""
 THREADS_MAX: Final = 256
 """Above, a thread per append is measured no more: trio runs 40 of them at a time, and the
@@ -100,9 +100,9 @@ def _appends(setting: Setting, directory: Path, report: Report) -> None:
          "a thread each, written"],
     )  # fmt: skip
     syncs = table(
-        "Batches, and the bare disk at the batch's size (median)",
+        "Batches, the bare disk at the batch's size, and the processor (median)",
         ["tasks", "records a sync", "sync µs", "disk, written µs", "disk, growing µs",
-         "4 KiB, written µs", "4 KiB, growing µs"],
+         "4 KiB, written µs", "4 KiB, growing µs", "CPU s a million, log", "ceiling"],
     )  # fmt: skip
     latency = table(
         "Latency of append, ms (trials of their own)", ["tasks", "p50", "p99", "p99.9", "max"]
@@ -131,6 +131,7 @@ def _appends(setting: Setting, directory: Path, report: Report) -> None:
                 for name in ("disk, written", "disk, growing", "disk, 4 KiB, written",
                              "disk, 4 KiB, growing")
             ),
+            *(f"{found.median(name, load.CPU):.1f}" for name in ("log", "ceiling")),
         )  # fmt: skip
         taken = latencies[tasks]
         shares = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
@@ -173,13 +174,13 @@ def _require_appends(comparisons: dict[int, Comparison], report: Report) -> None
             comparisons[1].ratio("log", "threads, growing"),
         )
     )
-    for tasks in (128, 1024):
+    for tasks in REQUIRED[1:]:
         report.requirements.append(
             Requirement(
                 f"append K={tasks} to ceiling",
                 f"K={tasks}: appends/s against the bare ceiling",
-                "0.75 ×",
-                0.75,
+                "0.85 ×",
+                0.85,
                 comparisons[tasks].ratio("log", "ceiling"),
             )
         )
@@ -336,8 +337,8 @@ def _many_small(setting: Setting, directory: Path, report: Report) -> None:
         Requirement(
             "append_many small",
             "append_many, 100-byte records, 10,000 a call: durable records/s",
-            "1 M",
-            1e6,
+            "2 M",
+            2e6,
             found.spread("log"),
             unit="/s",
         )

@@ -38,7 +38,9 @@ ROOT: Final = Path(__file__).resolve().parent
 RESULTS: Final = ROOT / "results"
 """Not in git: results belong to one machine and one moment."""
 RATIOS: Final = ROOT / "ratios.json"
-"""In git: ratios travel better than seconds."""
+"""In git: ratios travel better than seconds.  By mode: brief, or at length."""
+SAME: Final = ("processor", "cores", "system", "file system", "python")
+"""Where these are the same, it counts as the same machine."""
 REGRESSION: Final = 0.15
 """A ratio that fell by more than this share of the stored one is reported."""
 FOREIGN_MAX: Final = 0.25
@@ -175,6 +177,10 @@ class Setting:
     """On a real disk."""
     brief: bool
     """Everything within minutes; else one benchmark at length."""
+
+    @property
+    def mode(self) -> str:
+        return "brief" if self.brief else "at length"
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -347,34 +353,73 @@ def show_requirements(requirements: Sequence[Requirement]) -> None:
     console.print(made)
 
 
-def show_regressions(requirements: Sequence[Requirement]) -> None:
-    """Against the stored figures; told, never failed: the machine may be another one."""
-    try:
-        stored: dict[str, float] = json.loads(RATIOS.read_text())["ratios"]
-    except FileNotFoundError:
-        return
+def show_regressions(requirements: Sequence[Requirement], facts: Mapping[str, str]) -> None:
+    """Told, never failed: the machine may be another one."""
+    for line in regressions(requirements, facts):
+        console.print(line, style="bold yellow" if line.startswith("regression") else "dim")
+
+
+def regressions(requirements: Sequence[Requirement], facts: Mapping[str, str]) -> list[str]:
+    """Each ratio that is worse than the stored one, a line each; and with what it was compared,
+    where that is not what was measured here.
+
+    A run is compared with one in the same mode: the slowest of a short run and of a long one
+    are two things.
+    """
+    stored = _stored().get(facts["mode"])
+    if stored is None:
+        return [f"No ratios are stored that were measured {_how(facts['mode'])}."]
+    lines = []
     for requirement in requirements:
-        reference = stored.get(requirement.key)
-        if not reference:
+        reference = stored["ratios"].get(requirement.key)
+        if not _is_ratio(requirement) or not reference:
             continue
         change = requirement.measured.median / reference - 1
         if (change if requirement.at_most else -change) > REGRESSION:
-            console.print(
+            lines.append(
                 f"regression: {requirement.what}: {number(requirement.measured.median)}, "
-                f"stored {number(reference)} ({change:+.0%})",
-                style="bold yellow",
+                f"stored {number(reference)} ({change:+.0%})"
             )
+    if others := _differences(stored["machine"], facts):
+        lines.append(f"The stored ratios are another machine's: {', '.join(others)}.")
+    return lines
 
 
 def store_ratios(requirements: Sequence[Requirement], facts: Mapping[str, str]) -> None:
-    """Keep these figures as the ones to compare with."""
-    old: dict[str, Any] = {"ratios": {}}
-    with contextlib.suppress(FileNotFoundError):
-        old = json.loads(RATIOS.read_text())
-    ratios = {r.key: round(r.measured.median, 3) for r in requirements if r.unit == "x"}
-    old["ratios"] |= ratios
-    old["machine"] = dict(facts)
-    RATIOS.write_text(json.dumps(old, indent=2) + "\n")
+    """Keep these figures as the ones to compare with.
+
+    What was stored for the same mode remains where this run did not measure it, but not
+    beside figures of another machine.
+    """
+    stored = _stored()
+    mode = facts["mode"]
+    ratios = {r.key: round(r.measured.median, 3) for r in requirements if _is_ratio(r)}
+    if mode in stored and not _differences(stored[mode]["machine"], facts):
+        ratios = stored[mode]["ratios"] | ratios
+    stored[mode] = {"ratios": ratios, "machine": dict(facts)}
+    RATIOS.write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def _stored() -> dict[str, Any]:
+    """By mode: the ratios, and the machine on which they were measured."""
+    try:
+        stored: dict[str, Any] = json.loads(RATIOS.read_text())
+    except FileNotFoundError:
+        return {}
+    return stored
+
+
+def _is_ratio(requirement: Requirement) -> bool:
+    """Seconds and bytes are one machine's, and are not stored."""
+    return requirement.unit == "x"
+
+
+def _how(mode: str) -> str:
+    return "briefly" if mode == "brief" else mode
+
+
+def _differences(stored: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {stored.get(name)}" for name in SAME if stored.get(name) != facts.get(name)]
 
 
 def save(report: Report, facts: Mapping[str, str], plots: Path) -> None:

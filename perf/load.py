@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Final
 
 import attrs
@@ -30,8 +30,10 @@ import trio_wal
 
 RECORD: Final = b"." * 100
 WARM_UP_SECONDS: Final = 0.15
+CPU: Final = "CPU s a million"
+"""Figure of a trial: seconds of CPU for a million of what it counts."""
 QUEUE_SIZE: Final = 10_000
-"""The log's own default, and the size of the ceiling's channel."""
+"""The log's own default, and the size of the ceiling's channel if that has room for all."""
 BLOCK: Final = 512
 FRAME_HEADER: Final = 64
 FILE_BYTES: Final = 32 << 20
@@ -51,6 +53,8 @@ class _Window:
     open: bool = True
     done: int = 0
     elapsed: float = 0.0
+    cpu: float = 0.0
+    """Seconds of CPU, all threads of this process together."""
     on_start: Callable[[], None] = lambda: None
 
     async def keep(self, step: Callable[[], Awaitable[object]]) -> None:
@@ -59,18 +63,19 @@ class _Window:
         while perf_counter() < deadline:
             await step()
         self.on_start()
-        before, start = self.count(), perf_counter()
+        before, start, cpu = self.count(), perf_counter(), process_time()
         while True:
             await step()
             now = perf_counter()
             if now - start >= self.seconds:
                 break
         self.done, self.elapsed = self.count() - before, now - start
+        self.cpu = process_time() - cpu
         self.open = False
 
     @property
-    def rate(self) -> float:
-        return self.done / self.elapsed
+    def rates(self) -> dict[str, float]:
+        return {"per second": self.done / self.elapsed, CPU: self.cpu / self.done * 1e6}
 
 
 # -- the bare ceiling -------------------------------------------------------------
@@ -86,7 +91,7 @@ def ceiling(tasks: int, seconds: float) -> dict[str, float]:
 
 
 async def _ceiling(tasks: int, seconds: float) -> dict[str, float]:
-    send, receive = trio.open_memory_channel[Task](QUEUE_SIZE)
+    send, receive = trio.open_memory_channel[Task](max(QUEUE_SIZE, tasks))
     woken = 0
     window = _Window(seconds, lambda: woken)
 
@@ -126,7 +131,7 @@ async def _ceiling(tasks: int, seconds: float) -> dict[str, float]:
             for _ in range(tasks - 1):
                 nursery.start_soon(worker)
         drainer.cancel_scope.cancel()
-    return {"per second": window.rate}
+    return window.rates
 
 
 # -- the log ----------------------------------------------------------------------
@@ -183,7 +188,7 @@ async def _log(path: Path, tasks: int, seconds: float, max_queue_size: float) ->
                 nursery.start_soon(worker)
     syncs = after.batches_synced - before.batches_synced
     return {
-        "per second": window.rate,
+        **window.rates,
         "records per sync": window.done / syncs,
         "sync us": (after.sync_seconds_total - before.sync_seconds_total) / syncs * 1e6,
     }
@@ -265,7 +270,7 @@ async def _thread_per_append(fd: int, tasks: int, seconds: float, grow: bool) ->
         await window.keep(step)
         # With thousands of tasks most of them wait for a thread.
         nursery.cancel_scope.cancel()
-    return {"per second": window.rate}
+    return window.rates
 
 
 # -- the bare disk ----------------------------------------------------------------

@@ -1,8 +1,12 @@
 """The benchmarks: ``python perf/run.py [NAME...]``, or ``python -m nox -s perf -- [NAME...]``.
 
-Without a name all of them run, briefly; a name runs that one at length.  At the end
-stands the table of what must be reached.  Timing never fails a run: the exit code says
-only whether the benchmarks ran.
+Without a name all of them run, briefly, which takes some minutes; a name runs that one at
+length.  "scale" at length writes 25 GB, takes a quarter of an hour, and leaves out what the
+disk has no room for.  Figures and plots go to ``perf/results``.
+
+At the end stands the table of what must be reached, and which ratios have become worse
+than those in ``perf/ratios.json``, that is than the last run with ``--store`` in the same
+mode.  Timing never fails a run: the exit code says only whether the benchmarks ran.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("append", "recovery", "memory", "transactions", "tails")
+NAMES = ("append", "recovery", "memory", "transactions", "tails", "scale")
 
 
 def main() -> None:
@@ -34,9 +38,9 @@ def main() -> None:
     import harness
 
     directory = harness.scratch_directory(arguments.dir)
-    facts = harness.machine(directory)
-    harness.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
     setting = harness.Setting(directory, brief=arguments.brief or not arguments.names)
+    facts = {**harness.machine(directory), "mode": setting.mode}
+    harness.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
     plots = Path(arguments.plots) if arguments.plots else harness.RESULTS
     harness.touch_memory(directory)
     requirements: list[harness.Requirement] = []
@@ -46,7 +50,7 @@ def main() -> None:
         harness.save(report, facts, plots)
         requirements += report.requirements
     harness.show_requirements(requirements)
-    harness.show_regressions(requirements)
+    harness.show_regressions(requirements, facts)
     if arguments.store:
         harness.store_ratios(requirements, facts)
 

@@ -1,0 +1,284 @@
+"""The benchmarks' own arithmetic, and that each of them can be run.
+
+`perf/` is not part of the package: its modules are imported from where they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PERF = Path(__file__).resolve().parent.parent / "perf"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+Import = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def perf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
+    """Imports a module of `perf/`, for as long as the test lasts."""
+    from importlib import import_module
+
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(PERF))
+    yield import_module
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and Path(file).parent == PERF:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def harness(perf: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With nothing stored, and nothing else running on the machine."""
+    module: Any = perf("harness")
+    monkeypatch.setattr(module, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module.ForeignLoad, "cores", lambda self: 0.0)
+    return module
+
+
+def test_every_benchmark_has_a_name_and_can_be_run(perf: Import) -> None:
+    files = {path.stem.removeprefix("bench_") for path in PERF.glob("bench_*.py")}
+    names = perf("run").NAMES
+    assert sorted(names) == sorted(files)
+    for name in names:
+        assert callable(perf(f"bench_{name}").run)
+
+
+# -- statistics -------------------------------------------------------------------
+
+
+def test_a_spread_of_few_is_the_least_and_the_greatest(harness: Any) -> None:
+    assert harness.Spread.of([3.0, 1.0, 9.0]) == harness.Spread(3.0, 1.0, 9.0)
+
+
+def test_one_outlier_of_many_is_not_the_spread(harness: Any) -> None:
+    assert harness.Spread.of([*map(float, range(1, 9)), 1000.0]) == harness.Spread(5.0, 3.0, 7.0)
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.0, 0), (0.5, 50), (0.99, 99), (1.0, 99)])
+def test_a_percentile_is_one_of_the_values(harness: Any, share: float, value: int) -> None:
+    assert harness.percentile(range(100), share) == value
+
+
+def test_a_ratio_is_taken_within_a_round(harness: Any) -> None:
+    """The machine became ten times faster in between: no ratio of medians is 2."""
+    trials = {
+        "mine": [{"rate": 2.0, "us": 5.0}, {"rate": 20.0, "us": 1.0}, {"rate": 6.0, "us": 1.0}],
+        "theirs": [{"rate": 1.0, "us": 1.0}, {"rate": 10.0, "us": 1.0}, {"rate": 3.0, "us": 1.0}],
+    }
+    found = harness.Comparison(3, trials)
+    assert found.ratio("mine", "theirs") == harness.Spread(2.0, 2.0, 2.0)
+    assert found.ratio("mine", "theirs", "us") == harness.Spread(1.0, 1.0, 5.0)
+    assert found.median("theirs") == 3.0
+
+
+def test_contenders_take_turns_forwards_and_backwards(harness: Any) -> None:
+    turns: list[str] = []
+
+    def contender(name: str) -> Any:
+        def trial() -> Mapping[str, float]:
+            turns.append(name)
+            return {"rate": float(len(turns))}
+
+        return harness.Contender(name, trial)
+
+    found = harness.compare([contender("a"), contender("b"), contender("c")], 3)
+    assert "".join(turns) == "abccbaabc"
+    assert found.values("a") == [1.0, 6.0, 7.0]
+    assert found.disturbed == 0
+
+
+def test_a_disturbed_trial_is_repeated_and_the_least_disturbed_counts(
+    harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = [2.0, 0.5, 1.0, 0.1]
+    rates = [900.0, 100.0, 800.0, 200.0]
+    monkeypatch.setattr(harness.ForeignLoad, "cores", lambda self: foreign.pop(0))
+    found = harness.compare([harness.Contender("it", lambda: {"rate": rates.pop(0)})], 2)
+    assert found.values("it") == [100.0, 200.0]
+    assert found.values("it", "foreign_cores") == [0.5, 0.1]
+    assert found.disturbed == 1
+
+
+# -- what must be reached ---------------------------------------------------------
+
+
+def requirement(
+    harness: Any, measured: float, *, key: str = "it", limit: float = 2.0, **more: Any
+) -> Any:
+    spread = harness.Spread(measured, measured - 1, measured + 1)
+    return harness.Requirement(key, f"what {key} is", "2", limit, spread, **more)
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_most", "reached"),
+    [
+        (2.0, False, True),
+        (2.1, False, True),
+        (1.9, False, False),
+        (2.0, True, True),
+        (1.9, True, True),
+        (2.1, True, False),
+    ],
+)
+def test_a_limit_itself_is_reached(
+    harness: Any, measured: float, at_most: bool, reached: bool
+) -> None:
+    assert requirement(harness, measured, at_most=at_most).reached is reached
+
+
+FACTS = {
+    "processor": "P",
+    "cores": "2",
+    "system": "S",
+    "file system": "F",
+    "python": "3",
+    "load": "1",
+    "mode": "brief",
+}
+
+
+def store(harness: Any, *requirements: Any, **facts: str) -> None:
+    harness.store_ratios(requirements, {**FACTS, **facts})
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_most", "told"),
+    [
+        (8.6, False, False),
+        (8.4, False, True),
+        (20.0, False, False),
+        (11.4, True, False),
+        (11.6, True, True),
+        (5.0, True, False),
+    ],
+)
+def test_what_is_worse_by_more_than_15_percent_is_told(
+    harness: Any, measured: float, at_most: bool, told: bool
+) -> None:
+    store(harness, requirement(harness, 10.0, at_most=at_most))
+    lines = harness.regressions([requirement(harness, measured, at_most=at_most)], FACTS)
+    assert len(lines) == told
+    if told:
+        sign = "+" if at_most else "-"
+        assert lines[0].startswith("regression: what it is: ")
+        assert lines[0].endswith(f"stored 10.0 ({sign}16%)")
+
+
+def test_only_what_was_measured_and_stored_is_compared(harness: Any) -> None:
+    store(harness, requirement(harness, 10.0), requirement(harness, 0.0, key="nothing"))
+    other = [requirement(harness, 1.0, key="new"), requirement(harness, 0.0, key="nothing")]
+    assert harness.regressions(other, FACTS) == []
+
+
+def test_seconds_are_not_stored_and_not_compared(harness: Any) -> None:
+    """They are one machine's; a ratio with the same key would be another figure."""
+    store(harness, requirement(harness, 10.0), requirement(harness, 5.0, key="t", unit="ms"))
+    assert set(json.loads(harness.RATIOS.read_text())["brief"]["ratios"]) == {"it"}
+    assert harness.regressions([requirement(harness, 1.0, unit="ms")], FACTS) == []
+
+
+def test_a_long_run_is_not_compared_with_a_short_one(harness: Any) -> None:
+    store(harness, requirement(harness, 10.0))
+    at_length = {**FACTS, "mode": "at length"}
+    lines = harness.regressions([requirement(harness, 1.0)], at_length)
+    assert lines == ["No ratios are stored that were measured at length."]
+    store(harness, requirement(harness, 1.0), mode="at length")
+    assert harness.regressions([requirement(harness, 1.0)], at_length) == []
+    assert len(harness.regressions([requirement(harness, 1.0)], FACTS)) == 1
+
+
+def test_nothing_stored_at_all_is_said(harness: Any) -> None:
+    lines = harness.regressions([requirement(harness, 1.0)], FACTS)
+    assert lines == ["No ratios are stored that were measured briefly."]
+
+
+def test_ratios_of_another_machine_are_compared_and_named(harness: Any) -> None:
+    store(harness, requirement(harness, 10.0), processor="Q", load="7")
+    lines = harness.regressions([requirement(harness, 1.0)], FACTS)
+    assert lines[0].startswith("regression: ")
+    assert lines[1:] == ["The stored ratios are another machine's: processor: Q."]
+
+
+def test_storing_keeps_what_this_run_did_not_measure(harness: Any) -> None:
+    store(harness, requirement(harness, 10.0), requirement(harness, 3.0, key="other"))
+    store(harness, requirement(harness, 11.0), load="2")
+    stored = json.loads(harness.RATIOS.read_text())["brief"]
+    assert stored["ratios"] == {"it": 11.0, "other": 3.0}
+    assert stored["machine"]["load"] == "2"
+
+
+def test_ratios_of_two_machines_are_not_stored_together(harness: Any) -> None:
+    store(harness, requirement(harness, 10.0), requirement(harness, 3.0, key="other"))
+    store(harness, requirement(harness, 9.0), mode="at length")
+    store(harness, requirement(harness, 11.0), cores="64")
+    stored = json.loads(harness.RATIOS.read_text())
+    assert stored["brief"]["ratios"] == {"it": 11.0}
+    assert stored["at length"]["ratios"] == {"it": 9.0}
+
+
+def test_the_stored_ratios_are_of_the_form_that_is_read(perf: Import) -> None:
+    harness: Any = perf("harness")
+    for mode, stored in json.loads(harness.RATIOS.read_text()).items():
+        assert mode in {"brief", "at length"}
+        assert set(harness.SAME) <= set(stored["machine"])
+        assert all(type(ratio) is float for ratio in stored["ratios"].values())
+
+
+def test_what_was_found_is_saved_as_json(harness: Any, tmp_path: Path) -> None:
+    report = harness.Report("it", data={"spread": harness.Spread(2.0, 1.0, 3.0)})
+    report.requirements.append(requirement(harness, 2.0))
+    harness.save(report, FACTS, tmp_path)
+    saved = json.loads((tmp_path / "results" / "it.json").read_text())
+    assert saved["machine"] == FACTS
+    assert saved["data"]["spread"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert [(r["key"], r["reached"]) for r in saved["requirements"]] == [("it", True)]
+
+
+# -- small trials -----------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize("kind", ["append", "put", "ceiling"])
+def test_a_trial_of_few_tasks_finds_every_figure(perf: Import, tmp_path: Path, kind: str) -> None:
+    found = perf("apart").apart(perf("bench_scale").commits, str(tmp_path / "it"), kind, 3, 0.0)
+    figures = {"per second", "bytes a task"}
+    figures |= {"CPU s a million"} if kind == "ceiling" else {"p50 ms", "p99 ms"}
+    assert set(found) == figures
+    assert found["per second"] > 0
+
+
+@linux
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_loaded_keys_are_found_again(perf: Import, tmp_path: Path, shuffled: bool) -> None:
+    apart, scale = perf("apart").apart, perf("bench_scale")
+    path = str(tmp_path / "db")
+    apart(scale.load_keys, path, 300, shuffled)
+    found = apart(scale.use_keys, path, 300, 0.0)
+    assert len(found["open ms"]) == scale.OPENS
+
+
+@linux
+def test_a_small_log_is_opened_at_all_of_its_ends(
+    perf: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale: Any = perf("bench_scale")
+    monkeypatch.setattr(scale, "UNIT_RECORD_BYTES", 100)
+    monkeypatch.setattr(scale, "LOG_OPENS", 1)
+    row = scale._log_of(tmp_path / "log", 4_000_000)
+    assert len(row["ends"]) == scale.ENDS
+    assert row["segments dropped"] > 0
+
+
+@linux
+def test_a_unit_is_appended_as_a_whole(perf: Import, tmp_path: Path) -> None:
+    found = perf("apart").apart(perf("bench_scale").unit, str(tmp_path / "log"), 5_000)
+    assert set(found) == {"per second", "growth"}
