@@ -108,37 +108,67 @@ def _writes(task: int, turn: int, puts: int) -> dict[bytes, bytes]:
 # -- contenders -------------------------------------------------------------------
 
 
-def _database(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
+StepOf = Callable[[trio_wal.Database], Step]
+
+
+def _age(path: Path, tasks: int, step_of: StepOf) -> None:
+    """Bring a new database's log to its full-size segments, by commits like the ones to come."""
+
+    async def fill() -> None:
+        async with trio_wal.open_database(path, durability="none") as db:
+            step = step_of(db)
+
+            async def worker(task: int) -> None:
+                turn = 0
+                while db.wal.statistics().bytes_appended < load.AGED_BYTES:
+                    await load.prepared(db.wal)
+                    await step(task, turn)
+                    turn += 1
+
+            async with trio.open_nursery() as nursery:
+                for task in range(max(tasks, load.AGED_TASKS_MIN)):
+                    nursery.start_soon(worker, task)
+            await db.checkpoint()
+
+    if not path.exists():
+        trio.run(fill)
+
+
+def _in_database(path: Path, tasks: int, seconds: float, step_of: StepOf) -> dict[str, float]:
     async def main() -> dict[str, float]:
         async with trio_wal.open_database(path) as db:
+            rates = await _rates(tasks, seconds, step_of(db))
+            # The next trial need not replay it.
+            await db.checkpoint()
+            return rates
 
-            async def step(task: int, turn: int) -> None:
-                async with db.transaction() as tx:
-                    for key, value in _writes(task, turn, puts).items():
-                        tx.put(key, value)
+    _age(path, tasks, step_of)
+    return trio.run(main)
 
-            return await _rates(tasks, seconds, step)
 
-    rates = trio.run(main)
-    shutil.rmtree(path)
-    return rates
+def _database(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
+    def step_of(db: trio_wal.Database) -> Step:
+        async def step(task: int, turn: int) -> None:
+            async with db.transaction() as tx:
+                for key, value in _writes(task, turn, puts).items():
+                    tx.put(key, value)
+
+        return step
+
+    return _in_database(path, tasks, seconds, step_of)
 
 
 def _put(path: Path, tasks: int, seconds: float) -> dict[str, float]:
     """The same with the method for a transaction of one operation."""
 
-    async def main() -> dict[str, float]:
-        async with trio_wal.open_database(path) as db:
+    def step_of(db: trio_wal.Database) -> Step:
+        async def step(task: int, turn: int) -> None:
+            ((key, value),) = _writes(task, turn, 1).items()
+            await db.put(key, value)
 
-            async def step(task: int, turn: int) -> None:
-                ((key, value),) = _writes(task, turn, 1).items()
-                await db.put(key, value)
+        return step
 
-            return await _rates(tasks, seconds, step)
-
-    rates = trio.run(main)
-    shutil.rmtree(path)
-    return rates
+    return _in_database(path, tasks, seconds, step_of)
 
 
 def _log(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
@@ -153,9 +183,8 @@ def _log(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
 
             return await _rates(tasks, seconds, step)
 
-    rates = trio.run(main)
-    shutil.rmtree(path)
-    return rates
+    load.age(path, [VALUE] * max(tasks, load.AGED_TASKS_MIN))
+    return trio.run(main)
 
 
 def _peer(
@@ -185,13 +214,14 @@ def _peer(
 def _contenders(
     directory: Path, tasks: int, seconds: float, puts: int, arrangements: tuple[str, ...]
 ) -> list[Contender]:
+    database, log = directory / f"db-{tasks}", directory / f"log-{tasks}"
     made = [
-        Contender(DATABASE, partial(_database, directory / "db", tasks, seconds, puts)),
+        Contender(DATABASE, partial(_database, database, tasks, seconds, puts)),
     ]
     if puts == 1:
         made += [
-            Contender(PUT, partial(_put, directory / "db", tasks, seconds)),
-            Contender(LOG, partial(_log, directory / "log", tasks, seconds, puts)),
+            Contender(PUT, partial(_put, database, tasks, seconds)),
+            Contender(LOG, partial(_log, log, tasks, seconds, puts)),
             Contender(CEILING, partial(load.ceiling, tasks, seconds)),
         ]
     for kind in PEERS:

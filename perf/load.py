@@ -144,10 +144,18 @@ def age(path: Path, unit: Sequence[bytes]) -> None:
     async def fill() -> None:
         async with trio_wal.open_wal(path, durability="none") as wal:
             for _ in range(0, AGED_BYTES, _frame_bytes(sum(map(len, unit)), len(unit))):
+                await prepared(wal)
                 await wal.append_many(unit)
 
     if not path.exists():
         trio.run(fill)
+
+
+async def prepared(wal: trio_wal.WriteAheadLog) -> None:
+    """Until the next segment is ready, as it is in time where every record waits for a sync:
+    one taken half-way has slower syncs for as long as it lasts."""
+    while wal._directory._preparing:  # noqa: ASYNC110  (a thread of the log's own does it)
+        await trio.sleep(0.001)
 
 
 def _aged(path: Path, tasks: int) -> None:

@@ -338,7 +338,7 @@ class Database:
             self._check_open()
         if self.checkpointing and self.behind():
             await self.wait_for_memtable()
-        return await self.commit({key: value})
+        return await self.commit({key: value}, current_task())
 
     async def delete(self, key: bytes) -> int:
         """Remove one key, in a transaction of its own; returns its LSN, durable then.
@@ -587,8 +587,9 @@ class Database:
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
-    def commit(self, writes: Writes) -> Awaitable[int]:
-        """Hand over to the log, in one stretch with the caller's validation, and wait.
+    def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
+        """Hand over to the log, in one stretch with the validation of the task that calls, and
+        wait.
 
         Not a coroutine function: one frame less to pass through a park and a wake.  What
         it returns must be awaited at once.
@@ -598,7 +599,7 @@ class Database:
         payload = encode_transaction(writes)
         layer = self._view.active
         self.last_seq = seq = self.last_seq + 1
-        self._pending[current_task()] = (seq, writes, layer)
+        self._pending[task] = (seq, writes, layer)
         layer.add(writes, seq, self.settled_seq, bool(self._readers))
         layer.log_bytes += len(payload)
         if layer.log_bytes >= self._checkpoint_bytes:

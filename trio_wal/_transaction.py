@@ -118,10 +118,11 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             self._end()
         elif self._view is None and self._writes:
             # As `commit`, which has nothing to validate here.
-            if self._task is not current_task():
+            task = current_task()
+            if self._task is not task:
                 self._check()
             self._ended = True
-            self._lsn = await self._db.commit(self._writes)
+            self._lsn = await self._db.commit(self._writes, task)
         else:
             await self.commit()
 
@@ -267,7 +268,13 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             check_key(key)
         if type(value) is not bytes:
             check_bytes("value", value)
-        self._write(key, value)
+        # As `_write`, for the common case.
+        size = self._bytes + OPERATION_OVERHEAD + len(key) + len(value)
+        if key in self._writes or size > self._db.max_transaction_bytes:
+            self._write(key, value)
+            return
+        self._bytes = size
+        self._writes[key] = value
 
     def _write(self, key: bytes, value: bytes | None) -> None:
         size = self._bytes + OPERATION_OVERHEAD + len(key) + (0 if value is None else len(value))
@@ -381,7 +388,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             await trio.lowlevel.checkpoint()
             raise TransactionConflict(conflict)
         if self._writes:
-            self._lsn = await self._db.commit(self._writes)
+            self._lsn = await self._db.commit(self._writes, current_task())
         else:
             self._lsn = await self._db.wait_observed(self._observed)
         return self._lsn
