@@ -819,6 +819,22 @@ def test_the_end_of_a_log_is_read_from_the_disk(
     assert asked == [(name, 0, 0) for name in names[-2:]]
 
 
+def test_a_mark_is_written_only_when_the_one_before_it_is_durable() -> None:
+    """For whoever sees it takes it for a proof that all before it is."""
+    files = make_log([b"a"], [b"b"], [b"c"])
+    previous, _ = segments(files)
+    # Zeros behind the footer: it is written again, and the log is marked again.
+    files.write_file(LOG, previous, files.read_file(LOG, previous) + bytes(BLOCK))
+    log = open_log(files)
+    calls: list[str] = []
+    files.after_operation = lambda operation, path: calls.append(operation)
+    log.close()
+    # The old mark, the new one, the pointer.
+    assert calls == ["pwrite", "sync", "pwrite", "pwrite", "sync"]
+    assert content(files) == numbered([b"a", b"b", b"c"])
+    assert report(files).clean_shutdown
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks descriptors up in Linux's /proc")
 @pytest.mark.parametrize("close", [True, False])
 def test_what_a_seal_or_a_close_proves_to_be_on_the_disk_need_not_come_from_there(

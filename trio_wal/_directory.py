@@ -707,6 +707,9 @@ class LogDirectory:
         """
         try:
             if orderly:
+                if not self._untouched:
+                    # The mark says that all before it is durable, older marks included.
+                    self._unsynced = self.active.rewrite_marks() or self._unsynced
                 self.sync()
                 if not self._untouched:
                     self.active.mark_closed()

@@ -462,10 +462,14 @@ def _forget_cached(fd: int, keep: range = range(0)) -> None:
     if it is then written again and synced with success, where its block had never been written
     before (seen on Linux 6.18); once it is dropped, writing it again works.
 
-    Linux passes over a folio, its unit of caching, that reaches out of the range it is told.
-    So the ranges end where no folio can reach across.
+    Linux passes over a page that waits to be written, as a process that was killed leaves
+    it: it is written now, or fails now, and either way what is then read is the disk's.  It
+    passes over a folio, its unit of caching, that reaches out of the range it is told: so the
+    ranges end where no folio can reach across.
     """
     if sys.platform not in ("win32", "darwin"):
+        with contextlib.suppress(OSError):
+            _sync(fd)
         start = align_up(keep.start, FOLIO_MAX)
         stop = keep.stop - keep.stop % FOLIO_MAX
         if start < stop:
