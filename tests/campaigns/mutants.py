@@ -246,7 +246,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a bad segment is skipped", "_recovery", BITROT,
-        "            if not _joins(walk.end, following):\n", "            if False:\n",
+        "    if not _joins(walk.end, following):\n", "    if False:\n",
     ),
     mutant(
         "damage that a later frame calls durable is cut as torn", "_recovery", BITROT,
@@ -258,7 +258,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "the mark of a close does not vouch for what is before it", "_recovery", BITROT,
-        "        if last.pointer is not None and last.pointer.offset > where:", "        if False:",
+        "        if pointer is not None and pointer.offset > where:", "        if False:",
     ),
     mutant(
         "a missing last segment is not missed", "_recovery", "bitrot:files",
@@ -280,7 +280,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a table of lengths is believed", "_frame", HOSTILE,
-        "    if table > len(body):", "    if False:",
+        "    if 4 * count > length:", "    if False:",
     ),
     mutant(
         "any number of records is believed", "_frame", BOMBS,
@@ -318,8 +318,9 @@ MUTANTS: Final = (
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
-        "            piece.append((key, value))\n",
-        "            if value is not None:\n                piece.append((key, value))\n",
+        "            keys.append(key)\n            values.append(value)\n",
+        "            if value is not None:\n"
+        "                keys.append(key)\n                values.append(value)\n",
     ),
     mutant(
         "replay begins one transaction too late", "_database", "simulator:transactions",
