@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import __main__ as campaigns, _report, _simulator, schedules, whole
+from campaigns import (
+    __main__ as campaigns,
+    _remembered,
+    _report,
+    _simulator,
+    schedules,
+    whole,
+)
+from campaigns._images import fingerprint
 from campaigns._oracle import Timeline, Wrong
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
 from trio_wal import _checkpoint, _database, _directory, _recovery, _transaction
 from trio_wal._queue import WriteQueue
-from trio_wal.testing import MemoryFile
+from trio_wal.testing import MemoryFile, MemoryFiles
 
 
 def case_of(failure: Failure) -> str:
@@ -50,6 +58,50 @@ def test_the_same_seed_does_the_same() -> None:
     first, second = (run_points(5, points=300, workload="everything") for _ in range(2))
     assert first == second
     assert first != run_points(6, points=300, workload="everything")
+
+
+@pytest.mark.parametrize("workload", ["everything", "retention", "checkpoints"])
+def test_what_is_remembered_of_images_and_files_changes_nothing(
+    workload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = found_in(workload, monkeypatch)
+    monkeypatch.setattr(_simulator, "FORGETS_EVERY", 1)
+    monkeypatch.setattr(_simulator, "RECOVERED_MAX", 0)
+    assert found_in(workload, monkeypatch) == first
+
+
+def found_in(workload: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Of a simulation: its sums and what each of its recoveries found."""
+
+    def recover(simulation: Simulation, *args: Any, **kwargs: Any) -> Any:
+        found = original(simulation, *args, **kwargs)
+        held.append((found.first_lsn, list(found.pairs), found.store_lsn, dict(found.store_items)))
+        return found
+
+    held: list[object] = []
+    original = Simulation._recover
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulation, "_recover", recover)
+        held.append(Simulation(WORKLOADS[workload], 4).run())
+    assert len(held) > 100
+    return held
+
+
+def test_what_is_remembered_of_a_file_was_made_of_that_file_alone() -> None:
+    alone = _remembered._Alone("/log", "wal-1", b"of it")
+    assert alone.open("wal-1").pread(2, 3) == b"it"
+    with pytest.raises(AssertionError, match=r"^'wal-2' is read to judge 'wal-1'$"):
+        alone.open("wal-2")
+
+
+def test_images_differ_also_in_the_pieces_of_a_checkpoint() -> None:
+    files = MemoryFiles()
+    store = files.open_store("/store", 0)
+    prints = [fingerprint(files)]
+    for value in (b"1", b"2"):
+        store.apply([(b"key", value)], None)
+        prints.append(fingerprint(files))
+    assert len(set(prints)) == 3
 
 
 @pytest.mark.parametrize("program", whole.PROGRAMS)
@@ -232,6 +284,7 @@ def test_the_oracle_knows_what_is_lost_and_what_came_back() -> None:
     timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=2)
     for pairs in ([A, B], [A, B, C]):
         timeline.check(pairs, 1, killed=False)
+    timeline.begin_drop(4)
     timeline.check([B, C], 2, killed=False)
     with pytest.raises(Wrong, match=r"^lost: ends at LSN 1, LSN 2 had been acknowledged$"):
         timeline.check([A], 1, killed=False)
@@ -245,6 +298,7 @@ def test_the_oracle_knows_what_is_lost_and_what_came_back() -> None:
 
 def test_the_oracle_knows_what_was_not_written() -> None:
     timeline = timeline_of((0, b"a"), (1, b"b"))
+    timeline.begin_drop(4)
     for pairs, first, reason in (
         ([A, (2, b"x")], 1, r"^LSN 2 holds b'x', which was not written there$"),
         ([A, C], 1, r"^LSNs \[1, 3\] from 1 on$"),
@@ -284,6 +338,7 @@ def test_the_oracle_knows_a_unit_in_part() -> None:
     timeline.check([], 1, killed=False)
     with pytest.raises(Wrong, match=r"^partial: ends at LSN 2, inside of a unit$"):
         timeline.check([A, B], 1, killed=False)
+    timeline.begin_drop(2)
     with pytest.raises(Wrong, match=r"^partial: starts at LSN 2, inside of a unit$"):
         timeline.check([B, C], 2, killed=False)
 
@@ -304,6 +359,54 @@ def test_the_oracle_knows_a_cut_in_part() -> None:
         timeline.check([A], 1, killed=False)
     with pytest.raises(Wrong, match=r"^LSN 2 holds b'b', which was not written there$"):
         timeline.check([A, B, C], 1, killed=False)
+
+
+def test_the_oracle_knows_what_nobody_asked_to_drop() -> None:
+    told = r"^lost: starts at LSN 3, only what is below 2 was to be dropped$"
+    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
+    timeline.begin_drop(2)
+    timeline.check([B, C], 2, killed=False)
+    for killed in (False, True):
+        with pytest.raises(Wrong, match=told):
+            timeline.check([C], 3, killed=killed)
+    with pytest.raises(Wrong, match=told):
+        timeline.raise_floor(3)
+    timeline.end_drop(2)
+    timeline.settle_floor(2)
+    with pytest.raises(Wrong, match=told):
+        timeline.check([C], 3, killed=False)
+    with pytest.raises(Wrong, match=r"^starts at LSN 1, what is below 2 came back$"):
+        timeline.check([A, B, C], 1, killed=True)
+
+
+def test_the_oracle_forgets_what_was_asked_behind_a_cut_and_before_a_crash() -> None:
+    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
+    timeline.begin_drop(4)
+    timeline.end_drop(4)
+    timeline.begin_cut(1)
+    timeline.end_cut(done=True)
+    timeline.submit(2, b"d")
+    timeline.check([A, (2, b"d")], 1, killed=True, learn=True)
+    timeline.check([(2, b"d")], 2, killed=True)
+    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 2 was to be"):
+        timeline.check([], 3, killed=True)
+    timeline.begin_drop(3)
+    timeline.check([], 3, killed=True)
+    # The session dies in that call, and its records are there.
+    timeline.crashed([A, (2, b"d")], 1)
+    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 1 was to be"):
+        timeline.check([], 3, killed=True)
+
+
+def test_the_oracle_asks_retention_once_the_open_log_has_dropped() -> None:
+    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
+    timeline.lets_go = lambda first_lsn: first_lsn <= 2
+    timeline.check([C], 3, killed=False)
+    with pytest.raises(Wrong, match=r"^lost: an image started at LSN 3, the log it was taken"):
+        timeline.settle_floor(2)
+    timeline.raise_floor(2)
+    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 1 was to be"):
+        timeline.settle_floor(3)
 
 
 def test_the_oracle_does_not_believe_an_acknowledgement_that_no_image_showed() -> None:

@@ -265,6 +265,51 @@ def test_an_image_and_its_original_live_on_apart() -> None:
     assert image.contents(PATH) == {}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_written_to_apart_from_its_original_and_from_other_images(
+    kind: CrashKind,
+) -> None:
+    files = MemoryFiles()
+    a_file(files, b"as it was")
+    images = [files.crash_image(seed, kind) for seed in range(3)]
+    folder(images[0]).open("file", writable=True).pwrite([b"AS"], 0)
+    folder(images[1]).open("file", writable=True).truncate(2)
+    images[2].flip_bit(PATH, "file", 0)
+    assert [image.read_file(PATH, "file") for image in images] == [
+        b"AS it was", b"as", b"`s it was",
+    ]  # fmt: skip
+    assert files.read_file(PATH, "file") == b"as it was"
+    folder(files).open("file", writable=True).pwrite([b"!"], 8)
+    assert [image.read_file(PATH, "file") for image in images] == [
+        b"AS it was", b"as", b"`s it was",
+    ]  # fmt: skip
+    assert durable(files) in (b"as it was", b"as it wa!")
+    # What is durable of an image is its own too: of the first nothing is synced.
+    assert durable(images[0], 0) != durable(images[2], 0)
+
+
+def test_of_a_file_written_over_only_what_was_synced_is_on_the_disk() -> None:
+    files = MemoryFiles()
+    file = a_file(files, b"a" * 2 * SECTOR)
+    files.crash_image()
+    file.pwrite([b"b" * SECTOR], 0)
+    file.sync()
+    file.pwrite([b"c" * SECTOR], SECTOR)
+    left = {durable(files, seed) for seed in range(200)}
+    assert {data[:SECTOR] for data in left if data} == {b"b" * SECTOR}
+    assert b"b" * SECTOR + b"a" * SECTOR in left
+    assert b"b" * SECTOR + b"c" * SECTOR in left
+
+
+def test_crashes_of_crashes_never_draw_the_same_salt() -> None:
+    files = MemoryFiles()
+    drawn = [files.random_bytes(16)]
+    for _ in range(20):
+        files = files.crash_image()
+        drawn.append(files.random_bytes(16))
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_files_are_dead_after_a_crash() -> None:
     files = MemoryFiles()
     file = a_file(files, b"data")

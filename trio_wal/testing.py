@@ -24,7 +24,7 @@ import math
 import os
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, final
 
@@ -61,53 +61,77 @@ class _Fault:
 
 @attrs.define(eq=False)
 class _Inode:
-    """One file: what programs see, and what is on the disk."""
+    """One file: what programs see, and what is on the disk.
 
-    data: bytearray = attrs.Factory(bytearray)
-    disk: bytearray = attrs.Factory(bytearray)
+    Either is immutable `bytes` once crash images share it, and becomes a `bytearray` of its
+    own again when it is written to.
+    """
+
+    data: bytes | bytearray = b""
+    disk: bytes | bytearray = b""
     dirty: set[int] = attrs.Factory(set[int])
 
+    def _writable(self) -> bytearray:
+        data = self.data
+        if not isinstance(data, bytearray):
+            data = self.data = bytearray(data)
+        return data
+
     def write(self, data: bytes, offset: int) -> None:
+        mine = self._writable()
         end = offset + len(data)
-        if end > len(self.data):
-            self.data.extend(bytes(end - len(self.data)))
-        self.data[offset:end] = data
+        if end > len(mine):
+            mine.extend(bytes(end - len(mine)))
+        mine[offset:end] = data
         self.dirty.update(range(offset // SECTOR, -(-end // SECTOR)))
 
     def resize(self, size: int) -> None:
-        have = len(self.data)
+        mine = self._writable()
+        have = len(mine)
         if size < have:
-            del self.data[size:]
+            del mine[size:]
         else:
-            self.data.extend(bytes(size - have))
+            mine.extend(bytes(size - have))
         self.dirty.update(range(min(size, have) // SECTOR, -(-max(size, have) // SECTOR)))
 
     def sync(self) -> None:
-        size = len(self.data)
-        if len(self.disk) != size:
-            del self.disk[size:]
-            self.disk.extend(bytes(size - len(self.disk)))
-        for sector in self.dirty:
-            start = sector * SECTOR
-            self.disk[start : start + SECTOR] = self.data[start : start + SECTOR]
-        del self.disk[size:]
-        self.dirty.clear()
+        data, disk = self.data, self.disk
+        size = len(data)
+        if len(self.dirty) * SECTOR >= max(size, len(disk), 1):
+            # All of it: as a new file's.
+            self.disk = bytes(data)
+            self.dirty.clear()
+        elif self.dirty or len(disk) != size:
+            if not isinstance(disk, bytearray):
+                disk = self.disk = bytearray(disk)
+            del disk[size:]
+            disk.extend(bytes(size - len(disk)))
+            for sector in self.dirty:
+                start = sector * SECTOR
+                disk[start : start + SECTOR] = data[start : start + SECTOR]
+            del disk[size:]
+            self.dirty.clear()
+
+    def flip(self, bit: int) -> None:
+        """On the disk and in the cache."""
+        self.disk, self.data = (
+            _flipped(data, bit) if bit // 8 < len(data) else data for data in (self.disk, self.data)
+        )
+
+    def share(self) -> None:
+        """From here on crash images may hold what this file does."""
+        self.data = bytes(self.data)
+        self.disk = bytes(self.disk)
 
     def after_power_loss(self, rng: random.Random, freed: Sequence[bytes]) -> _Inode:
         """The disk, with each sector that was not synced lost, kept, torn, garbage, or what
         a deleted file has left there."""
+        self.share()
         size = rng.choice((len(self.disk), len(self.data)))
+        # Few crashes damage every sector in its own way: often all share one fate.
+        fates = rng.choice(_FATES)
         disk = bytearray(self.disk[:size])
         disk.extend(bytes(size - len(disk)))
-        # Few crashes damage every sector in its own way: often all share one fate.
-        fates = rng.choice(
-            (
-                ("lost",),
-                ("kept",),
-                ("lost", "kept"),
-                ("lost", "kept", "torn", "garbage", "stale"),
-            )
-        )
         for sector in sorted(self.dirty):
             start = sector * SECTOR
             new = bytes(self.data[start : start + SECTOR]).ljust(SECTOR, b"\0")
@@ -125,10 +149,25 @@ class _Inode:
                 at = start if rng.random() < 0.5 else rng.randrange(0, len(left) + 1, SECTOR)
                 new = left[at : at + SECTOR].ljust(SECTOR, b"\0")
             disk[start : start + SECTOR] = new[: max(0, min(SECTOR, size - start))]
-        return _Inode(disk, bytearray(disk))
+        left_over = bytes(disk)
+        return _Inode(left_over, left_over)
 
     def copy(self) -> _Inode:
-        return _Inode(bytearray(self.data), bytearray(self.disk), set(self.dirty))
+        self.share()
+        return _Inode(self.data, self.disk, self.dirty.copy())
+
+
+_FATES: Final = (
+    ("lost",),
+    ("kept",),
+    ("lost", "kept"),
+    ("lost", "kept", "torn", "garbage", "stale"),
+)
+
+
+def _flipped(data: bytes | bytearray, bit: int) -> bytes:
+    at = bit // 8
+    return b"".join((data[:at], bytes((data[at] ^ 1 << bit % 8,)), data[at + 1 :]))
 
 
 @attrs.frozen(eq=False)
@@ -177,17 +216,19 @@ class MemoryFiles:
     threaded = False
 
     def __init__(self, *, seed: int = 0, epoch_us: int = 1_700_000_000_000_000) -> None:
-        self._random = random.Random(seed)
+        self._seed = seed
+        self._random: random.Random | None = None
+        """Made when it is asked for: of most crash images it never is."""
         self._epoch_us = epoch_us
         self._folders: dict[str, _Folder] = {}
         self._stores: dict[str, _StoreImage] = {}
         self._freed: deque[bytes] = deque(maxlen=FREED_FILES)
         self._faults: list[_Fault] = []
-        self._open_gate = trio.Event()
-        self._open_gate.set()
+        self._held: trio.Event | None = None
+        """Set by `release`; None: nothing is held."""
         self._dead = False
         self.clock_offset_us = 0
-        self.operations: dict[str, int] = {}
+        self.operations: Counter[str] = Counter()
         """How often each operation was called."""
         self.free_bytes: float = math.inf
         """What ``allocate`` and growing writes may still take before ENOSPC."""
@@ -224,16 +265,18 @@ class MemoryFiles:
 
     def hold(self) -> None:
         """Stall: writes and syncs of open logs do not begin until `release`."""
-        if self._open_gate.is_set():
-            self._open_gate = trio.Event()
+        if self._held is None:
+            self._held = trio.Event()
 
     def release(self) -> None:
-        self._open_gate.set()
+        held, self._held = self._held, None
+        if held is not None:
+            held.set()
 
     async def gate(self) -> None:
         """Where an open log waits before each write."""
-        while not self._open_gate.is_set():
-            await self._open_gate.wait()
+        while self._held is not None:
+            await self._held.wait()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def crash(self, seed: int = 0, kind: CrashKind = "power") -> MemoryFiles:
@@ -251,38 +294,58 @@ class MemoryFiles:
 
     def crash_image(self, seed: int = 0, kind: CrashKind = "power") -> MemoryFiles:
         """Like `crash`, and this file system lives on."""
-        rng = random.Random(seed)
-        after = MemoryFiles(seed=rng.getrandbits(32), epoch_us=self._epoch_us)
+        # What recovers a crash, or the crash of that, never draws a salt again.
+        after = MemoryFiles(seed=hash((self._seed, 1)), epoch_us=self._epoch_us)
         after.clock_offset_us = self.clock_offset_us
         after._freed = self._freed.copy()
-        images: dict[int, _Inode] = {}
-
-        def image(inode: _Inode) -> _Inode:
-            if id(inode) not in images:
-                images[id(inode)] = (
-                    inode.copy() if kind == "kill" else inode.after_power_loss(rng, self._freed)
-                )
-            return images[id(inode)]
-
-        for path, folder in self._folders.items():
-            if kind == "kill":
-                names = dict(folder.names)
-            else:
-                names = dict(folder.disk)
-                for change in folder.pending[: rng.randint(0, len(folder.pending))]:
-                    change.apply(names)
-            kept = {name: image(inode) for name, inode in names.items()}
-            new = after._folders[path] = _Folder(dict(kept), dict(kept))
-            if kind == "kill":
-                # The kernel lives on: what was not synced still is not.
-                new.disk = {name: image(inode) for name, inode in folder.disk.items()}
-                new.pending = [
-                    attrs.evolve(change, inode=image(change.inode)) if change.inode else change
-                    for change in folder.pending
-                ]
-                new.published = folder.published
+        if kind == "kill":
+            self._kill(after)
+        else:
+            self._lose_power(after, seed)
         after._stores = {path: store.copy() for path, store in self._stores.items()}
         return after
+
+    def _kill(self, after: MemoryFiles) -> None:
+        """The kernel lives on: what was not synced still is not."""
+        images: dict[_Inode, _Inode] = {}
+
+        def image(inode: _Inode) -> _Inode:
+            found = images.get(inode)
+            if found is None:
+                found = images[inode] = inode.copy()
+            return found
+
+        for path, folder in self._folders.items():
+            after._folders[path] = _Folder(
+                {name: image(inode) for name, inode in folder.names.items()},
+                {name: image(inode) for name, inode in folder.disk.items()},
+                [
+                    _Change(change.old, change.new, image(change.inode)) if change.inode else change
+                    for change in folder.pending
+                ],
+                published=folder.published,
+            )
+
+    def _lose_power(self, after: MemoryFiles, seed: int) -> None:
+        rng: random.Random | None = None
+        images: dict[_Inode, _Inode] = {}
+        for path, folder in self._folders.items():
+            names = folder.disk.copy()
+            if folder.pending:
+                rng = rng or random.Random(seed)
+                for change in folder.pending[: rng.randint(0, len(folder.pending))]:
+                    change.apply(names)
+            for inode in names.values():
+                if inode in images:
+                    continue
+                if inode.dirty or len(inode.disk) != len(inode.data):
+                    rng = rng or random.Random(seed)
+                    images[inode] = inode.after_power_loss(rng, self._freed)
+                else:
+                    inode.share()
+                    images[inode] = _Inode(inode.disk, inode.disk)
+            kept = {name: images[inode] for name, inode in names.items()}
+            after._folders[path] = _Folder(kept, kept.copy())
 
     def names(self, path: str) -> list[str]:
         """The files of a directory."""
@@ -297,7 +360,8 @@ class MemoryFiles:
 
     def write_file(self, path: str, name: str, data: bytes) -> None:
         """Put a file there, durably, or replace it."""
-        inode = _Inode(bytearray(data), bytearray(data))
+        content = bytes(data)
+        inode = _Inode(content, content)
         folder = self._folders.setdefault(path, _Folder())
         folder.names[name] = inode
         folder.disk[name] = inode
@@ -308,10 +372,7 @@ class MemoryFiles:
 
     def flip_bit(self, path: str, name: str, bit: int) -> None:
         """Rot: invert one bit, on the disk and in the cache."""
-        inode = self._folder(path).names[name]
-        for data in {id(inode.data): inode.data, id(inode.disk): inode.disk}.values():
-            if bit // 8 < len(data):
-                data[bit // 8] ^= 1 << bit % 8
+        self._folder(path).names[name].flip(bit)
 
     def _folder(self, path: str) -> _Folder:
         try:
@@ -330,7 +391,7 @@ class MemoryFiles:
     def _due(self, operation: Operation, path: str) -> _Fault | None:
         if self._dead:
             raise OSError(errno.EIO, "this file system has crashed", path)
-        self.operations[operation] = self.operations.get(operation, 0) + 1
+        self.operations[operation] += 1
         for fault in self._faults:
             if fault.operation != operation:
                 continue
@@ -369,6 +430,8 @@ class MemoryFiles:
         return self._epoch_us + int(seconds * 1e6) + self.clock_offset_us
 
     def random_bytes(self, count: int) -> bytes:
+        if self._random is None:
+            self._random = random.Random(self._seed)
         return self._random.randbytes(count)
 
     def on_fork(self, callback: Callable[[], None]) -> None:

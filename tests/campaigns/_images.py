@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -16,11 +18,12 @@ import trio_wal
 from trio_wal._database import LOG_NAME, STORE_NAME
 from trio_wal._directory import LogDirectory, open_log_directory
 from trio_wal._operations import decode_transaction, encode_transaction
-from trio_wal._reader import WalSource, _Cursor
+from trio_wal._reader import Record, WalSource, _Cursor
 from trio_wal._recovery import Plan
 from trio_wal.testing import MemoryFiles
 
 from ._oracle import Pair, Wrong
+from ._remembered import Memory
 
 LOG = "/log"
 DB = "/db"
@@ -41,22 +44,23 @@ class Recovered:
         return self.log.first_lsn
 
 
-def read_log(log: LogDirectory) -> list[Pair]:
+def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
     """Every record, as a reader of the log gets it."""
-    pairs: list[Pair] = []
+    records: list[Record] = []
     last_lsn = log.last_lsn
-    before = None
     cursor = _Cursor(WalSource(log, None, None, None), log.first_lsn)  # type: ignore[arg-type]
     try:
+        if memory is not None:
+            for segment in log.sealed():
+                records += memory.read_sealed(log, segment, cursor)
         while cursor.next_lsn <= last_lsn:
-            for record in cursor.chunk(last_lsn + 1):
-                pairs.append((record.lsn, record.data))
-                if before is not None and record.timestamp < before:
-                    raise Wrong("other", f"the time of LSN {record.lsn} is before the one before")
-                before = record.timestamp
+            records += cursor.chunk(last_lsn + 1)
     finally:
         cursor.leave()
-    return pairs
+    for before, after in pairwise(records):
+        if after.timestamp < before.timestamp:
+            raise Wrong("other", f"the time of LSN {after.lsn} is before the one before")
+    return [(record.lsn, record.data) for record in records]
 
 
 def recover_log(
@@ -67,20 +71,22 @@ def recover_log(
     verify_bytes: float = math.inf,
     check: Callable[[Plan], None] | None = None,
     database: bool = False,
+    memory: Memory | None = None,
 ) -> Recovered:
     """What `open_wal` does before it yields."""
-    log = open_log_directory(
-        files,
-        path,
-        segment_size=segment_size,
-        verify_bytes=verify_bytes,
-        check=check,
-        database=database,
-    )
+    with nullcontext() if memory is None else memory.of_recovery():
+        log = open_log_directory(
+            files,
+            path,
+            segment_size=segment_size,
+            verify_bytes=verify_bytes,
+            check=check,
+            database=database,
+        )
     report = log.report
     if (report.first_lsn, report.last_lsn) != (log.first_lsn, log.last_lsn):
         raise Wrong("other", f"the report tells of another log: {report}")
-    return Recovered(log, read_log(log))
+    return Recovered(log, read_log(log, memory))
 
 
 def recover_database(
@@ -89,6 +95,7 @@ def recover_database(
     *,
     segment_size: int,
     verify_bytes: float = math.inf,
+    memory: Memory | None = None,
 ) -> Recovered:
     """What `open_database` does before it yields, but for the replay into memory."""
     opener: Any = trio_wal.open_database(path, files=files)
@@ -100,16 +107,13 @@ def recover_database(
         verify_bytes=verify_bytes,
         check=opener._check,
         database=True,
+        memory=memory,
     )
-    store = f"{path}/{STORE_NAME}"
-    state = files.inspect_store(store)
     # Also of a first checkpoint that was interrupted: its pieces are there, its LSN is not.
-    reader = files.open_store(store, 0).read()
-    return attrs.evolve(
-        found,
-        store_lsn=0 if state is None else state.lsn,
-        store_items=dict(reader.items(None, None, False)),
-    )
+    store = files._stores.get(f"{path}/{STORE_NAME}")
+    if store is None:
+        return found
+    return Recovered(found.log, found.pairs, store.state.lsn if store.state else 0, store.items)
 
 
 def replayed(found: Recovered) -> State:
@@ -146,14 +150,16 @@ def append_after(log: LogDirectory) -> Pair:
 
 def fingerprint(files: MemoryFiles) -> int:
     """Tells images apart by everything that a recovery can see."""
-    folders = sorted(files._folders.items())
     return hash(
         (
             tuple(
                 (path, name, bytes(inode.data))
-                for path, folder in folders
+                for path, folder in sorted(files._folders.items())
                 for name, inode in sorted(folder.names.items())
             ),
-            tuple((path, store.state) for path, store in files._stores.items()),
+            tuple(
+                (path, store.state, tuple(store.items.items()))
+                for path, store in files._stores.items()
+            ),
         )
     )

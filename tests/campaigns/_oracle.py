@@ -69,6 +69,11 @@ class Timeline:
     """A crash of the process alone may not either."""
     floor: int = 1
     """What is below was dropped, durably."""
+    asked: int = 1
+    """What is below may be missing: calls that have ended asked for it."""
+    lets_go: Callable[[int], bool] | None = None
+    """Whether retention may have the open log start at this LSN now; None: there is none, and
+    nothing is dropped that no call has asked for."""
     highest_first: int = 1
     """The highest first LSN of any image: the live log must come to it."""
     cut: Cut | None = None
@@ -78,6 +83,8 @@ class Timeline:
     _by_task: dict[int, list[Submission]] = attrs.Factory(dict)
     _seen_of_task: dict[int, int] = attrs.Factory(dict)
     """How many of a task's records are known or gone."""
+    _asks: list[int] = attrs.Factory(list)
+    """Of the calls that are under way."""
     _inside: set[int] = attrs.Factory(set)
     """LSNs behind which the log cannot end: inside of a unit."""
 
@@ -144,9 +151,29 @@ class Timeline:
                 f"an image started at LSN {self.highest_first}, the log it was taken from "
                 f"still at {first_lsn}",
             )
+        self.raise_floor(first_lsn)
+
+    def raise_floor(self, first_lsn: int) -> None:
+        """Likewise, perhaps while it is dropping more."""
         if first_lsn > self.floor:
+            self._check_asked(first_lsn, self.lets_go is not None and self.lets_go(first_lsn))
             self.floor = first_lsn
             self.version += 1
+
+    def begin_drop(self, lsn: int) -> None:
+        """A ``truncate_before`` is under way."""
+        self._asks.append(lsn)
+
+    def end_drop(self, lsn: int) -> None:
+        self._asks.remove(lsn)
+        self.asked = max(self.asked, lsn)
+
+    def _check_asked(self, first_lsn: int, lets_go: bool) -> None:
+        asked = max(self.asked, *self._asks) if self._asks else self.asked
+        if first_lsn > asked and not lets_go:
+            raise Wrong(
+                "lost", f"starts at LSN {first_lsn}, only what is below {asked} was to be dropped"
+            )
 
     def begin_cut(self, lsn: int) -> None:
         assert self.cut is None
@@ -169,6 +196,7 @@ class Timeline:
             if submission.lsn is None and submission.order < cut.order:
                 submission.gone = True
         self.known[cut.lsn :] = cut.after
+        self.asked = min(self.asked, cut.lsn + 1)
         self.durable = max(min(cut.lsn, len(self.known)), cut.acknowledged)
         self.written = min(self.written, len(self.known))
 
@@ -188,7 +216,8 @@ class Timeline:
                 submission.gone = True
         # Another power loss, before the recovery is done, may still take the unacknowledged.
         self.written = last_lsn if self.cut is None else 0
-        self.highest_first = first_lsn
+        self.highest_first = self.asked = first_lsn
+        self._asks.clear()
         self.version += 1
 
     def opened(self, found: Sequence[Pair], last_lsn: int) -> None:
@@ -228,6 +257,7 @@ class Timeline:
             raise Wrong("other", f"LSNs {[lsn for lsn, _ in found]} from {first_lsn} on")
         if first_lsn < self.floor:
             raise Wrong("other", f"starts at LSN {first_lsn}, what is below {self.floor} came back")
+        self._check_asked(first_lsn, self.lets_go is not None)
         if first_lsn - 1 in self._inside:
             raise Wrong("partial", f"starts at LSN {first_lsn}, inside of a unit")
         must = max(self.durable, self.written) if killed else self.durable

@@ -6,9 +6,10 @@ do the same, to the last byte.  What may be found is the oracle's to say.
 A workload runs once, under trio with a virtual clock and a seeded scheduler.  After each of
 its operations on the files the images that a crash may leave are built: one of a killed
 process, which also tells the oracle what was written, and several of a power loss, by seed.
-Each is recovered by the package's own recovery and read back.  Of some the recovery itself
-is crashed at each of its operations, and of some of those once more, three deep; some are
-recovered twice, some written to and opened again.
+Each is recovered by the package's own recovery and read back; of an image that was recovered
+before, to the last byte, and of a file in it, what was made of it then is taken (see
+`_remembered`).  Of some the recovery itself is crashed at each of its operations, and of some
+of those once more, three deep; some are recovered twice, some written to and opened again.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from ._images import (
     transaction_key,
 )
 from ._oracle import Timeline, Wrong
+from ._remembered import Memory
 from ._report import replay_command
 
 # A broken log says so; here logs are broken by the thousand.
@@ -58,6 +60,10 @@ NESTED_EVERY = 300
 DEEPER_EVERY = 12
 FOLLOWED_EVERY = 6
 """Of every so many images the recovery is repeated, or the log written to."""
+RECOVERED_MAX = 500
+"""Recovered images that are kept, for when the same one is found again."""
+FORGETS_EVERY = 20
+"""Every so many recoveries are made without what is remembered of their files."""
 REOPENED_EVERY = 400
 """Every so many images are also opened by a whole program."""
 VIRTUAL_SECONDS_MAX = 1e6
@@ -164,6 +170,8 @@ class Simulation:
     """The open `WriteAheadLog`."""
     states: list[State] = attrs.Factory(lambda: [{}])
     """State of a database after each LSN."""
+    written_us: dict[int, int] = attrs.Factory(dict)
+    """When the record of this LSN was written, by the clock of then."""
     store_floor: int = 0
     """A checkpoint has returned this LSN."""
     _operation: int = 0
@@ -174,6 +182,10 @@ class Simulation:
     _seen: set[tuple[int, bool]] = attrs.Factory(set)
     _seen_version: int = -1
     _images: set[int] = attrs.Factory(set)
+    _recovered: dict[tuple[int, float] | None, Recovered] = attrs.Factory(dict)
+    """By fingerprint and ``verify_bytes``."""
+    _recoveries: int = 0
+    _memory: Memory = attrs.Factory(Memory)
     _reopen: list[tuple[Path, MemoryFiles, Recovered, State]] = attrs.Factory(list)
 
     def run(self) -> Result:
@@ -186,6 +198,10 @@ class Simulation:
         if self.workload.database:
             self.timeline.key_of = transaction_key
             self.timeline.learned = self._learned
+            # How much of its log a database may drop, its store says: see `_check_store`.
+            self.timeline.lets_go = lambda first_lsn: True
+        else:
+            self.timeline.learned = self._written
         try:
             for _ in range(self.rng.randint(2, 4)):
                 self._session()
@@ -201,6 +217,9 @@ class Simulation:
 
     def _is_replayed(self) -> bool:
         return self.only is not None and 0 < self.only[0][0] <= self._operation
+
+    def _written(self, lsn: int, key: Any) -> None:
+        self.written_us[lsn] = self.files.time_us()
 
     def _learned(self, lsn: int, key: Any) -> None:
         del self.states[lsn:]
@@ -353,10 +372,14 @@ class Simulation:
         try:
             if self.live is not None:
                 self.timeline.settle_durable(self.live.durable_lsn)
+                self.timeline.raise_floor(self.live.first_lsn)
             for damage in self._damages():
                 self._crash(number, damage)
         except _Found as exc:
             self.fail(exc.error, exc.path, f"crash after {operation} {path}, operation {number}")
+            return
+        except Wrong as exc:
+            self.fail(exc, TOLD, f"operation {number}")
             return
         if self.only is not None and number == self.only[0][0]:
             self.quiet = True
@@ -378,8 +401,7 @@ class Simulation:
         total = 0
         for folder in self.files._folders.values():
             total += len(folder.pending)
-            for inode in {id(i): i for i in folder.names.values()}.values():
-                total += len(inode.dirty)
+            total += sum(len(inode.dirty) for inode in folder.names.values())
         return total
 
     def _damage_seed(self, damage: int) -> int:
@@ -425,16 +447,17 @@ class Simulation:
                 dry = self._recover(image.crash_image(kind="kill"), verify_bytes)
                 self._check(dry, killed=killed, learn=True)
             self._crash_recovery(image, path, killed)
-        found = self._recover(image, verify_bytes)
+        follow = mix % FOLLOWED_EVERY
+        found = self._recover(image, verify_bytes, fresh=nests or follow == 1)
         self._check(found, killed=killed, learn=learn)
         image.after_operation = None
-        follow = mix % FOLLOWED_EVERY
         if nests or follow < 2:
             expected = list(found.pairs)
             if follow == 1:
                 expected.append(append_after(found.log))
             # All that a recovery has given out is durable, and stays so without a close.
-            again = image.crash_image(mix, "power" if mix % 4 else "kill")
+            files: Any = found.log._files
+            again = files.crash_image(mix, "power" if mix % 4 else "kill")
             second = self._recover(again, verify_bytes)
             if second.first_lsn != found.first_lsn or second.pairs != expected:
                 raise Wrong(
@@ -476,10 +499,31 @@ class Simulation:
 
     # -- recovering and checking --
 
-    def _recover(self, image: MemoryFiles, verify_bytes: float) -> Recovered:
-        segment_size = self.options["segment_size"]
+    def _recover(
+        self, image: MemoryFiles, verify_bytes: float, *, fresh: bool = False
+    ) -> Recovered:
+        """Of an image that was recovered before, to the last byte, what was found then.
+
+        Args:
+          fresh: what is found will be written to, or was looked at while it was recovered.
+        """
+        known = self._recovered
+        key = None if fresh else (fingerprint(image), verify_bytes)
+        if key in known:
+            return known[key]
+        self._recoveries += 1
         recover = recover_database if self.workload.database else recover_log
-        return recover(image, segment_size=segment_size, verify_bytes=verify_bytes)
+        found = recover(
+            image,
+            segment_size=self.options["segment_size"],
+            verify_bytes=verify_bytes,
+            memory=self._memory if self._recoveries % FORGETS_EVERY else None,
+        )
+        if key is not None:
+            if len(known) >= RECOVERED_MAX:
+                known.clear()
+            known[key] = found
+        return found
 
     def _check(self, found: Recovered, *, killed: bool, learn: bool = False) -> None:
         self.timeline.check(found.pairs, found.first_lsn, killed=killed, learn=learn)

@@ -11,6 +11,7 @@ import contextlib
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,8 @@ import trio
 
 import trio_wal
 from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
+from trio_wal._frame import segment_name
+from trio_wal._retention import Retention, _Both, _Either
 
 from ._images import DB, LOG, recover_database, replayed
 from ._oracle import Pair, Submission, Wrong
@@ -49,11 +52,14 @@ class LogWorld:
         sim = self.sim
         async with trio_wal.open_wal(LOG, files=sim.files, **sim.options) as wal:
             sim.live = wal
+            policy = sim.options.get("retention")
+            if policy is not None:
+                sim.timeline.lets_go = partial(self._lets_go, policy, wal)
             await self._opened(wal)
             if wal.last_lsn - wal.first_lsn > RECORDS_KEPT:
                 # Recovering an image costs what the log holds; so much shows all there is.
                 with sim.tolerating_faults():
-                    await wal.truncate_before(wal.last_lsn - RECORDS_KEPT // 2)
+                    await self._drop_before(wal, wal.last_lsn - RECORDS_KEPT // 2)
             async with trio.open_nursery() as nursery:
                 for task in range(self.rng.choice((1, 2, 2, 3))):
                     nursery.start_soon(self._task, wal, task)
@@ -87,6 +93,24 @@ class LogWorld:
         """What was not written is absent; of what was being written nobody knows."""
         if error.outcome == "not written":
             self._withdraw(submissions, "it was said not to be written")
+
+    def _lets_go(self, policy: Retention, wal: Any, first_lsn: int) -> bool:
+        """Whether the log may just have dropped all that is below, by what it still holds."""
+        sim = self.sim
+        if isinstance(policy, KeepSegments):
+            return bool(wal.statistics().segments >= policy.count)
+        if isinstance(policy, KeepBytes):
+            files = sim.files.contents(LOG)
+            start = segment_name(first_lsn)
+            kept = [len(files[name]) for name in files if name[:4] == "wal-" and name >= start]
+            return sum(kept) >= policy.count
+        if isinstance(policy, KeepFor):
+            age_us = sim.files.time_us() - sim.written_us[first_lsn - 1]
+            return age_us > policy.seconds * 1e6
+        assert isinstance(policy, (_Both, _Either))
+        # What both keep is less than what either keeps.
+        enough = any if isinstance(policy, _Both) else all
+        return enough(self._lets_go(one, wal, first_lsn) for one in policy._policies)
 
     # -- payloads --
 
@@ -216,10 +240,16 @@ class LogWorld:
 
     async def truncate_before(self, wal: Any, task: int) -> None:
         lsn = self.rng.randint(wal.first_lsn, wal.last_lsn + 1)
+        # A truncate_after may have cut off more than that meanwhile.
+        with contextlib.suppress(ValueError):
+            await self._drop_before(wal, lsn)
+
+    async def _drop_before(self, wal: Any, lsn: int) -> None:
+        self.sim.tell(self.sim.timeline.begin_drop, lsn)
         try:
             await wal.truncate_before(lsn)
-        except ValueError:
-            return  # a truncate_after has cut off more than that meanwhile
+        finally:
+            self.sim.tell(self.sim.timeline.end_drop, lsn)
 
     async def truncate_after(self, wal: Any, task: int) -> None:
         timeline = self.sim.timeline

@@ -159,9 +159,24 @@ MUTANTS: Final = (
         "            with self._shape:\n",
     ),
     mutant(
-        "one segment too many is dropped", "_directory", "errors:truncations",
+        "one segment too many is dropped", "_directory", "simulator:drop",
         "if segment.next_lsn <= lsn]\n            if not dropped:",
         "if segment.first_lsn < lsn]\n            if not dropped:",
+    ),
+    mutant(
+        "what was dropped comes back", "_directory", "simulator:drop",
+        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            with self._shape:\n",
+        "                spare = self._drop_file(segment, spare)\n", "                pass\n",
+    ),
+    mutant(
+        "retention drops what one of two policies is to keep", "_retention",
+        "simulator:retention",
+        "return min(policy.droppable", "return max(policy.droppable",
+    ),
+    mutant(
+        "retention drops what is not old enough", "_retention", "simulator:retention",
+        "oldest = now_us - int(self.seconds * 1e6)", "oldest = now_us - int(self.seconds * 1e5)",
     ),
     mutant(
         "a cut is not decided in log.meta", "_directory", "simulator:cut",
