@@ -257,10 +257,11 @@ def test_a_trial_of_few_tasks_finds_every_figure(perf: Import, tmp_path: Path, k
 
 
 @linux
-def test_loaded_keys_are_found_again(perf: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_loaded_keys_are_found_again(perf: Import, tmp_path: Path, shuffled: bool) -> None:
     apart, scale = perf("apart").apart, perf("bench_scale")
     path = str(tmp_path / "db")
-    apart(scale.load_keys, path, 300)
+    apart(scale.load_keys, path, 300, shuffled)
     found = apart(scale.use_keys, path, 300, 0.0)
     assert len(found["open ms"]) == scale.OPENS
 
