@@ -246,10 +246,11 @@ def _log_log(*all_axes: Any) -> None:
         axes.set(xscale="log", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(_tick)
-        axes.xaxis.set_major_formatter(_tick)
+        sizes = axes.get_lines()[0].get_xdata()
+        axes.set_xticks(sizes, [_tick(size, None) for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 
 def _tick(value: float, _place: object) -> str:
@@ -647,15 +648,17 @@ def _plot_logs(figure: Any, data: dict[str, Any]) -> None:
     left.axhline(OPEN_MS_MAX, color="0.6", linestyle=":", label="at most")
     left.set(title="opening, closed in order: ms", xlabel="MB of log")
     for figures, style, label in (
-        ([statistics.median(row["read warm ms"]) for row in rows], "C0o-", "read, warm"),
-        ([row["read cold ms"] for row in rows], "C1o-", "read, cold"),
+        (
+            [statistics.median(row["read warm ms"]) for row in rows],
+            "C0o-",
+            f"{MIDDLE_RECORDS:,} read, warm",
+        ),
+        ([row["read cold ms"] for row in rows], "C1o-", f"{MIDDLE_RECORDS:,} read, cold"),
         ([row["truncate ms"] for row in rows], "C2s-", "truncate_before the middle"),
         ([statistics.median(row["close ms"]) for row in rows], "C3^-", "close"),
     ):
         right.plot(sizes, figures, style, label=label)
-    right.set(title=f"{MIDDLE_RECORDS:,} records from the middle, and others: ms",
-              xlabel="MB of log")  # fmt: skip
-    right.title.set_fontsize("medium")
+    right.set(title="reading, dropping, closing: ms", xlabel="MB of log")
     _log_log(left, right)
 
 

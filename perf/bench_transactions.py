@@ -326,7 +326,7 @@ def _plot(figure: Any, data: dict[str, Any]) -> None:
     )
     axes.set_xticks(tasks, [str(count) for count in tasks])
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=6, ncols=2)
+    figure.legend(fontsize=6, loc="outside right upper")
 
 
 def _style(name: str) -> dict[str, Any]:
