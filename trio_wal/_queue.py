@@ -21,7 +21,7 @@ Invariants:
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -242,7 +242,8 @@ class WriteQueue:
         """Batches that wait behind one another, without the one that is filling."""
         self._sealed_records = 0
         self._sealed_bytes = 0
-        self._blocked: dict[Task, _Blocked] = {}
+        # A dict would walk over all whom it has let go, to find who came first.
+        self._blocked: OrderedDict[Task, _Blocked] = OrderedDict()
         self._numbers = count()
         self._dozing: Task | None = None
         self._wants_space = trio.Event()
@@ -623,7 +624,7 @@ class WriteQueue:
             self._admit()
 
     def _drain_blocked(self) -> Iterator[_Blocked]:
-        blocked_tasks, self._blocked = self._blocked, {}
+        blocked_tasks, self._blocked = self._blocked, OrderedDict()
         for blocked in blocked_tasks.values():
             self._unblocked(blocked)
             if self.owner is not None:
@@ -656,5 +657,5 @@ class WriteQueue:
     def disown(self) -> None:
         """In a forked child nothing is accepted, nor waited for."""
         self.state = State.CLOSED
-        self._blocked = {}
+        self._blocked = OrderedDict()
         self._set_limits()
