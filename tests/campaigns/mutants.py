@@ -246,7 +246,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a bad segment is skipped", "_recovery", BITROT,
-        "            if not _joins(walk.end, following):\n", "            if False:\n",
+        "    if not _joins(walk.end, following):\n", "    if False:\n",
     ),
     mutant(
         "damage that a later frame calls durable is cut as torn", "_recovery", BITROT,
@@ -280,7 +280,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a table of lengths is believed", "_frame", HOSTILE,
-        "    if table > len(body):", "    if False:",
+        "    if 4 * count > length:", "    if False:",
     ),
     mutant(
         "any number of records is believed", "_frame", BOMBS,
