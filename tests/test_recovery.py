@@ -621,14 +621,14 @@ def eight() -> MemoryFiles:
 @pytest.mark.parametrize(
     ("verify_bytes", "replayed"),
     [
-        # A segment costs its bytes, and 32 KiB for each of its frames.
+        # A segment costs its bytes, 32 KiB for each frame and 64 bytes for each record.
         (0, 0),
-        (33 * KiB - BLOCK - 1, 0),
-        (33 * KiB - BLOCK, 2),
-        (98 * KiB - 1, 2),
-        (98 * KiB, 6),
-        (163 * KiB - 1, 6),
-        (163 * KiB, 10),
+        (33 * KiB - BLOCK + 127, 0),
+        (33 * KiB - BLOCK + 128, 2),
+        (98 * KiB + 383, 2),
+        (98 * KiB + 384, 6),
+        (163 * KiB + 639, 6),
+        (163 * KiB + 640, 10),
         (math.inf, 10),
     ],
 )
@@ -665,7 +665,7 @@ def test_of_a_long_segment_the_newest_part_is_checked(
     long_segments: MemoryFiles, frames: int
 ) -> None:
     """From a place in its footer's index on, of which there is one each 300 KiB here."""
-    budget = frames * (FRAME + 32 * KiB) + 2 * BLOCK
+    budget = frames * (FRAME + 32 * KiB + 64) + 2 * BLOCK
     found = report(long_segments, verify_bytes=budget)
     assert frames - 3 < found.records_replayed <= frames
     if frames % 24 == 0:
@@ -683,7 +683,7 @@ def test_damage_in_the_part_that_is_checked_is_refused_and_in_no_other(
     name = segments(files)[1 + damaged // 24]
     offset = DATA_OFFSET + damaged % 24 * FRAME
     files.flip_bit(LOG, name, 8 * (offset + 70_000))
-    budget = checked * (FRAME + 32 * KiB) + 2 * BLOCK
+    budget = checked * (FRAME + 32 * KiB + 64) + 2 * BLOCK
     replayed = report(long_segments, verify_bytes=budget).records_replayed
     if damaged >= 48 - replayed:
         before = files.contents(LOG)
@@ -710,7 +710,7 @@ def test_an_index_that_lies_costs_only_a_longer_check(number: int) -> None:
         log.rotate()
         append(log, b"last")
     log.close()
-    found = report(files, verify_bytes=6 * (FRAME + 32 * KiB))
+    found = report(files, verify_bytes=6 * (FRAME + 32 * KiB + 64))
     assert found.records_replayed == found.last_lsn - 1
     assert (found.clean_shutdown, found.segments) == (True, 3 - number)
 

@@ -788,9 +788,9 @@ def open_wal(
       compression: ``"zstd"`` for a new log (needs the ``zstd`` extra); None: as the log
           was created.
       verify_bytes: how much of the log, newest first, is checked frame by frame before
-          it is opened, where a frame counts for 32 KiB more than it has; what is older is
-          checked by the headers and footers of segments, and when it is read.  `math.inf`:
-          everything.
+          it is opened, where a batch counts for 32 KiB more than it has, and a record for
+          64 bytes; what is older is checked by the headers and footers of segments, and
+          when it is read.  `math.inf`: everything.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, when called:
