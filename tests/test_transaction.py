@@ -771,6 +771,40 @@ async def test_a_commit_that_others_have_read_is_not_withdrawn(blocked: bool) ->
         assert db.get(b"a") == b"1"
 
 
+@pytest.mark.parametrize("scanned", [False, True], ids=["get", "scan"])
+async def test_none_of_the_commits_that_others_have_read_is_withdrawn(
+    files: MemoryFiles, scanned: bool
+) -> None:
+    """Whatever the order in which they were read: the older one last, too."""
+    async with open_memory_database(files) as db:
+        async with open_tasks(files) as nursery:
+            await hold_with_batch_in_flight(files, nursery, db)
+            calls = []
+            for key in (b"c", b"b", b"a"):
+                calls.append(Call(nursery, db.put, key, b"1"))
+                await wait_all_tasks_blocked()
+            async with open_sessions(db, 1) as (session,):
+                if scanned:
+                    assert await session.scan(b"a", b"d") == {k: b"1" for k in (b"a", b"b", b"c")}
+                else:
+                    for key in (b"a", b"c", b"b"):
+                        assert await session.get(key) == b"1"
+                for call in calls:
+                    call.scope.cancel()
+                await wait_all_tasks_blocked()
+                assert [call.state for call in calls] == ["waiting"] * 3
+                for key in (b"a", b"b", b"c"):
+                    assert await session.get(key) == b"1"
+                session.commit_soon()
+                await wait_all_tasks_blocked()
+                files.release()
+                await session.ended.wait()
+                assert session.outcome == db.durable_lsn
+        assert [call.state for call in calls] == ["returned"] * 3
+        for key in (b"a", b"b", b"c"):
+            assert db.get(key) == b"1"
+
+
 async def test_a_commit_cancelled_while_blocked_by_back_pressure_is_absent(
     files: MemoryFiles,
 ) -> None:

@@ -163,8 +163,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         return version.value
 
     def _observe(self, key: bytes, seq: int) -> None:
-        if seq > self._db.settled_seq and (self._observed is None or seq > self._observed.seq):
-            self._observed = self._db.observe(key, seq)
+        if seq > self._db.settled_seq:
+            fate = self._db.observe(key, seq)
+            if self._observed is None or seq > self._observed.seq:
+                self._observed = fate
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...

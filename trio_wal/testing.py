@@ -24,7 +24,7 @@ import math
 import os
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, final
 
@@ -228,7 +228,7 @@ class MemoryFiles:
         """Set by `release`; None: nothing is held."""
         self._dead = False
         self.clock_offset_us = 0
-        self.operations: Counter[str] = Counter()
+        self.operations: dict[str, int] = {}
         """How often each operation was called."""
         self.free_bytes: float = math.inf
         """What ``allocate`` and growing writes may still take before ENOSPC."""
@@ -391,7 +391,7 @@ class MemoryFiles:
     def _due(self, operation: Operation, path: str) -> _Fault | None:
         if self._dead:
             raise OSError(errno.EIO, "this file system has crashed", path)
-        self.operations[operation] += 1
+        self.operations[operation] = self.operations.get(operation, 0) + 1
         for fault in self._faults:
             if fault.operation != operation:
                 continue
