@@ -328,24 +328,22 @@ class MemoryFiles:
 
     def _lose_power(self, after: MemoryFiles, seed: int) -> None:
         rng: random.Random | None = None
-        images: dict[_Inode, _Inode] = {}
         for path, folder in self._folders.items():
             names = folder.disk.copy()
             if folder.pending:
                 rng = rng or random.Random(seed)
                 for change in folder.pending[: rng.randint(0, len(folder.pending))]:
                     change.apply(names)
-            for inode in names.values():
-                if inode in images:
-                    continue
-                if inode.dirty or len(inode.disk) != len(inode.data):
+            # A file has one name at a time: nothing is taken twice.
+            for name, inode in names.items():
+                disk = inode.disk
+                if inode.dirty or len(disk) != len(inode.data):
                     rng = rng or random.Random(seed)
-                    images[inode] = inode.after_power_loss(rng, self._freed)
+                    names[name] = inode.after_power_loss(rng, self._freed)
                 else:
-                    inode.share()
-                    images[inode] = _Inode(inode.disk, inode.disk)
-            kept = {name: images[inode] for name, inode in names.items()}
-            after._folders[path] = _Folder(kept, kept.copy())
+                    disk = inode.disk = bytes(disk)
+                    names[name] = _Inode(disk, disk)
+            after._folders[path] = _Folder(names, names.copy())
 
     def names(self, path: str) -> list[str]:
         """The files of a directory."""

@@ -423,7 +423,9 @@ class Simulation:
         path = ((number, damage),)
         mix = number * 31 + damage * 7 + self.seed
         try:
-            found = self._one_image(image, path, mix, killed=not damage, learn=not damage)
+            found = self._one_image(
+                image, path, mix, killed=not damage, learn=not damage, known_as=print_of_image
+            )
         except _Found:
             raise
         except Exception as exc:
@@ -435,7 +437,14 @@ class Simulation:
             self._reopen.append((path, again, found, state))
 
     def _one_image(
-        self, image: MemoryFiles, path: Path, mix: int, *, killed: bool, learn: bool
+        self,
+        image: MemoryFiles,
+        path: Path,
+        mix: int,
+        *,
+        killed: bool,
+        learn: bool,
+        known_as: int | None = None,
     ) -> Recovered:
         """Recover, check, and do to some images what is done to some."""
         verify_bytes = math.inf if mix % 3 else 0
@@ -448,7 +457,8 @@ class Simulation:
                 self._check(dry, killed=killed, learn=True)
             self._crash_recovery(image, path, killed)
         follow = mix % FOLLOWED_EVERY
-        found = self._recover(image, verify_bytes, fresh=nests or follow == 1)
+        fresh = nests or follow == 1
+        found = self._recover(image, verify_bytes, fresh=fresh, known_as=known_as)
         self._check(found, killed=killed, learn=learn)
         image.after_operation = None
         if nests or follow < 2:
@@ -500,15 +510,21 @@ class Simulation:
     # -- recovering and checking --
 
     def _recover(
-        self, image: MemoryFiles, verify_bytes: float, *, fresh: bool = False
+        self,
+        image: MemoryFiles,
+        verify_bytes: float,
+        *,
+        fresh: bool = False,
+        known_as: int | None = None,
     ) -> Recovered:
         """Of an image that was recovered before, to the last byte, what was found then.
 
         Args:
           fresh: what is found will be written to, or was looked at while it was recovered.
+          known_as: the image's fingerprint, if it was taken already.
         """
         known = self._recovered
-        key = None if fresh else (fingerprint(image), verify_bytes)
+        key = None if fresh else (known_as or fingerprint(image), verify_bytes)
         if key in known:
             return known[key]
         self._recoveries += 1

@@ -48,6 +48,7 @@ from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 from . import _report
+from ._remembered import Memory
 
 SMALL_BYTES: Final = 16 * KiB
 """Bytes of the segment files of each log whose every bit is flipped."""
@@ -288,12 +289,15 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
         return tuple(await commits_of(db, 1))
 
 
-def everything(log: LogDirectory) -> tuple[Record, ...]:
+def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
     """The records of an open log, times included."""
     source = WalSource(log, None, None, None)  # type: ignore[arg-type]
     cursor = _Cursor(source, log.first_lsn)
     found: list[Record] = []
     try:
+        if memory is not None:
+            for segment in log.sealed():
+                found += memory.read_sealed(log, segment, cursor)
         while cursor.next_lsn <= log.last_lsn:
             found += cursor.chunk(log.last_lsn + 1)
     finally:
@@ -342,7 +346,7 @@ class Found:
     error: str = ""
 
 
-def examine(subject: Subject, damage: Damage, verify_bytes: float) -> Found:
+async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory: Memory) -> Found:
     """Open the damaged copy, read everything, compare."""
     image = damage.apply(subject)
     before = image.contents(subject.path)
@@ -351,15 +355,17 @@ def examine(subject: Subject, damage: Damage, verify_bytes: float) -> Found:
         if subject.commits:
             state = _Opened()
             try:
-                lsn = trio.run(_read_database, subject, image, verify_bytes, state)
+                with memory.of_recovery():
+                    lsn = await _read_database(subject, image, verify_bytes, state)
             finally:
                 opened = state.opened
             records = subject.records[:lsn]
         else:
-            log = open_log(image, subject.path, verify_bytes=verify_bytes)
+            with memory.of_recovery():
+                log = open_log(image, subject.path, verify_bytes=verify_bytes)
             opened = True
             try:
-                records = everything(log)
+                records = everything(log, memory)
             finally:
                 log.close(orderly=False)
     except (CorruptLogError, UnsupportedFormatError) as exc:
@@ -461,7 +467,7 @@ def _all_hit(subject: Subject, damage: Damage, first_lsn: int) -> bool:
     return all(pair in hit for pair in must)
 
 
-def examine_offline(subject: Subject, damage: Damage) -> Found:
+async def examine_offline(subject: Subject, damage: Damage, memory: Memory) -> Found:
     """The same damage seen by ``verify``: everything that matters must be a finding."""
     image = damage.apply(subject)
     directory = image.open_directory(subject.path)
@@ -480,8 +486,10 @@ def examine_offline(subject: Subject, damage: Damage) -> Found:
     covered = [part for part in _parts_hit(subject, damage) if _is_covered(subject, *part)]
     if damage.bytes > 1:
         covered = []  # of several parts at once only the whole says whether it matters
-    if not covered and examine(subject, damage, math.inf).outcome not in (REFUSED, ELSEWHERE):
-        return Found(TORN if result.torn_bytes or not result.clean else HARMLESS)
+    if not covered:
+        opened = await examine(subject, damage, math.inf, memory)
+        if opened.outcome not in (REFUSED, ELSEWHERE):
+            return Found(TORN if result.torn_bytes or not result.clean else HARMLESS)
     return Found(SILENT, f"no finding: {covered or 'and yet it cannot be opened'}")
 
 
@@ -653,6 +661,13 @@ class Answer:
 
 
 def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, Found]:
+    subject(name)  # is made by a run of its own
+    return trio.run(_run_case, part, name, mode, case, Memory())
+
+
+async def _run_case(
+    part: str, name: str, mode: str, case: int, memory: Memory
+) -> tuple[Damage, Found]:
     made = subject(name)
     if part == "files":
         damage = next(islice(file_damages(made), case, None))
@@ -661,15 +676,21 @@ def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, Found]
     else:
         damage = flip(made, case)
     if mode == OFFLINE:
-        return damage, examine_offline(made, damage)
-    return damage, examine(made, damage, MODES[mode])
+        return damage, await examine_offline(made, damage, memory)
+    return damage, await examine(made, damage, MODES[mode], memory)
 
 
 def run_task(task: Task) -> Answer:
+    subject(task.subject)
+    return trio.run(_run_cases, task)
+
+
+async def _run_cases(task: Task) -> Answer:
+    memory = Memory()  # most files of a log are not those that were hit
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str]] = []
     for case in task.cases:
-        damage, found = run_case(task.part, task.subject, task.mode, case)
+        damage, found = await _run_case(task.part, task.subject, task.mode, case, memory)
         counts[found.outcome] += 1
         if found.outcome == SILENT:
             failures.append(
