@@ -155,7 +155,7 @@ async def prepared(wal: trio_wal.WriteAheadLog) -> None:
     """Until the next segment is ready, as it is in time where every record waits for a sync:
     one taken half-way has slower syncs for as long as it lasts."""
     while wal._directory._preparing:  # noqa: ASYNC110  (a thread of the log's own does it)
-        await trio.sleep(0.001)
+        await trio.sleep(0.02)
 
 
 def _aged(path: Path, tasks: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -416,6 +417,31 @@ async def test_older_versions_stay_while_somebody_reads_and_go_afterwards(
         await db.put(b"k", b"new")
         assert len(chain(db.memtable.view.active, b"k")) == 1
         assert db.statistics().memtable_bytes < 500
+
+
+LONG_CHAIN = """
+from trio_wal._memtable import Layer
+layer = Layer()
+for number in range(1, 500_001):
+    layer.add({b"hot": b"%d" % number}, number, number, keep_older=True)
+    layer.settle(number, keep_older=True)
+assert layer.bytes > 500_000 * 200
+if FORGET:
+    layer.forget_older(layer.versions[b"hot"])
+    assert layer.bytes < 500
+del layer
+print("freed")
+"""
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["with the layer", "one by one"])
+def test_versions_that_a_long_snapshot_has_kept_are_freed(forget: bool) -> None:
+    """Not recursively: the process would end with its stack."""
+    code = LONG_CHAIN.replace("FORGET", str(forget))
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "freed\n"), done.stderr
 
 
 async def test_commits_that_were_withdrawn_leave_no_memory(files: MemoryFiles) -> None:

@@ -40,7 +40,14 @@ class Version(msgspec.Struct, eq=False, gc=False):
     seq: int
     value: bytes | None
     """None: deleted."""
-    older: Version | None
+    before: tuple[Version] | None
+    """The one it replaced.  In a tuple, because a chain may come to millions of versions, and
+    tuples are freed one after the other, where such structs would free each other recursively,
+    until the stack ends."""
+
+    @property
+    def older(self) -> Version | None:
+        return None if self.before is None else self.before[0]
 
     @property
     def bytes(self) -> int:
@@ -76,14 +83,15 @@ class Layer:
         size = 0
         for key, value in writes.items():
             older = versions.get(key)
-            version = versions[key] = Version(seq, value, older)
             if older is None:
+                versions[key] = Version(seq, value, None)
                 fresh.append(key)
                 size += len(key)
             else:
-                if older.seq <= settled_seq and older.older is not None and not keep_older:
+                if older.seq <= settled_seq and older.before is not None and not keep_older:
                     # Somebody who has left since had kept it.
                     self.forget_older(older)
+                version = versions[key] = Version(seq, value, (older,))
                 self._replacing.append(version)
             # As `Version.bytes`.
             size += VERSION_OVERHEAD if value is None else VERSION_OVERHEAD + len(value)
@@ -97,7 +105,7 @@ class Layer:
         replacing = self._replacing
         while replacing and replacing[0].seq <= seq:
             version = replacing.popleft()
-            if version.older is not None and not keep_older:
+            if version.before is not None and not keep_older:
                 self.forget_older(version)
 
     def items(self) -> Iterator[tuple[bytes, bytes | None]]:
@@ -112,30 +120,30 @@ class Layer:
     def remove(self, writes: Writes, seq: int) -> None:
         """A pending commit was withdrawn: its versions are gone."""
         for key in writes:
-            version = self.versions[key]
-            if version.seq == seq:
-                if version.older is None:
+            removed = self.versions[key]
+            if removed.seq == seq:
+                if removed.older is None:
                     # Its place in the order stays: harmless, and sorted lists delete slowly.
                     del self.versions[key]
                     self.bytes -= len(key)
                 else:
-                    self.versions[key] = version.older
-                removed = version
+                    self.versions[key] = removed.older
             else:
-                while version.older is not None and version.older.seq > seq:
-                    version = version.older
-                assert version.older is not None
-                removed = version.older
-                version.older = removed.older
-            removed.older = None
+                newer = removed
+                while removed.seq > seq:
+                    assert removed.older is not None
+                    newer, removed = removed, removed.older
+                assert removed.seq == seq
+                newer.before = removed.before
+            removed.before = None
             self.bytes -= removed.bytes
         # The others stand before one that is still pending: no more of them than of those.
-        while self._replacing and self._replacing[-1].older is None:
+        while self._replacing and self._replacing[-1].before is None:
             self._replacing.pop()
 
     def forget_older(self, version: Version) -> None:
         """Nobody needs any more what a version replaced."""
-        older, version.older = version.older, None
+        older, version.before = version.older, None
         while older is not None:
             # As `Version.bytes`.
             self.bytes -= VERSION_OVERHEAD

@@ -273,7 +273,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "the mark of a close does not vouch for what is before it", "_recovery", BITROT,
-        "        if pointer is not None and pointer.offset > where:", "        if False:",
+        "        if last.pointer is not None and last.pointer.offset > where:", "        if False:",
     ),
     mutant(
         "a missing last segment is not missed", "_recovery", "bitrot:files",
@@ -356,7 +356,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
-        "                    self.versions[key] = version.older\n",
+        "                    self.versions[key] = removed.older\n",
         "                    del self.versions[key]\n",
     ),
     mutant(
