@@ -297,6 +297,12 @@ def _require_puts(found: dict[int, Comparison], report: Report) -> None:
         f"one put a transaction, 128 tasks, to the best peer batched by hand ({best})",
         *(1.0, 128, DATABASE, best),
     )
+    # What is batched by hand is single puts.
+    require(
+        "put(), K=128, to best by hand",
+        f"put(), 128 tasks, to the best peer batched by hand ({best})",
+        *(1.0, 128, PUT, best),
+    )
     require(
         "put, K=128, to append",
         "one put a transaction, 128 tasks, to the log's own append",
