@@ -95,6 +95,31 @@ def test_a_case_that_takes_too_long_is_a_finding() -> None:
         endless()
 
 
+def test_a_finding_ends_no_more_than_its_own_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [str(number) for number in range(62, 72)]
+
+    async def examine(contents: object, database: bool, rng: random.Random) -> hostile.Outcomes:
+        case = cases[len(seen)]
+        seen.append(case)
+        if case == "65":
+            raise hostile.Slow("more than 30 seconds")
+        if case == "68":
+            raise hostile.Finding("not as it should be")
+        return hostile.Outcomes(hostile.Counter({"looked": 1}))
+
+    seen: list[str] = []
+    monkeypatch.setattr(hostile, "examine", examine)
+    monkeypatch.setattr(hostile, "examine_real", lambda *args: hostile.Outcomes())
+    monkeypatch.setattr(hostile, "limit_once", lambda extra: None)
+    answer = hostile.run_task(hostile.Task("inputs", tuple(cases)))
+    assert seen == cases
+    assert answer.counts == {"looked": 8}
+    assert [(case, what.partition(" (")[0]) for case, what in answer.failures] == [
+        ("65", "Slow: more than 30 seconds"),
+        ("68", "Finding: not as it should be"),
+    ]
+
+
 def test_a_finding_can_be_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     # In a process of its own: the limit of memory would stay with this one.
     command = [sys.executable, "-m", "campaigns", "hostile", "--replay", "names:log.meta|FIFO"]

@@ -17,7 +17,7 @@ import argparse
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import trio
@@ -27,7 +27,7 @@ import trio_wal
 from trio_wal._frame import segment_name_lsn
 from trio_wal.testing import MemoryFiles
 
-from ._images import DB, State, apply, fingerprint, recover_database, replayed
+from ._images import DB, Recovered, State, apply, fingerprint, recover_database, replayed
 from ._oracle import Wrong
 from ._report import (
     Report,
@@ -62,7 +62,11 @@ COLUMNS = {
 class Scheduler:
     """In the place of trio's random numbers: lets one runnable task run at a time."""
 
-    def __init__(self, choices: bytes) -> None:
+    def __init__(self) -> None:
+        self.begin(b"")
+
+    def begin(self, choices: bytes) -> None:
+        """Another schedule: not yet of what opens its database."""
         self._choices = choices
         self.active = False
         self.options: list[int] = []
@@ -84,12 +88,15 @@ class Scheduler:
         batch[:] = [task]
 
 
-def controlled_run(main: Callable[[], Awaitable[None]], scheduler: Scheduler) -> None:
+T = TypeVar("T")
+
+
+def controlled_run(scheduler: Scheduler, main: Callable[..., Awaitable[T]], *args: object) -> T:
     run: Any = trio._core._run
     before = run._ALLOW_DETERMINISTIC_SCHEDULING, run._r
     run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = True, scheduler
     try:
-        trio.run(main, clock=MockClock(autojump_threshold=0))
+        return trio.run(main, *args, clock=MockClock(autojump_threshold=0))
     finally:
         run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = before
 
@@ -121,10 +128,14 @@ class Schedule:
     stores: list[tuple[int, State]] = attrs.Factory(list)
     problems: list[Wrong] = attrs.Factory(list)
     image: MemoryFiles | None = None
+    print_of_image: int = 0
     must: int = 0
     """The newest LSN acknowledged when the image was made."""
     acknowledged: int = 0
     operations: int = 0
+    recovered: dict[int, Recovered] = attrs.Factory(dict)
+    """What was found in images, by fingerprint, of this and of other schedules: most leave
+    the same few."""
 
     def after_operation(self, operation: str, path: str) -> None:
         self.operations += 1
@@ -142,6 +153,7 @@ class Schedule:
         if self.operations == self.crash_at:
             kind: Any = "kill" if self.crash_at % 3 == 0 else "power"
             self.image = self.files.crash_image(self.crash_at, kind)
+            self.print_of_image = fingerprint(self.image)  # as it is: it is recovered later
             self.must = self.acknowledged
 
     async def transact(self, db: Any, body: Callable[[Any, Transacted], Awaitable[None]]) -> None:
@@ -214,12 +226,19 @@ class Schedule:
         for image, must in ((self.image, self.must), (last, len(states) - 1)):
             if image is None:
                 continue
-            found = recover_database(image, segment_size=1)
+            found = self._recover(image)
             lsn = found.log.last_lsn
             if not must <= lsn < len(states):
                 raise Wrong("lost", f"recovered LSN {lsn}, acknowledged was {must}")
             if replayed(found) != states[lsn]:
                 raise Wrong("partial", f"recovered is not the state of LSN {lsn}")
+
+    def _recover(self, image: MemoryFiles) -> Recovered:
+        name = fingerprint(image)
+        found = self.recovered.get(name)
+        if found is None:
+            found = self.recovered[name] = recover_database(image, segment_size=1)
+        return found
 
 
 Program = Callable[[Schedule, Any, trio.Nursery], None]
@@ -291,32 +310,36 @@ def prepare() -> Prepared:
     return Prepared(files, states)
 
 
-def run_schedule(program: str, prepared: Prepared, choices: bytes) -> Schedule:
+async def run_schedule(
+    program: str,
+    prepared: Prepared,
+    choices: bytes,
+    scheduler: Scheduler,
+    recovered: dict[int, Recovered],
+) -> Schedule:
     """One schedule: at the n-th moment where several tasks could run, the one that
     ``choices[n]`` says, counted from the default.
 
     Raises:
       Wrong, or what the program raised.
     """
-    scheduler = Scheduler(choices)
+    scheduler.begin(choices)
     files = prepared.files.crash_image(kind="kill")
+    # Every schedule begins at the same time.
+    files.clock_offset_us = -int(trio.current_time() * 1e6)
     crash_at = 1 + sum(place * 7 + choice for place, choice in enumerate(choices)) % 40
-    run = Schedule(files, prepared.states, scheduler, crash_at)
+    run = Schedule(files, prepared.states, scheduler, crash_at, recovered=recovered)
     run.acknowledged = run.must = len(prepared.states) - 1
-
-    async def main() -> None:
-        async with trio_wal.open_database(DB, files=files, **OPTIONS) as db:
-            files.after_operation = run.after_operation
-            with trio.fail_after(VIRTUAL_SECONDS_MAX):
-                async with trio.open_nursery() as nursery:
-                    scheduler.active = True
-                    PROGRAMS[program](run, db, nursery)
-            # What the checkpoint set off goes on for a while.
-            for _ in range(SETTLE_STEPS):
-                await trio.lowlevel.checkpoint()
-            scheduler.active = False
-
-    controlled_run(main, scheduler)
+    async with trio_wal.open_database(DB, files=files, **OPTIONS) as db:
+        files.after_operation = run.after_operation
+        with trio.fail_after(VIRTUAL_SECONDS_MAX):
+            async with trio.open_nursery() as nursery:
+                scheduler.active = True
+                PROGRAMS[program](run, db, nursery)
+        # What the checkpoint set off goes on for a while.
+        for _ in range(SETTLE_STEPS):
+            await trio.lowlevel.checkpoint()
+        scheduler.active = False
     files.after_operation = None
     run.check()
     return run
@@ -353,13 +376,27 @@ class Explored:
 def explore(
     program: str, schedules: Sequence[bytes], cost_max: int, prepared: Prepared | None = None
 ) -> Explored:
-    prepared = prepared or prepare()
+    """One run of trio for all of them: to begin one costs as much as a schedule's half."""
+    scheduler = Scheduler()
+    return controlled_run(
+        scheduler, _explore, program, schedules, cost_max, prepared or prepare(), scheduler
+    )
+
+
+async def _explore(
+    program: str,
+    schedules: Sequence[bytes],
+    cost_max: int,
+    prepared: Prepared,
+    scheduler: Scheduler,
+) -> Explored:
+    recovered: dict[int, Recovered] = {}
     result = Result(program)
     explored = Explored(result)
     for choices in schedules:
         result.points += 1
         try:
-            run = run_schedule(program, prepared, choices)
+            run = await run_schedule(program, prepared, choices, scheduler, recovered)
         except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
             kind = exc.kind if isinstance(exc, Wrong) else "other"
             setattr(result, kind, getattr(result, kind) + 1)
@@ -372,10 +409,11 @@ def explore(
                 kind,
             )
             return explored
-        explored.choices = max(explored.choices, len(run.scheduler.options))
+        options = scheduler.options
+        explored.choices = max(explored.choices, len(options))
         if run.image is not None:
-            explored.images.add(fingerprint(run.image))
-        for cost, child in children(choices, run.scheduler.options, cost_max):
+            explored.images.add(run.print_of_image)
+        for cost, child in children(choices, options, cost_max):
             explored.frontier.setdefault(cost, []).append(child)
     return explored
 
