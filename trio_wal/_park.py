@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar, cast, final
 
 import attrs
 import outcome
@@ -55,7 +55,7 @@ def _message(abort: AbortFn) -> Any:
 
 
 def _is_reusable(message: Any) -> bool:
-    kind = type(message)
+    kind = cast("type[object]", type(message))
     if not attrs.has(kind) or [field.name for field in attrs.fields(kind)] != ["abort_func"]:
         return False
     try:
