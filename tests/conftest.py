@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,15 @@ def pytest_sessionstart() -> None:
     and Python then installs no handler: Ctrl-C would reach neither tests nor children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A campaign turns the log off, in whatever process it runs: other tests look at it."""
+    log = logging.getLogger("trio_wal")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture
