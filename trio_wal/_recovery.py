@@ -359,16 +359,18 @@ class _Walk:
 
     start: Position
     end: Position
+    data_end: Position
+    """Behind the last frame with records: only CLOSE frames may stand between here and ``end``."""
     records: int = 0
     frames: int = 0
     bytes: int = 0
     reason: str = ""
     last_kind: Kind | None = None
-    marks_offset: int = 0
-    """Behind the last frame with records."""
     index: list[tuple[int, int]] = attrs.Factory(list[tuple[int, int]])
     unproven: deque[tuple[Position, int, int]] = attrs.Factory(deque[tuple[Position, int, int]])
-    """(position, records before, frames before) of each frame not proven durable."""
+    """For each frame not proven durable: where the frame with records before it ended, and how
+    many records and frames were before.  CLOSE frames between the two are passed over: nothing
+    proves that they are on the disk, and nothing may be chained to them."""
 
 
 def _walk(
@@ -379,11 +381,13 @@ def _walk(
     counts: tuple[int, int] = (0, 0),
     until: SegmentHeader | FrameHeader | None = None,
     chained: bool = True,
+    data_end: Position | None = None,
 ) -> _Walk:
     """Check every frame from ``start`` on; stops before the segment, or the SEAL or CLOSE
-    frame, ``until``.  With ``chained=False`` it is not known what is before ``start``."""
+    frame, ``until``.  With ``chained=False`` it is not known what is before ``start``;
+    ``data_end`` says where the records before it end, if that is not there."""
     scanner = FrameScanner(file.pread, segment.header, start, chained=chained, skim=True)
-    walk = _Walk(start, start, *counts, marks_offset=start.offset)
+    walk = _Walk(start, start, data_end or start, *counts)
     step = index_step(segment.size)
     before = start
     frames = iter(scanner)
@@ -399,10 +403,10 @@ def _walk(
         if frame.kind is Kind.DATA:
             if not walk.index or frame.offset - walk.index[-1][1] >= step:
                 walk.index.append((frame.first_lsn, frame.offset))
-            walk.unproven.append((before, walk.records, walk.frames))
+            walk.unproven.append((walk.data_end, walk.records, walk.frames))
             walk.records += frame.count
             walk.frames += 1
-            walk.marks_offset = frame.end
+            walk.data_end = scanner.position
         before = scanner.position
         while walk.unproven and _last_lsn_of(walk.unproven, before) <= frame.durable_lsn:
             walk.unproven.popleft()
@@ -665,6 +669,7 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
         index: tuple[tuple[int, int], ...] = ()
         close = _find_close(file, last)
         checked = None
+        data_end = None
         verified_lsn = last.header.first_lsn
         if close is not None:
             frame, footer = close
@@ -674,12 +679,13 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
                 start = Position(
                     frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us
                 )
+                data_end = attrs.evolve(start, offset=frame.offset, previous=frame.previous)
                 counts, index = (footer.records, footer.frames), footer.index
                 verified_lsn = frame.first_lsn
                 if from_here is not None:
                     checked = _walk_up_to(file, last, from_here, frame)
                     verified_lsn = checked.start.next_lsn
-        walk = _walk(file, last, start, counts=counts)
+        walk = _walk(file, last, start, counts=counts, data_end=data_end)
         where = walk.end.offset
         pointer = last.pointer
         if walk.last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL):
@@ -698,23 +704,20 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
         # while it stands, nothing behind it was ever acknowledged.
         torn_end = where if ends_closed and not walk.reason else _torn_end(file, last, walk)
         torn = torn_end > where
-        marks_offset = walk.marks_offset
-        if close is not None and marks_offset == close[0].end:
-            marks_offset = close[0].offset
         copy_from: Position | None = None
         copy_counts = (0, 0)
         if walk.unproven:
             copy_from, *before = walk.unproven[0]
             copy_counts = (before[0], before[1])
         elif torn:
-            copy_from, copy_counts = walk.end, (walk.records, walk.frames)
+            copy_from, copy_counts = walk.data_end, (walk.records, walk.frames)
         return Plan(
             None,
             last=last,
             end=walk.end,
             counts=(walk.records, walk.frames),
             index=(*index, *walk.index),
-            marks_offset=marks_offset,
+            marks_offset=walk.data_end.offset,
             copy_from=copy_from,
             copy_counts=copy_counts,
             torn_bytes=torn_end
