@@ -854,3 +854,48 @@ def test_what_a_seal_or_a_close_proves_to_be_on_the_disk_need_not_come_from_ther
         (previous, 3 * FOLIO_MAX, 0),
         *([(last, 0, FOLIO_MAX), (last, 2 * FOLIO_MAX, 0)] if close else [(last, 0, 0)]),
     ]
+
+
+# -- marks of a close that are in the page cache only ---------------------------------------------
+
+
+ROOMY = 64 * KiB
+"""So that what is appended goes behind the mark, into the same segment."""
+
+
+def _killed_while_closing() -> MemoryFiles:
+    """A log with record 1, whose process died when it had written its CLOSE frame, and had not
+    synced it."""
+    files = MemoryFiles()
+    log = open_log(files, segment_size=ROOMY)
+    append(log, b"1")
+    images: list[MemoryFiles] = []
+
+    def look(operation: str, _: str) -> None:
+        if operation == "pwrite":
+            images.append(files.crash_image(kind="kill"))
+
+    files.after_operation = look
+    log.close()
+    # The CLOSE frame, then the pointer to it.
+    return images[0]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_copy_is_not_chained_to_a_mark_that_the_disk_may_not_have(torn: bool) -> None:
+    """Killed while closing, killed again before anything was synced, and then the power fails in
+    the midst of recovery: where the CLOSE frame is lost, what was copied must still fit."""
+    files = _killed_while_closing()
+    log = open_log(files, segment_size=ROOMY)
+    log.write([b"2"], log.synced_lsn, sync=False)
+    if torn:
+        log.active.file.pwrite([b"torn"], log.active.position.offset)
+    again = files.crash_image(kind="kill")
+    images: list[MemoryFiles] = []
+    again.after_operation = lambda *_: images.extend(again.crash_image(seed) for seed in range(20))
+    recovered = open_log(again, segment_size=ROOMY)
+    assert [data for _, data in records_of(recovered)] == [b"1", b"2"]
+    assert len(images) > 100
+    for image in images:
+        found = [data for _, data in records_of(open_log(image, segment_size=ROOMY))]
+        assert found in ([b"1"], [b"1", b"2"])

@@ -530,7 +530,6 @@ class LogDirectory:
                 self.cutting = False
 
     def _cut(self, lsn: int) -> None:
-        self._unsynced = self.active.rewrite_marks() or self._unsynced
         self.sync()
         keep, position, counts, records = self._find_cut(lsn)
         header = SegmentHeader(
