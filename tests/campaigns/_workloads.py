@@ -35,6 +35,15 @@ RECORDS_KEPT = 10
 """A session begins with at most so many records of the ones before, and a segment."""
 
 
+CUT_SECONDS = 10_000
+"""Who waits for an LSN that is cut off meanwhile waits for the next record with it: perhaps none
+comes.  Virtual ones."""
+
+
+def _refuse_waiting(lsn: int) -> None:
+    raise Wrong("other", f"LSN {lsn} was written, and never called durable")
+
+
 @attrs.define(eq=False)
 class LogWorld:
     """A session on the log: calls, and what they say."""
@@ -195,7 +204,10 @@ class LogWorld:
         if self.sim.options.get("durability") == "none":
             return
         cut = self.sim.timeline.cut is not None
-        await wal.wait_durable(lsn)
+        with trio.move_on_after(CUT_SECONDS) as scope:
+            await wal.wait_durable(lsn)
+        if scope.cancelled_caught and lsn <= wal.last_lsn:
+            self.sim.tell(_refuse_waiting, lsn)
         if not cut and lsn <= wal.durable_lsn:
             self.sim.tell(self.sim.timeline.settle_durable, lsn)
 
