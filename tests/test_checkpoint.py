@@ -314,6 +314,41 @@ async def test_transactions_wait_to_begin_while_checkpoints_are_an_interval_behi
         )
 
 
+async def test_who_waits_for_checkpoints_that_fail_again_and_again_is_told(
+    autojump_clock: MockClock, files: MemoryFiles
+) -> None:
+    files.fail("store", 30, times=20)
+    async with open_memory_database(files, checkpoint_bytes=1000) as db:
+        await db.put(b"a", bytes(1000))
+        await wait_all_tasks_blocked()
+        await db.put(b"b", bytes(1000))
+        with pytest.raises(LogFullError, match=r"failing for 5 seconds.*Read-only") as caught:
+            await db.put(b"c", b"")
+        assert 4 < trio.current_time() < 7
+        assert isinstance(caught.value.__cause__, OSError)
+        # Once that is known nobody waits for it.
+        before = trio.current_time()
+        with pytest.raises(LogFullError):
+            async with db.transaction() as tx:
+                tx.put(b"c", b"")
+        assert trio.current_time() == before
+        assert db.get(b"c") is None
+        with pytest.raises(OSError, match="Read-only"):
+            await db.checkpoint()
+        await trio.sleep(30)
+        # The disk is well again.
+        await db.put(b"c", b"")
+        await check_content(db, {b"a": bytes(1000), b"b": bytes(1000), b"c": b""})
+        assert await db.checkpoint() == 3
+        # And patience begins anew.
+        files.fail("store", times=2)
+        await db.put(b"d", bytes(1000))
+        await wait_all_tasks_blocked()
+        await db.put(b"e", bytes(1000))
+        await db.put(b"f", b"")
+        assert db.durable_lsn == 6
+
+
 async def test_a_task_that_is_cancelled_while_it_waits_to_begin_has_done_nothing(
     autojump_clock: MockClock, files: MemoryFiles
 ) -> None:

@@ -30,6 +30,8 @@ PIECE_BYTES: Final = 4 * MiB
 """What goes into the store, and is synced, at once."""
 READERS_PATIENCE_SECONDS: Final = 5.0
 """How long a full map waits for those who read before writers are told."""
+DISK_PATIENCE_SECONDS: Final = 5.0
+"""How long checkpoints may fail before writers who wait for one are told."""
 
 
 class Checkpointer:
@@ -48,6 +50,10 @@ class Checkpointer:
         self.seconds_last = 0.0
         self._stuck: LogFullError | None = None
         """The map is full, and somebody reads."""
+        self._failing_since: float | None = None
+        """In trio's time; None: the last one passed."""
+        self._hopeless: LogFullError | None = None
+        """They have been failing for a while."""
 
     def wake(self) -> None:
         self._wanted.set()
@@ -117,6 +123,20 @@ class Checkpointer:
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         started = perf_counter()
+        try:
+            await self._store(frozen, state)
+        except OSError as exc:
+            self._failed(frozen, exc)
+            raise
+        self._failing_since = self._hopeless = None
+        self.seconds_last = perf_counter() - started
+        self.count += 1
+        self.state = state
+        db.checkpointed(frozen, lsn)
+        return lsn
+
+    async def _store(self, frozen: Layer, state: StoreState) -> None:
+        db = self._db
         if self._stuck is not None:
             await self._wait_unread(frozen)
         if not db.reading and db.store.crowded(frozen.log_bytes):
@@ -125,15 +145,25 @@ class Checkpointer:
         while True:
             try:
                 await db.blocking(self._apply, frozen, state)
-                break
+                return
             except MapFull:
                 await self._wait_unread(frozen)
                 self._grow(frozen)
-        self.seconds_last = perf_counter() - started
-        self.count += 1
-        self.state = state
-        db.checkpointed(frozen, lsn)
-        return lsn
+
+    def _failed(self, frozen: Layer, exc: OSError) -> None:
+        """It may pass at the next try; but nobody shall wait for that for ever."""
+        now = trio.current_time()
+        if self._failing_since is None:
+            self._failing_since = now
+        seconds = now - self._failing_since
+        if seconds >= DISK_PATIENCE_SECONDS:
+            self._hopeless = LogFullError(
+                self._db.store.path,
+                frozen.log_bytes,
+                f"checkpoints have been failing for {seconds:.0f} seconds, and are tried again: "
+                f"{exc}",
+            )
+            self._hopeless.__cause__ = exc
 
     @enable_ki_protection
     async def backup(self, path: str) -> int:
@@ -202,8 +232,11 @@ class Checkpointer:
             raise self._stuck.again()
         self._stuck = None
 
-    def check_growing(self) -> None:
-        """Raises `LogFullError` where there will be no room before readers leave."""
+    def check_hope(self) -> None:
+        """Raises `LogFullError` where there will be no room before readers leave, or before
+        the disk is mended."""
+        if self._hopeless is not None:
+            raise self._hopeless.again()
         if self._stuck is not None and self._db.reading:
             raise self._stuck.again()
 

@@ -289,7 +289,8 @@ class Database:
 
         Committed at a clean end of the block, aborted if it raises.  Entering waits only
         where checkpoints have fallen behind, and raises `LogFullError` where they cannot
-        go on because open snapshots keep LMDB's map from growing.
+        go on: open snapshots keep LMDB's map from growing, or the store could not be written
+        for several seconds.
         """
         if self._closed:
             self._check_open()
@@ -323,8 +324,8 @@ class Database:
         """Set one key, in a transaction of its own; returns its LSN, durable then.
 
         Cancellation and errors are those of `Transaction.commit`.  It waits while
-        checkpoints have fallen behind; `LogFullError` where that cannot end, because open
-        snapshots keep LMDB's map from growing.
+        checkpoints have fallen behind; `LogFullError` where they cannot go on, as
+        `transaction` says.
         """
         # The fast path of the checks.
         if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
@@ -566,7 +567,7 @@ class Database:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self.behind():
             self._queue.check_open()
-            self._checkpointer.check_growing()
+            self._checkpointer.check_hope()
             self._waiting_for_room += 1
             try:
                 await self._room.wait()

@@ -96,8 +96,9 @@ class LogFullError(WalError):
 
     No disk space to prepare the next segment: ``__cause__`` is the operating system's
     error then.  Or, of a database, no place in the store's map, which cannot grow while
-    snapshots are open.  Neither log nor database is broken: they work again when there
-    is space.
+    snapshots are open, or no checkpoint that passed for several seconds, with the error of
+    the last one as ``__cause__``.  Neither log nor database is broken: they work again when
+    there is space.
 
     Attributes:
       path: the log's directory, or the store's.

@@ -68,7 +68,7 @@ TRACED: Final = ",".join((*CALLS, "write", "pwritev", "writev"))
 
 _LINE: Final = re.compile(r"^(\d+) +(\w+)\((.*?)(?:\) += (.*)|<unfinished \.\.\.>|)$")
 _RESUMED: Final = re.compile(r"^(\d+) +<\.\.\. (\w+) resumed>.*?\) += (.*)$")
-_PATH: Final = re.compile(r"^\d+<([^>]*)>")
+_PATH: Final = re.compile(r"^(\d+)<([^>]*)>")
 _GOING_DOWN: Final = 0x8004587D
 _NO_LOG_FLUSH: Final = 2
 
@@ -393,6 +393,8 @@ class Call:
     """Of the first argument, where that is a descriptor."""
     arguments: str
     injected: bool
+    reads_only: bool = False
+    """The first argument is a descriptor that nothing can be written by."""
 
     @property
     def message(self) -> list[Any] | None:
@@ -414,17 +416,26 @@ def calls_of(lines: Iterable[str]) -> Iterator[Call]:
     that is in the same instant."""
     pending: dict[tuple[str, str], int] = {}
     found: list[Call] = []
+    read_only: dict[str, bool] = {}
+
+    def ended(call: Call, result: str) -> Call:
+        if call.name == "openat" and (descriptor := _PATH.match(result)) is not None:
+            read_only[descriptor[1]] = "O_RDONLY" in call.arguments
+        return attrs.evolve(call, injected="(INJECTED)" in result)
+
     for line in lines:
         if (match := _RESUMED.match(line)) is not None:
             place = pending.pop((match[1], match[2]), None)
-            if place is not None and "(INJECTED)" in match[3]:
-                found[place] = attrs.evolve(found[place], injected=True)
+            if place is not None:
+                found[place] = ended(found[place], match[3])
         elif (match := _LINE.match(line)) is not None:
-            path = _PATH.match(match[3])
+            descriptor, path = "", ""
+            if (first := _PATH.match(match[3])) is not None:
+                descriptor, path = first.groups()
             if match[4] is None:
                 pending[match[1], match[2]] = len(found)
-            injected = "(INJECTED)" in (match[4] or "")
-            found.append(Call(match[2], path[1] if path else "", match[3], injected))
+            call = Call(match[2], path, match[3], False, read_only.get(descriptor, False))
+            found.append(ended(call, match[4] or ""))
     return iter(found)
 
 
@@ -452,8 +463,12 @@ def _calls(case: Case, folder: Path) -> Outcome:
 
 
 def _is_commit(call: Call) -> bool:
-    """A write or sync of a segment in use: who waits for it must hear of its failure."""
-    return call.name in ("fdatasync", "pwritev2") and "/wal-" in call.path
+    """A write or sync of a segment in use: who waits for it must hear of its failure.
+
+    Not the sync by which opening has a segment's pages written before it drops them from the
+    cache: whether it fails or not, what is read then is the disk's.
+    """
+    return call.name in ("fdatasync", "pwritev2") and "/wal-" in call.path and not call.reads_only
 
 
 def _check_calls(case: Case, calls: list[Call], life: Life) -> list[str]:
@@ -470,9 +485,9 @@ def _check_calls(case: Case, calls: list[Call], life: Life) -> list[str]:
             willed.add((words[1], words[2]))
         elif words[0] == "ack" and (words[1], words[2]) in willed:
             wrong.append(f"{LOST}: acknowledged after a failure: {words}")
-    failed = {call.path for call in calls if call.injected and call.name == "fdatasync"}
-    for path in sorted(path for path in failed if "/wal-" in path):
-        syncs = [call.injected for call in calls if (call.name, call.path) == ("fdatasync", path)]
+    commits = [call for call in calls if call.name == "fdatasync" and _is_commit(call)]
+    for path in sorted({call.path for call in commits if call.injected}):
+        syncs = [call.injected for call in commits if call.path == path]
         if again := len(syncs) - 1 - syncs.index(True):
             wrong.append(f"after a failed sync {path} was synced {again} times more")
     return wrong
