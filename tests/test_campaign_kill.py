@@ -75,7 +75,11 @@ class Nothing:
 _segment.ActiveSegment._write_frame = write_frame
 from campaigns import kill
 from campaigns._program import Job
-outcome = kill.lives_of(kill.Task(sys.argv[1], 3, sys.argv[2], sys.argv[3]))
+for seed in range(3, 30):
+    # Where the kills come early, on a slow machine, too little may be acknowledged.
+    outcome = kill.lives_of(kill.Task(sys.argv[1], seed, sys.argv[2], sys.argv[3]))
+    if outcome.problems:
+        break
 print(outcome.kept)
 assert outcome.problems
 """

@@ -155,6 +155,27 @@ def test_an_unfinished_batch_is_cut_at_every_byte(short: bool, segment_size: int
             log.close()
 
 
+def test_a_mark_that_a_kill_left_in_the_page_cache_is_durable_after_the_next_close() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    moments: list[MemoryFiles] = []
+
+    def look(operation: str, path: str) -> None:
+        if operation == "pwrite":
+            moments.append(files.crash_image(kind="kill"))
+
+    files.after_operation = look
+    log.close()
+    files.after_operation = None
+    killed = moments[-1]
+    log = open_log(killed)
+    assert log.report.clean_shutdown
+    log.close()
+    for seed in range(20):
+        assert report(killed.crash_image(seed)).clean_shutdown
+
+
 def test_stray_bytes_behind_a_closed_log_are_cut() -> None:
     files = make_log([b"a"], [b"b"], segment_size=64 * KiB)
     (name,) = segments(files)

@@ -122,7 +122,8 @@ class LogDirectory:
         self.report: RecoveryReport = attrs.evolve(
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
         )
-        self._unsynced = False
+        # The mark of the last close may be in the page cache only: its process was killed.
+        self._unsynced = self._untouched
         self.synced_lsn: int = self.last_lsn
         """Up to here a sync has returned."""
         self.keep_from: int | None = None

@@ -21,15 +21,23 @@ Invariants:
 from __future__ import annotations
 
 import enum
+import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 import trio
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    Task,
+    current_task,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from ._exceptions import (
     CorruptLogError,
@@ -39,7 +47,7 @@ from ._exceptions import (
     Outcome,
 )
 from ._frame import BATCH_RECORDS_MAX
-from ._park import WOKEN, request
+from ._park import REUSES, WOKEN, park, request
 
 
 class State(enum.Enum):
@@ -253,7 +261,7 @@ class WriteQueue:
         """After a failure: what became of the records that were accepted before it."""
         self.failure_told = False
         self.owner: Owner | None = None
-        self.claims: list[Claim] = []
+        self._claims: list[Claim] = []
         """Free ones; at most as many as tasks ever waited at a time."""
         self.filling = Batch()
         self._set_limits()
@@ -393,11 +401,45 @@ class WriteQueue:
         """A flush has no records of its own: it asks about those before it."""
         return self.loss if isinstance(item, Barrier) and item.job is None else outcome
 
+    @enable_ki_protection
+    @types.coroutine
+    def append(self, record: bytes) -> Generator[Any, Any, int]:
+        """`submit` for one record, as cheap as it can be where there is room.
+
+        Of a coroutine's kind but no ``async def``: so it can put the task to sleep by itself.
+        Every frame between the task and its sleep is passed twice a record.
+        """
+        batch = self.filling
+        entries = batch.entries
+        place = len(entries)
+        total = batch.bytes + len(record)
+        if place >= batch.records_max or total > batch.bytes_max:
+            # No room, or closed, or something else that is not the common case.
+            return (yield from self.submit(record).__await__())
+        task = current_task()
+        entries[task] = record
+        batch.bytes = total
+        if not place:
+            self.enqueue(batch)
+        claims = self._claims
+        claim = claims.pop() if claims else Claim(self)
+        claim.batch = batch
+        claim.task = task
+        if REUSES:
+            (yield claim.request).unwrap()
+        else:
+            yield from park(claim.request).__await__()
+        # A claim that is free keeps nothing alive.
+        claim.batch = claim.task = None
+        claims.append(claim)
+        if batch.lsns is None and batch.first_lsn:
+            return batch.first_lsn + place
+        return self.outcome(batch, task)
+
     async def submit(self, item: Item) -> int:
         """Accept, with back-pressure, and wait until it is durable; gives the (first) LSN.
 
-        The general form of `WriteAheadLog.append`, whose own few lines are this for the
-        case that there is room.  Cancelled: nothing of it is in the log.
+        Cancelled: nothing of it is in the log.
         """
         self.check_open(self._fate(item, "not written"))
         task = current_task()

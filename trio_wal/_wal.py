@@ -35,8 +35,7 @@ from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
-from ._park import park
-from ._queue import Barrier, Claim, Owner, State, Unit, WriteQueue
+from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._reader import RecordStream, WalSource
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
@@ -206,32 +205,9 @@ class WriteAheadLog:
         """
         if type(data) is not bytes:
             check_bytes("data", data)
-        size = len(data)
-        queue = self._queue
-        batch = queue.filling
-        entries = batch.entries
-        place = len(entries)
-        total = batch.bytes + size
-        if place >= batch.records_max or total > batch.bytes_max or size > self._max_record_size:
-            # No room, or closed, or something else that is not the common case.
-            self._check_size(size)
-            return await queue.submit(data)
-        task = current_task()
-        entries[task] = data
-        batch.bytes = total
-        if not place:
-            queue.enqueue(batch)
-        claims = queue.claims
-        claim = claims.pop() if claims else Claim(queue)
-        claim.batch = batch
-        claim.task = task
-        await park(claim.request)
-        # A claim that is free keeps nothing alive.
-        claim.batch = claim.task = None
-        claims.append(claim)
-        if batch.lsns is None and batch.first_lsn:
-            return batch.first_lsn + place
-        return queue.outcome(batch, task)
+        if len(data) > self._max_record_size:
+            self._check_size(len(data))
+        return await self._queue.append(data)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_record_size:
@@ -566,8 +542,8 @@ class WriteAheadLog:
     # -- for a database, which writes all of the log's records --
 
     def _own(self, owner: Owner) -> Callable[[bytes], Awaitable[int]]:
-        """From here on only the owner appends, with what this returns."""
-        append = self.append
+        """From here on only the owner appends, with what this returns: `append` without its
+        checks."""
         self._queue.owner = owner
         for name in (
             "append",
@@ -578,7 +554,7 @@ class WriteAheadLog:
             "truncate_after",
         ):
             setattr(self, name, _refuse)
-        return append
+        return self._queue.append
 
     def _keep_from(self, lsn: int) -> None:
         """What is below may be dropped, as far as retention lets go of it."""
