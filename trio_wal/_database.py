@@ -605,7 +605,7 @@ class Database:
         layer.log_bytes += len(payload)
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
-        return self._append(payload)
+        return self._append(payload, task)
 
     def observe(self, key: bytes, seq: int) -> Fate:
         """A transaction has read a pending commit: it cannot be taken back any more."""
@@ -646,9 +646,15 @@ class Database:
                 fate.wake()
 
     def settled(self, batch: Batch) -> None:
-        pop = self._pending.pop
-        # A flush waits in the batch too; and numbers stand for those who do not wait.
-        commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
+        pending = self._pending
+        if not batch.mixed and len(pending) == len(batch.entries):
+            # The usual: whoever commits waits for this batch.
+            commits = list(pending.values())
+            pending.clear()
+        else:
+            # A flush waits in the batch too; and numbers stand for those who do not wait.
+            pop = pending.pop
+            commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
         if not commits:
             return
         seq, _, layer = commits[-1]

@@ -143,13 +143,14 @@ class Layer:
 
     def forget_older(self, version: Version) -> None:
         """Nobody needs any more what a version replaced."""
-        older, version.before = version.older, None
-        while older is not None:
+        before, version.before = version.before, None
+        size = 0
+        while before is not None:
             # As `Version.bytes`.
-            self.bytes -= VERSION_OVERHEAD
-            if older.value is not None:
-                self.bytes -= len(older.value)
-            older = older.older
+            value = before[0].value
+            size += VERSION_OVERHEAD if value is None else VERSION_OVERHEAD + len(value)
+            before = before[0].before
+        self.bytes -= size
 
     def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:
         """A key of the range with a version newer than ``seq``, or None."""

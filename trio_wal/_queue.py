@@ -403,8 +403,9 @@ class WriteQueue:
 
     @enable_ki_protection
     @types.coroutine
-    def append(self, record: bytes) -> Generator[Any, Any, int]:
-        """`submit` for one record, as cheap as it can be where there is room.
+    def append(self, record: bytes, task: Task) -> Generator[Any, Any, int]:
+        """`submit` for one record of the current task, as cheap as it can be where there is
+        room.
 
         Of a coroutine's kind but no ``async def``: so it can put the task to sleep by itself.
         Every frame between the task and its sleep is passed twice a record.
@@ -416,7 +417,6 @@ class WriteQueue:
         if place >= batch.records_max or total > batch.bytes_max:
             # No room, or closed, or something else that is not the common case.
             return (yield from self.submit(record).__await__())
-        task = current_task()
         entries[task] = record
         batch.bytes = total
         if not place:

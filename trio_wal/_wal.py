@@ -207,7 +207,7 @@ class WriteAheadLog:
             check_bytes("data", data)
         if len(data) > self._max_record_size:
             self._check_size(len(data))
-        return await self._queue.append(data)
+        return await self._queue.append(data, current_task())
 
     def _check_size(self, size: int) -> None:
         if size > self._max_record_size:
@@ -541,7 +541,7 @@ class WriteAheadLog:
 
     # -- for a database, which writes all of the log's records --
 
-    def _own(self, owner: Owner) -> Callable[[bytes], Awaitable[int]]:
+    def _own(self, owner: Owner) -> Callable[[bytes, Task], Awaitable[int]]:
         """From here on only the owner appends, with what this returns: `append` without its
         checks."""
         self._queue.owner = owner
