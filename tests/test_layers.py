@@ -31,7 +31,7 @@ BANDS: dict[int, set[str]] = {
         "_util",
     },
     # Files: blocking calls, run in worker threads.
-    1: {"_directory", "_files", "_recovery", "_segment", "_store", "_verify"},
+    1: {"_directory", "_files", "_recovery", "_repair", "_segment", "_store", "_verify"},
     # Tasks: trio.
     2: {"_flusher", "_park", "_queue", "_reader", "_wal", "_worker"},
     # The database on top of the log.

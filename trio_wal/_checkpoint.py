@@ -15,7 +15,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._exceptions import LogFailedError, LogFullError
-from ._recovery import create_empty
+from ._repair import create_empty
 from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
 

@@ -43,11 +43,9 @@ from ._recovery import (
     check_records,
     examine,
     read_meta,
-    repair,
     reread_tail,
-    reserve_meta,
-    write_meta,
 )
+from ._repair import repair, reserve_meta, write_meta
 from ._retention import Retention
 from ._scan import FrameScanner, Position, start_of
 from ._segment import (

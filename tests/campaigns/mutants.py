@@ -193,12 +193,12 @@ MUTANTS: Final = (
         "[: lsn + 1 - frame.first_lsn]", "[: lsn - frame.first_lsn]",
     ),
     mutant(
-        "log.meta is not synced before its name", "_recovery", SIMULATOR,
+        "log.meta is not synced before its name", "_repair", SIMULATOR,
         "        file.pwrite([meta.encode()], 0)\n        file.sync()\n",
         "        file.pwrite([meta.encode()], 0)\n",
     ),
     mutant(
-        "the name of log.meta is not synced", "_recovery", SIMULATOR,
+        "the name of log.meta is not synced", "_repair", SIMULATOR,
         "    directory.rename(META_NEW_NAME, META_NAME)\n    directory.sync()\n",
         "    directory.rename(META_NEW_NAME, META_NAME)\n",
     ),
@@ -216,12 +216,12 @@ MUTANTS: Final = (
         "        if walk.unproven:\n", "        if False:\n",
     ),
     mutant(
-        "the copy of an unproven tail is not synced", "_recovery", SIMULATOR,
+        "the copy of an unproven tail is not synced", "_repair", SIMULATOR,
         "    finally:\n        old.close()\n    active.file.sync()\n",
         "    finally:\n        old.close()\n",
     ),
     mutant(
-        "the old segment is sealed before its copy is durable", "_recovery", SIMULATOR,
+        "the old segment is sealed before its copy is durable", "_repair", SIMULATOR,
         "    if not replaces:\n        sealed.append(", "    if False:\n        sealed.append(",
         "    finally:\n        old.close()\n    active.file.sync()\n",
         "    finally:\n        old.close()\n    if not replaces:\n"
@@ -234,11 +234,11 @@ MUTANTS: Final = (
         "False",
     ),
     mutant(
-        "a footer that may be in the page cache only is believed", "_recovery", "errors:appends",
+        "a footer that may be in the page cache only is believed", "_repair", "errors:appends",
         "        _rewrite_footer(directory, plan.previous)", "        pass",
     ),
     mutant(
-        "the clock goes back over an empty segment", "_recovery", "errors:recovery of truncations",
+        "the clock goes back over an empty segment", "_repair", "errors:recovery of truncations",
         "        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))\n",
         "        active.position = attrs.evolve(here, time_us=0)\n",
     ),

@@ -1,0 +1,290 @@
+"""Carrying a plan of `_recovery` out; and what else makes or replaces files of a log.
+
+Law: does what the plan says, nothing else; can be interrupted anywhere, and is then simply
+done again.  Blocking; no trio.
+
+Copying instead of trusting what can be read matters: after a failed sync the kernel
+keeps pages that are not on the disk and calls them clean (see "Can Applications Recover
+from fsync Failures?", USENIX ATC 2020).  And copying instead of writing the same
+bytes again: an acknowledged frame is never written over before its copy is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from ._exceptions import LogFullError
+from ._files import NO_SPACE, Directory, File, Files, close_quietly
+from ._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Kind, Meta, SegmentHeader
+from ._recovery import META_NAME, META_NEW_NAME, FoundSegment, Plan, RecoveryReport
+from ._scan import FrameScanner, Position
+from ._segment import (
+    FIRST_CAPACITY,
+    NEW_NAME,
+    ActiveSegment,
+    Body,
+    SegmentInfo,
+    capacity_for,
+)
+
+
+def write_meta(directory: Directory, meta: Meta, *, reserved: bool = False) -> None:
+    """Replace ``log.meta``, durably and atomically; ``reserved`` after `reserve_meta`."""
+    if reserved:
+        file = directory.open(META_NEW_NAME, writable=True)
+    else:
+        if META_NEW_NAME in directory.names():
+            directory.unlink(META_NEW_NAME)
+        file = directory.open(META_NEW_NAME, create=True)
+    try:
+        file.pwrite([meta.encode()], 0)
+        file.sync()
+    finally:
+        file.close()
+    directory.rename(META_NEW_NAME, META_NAME)
+    directory.sync()
+
+
+def reserve_meta(directory: Directory) -> None:
+    """Keep the disk space of the next ``log.meta``: on a full disk, dropping segments is the
+    way out and must not fail for want of a block."""
+    if META_NEW_NAME in directory.names():
+        directory.unlink(META_NEW_NAME)
+    file = directory.open(META_NEW_NAME, create=True)
+    try:
+        file.allocate(BLOCK)
+    except OSError:
+        directory.unlink(META_NEW_NAME)
+        raise
+    finally:
+        file.close()
+
+
+@attrs.define
+class OpenLog:
+    """What `repair` hands over: the log's end, ready for the next frame."""
+
+    meta: Meta
+    sealed: list[SegmentInfo]
+    active: ActiveSegment
+    report: RecoveryReport
+
+
+def repair(
+    files: Files, directory: Directory, plan: Plan, *, segment_size: int, features: int
+) -> OpenLog:
+    """Make the log what the plan says it is, durably.
+
+    Every step leaves a directory that `examine` reads the same way, so that a crash
+    here, or in the repair of that crash, changes nothing.
+
+    Args:
+      segment_size: bytes of a full-grown segment.
+      features: what a log that does not exist yet is created with.
+    """
+    for name in plan.leftovers:
+        directory.unlink(name)
+    if plan.meta is None:
+        meta, sealed, active = _create(files, directory, segment_size, features)
+    else:
+        meta = plan.meta
+        sealed = _mend_chain(directory, plan)
+        if meta.truncation is not None:
+            # Before a tail is copied: the copy has another salt than the one decided on.
+            meta = attrs.evolve(meta, truncation=None)
+            write_meta(directory, meta)
+        active = _reopen(files, directory, plan, sealed, segment_size)
+        # A segment without frames does not know what time the log had reached.
+        time_us = max((s.last_time_us for s in sealed), default=0)
+        here = active.position
+        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
+    report = RecoveryReport(
+        first_lsn=meta.base_lsn,
+        last_lsn=active.position.next_lsn - 1,
+        segments=len(sealed) + 1,
+        records_replayed=plan.records_replayed,
+        bytes_scanned=plan.bytes_scanned,
+        torn_bytes=plan.torn_bytes,
+        clean_shutdown=plan.clean,
+        seconds=0.0,
+    )
+    return OpenLog(meta, sealed, active, report)
+
+
+def create_empty(
+    files: Files, directory: Directory, *, log_uuid: bytes, first_lsn: int, features: int
+) -> None:
+    """Make an empty directory the log that goes on at ``first_lsn``: for a backup."""
+    _, _, active = _create(
+        files, directory, FIRST_CAPACITY, features, log_uuid=log_uuid, first_lsn=first_lsn
+    )
+    active.mark_closed()
+    active.file.close()
+
+
+def _create(
+    files: Files,
+    directory: Directory,
+    segment_size: int,
+    features: int,
+    *,
+    log_uuid: bytes | None = None,
+    first_lsn: int = 1,
+) -> tuple[Meta, list[SegmentInfo], ActiveSegment]:
+    uuid = files.random_bytes(16) if log_uuid is None else log_uuid
+    meta = Meta(uuid, base_number=1, base_lsn=first_lsn, features=features)
+    write_meta(directory, meta)
+    header = SegmentHeader(
+        meta.log_uuid, 1, first_lsn, files.random_bytes(16), files.time_us(), 0, features
+    )
+    active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
+    active.file.sync()
+    directory.rename(NEW_NAME, header.name)
+    directory.sync()
+    meta = attrs.evolve(meta, live=True)
+    write_meta(directory, meta)
+    return meta, [], active
+
+
+def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
+    """A segment under its temporary name, zeros written; not yet durable."""
+    capacity = capacity_for(0, capacity)
+    file: File | None = None
+    try:
+        file = directory.open(NEW_NAME, create=True)
+        file.pwrite([header.encode(), bytes(min(capacity, FIRST_CAPACITY) - BLOCK)], 0)
+        file.allocate(capacity)
+    except OSError as exc:
+        if file is not None:
+            close_quietly(file)
+            directory.unlink(NEW_NAME)
+        if exc.errno in NO_SPACE:
+            raise LogFullError(directory.path, capacity) from exc
+        raise
+    return ActiveSegment(file, header, capacity)
+
+
+def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
+    """Names and footers as they have to be; returns the segments before the last."""
+    last = plan.last
+    assert last is not None
+    sealed = list(plan.sealed)
+    if last.file_name != last.header.name:
+        directory.rename(last.file_name, last.header.name)
+    # Also what an interrupted session renamed or unlinked, and was seen here, is durable now:
+    # an open that was killed between the two leaves a directory that looks clean.
+    directory.sync()
+    if plan.seal_previous is not None:
+        segment, walk = plan.seal_previous
+        sealed[-1] = _seal(directory, segment, walk.end, (walk.records, walk.frames), walk.index)
+    elif plan.previous is not None and not plan.clean:
+        _rewrite_footer(directory, plan.previous)
+    return sealed
+
+
+def _reopen(
+    files: Files, directory: Directory, plan: Plan, sealed: list[SegmentInfo], segment_size: int
+) -> ActiveSegment:
+    """The segment to go on in; what it seals is added to ``sealed``."""
+    last, end = plan.last, plan.end
+    assert last is not None
+    assert end is not None
+    if plan.copy_from is not None:
+        return _copy_tail(files, directory, plan, sealed, segment_size)
+    file = directory.open(last.header.name, writable=True)
+    return ActiveSegment(
+        file,
+        last.header,
+        last.size,
+        end,
+        records=plan.counts[0],
+        frames=plan.counts[1],
+        index=plan.index,
+        has_pointer=True,
+        marks_offset=plan.marks_offset,
+    )
+
+
+def _seal(
+    directory: Directory,
+    segment: FoundSegment,
+    end: Position,
+    counts: tuple[int, int],
+    index: Iterable[tuple[int, int]],
+) -> SegmentInfo:
+    return ActiveSegment(
+        directory.open(segment.header.name, writable=True),
+        segment.header,
+        segment.size,
+        end,
+        records=counts[0],
+        frames=counts[1],
+        index=[entry for entry in index if entry[1] < end.offset],
+    ).seal()
+
+
+def _rewrite_footer(directory: Directory, segment: FoundSegment) -> None:
+    """The last sync of the session before may have failed on it: what was read may be
+    in the page cache only."""
+    assert segment.pointer is not None
+    file = directory.open(segment.header.name, writable=True)
+    try:
+        for offset, end in ((segment.pointer.offset, segment.size), (POINTER_OFFSET, DATA_OFFSET)):
+            file.pwrite([file.pread(end - offset, offset)], offset)
+        file.sync()
+    finally:
+        file.close()
+
+
+def _copy_tail(
+    files: Files,
+    directory: Directory,
+    plan: Plan,
+    sealed: list[SegmentInfo],
+    segment_size: int,
+) -> ActiveSegment:
+    """Start a new segment with a copy of the frames that are not proven durable."""
+    last, end, start = plan.last, plan.end, plan.copy_from
+    assert last is not None
+    assert end is not None
+    assert start is not None
+    # Without a record before the copy the old segment goes: its name is the new one's.
+    replaces = start.next_lsn == last.header.first_lsn
+    header = attrs.evolve(
+        last.header,
+        number=last.number if replaces else last.number + 1,
+        first_lsn=start.next_lsn,
+        salt=files.random_bytes(16),
+        created_us=files.time_us(),
+        previous=last.header.previous if replaces else start.previous,
+    )
+    wanted = min(segment_size, max(FIRST_CAPACITY, last.size))
+    active = _new_segment(directory, header, capacity_for(end.offset - start.offset, wanted))
+    old = directory.open(last.header.name)
+    try:
+        for frame, body in FrameScanner(old.pread, last.header, start):
+            if frame.offset >= end.offset:
+                break
+            if frame.kind is Kind.DATA:
+                active.write(
+                    Body(
+                        [body],
+                        frame.codec,
+                        frame.count,
+                        frame.stored_length,
+                        frame.raw_length,
+                        frame.body_crc,
+                    ),
+                    start.next_lsn - 1,
+                    frame.time_us,
+                )
+    finally:
+        old.close()
+    active.file.sync()
+    directory.rename(NEW_NAME, header.name)
+    directory.sync()
+    if not replaces:
+        sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))
+    return active
