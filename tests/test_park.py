@@ -6,11 +6,20 @@ import attrs
 import outcome
 import pytest
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule
+from helpers import Call, open_memory, open_tasks
+from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
+    Task,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import _park
-from trio_wal._park import WOKEN, park, request
+from trio_wal import _park, _queue
+from trio_wal._park import WOKEN, AbortFn, park, request
+from trio_wal.testing import MemoryFiles
 
 
 @attrs.define(eq=False)
@@ -147,3 +156,31 @@ async def test_without_reuse_a_request_is_the_abort_function(
     monkeypatch.setattr(_park, "REUSES", False)
     parker = Parker()
     assert request(parker.abort) == parker.abort
+
+
+async def test_with_another_trio_appends_park_as_it_documents(
+    monkeypatch: pytest.MonkeyPatch, files: MemoryFiles
+) -> None:
+    parked = 0
+
+    async def park(abort: AbortFn) -> None:
+        nonlocal parked
+        parked += 1
+        await wait_task_rescheduled(abort)
+
+    monkeypatch.setattr(_queue, "REUSES", False)
+    monkeypatch.setattr(_queue, "park", park)
+    monkeypatch.setattr(_queue, "request", lambda abort: abort)
+    async with open_memory(files) as wal, open_tasks(files) as nursery:
+        files.hold()
+        first = Call(nursery, wal.append, b"first")
+        await wait_all_tasks_blocked()
+        with trio.move_on_after(0) as scope:
+            await wal.append(b"cancelled")
+        assert scope.cancelled_caught
+        second = Call(nursery, wal.append, b"second")
+        await wait_all_tasks_blocked()
+        files.release()
+        await wait_all_tasks_blocked()
+        assert (first.value, second.value) == (1, 2)
+    assert parked == 3
