@@ -52,7 +52,7 @@ class Checkpointer:
         """The map is full, and somebody reads."""
         self._failing_since: float | None = None
         """In trio's time; None: the last one passed."""
-        self._hopeless: LogFullError | None = None
+        self._failing: LogFullError | None = None
         """They have been failing for a while."""
 
     def wake(self) -> None:
@@ -128,7 +128,7 @@ class Checkpointer:
         except OSError as exc:
             self._failed(frozen, exc)
             raise
-        self._failing_since = self._hopeless = None
+        self._failing_since = self._failing = None
         self.seconds_last = perf_counter() - started
         self.count += 1
         self.state = state
@@ -157,13 +157,13 @@ class Checkpointer:
             self._failing_since = now
         seconds = now - self._failing_since
         if seconds >= DISK_PATIENCE_SECONDS:
-            self._hopeless = LogFullError(
+            self._failing = LogFullError(
                 self._db.store.path,
                 frozen.log_bytes,
                 f"checkpoints have been failing for {seconds:.0f} seconds, and are tried again: "
                 f"{exc}",
             )
-            self._hopeless.__cause__ = exc
+            self._failing.__cause__ = exc
 
     @enable_ki_protection
     async def backup(self, path: str) -> int:
@@ -232,11 +232,11 @@ class Checkpointer:
             raise self._stuck.again()
         self._stuck = None
 
-    def check_hope(self) -> None:
+    def check_room(self) -> None:
         """Raises `LogFullError` where there will be no room before readers leave, or before
         the disk is mended."""
-        if self._hopeless is not None:
-            raise self._hopeless.again()
+        if self._failing is not None:
+            raise self._failing.again()
         if self._stuck is not None and self._db.reading:
             raise self._stuck.again()
 

@@ -567,7 +567,7 @@ class Database:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self.behind():
             self._queue.check_open()
-            self._checkpointer.check_hope()
+            self._checkpointer.check_room()
             self._waiting_for_room += 1
             try:
                 await self._room.wait()
