@@ -168,18 +168,6 @@ def _bytes(item: Item) -> int:
     return item.bytes if isinstance(item, Unit) else 0
 
 
-@attrs.define(eq=False)
-class _Blocked:
-    """A task that found no room."""
-
-    task: Task
-    item: Item
-    waits_durable: bool
-    since: float
-    batch: Batch | None = None
-    error: BaseException | None = None
-
-
 @attrs.define
 class Counters:
     """Running totals; `WalStatistics` says what they mean."""
@@ -211,6 +199,29 @@ class Claim:
         assert self.batch is not None
         assert self.task is not None
         return self._queue.withdraw(self.batch, self.task)
+
+
+class Blocked:
+    """A task that found no room, and what trio calls when it is cancelled; used again, as
+    claims are: the more tasks wait, the dearer every object that the garbage collector sees."""
+
+    __slots__ = ("_queue", "batch", "error", "item", "request", "since", "task", "waits_durable")
+
+    def __init__(self, queue: WriteQueue) -> None:
+        self._queue = queue
+        self.request: Any = request(self)
+        """For `park`."""
+        self.task: Task | None = None
+        self.item: Item = b""
+        self.waits_durable = True
+        self.since: float = 0.0
+        self.batch: Batch | None = None
+        """Which took its entry in the end."""
+        self.error: BaseException | None = None
+        """Or why none did."""
+
+    def __call__(self, _raise_cancel: object) -> Abort:
+        return self._queue.withdraw_blocked(self)
 
 
 class Owner(Protocol):
@@ -251,7 +262,7 @@ class WriteQueue:
         self._sealed_records = 0
         self._sealed_bytes = 0
         # A dict would walk over all whom it has let go, to find who came first.
-        self._blocked: OrderedDict[Task, _Blocked] = OrderedDict()
+        self._blocked: OrderedDict[Task, Blocked] = OrderedDict()
         self._numbers = count()
         self._dozing: Task | None = None
         self._wants_space = trio.Event()
@@ -261,6 +272,7 @@ class WriteQueue:
         """After a failure: what became of the records that were accepted before it."""
         self.failure_told = False
         self.owner: Owner | None = None
+        self._free_blocked: list[Blocked] = []
         self._claims: list[Claim] = []
         """Free ones; at most as many as tasks ever waited at a time."""
         self.filling = Batch()
@@ -361,20 +373,20 @@ class WriteQueue:
     def _admit(self) -> None:
         """Let in those who blocked first, as far as there is room."""
         while self._blocked and self.state is State.OPEN:
-            blocked = next(iter(self._blocked.values()))
+            task, blocked = next(iter(self._blocked.items()))
             if not self._fits(blocked.item):
                 break
-            del self._blocked[blocked.task]
+            del self._blocked[task]
             self._unblocked(blocked)
             if blocked.waits_durable:
-                blocked.batch = self._put(blocked.task, blocked.item)
+                blocked.batch = self._put(task, blocked.item)
                 blocked.batch.mixed = True
             else:
                 self._put(next(self._numbers), blocked.item)
-                reschedule(blocked.task)
+                reschedule(task, WOKEN)
         self._set_limits()
 
-    def _unblocked(self, blocked: _Blocked) -> None:
+    def _unblocked(self, blocked: Blocked) -> None:
         self.counters.backpressure_seconds += trio.current_time() - blocked.since
 
     def check_open(self, outcome: Outcome = "not written") -> None:
@@ -415,8 +427,17 @@ class WriteQueue:
         place = len(entries)
         total = batch.bytes + len(record)
         if place >= batch.records_max or total > batch.bytes_max:
-            # No room, or closed, or something else that is not the common case.
-            return (yield from self.submit(record).__await__())
+            if self.state is not State.OPEN or self._has_room(record):
+                # Closed, or something else that is not the common case.
+                return (yield from self.submit(record).__await__())
+            blocked = self._block(task, record, waits_durable=True)
+            if REUSES:
+                (yield blocked.request).unwrap()
+            else:
+                yield from park(blocked.request).__await__()
+            taken = self._leave(blocked)
+            assert taken is not None
+            return self.outcome(taken, task)
         entries[task] = record
         batch.bytes = total
         if not place:
@@ -448,9 +469,11 @@ class WriteQueue:
             batch.mixed = True
             await wait_task_rescheduled(partial(self.withdraw, batch, task))
             return self.outcome(batch, task)
-        blocked = await self._wait_for_room(task, item, waits_durable=True)
-        assert blocked.batch is not None
-        return self.outcome(blocked.batch, task)
+        blocked = self._block(task, item, waits_durable=True)
+        await park(blocked.request)
+        taken = self._leave(blocked)
+        assert taken is not None
+        return self.outcome(taken, task)
 
     async def accept(self, item: Item) -> None:
         """Accept, with back-pressure; nobody waits for its durability."""
@@ -460,7 +483,9 @@ class WriteQueue:
             self._put(next(self._numbers), item)
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
-            await self._wait_for_room(current_task(), item, waits_durable=False)
+            blocked = self._block(current_task(), item, waits_durable=False)
+            await park(blocked.request)
+            self._leave(blocked)
 
     def accept_nowait(self, item: Item) -> None:
         """Accept or raise `trio.WouldBlock` (`LogFullError` where the disk is full)."""
@@ -477,17 +502,29 @@ class WriteQueue:
     def _has_room(self, item: Item) -> bool:
         return not self._blocked and self.state is State.OPEN and self._fits(item)
 
-    async def _wait_for_room(self, task: Task, item: Item, *, waits_durable: bool) -> _Blocked:
-        blocked = _Blocked(task, item, waits_durable, trio.current_time())
+    def _block(self, task: Task, item: Item, *, waits_durable: bool) -> Blocked:
+        """The task stands in line; it must park with the request of what this returns."""
+        blocked = self._free_blocked.pop() if self._free_blocked else Blocked(self)
+        blocked.task = task
+        blocked.item = item
+        blocked.waits_durable = waits_durable
+        blocked.since = trio.current_time()
         self._blocked[task] = blocked
         self.counters.backpressure_waits += 1
         self._set_limits()
         self.wake_flusher()
         self._wants_space.set()
-        await wait_task_rescheduled(partial(self._abort_blocked, blocked))
-        if blocked.error is not None:
-            raise blocked.error
         return blocked
+
+    def _leave(self, blocked: Blocked) -> Batch | None:
+        """The task was woken: its entry is in this batch, if it waits for that; or an error."""
+        batch, error = blocked.batch, blocked.error
+        blocked.task = blocked.batch = blocked.error = None
+        blocked.item = b""
+        self._free_blocked.append(blocked)
+        if error is not None:
+            raise error
+        return batch
 
     # -- withdrawal --
 
@@ -518,15 +555,18 @@ class WriteQueue:
         self._admit()
         return Abort.SUCCEEDED
 
-    def _abort_blocked(self, blocked: _Blocked, _raise_cancel: object = None) -> Abort:
+    def withdraw_blocked(self, blocked: Blocked) -> Abort:
+        """Take back what waits for room, or has found it since."""
+        task = blocked.task
+        assert task is not None
         if blocked.batch is not None:
-            return self.withdraw(blocked.batch, blocked.task)
-        if self.owner is not None and not self.owner.may_withdraw(blocked.task):
+            return self.withdraw(blocked.batch, task)
+        if self.owner is not None and not self.owner.may_withdraw(task):
             return Abort.FAILED
-        if self._blocked.pop(blocked.task, None) is None:
+        if self._blocked.pop(task, None) is None:
             return Abort.FAILED
         if self.owner is not None:
-            self.owner.withdrawn(blocked.task)
+            self.owner.withdrawn(task)
         self._unblocked(blocked)
         self._admit()
         return Abort.SUCCEEDED
@@ -665,14 +705,14 @@ class WriteQueue:
             self.state = State.OPEN
             self._admit()
 
-    def _drain_blocked(self) -> Iterator[_Blocked]:
+    def _drain_blocked(self) -> Iterator[Blocked]:
         blocked_tasks, self._blocked = self._blocked, OrderedDict()
-        for blocked in blocked_tasks.values():
+        for task, blocked in blocked_tasks.items():
             self._unblocked(blocked)
             if self.owner is not None:
-                self.owner.withdrawn(blocked.task)
+                self.owner.withdrawn(task)
             yield blocked
-            reschedule(blocked.task)
+            reschedule(task, WOKEN)
 
     def _reset(self) -> None:
         self._sealed.clear()
