@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import pytest
 import trio
 from campaigns import __main__ as campaigns, interrupts
 from campaigns.errors import Lie
+from campaigns.hostile import limited_time
 from campaigns.interrupts import PROGRAMS, run_case
 
 from trio_wal._queue import WriteQueue
 from trio_wal._wal import WriteAheadLog
+from trio_wal._worker import Blocking
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,28 @@ def test_ctrl_c_at_a_line_leaves_the_log_whole(program: str) -> None:
     assert count > 3000
     for case in range(5, count, count // 30):
         assert run_case("ctrl-c", program, "", case) == "interrupted"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_ctrl_c_in_a_blocking_call_does_not_hang_the_close() -> None:
+    class Finder(interrupts.Tracer):
+        """The moments in `_worker.Blocking.__call__`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[int] = []
+
+        def _line(self, frame: FrameType, event: str, arg: object) -> Any:
+            if event == "line" and frame.f_code is Blocking.__call__.__code__:
+                self.found.append(self.count + 1)
+            return super()._line(frame, event, arg)
+
+    finder = Finder()
+    interrupts.interrupted("log", 0, finder)
+    assert len(finder.found) > 40
+    with limited_time(120):
+        for number in finder.found:
+            assert interrupts.interrupted("log", number)
 
 
 @pytest.mark.skipif(bool(interrupts.memory_usable()), reason=interrupts.memory_usable() or "it can")

@@ -563,6 +563,7 @@ class Database:
         while self._readers:
             await self.readers_gone.park()
 
+    @enable_ki_protection
     async def wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self.behind():

@@ -18,6 +18,7 @@ from typing import Final, Protocol, final
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from . import _scan
 from ._directory import LogDirectory
@@ -321,6 +322,7 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
             return ready.pop()
         return await self._next_chunk()
 
+    @enable_ki_protection
     async def _next_chunk(self) -> Record:
         if self._cursor is None:
             raise RuntimeError("enter the stream first: async with log.read() as records")

@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 T = TypeVar("T")
 
@@ -192,6 +193,9 @@ class Blocking:
         self._running = 0
         self._closed: trio.Event | None = None
 
+    # Protected: a call that Ctrl-C takes away between being counted and its end would be waited
+    # for, by `close`, for ever.
+    @enable_ki_protection
     async def __call__(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
         """A checkpoint; once started, the call is waited for even when cancelled."""
         if self._closed is not None:
