@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,18 +385,34 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
         db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(3):
-            with pytest.raises(OSError, match=r"checkpoint failed|cannot be read"):
+            with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
                 await db.checkpoint()
         assert db.statistics().checkpoint_lsn == 0
-        monkeypatch.undo()
-        assert await db.checkpoint() == 1
+        # What the log has can be read; what only the store can know cannot, and that is said.
         assert db.get(b"key") == b"value"
+        unreadable = partial(pytest.raises, OSError, match="the store cannot be read")
+        with unreadable():
+            db.get(b"none")
+        with unreadable():
+            list(db.scan())
+        with db.snapshot() as snapshot, unreadable():
+            snapshot.get(b"none")
+        async with db.transaction() as tx:
+            with unreadable():
+                tx.get(b"none")
+        with pytest.raises(OSError, match=r"Input/output error"):
+            await db.backup(tmp_path / "copy")
+        await db.put(b"key", b"newer")
+        monkeypatch.undo()
+        assert await db.checkpoint() == 2
+        assert db.get(b"key") == b"newer"
+        assert db.get(b"none") is None
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"other")
         db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(2):
-            with pytest.raises(OSError, match=r"checkpoint failed|cannot be read"):
+            with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
                 await db.checkpoint()
     monkeypatch.undo()
     async with trio_wal.open_database(tmp_path / "db") as db:

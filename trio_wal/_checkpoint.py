@@ -249,8 +249,14 @@ class Checkpointer:
             while store.crowded(frozen.log_bytes):
                 store.grow()
 
-        self._db.memtable.reopen_base(grow)
-        self._db.refresh_view()
+        try:
+            self._db.memtable.reopen_base(grow)
+        except OSError:
+            # The store may be closed: it must be tried again, whoever asked for this.
+            self.wake()
+            raise
+        finally:
+            self._db.refresh_view()
 
 
 async def settle_quietly(db: Database) -> None:

@@ -368,7 +368,10 @@ class Database:
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
     def get(self, key: bytes, default: object = None) -> object:
-        """The durable value of ``key``, or ``default``: no crash can take it back."""
+        """The durable value of ``key``, or ``default``: no crash can take it back.
+
+        `OSError` where the store must be asked and cannot be read; see `checkpoint`.
+        """
         try:
             if key not in self._active_versions and self._view.frozen is None:
                 value = self._base_get(key)

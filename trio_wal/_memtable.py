@@ -22,7 +22,7 @@ import msgspec
 
 from ._operations import Writes
 from ._order import RUN_KEYS, SortedKeys
-from ._store import ReadTransaction, Store
+from ._store import ReadTransaction, Store, Unreadable
 
 VERSION_OVERHEAD: Final = 200
 """Bytes that a version costs beside its key and value: measured, CPython 3.11."""
@@ -295,7 +295,7 @@ class Memtable:
     def drop_frozen(self) -> None:
         """The store holds the frozen layer now."""
         view = self.view
-        self.view = View(BaseRead(self._store.read()), None, view.active)
+        self.view = View(self._read(), None, view.active)
         view.base.retire()
 
     def reopen_base(self, between: Callable[[], None]) -> None:
@@ -305,7 +305,15 @@ class Memtable:
         try:
             between()
         finally:
-            self.view = View(BaseRead(self._store.read()), view.frozen, view.active)
+            self.view = View(self._read(), view.frozen, view.active)
+
+    def _read(self) -> BaseRead:
+        """What the layers do not have comes from here; where it cannot be had, each read says so,
+        until the next time that this is tried."""
+        try:
+            return BaseRead(self._store.read())
+        except OSError as exc:
+            return BaseRead(Unreadable(exc))
 
     def close(self) -> None:
         view = self.view

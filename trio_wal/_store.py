@@ -7,6 +7,7 @@ that a state covers comes in the LMDB transaction that completes the state.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Iterable, Iterator
 from time import perf_counter, sleep
@@ -152,6 +153,26 @@ class _LmdbRead:
         self._txn.abort()
 
 
+class Unreadable:
+    """In the place of a read transaction that could not be had: whoever reads is told."""
+
+    def __init__(self, cause: OSError) -> None:
+        self._cause = cause
+
+    def get(self, key: bytes) -> bytes | None:
+        """Raises `OSError`."""
+        raise OSError(*self._cause.args) from self._cause
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Raises `OSError`."""
+        raise OSError(*self._cause.args) from self._cause
+
+    def close(self) -> None:
+        pass
+
+
 def _seek(cursor: Any, key: bytes) -> bool:
     """Go to the first key that is not below ``key``, which may be longer than keys can be."""
     found: bool = cursor.set_range(key[:KEY_BYTES_MAX])
@@ -194,7 +215,7 @@ class LmdbStore:
         try:
             return _LmdbRead(self._env, self._data)
         except self._lmdb.Error as exc:
-            raise OSError(5, f"the store cannot be read: {exc}", self.path) from exc
+            raise OSError(errno.EIO, f"the store cannot be read: {exc}", self.path) from exc
 
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         if self._suspect:
@@ -241,7 +262,10 @@ class LmdbStore:
 
     def copy(self, path: str) -> None:
         make_directory(path)
-        self._env.copy(path)
+        try:
+            self._env.copy(path)
+        except self._lmdb.Error as exc:
+            raise OSError(errno.EIO, f"the store cannot be copied: {exc}", self.path) from exc
         sync_file(data_file(path))
 
     def statistics(self) -> tuple[int, int]:
