@@ -12,8 +12,9 @@ from typing import Any
 
 import attrs
 
+from trio_wal._cursor import Cursor
 from trio_wal._directory import LogDirectory, open_log_directory
-from trio_wal._reader import WalSource, _Cursor
+from trio_wal._local import LocalSource
 from trio_wal.testing import MemoryFiles
 
 LOG = "/log"
@@ -42,8 +43,8 @@ def records_of(log: LogDirectory) -> Records:
 
 
 def read_between(log: LogDirectory, first_lsn: int, last_lsn: int) -> Records:
-    source = WalSource(log, None, None, None)  # type: ignore[arg-type]
-    cursor = _Cursor(source, first_lsn)
+    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    cursor = Cursor(source, first_lsn)
     found: list[tuple[int, bytes]] = []
     try:
         while cursor.next_lsn <= last_lsn:

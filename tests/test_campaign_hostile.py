@@ -12,7 +12,7 @@ import pytest
 from campaigns import __main__ as campaigns, _forge, hostile
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from trio_wal import _reader, _scan
+from trio_wal import _cursor, _scan
 
 ENVIRONMENT = {
     **os.environ,
@@ -76,8 +76,8 @@ def test_an_error_that_is_none_of_ours_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_records_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = _reader._Cursor.chunk
-    monkeypatch.setattr(_reader._Cursor, "chunk", lambda self, stop: original(self, stop)[1:])
+    original = _cursor.Cursor.chunk
+    monkeypatch.setattr(_cursor.Cursor, "chunk", lambda self, stop: original(self, stop)[1:])
     with hostile.limited_time(20):
         assert any("records are missing" in what for what in findings(range(20)))
 

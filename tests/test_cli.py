@@ -34,13 +34,13 @@ from command_line import (
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
+from trio_wal._chain import META_NAME
 from trio_wal._cli import run
 from trio_wal._cli.dump import dump
 from trio_wal._directory import open_log_directory
 from trio_wal._files import OsFiles
 from trio_wal._frame import BLOCK, decode_meta, decode_segment_header
 from trio_wal._queue import Barrier
-from trio_wal._recovery import META_NAME
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]

@@ -10,11 +10,13 @@ import ctypes
 import errno
 import os
 import re
+import select
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from mmap import ACCESS_COPY, PAGESIZE, mmap
 from pathlib import Path
@@ -27,7 +29,16 @@ from logs import TINY, append, open_log, records_of
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError
 from trio_wal._directory import open_log_directory
-from trio_wal._files import FOLIO_MAX, Directory, OsDirectory, OsFile, OsFiles
+from trio_wal._files import (
+    FOLIO_MAX,
+    NO_WORD,
+    Directory,
+    OsDirectory,
+    OsFile,
+    OsFiles,
+    Word,
+    watch_directory,
+)
 from trio_wal.testing import MemoryFiles
 
 pytestmark = pytest.mark.skipif(
@@ -458,25 +469,80 @@ def test_a_refused_open_leaves_the_lock_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_is_published_is_read_whole_or_not_at_all(directory: OsDirectory) -> None:
-    assert directory.published() == 0
-    directory.publish(5)
-    assert directory.published() == 0, "only the owner publishes"
+    assert directory.published() == NO_WORD
+    directory.publish(5, 6)
+    assert directory.published() == NO_WORD, "only the owner publishes"
     directory.lock()
     directory.sign()
     looker = OsFiles().open_directory(directory.path)
-    for lsn in (0, 1, 77, 2**40, 2**64 - 1, 3):
-        directory.publish(lsn)
-        assert looker.published() == lsn
+    for lsn, epoch in ((0, 0), (1, 0), (77, 2**40), (2**40, 1), (2**64 - 1, 2**64 - 1), (3, 9)):
+        directory.publish(lsn, epoch)
+        assert looker.published() == (lsn, epoch)
     lock = Path(directory.path) / "lock"
     data = lock.read_bytes()
-    for place in range(32, 48):
+    assert len(data) == 60
+    for place in range(32, 60):
         torn = bytearray(data)
         torn[place] ^= 0x40
         lock.write_bytes(torn)
-        assert looker.published() == 0
+        assert looker.published() == (NO_WORD if place < 48 else Word(3, None))
+    for size in range(48, 60):
+        lock.write_bytes(data[:size])
+        assert looker.published() == (3, None), "older versions know no epochs"
     lock.write_bytes(data[:47])
-    assert looker.published() == 0
+    assert looker.published() == NO_WORD
     looker.close()
+
+
+def test_listings_in_several_threads_do_not_disturb_each_other(directory: OsDirectory) -> None:
+    for number in range(30):
+        (Path(directory.path) / f"wal-{number:020}.log").touch()
+    expected, wrong = directory.names(), []
+
+    def look() -> None:
+        for _ in range(300):
+            names = directory.names()
+            if names != expected:
+                wrong.append(names)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(expected) == 30
+    assert not wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_watch_tells_of_whatever_changes_in_the_directory(directory: OsDirectory) -> None:
+    watch = directory.watch()
+    assert watch is not None
+
+    def changed() -> bool:
+        told = bool(select.select([watch], [], [], 0)[0])
+        watch.drain()
+        return told
+
+    file = directory.open("one", create=True)
+    assert changed()
+    assert not changed()
+    file.pwrite([b"more"], 0)
+    assert changed()
+    directory.rename("one", "two")
+    assert changed()
+    directory.unlink("two")
+    assert changed()
+    file.close()
+    watch.close()
+    watch.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_where_nothing_can_be_watched_there_is_no_watch() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    assert watch_directory(-1) is None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # -- a file system that cannot be written --------------------------------------------------------
@@ -553,8 +619,8 @@ def test_both_kinds_of_directories_are_directories(directory: OsDirectory) -> No
     for opened in kinds:
         opened.lock()
         opened.sign()
-        opened.publish(3)
-        assert opened.published() == 3
+        opened.publish(3, 8)
+        assert opened.published() == (3, 8)
         opened.close()
 
 

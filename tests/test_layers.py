@@ -24,6 +24,7 @@ BANDS: dict[int, set[str]] = {
         "_codec",
         "_exceptions",
         "_frame",
+        "_identity",
         "_operations",
         "_order",
         "_retention",
@@ -31,9 +32,19 @@ BANDS: dict[int, set[str]] = {
         "_util",
     },
     # Files: blocking calls, run in worker threads.
-    1: {"_directory", "_files", "_recovery", "_repair", "_segment", "_store", "_verify"},
+    1: {
+        "_chain",
+        "_cursor",
+        "_directory",
+        "_files",
+        "_recovery",
+        "_repair",
+        "_segment",
+        "_store",
+        "_verify",
+    },
     # Tasks: trio.
-    2: {"_flusher", "_park", "_queue", "_reader", "_wal", "_worker"},
+    2: {"_flusher", "_local", "_park", "_queue", "_reader", "_stream", "_wal", "_worker"},
     # The database on top of the log.
     3: {"_checkpoint", "_database", "_memtable", "_transaction"},
     # Edges: they compose, and nobody imports them.

@@ -28,6 +28,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
+from trio_wal._cursor import Moved
 from trio_wal._directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
 from trio_wal._files import OsFiles
 from trio_wal._frame import (
@@ -41,7 +42,6 @@ from trio_wal._frame import (
     footer_reserve,
     index_step,
 )
-from trio_wal._reader import _Moved
 from trio_wal._scan import FrameScanner, footer_index, payloads, read_pointer, start_of
 from trio_wal._segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
 from trio_wal._util import KiB, MiB
@@ -742,7 +742,7 @@ def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path:
         first, last = log.first_lsn, log.synced_lsn
         try:
             found = read_between(log, first, last)
-        except (FileNotFoundError, CorruptLogError, _Moved):
+        except (FileNotFoundError, CorruptLogError, Moved):
             assert log.first_lsn > first, "nothing was dropped, and yet something is missing"
         else:
             assert found == tuple((lsn, b"%d" % lsn) for lsn in range(first, last + 1))

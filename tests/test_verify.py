@@ -14,6 +14,7 @@ from logs import LOG, append, copy_of, make_log, open_log, segments
 
 import trio_wal
 from trio_wal import _scan, _segment
+from trio_wal._chain import META_NAME
 from trio_wal._directory import LogDirectory
 from trio_wal._frame import (
     DATA_OFFSET,
@@ -29,7 +30,7 @@ from trio_wal._frame import (
     encode_frame_header,
     segment_name,
 )
-from trio_wal._recovery import META_NAME, examine
+from trio_wal._recovery import examine
 from trio_wal._scan import FrameScanner, start_of
 from trio_wal._verify import LOOK_TRIES, Finding, Verification, verify
 from trio_wal.testing import MemoryFiles

@@ -5,6 +5,7 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (
 ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
 """
 
+from ._cursor import Record as Record
 from ._database import (
     Commit as Commit,
     CommitStream as CommitStream,
@@ -16,6 +17,7 @@ from ._database import (
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
+    LogDivergedError as LogDivergedError,
     LogFailedError as LogFailedError,
     LogFullError as LogFullError,
     LogLockedError as LogLockedError,
@@ -25,13 +27,9 @@ from ._exceptions import (
     UnsupportedFormatError as UnsupportedFormatError,
     WalError as WalError,
 )
+from ._identity import Bookmark as Bookmark
 from ._operations import Operation as Operation
-from ._reader import (
-    LogReader as LogReader,
-    Record as Record,
-    RecordStream as RecordStream,
-    open_reader as open_reader,
-)
+from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._recovery import RecoveryReport as RecoveryReport
 from ._retention import (
     KeepAll as KeepAll,
@@ -40,6 +38,7 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
 from ._wal import (
     WalStatistics as WalStatistics,

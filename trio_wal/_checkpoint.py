@@ -186,6 +186,7 @@ class Checkpointer:
                 log_uuid=state.log_uuid,
                 first_lsn=state.lsn + 1,
                 features=self._db.wal._directory.features,
+                history=self._db.wal._directory.history,
             )
         finally:
             directory.close()

@@ -10,6 +10,7 @@ still on its way to the disk; a commit returns when it and all that it read are 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
@@ -23,6 +24,7 @@ from trio.lowlevel import Task, current_task, enable_ki_protection
 from ._checkpoint import Checkpointer, settle_quietly
 from ._exceptions import CorruptLogError, RecordTooLargeError, TransactionConflict
 from ._files import Files, OsFiles
+from ._identity import Bookmark
 from ._memtable import Layer, Memtable, View
 from ._operations import (
     KEY_BYTES_MAX,
@@ -35,10 +37,10 @@ from ._operations import (
     encode_transaction,
 )
 from ._queue import Batch, Key, State
-from ._reader import RecordStream
 from ._recovery import Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
 from ._store import Store, StoreState, damaged, data_file
+from ._stream import RecordStream
 from ._transaction import Transaction, check_range
 from ._util import MiB, check_bytes, check_int, check_path
 from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
@@ -164,6 +166,11 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         """The newest transaction that it contains."""
         return self._lsn
 
+    @property
+    def bookmark(self) -> Bookmark:
+        """`lsn`, with the database's epoch: `Database.changes` continues after this state."""
+        return Bookmark(self._lsn, self._db.epoch)
+
     @overload
     def get(self, key: bytes) -> bytes | None: ...
     @overload
@@ -219,6 +226,11 @@ class CommitStream(AbstractAsyncContextManager["CommitStream"], AsyncIterator[Co
         traceback: TracebackType | None,
     ) -> None:
         await self._records.__aexit__(exc_type, exc, traceback)
+
+    @property
+    def bookmark(self) -> Bookmark:
+        """The place after the last commit that was given: `Database.changes` continues there."""
+        return self._records.bookmark
 
     def __aiter__(self) -> CommitStream:
         return self
@@ -431,15 +443,18 @@ class Database:
         self._check_open()
         return Snapshot(self)
 
-    def changes(self, start: int | None = None) -> CommitStream:
+    def changes(self, start: int | Bookmark | None = None) -> CommitStream:
         """Every committed transaction from LSN ``start`` on, in order, then new ones::
 
             async with db.changes(start=17) as commits:
                 async for commit in commits: ...
 
-        Durable ones only.  None: from the oldest that the log still has.
+        Durable ones only.  A bookmark continues after its place; None: from the oldest that
+        the log still has.
 
         Raises:
+          LogDivergedError: ``start`` is not in this database's history, or after its end: it
+              may be of the database that this one is a backup of.
           LsnTruncatedError: ``start`` is no longer in the log: see ``retention`` of
               `open_database` for how to keep more of it.
         """
@@ -489,6 +504,17 @@ class Database:
     def wal(self) -> WriteAheadLog:
         """The log in front, to read, follow and flush; only transactions write it."""
         return self._wal
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Made with the database, kept for ever, also by its backups."""
+        return self._wal.uuid
+
+    @property
+    def epoch(self) -> int:
+        """Grows at the first open of a backup: from then on it and the original may give the
+        same LSN to different transactions."""
+        return self._wal.epoch
 
     @property
     def durable_lsn(self) -> int:

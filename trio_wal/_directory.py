@@ -21,6 +21,7 @@ from typing import Final
 import attrs
 
 from . import _scan
+from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
 from ._codec import require_zstd
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
@@ -34,15 +35,13 @@ from ._frame import (
     SegmentHeader,
     Truncation,
 )
+from ._identity import History, branch
 from ._recovery import (
-    META_NEW_NAME,
-    TRUNCATE_NAME,
     VERIFY_BYTES,
     Plan,
     RecoveryReport,
     check_records,
     examine,
-    read_meta,
     reread_tail,
 )
 from ._repair import repair, reserve_meta, write_meta
@@ -135,7 +134,7 @@ class LogDirectory:
         does not know, and to write `_meta` again would take that back, files being gone."""
         self.sync_seconds: float = 0.0
         """How long the last sync took."""
-        self._published_lsn = -1
+        self._published: tuple[int, Meta] | None = None
         self.publish()
 
     # -- what it is --
@@ -160,6 +159,10 @@ class LogDirectory:
     @property
     def log_uuid(self) -> bytes:
         return self._meta.log_uuid
+
+    @property
+    def history(self) -> History:
+        return self._meta.history
 
     @property
     def segments(self) -> int:
@@ -219,10 +222,10 @@ class LogDirectory:
 
     def publish(self) -> None:
         """Let readers in other processes know what is durable; nobody waits for this."""
-        if self._published_lsn != self.synced_lsn:
-            self._published_lsn = self.synced_lsn
+        if self._published != (self.synced_lsn, self._meta):
+            self._published = (self.synced_lsn, self._meta)
             with contextlib.suppress(OSError):
-                self._directory.publish(self.synced_lsn)
+                self._directory.publish(self.synced_lsn, self._meta.epoch)
 
     def make_room(self) -> None:
         """See whether a segment can be prepared again; `LogFullError` where not."""
@@ -462,7 +465,7 @@ class LogDirectory:
         """As far as there is space."""
         if not self._meta_reserved:
             with contextlib.suppress(OSError):
-                reserve_meta(self._directory)
+                reserve_meta(self._directory, len(self._meta.encode()))
                 self._meta_reserved = True
 
     def _header_after(self, segment: SegmentInfo) -> SegmentHeader:
@@ -531,6 +534,7 @@ class LogDirectory:
     def _cut(self, lsn: int) -> None:
         self.sync()
         keep, position, counts, records = self._find_cut(lsn)
+        history = branch(self._meta.history, lsn, self._files.random_bytes(4))
         header = SegmentHeader(
             self.active.header.log_uuid,
             keep.number + 1 if keep is not None else self._meta.base_number,
@@ -556,13 +560,14 @@ class LogDirectory:
                 header.salt, keep_number, position.offset, position.previous, header.first_lsn
             )
             try:
-                self._write_meta(attrs.evolve(self._meta, truncation=cut))
+                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))
             except LogFullError:
                 self._directory.unlink(TRUNCATE_NAME)
                 raise
             # The block of the old one is free now, and the next write must not fail.
             self._reserve_meta()
-            self._finish_truncation(new, keep, position, counts)
+            meta = attrs.evolve(self._meta, history=history)
+            self._finish_truncation(new, keep, position, counts, meta)
         except BaseException:
             close_quietly(spare.file)
             raise
@@ -573,6 +578,7 @@ class LogDirectory:
         keep: SegmentHeader | None,
         position: Position,
         counts: tuple[int, int],
+        meta: Meta,
     ) -> None:
         """Carry out what ``log.meta`` now says (`_recovery` does the same after a crash)."""
         old = self.active
@@ -597,8 +603,9 @@ class LogDirectory:
             )
         # Decided is decided: an error here breaks the log, and recovery goes on from there.
         reserved, self._meta_reserved = self._meta_reserved, False
-        write_meta(self._directory, self._meta, reserved=reserved)
+        write_meta(self._directory, meta, reserved=reserved)
         with self._shape:
+            self._meta = meta
             self._sealed = sealed
             self.active = new
         self.cuts += 1

@@ -12,6 +12,8 @@ from typing import Literal
 
 import trio
 
+from ._identity import Bookmark
+
 Outcome = Literal["not written", "unknown"]
 
 
@@ -165,6 +167,41 @@ class LsnTruncatedError(WalError, LookupError):
     def __str__(self) -> str:
         asked = "the records asked for are" if self.lsn is None else f"LSN {self.lsn} is"
         return f"{asked} truncated: the log now starts at LSN {self.first_lsn}; read from there"
+
+
+class LogDivergedError(LsnTruncatedError):
+    """What was read before is no longer what the log holds: its history is another one.
+
+    A ``truncate_after`` dropped records that had been given, or this is a copy of the log that
+    went on by itself, or the log never came as far as the place asked for.  Whoever keeps state
+    made of these records must go back to ``parted_after``, or begin anew.
+
+    Attributes:
+      path: the log's directory.
+      bookmark: the place that is not in this log's history.
+      parted_after: the last LSN up to which both histories are the same; None where the log
+          does not know the bookmark's epoch.
+      first_lsn: the first LSN that is another one, or may be.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], bookmark: Bookmark, parted_after: int | None
+    ) -> None:
+        super().__init__(1 if parted_after is None else parted_after + 1, bookmark.lsn)
+        self.args = (path, bookmark, parted_after)
+        self.path: str = os.fspath(path)
+        self.bookmark = bookmark
+        self.parted_after = parted_after
+
+    def __str__(self) -> str:
+        if self.parted_after is None:
+            common = "the log does not know that epoch: begin anew with what it holds"
+        else:
+            common = (
+                f"the two are the same up to LSN {self.parted_after}: go back to there, "
+                "or begin anew"
+            )
+        return f"{self.path}: {self.bookmark} is not in the history of this log; {common}"
 
 
 class LogFailedError(WalError, trio.BrokenResourceError):

@@ -15,14 +15,16 @@ import errno
 import mmap
 import os
 import stat
+import struct
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from ._exceptions import CorruptLogError, LogLockedError
+from ._frame import crc32c
 from ._util import align_up
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ LOCK_NAME: Final = "lock"
 _IOV_MAX: Final = 1024
 _PREAD_UNSEEN: Final = 4 << 20
 _PID_BYTES: Final = 32
-_PUBLISHED: Final = 16
+_WORD: Final = struct.Struct("<QQQI")
+"""The durable LSN, the same with every bit inverted, the epoch, and a checksum of the three."""
+_ALL_BITS: Final = (1 << 64) - 1
+_WORD_BARE: Final = 16
+"""Bytes of what older versions wrote: without an epoch."""
 FOLIO_MAX: Final = mmap.PAGESIZE**2 // 8
 """At multiples of this no folio of Linux's page cache reaches across: none is larger than what
 one page of a page table, with entries of 8 bytes, maps (2 MiB where a page has 4 KiB)."""
@@ -73,6 +79,30 @@ class File(Protocol):
     def close(self) -> None: ...
 
 
+class Word(NamedTuple):
+    """What a log's owner has said of it."""
+
+    durable_lsn: int
+    """0 where nothing can be trusted."""
+    epoch: int | None
+    """In which history; None: it does not say, or not reliably, and so proves nothing."""
+
+
+NO_WORD: Final = Word(0, None)
+
+
+class Watch(Protocol):
+    """Becomes readable when files of a directory change."""
+
+    def fileno(self) -> int: ...
+
+    def drain(self) -> None:
+        """Forget what has changed so far."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Directory(Protocol):
     path: str
 
@@ -104,12 +134,16 @@ class Directory(Protocol):
         """Leave the owner's pid for those who find the lock taken."""
         ...
 
-    def publish(self, durable_lsn: int) -> None:
+    def publish(self, durable_lsn: int, epoch: int) -> None:
         """Tell readers in other processes, without durability."""
         ...
 
-    def published(self) -> int:
-        """What the owner last told; 0 where nothing can be trusted."""
+    def published(self) -> Word:
+        """What an owner last told."""
+        ...
+
+    def watch(self) -> Watch | None:
+        """Have changes of the directory's files wake a task; None where that cannot be had."""
         ...
 
     def close(self) -> None: ...
@@ -327,7 +361,15 @@ class OsDirectory:
         return (name, self._fd) if _HAS_DIR_FD else (os.path.join(self.path, name), None)
 
     def names(self) -> list[str]:
-        return sorted(os.listdir(self._fd if self._fd >= 0 and _HAS_DIR_FD else self.path))
+        if self._fd < 0 or not _HAS_DIR_FD:
+            return sorted(os.listdir(self.path))
+        # Through a descriptor of its own: a duplicate of one shares its place in the listing, and
+        # two threads that list at once would each miss names, or see them twice.
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC, dir_fd=self._fd)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
 
     def open(self, name: str, *, create: bool = False, writable: bool = False) -> OsFile:
         where, dir_fd = self._where(name)
@@ -417,7 +459,7 @@ class OsDirectory:
         except (OSError, CorruptLogError):
             return b""
         try:
-            return file.pread(_PID_BYTES + _PUBLISHED, 0)
+            return file.pread(_PID_BYTES + _WORD.size, 0)
         finally:
             if file is not self._lock_file:
                 file.close()
@@ -426,17 +468,24 @@ class OsDirectory:
         digits = self._read_lock_file()[:_PID_BYTES].strip()
         return int(digits) if digits.isdigit() and len(digits) < 12 else None
 
-    def publish(self, durable_lsn: int) -> None:
+    def publish(self, durable_lsn: int, epoch: int) -> None:
         if self._lock_file is not None:
-            low = durable_lsn.to_bytes(8, "little")
-            self._lock_file.pwrite([low, bytes(255 - byte for byte in low)], _PID_BYTES)
+            word = _WORD.pack(durable_lsn, durable_lsn ^ _ALL_BITS, epoch, 0)[:-4]
+            crc = crc32c(word).to_bytes(4, "little")
+            self._lock_file.pwrite([word, crc], _PID_BYTES)
 
-    def published(self) -> int:
+    def published(self) -> Word:
         raw = self._read_lock_file()[_PID_BYTES:]
-        low = raw[:8]
-        if len(raw) != _PUBLISHED or bytes(255 - byte for byte in raw[8:]) != low:
-            return 0
-        return int.from_bytes(low, "little")
+        if len(raw) < _WORD_BARE:
+            return NO_WORD
+        durable_lsn, inverted, epoch, crc = _WORD.unpack(raw.ljust(_WORD.size, b"\0"))
+        if durable_lsn ^ _ALL_BITS != inverted:
+            return NO_WORD
+        whole = len(raw) == _WORD.size and crc32c(raw[:-4]) == crc
+        return Word(durable_lsn, epoch if whole else None)
+
+    def watch(self) -> Watch | None:
+        return watch_directory(self._fd)
 
     def disown(self) -> None:
         """In a forked child: let go of the descriptors, so that the lock is the parent's
@@ -453,6 +502,57 @@ class OsDirectory:
         fd, self._windows_lock = self._windows_lock, -1
         if fd >= 0:
             os.close(fd)
+
+
+if sys.platform == "linux":
+    # inotify(7), which the standard library does not have.
+    _IN_CHANGES: Final = 0x2 | 0x40 | 0x80 | 0x100 | 0x200
+    """A file was written, has come or gone under a name, was created, was unlinked."""
+    _EVENTS_BYTES: Final = 64 << 10
+
+    class _Inotify:
+        """A watch on one directory."""
+
+        def __init__(self, fd: int) -> None:
+            self._fd = fd
+
+        def fileno(self) -> int:
+            return self._fd
+
+        def drain(self) -> None:
+            with contextlib.suppress(BlockingIOError):
+                while len(os.read(self._fd, _EVENTS_BYTES)) > _EVENTS_BYTES // 2:
+                    pass
+
+        def close(self) -> None:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+    def watch_directory(fd: int) -> Watch | None:
+        """None where the kernel gives no watch: it has none left for this user, for one."""
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            added = -1
+            if watch >= 0:
+                watch = _above_stdio(watch)
+                # By its descriptor: another directory may stand under its path by now.
+                added = libc.inotify_add_watch(watch, b"/proc/self/fd/%d" % fd, _IN_CHANGES)
+        except AttributeError:
+            return None
+        if added < 0:
+            if watch >= 0:
+                os.close(watch)
+            return None
+        return _Inotify(watch)
+
+else:
+
+    def watch_directory(_: int) -> Watch | None:
+        return None
 
 
 def _forget_cached(fd: int, keep: range = range(0)) -> None:

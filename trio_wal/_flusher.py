@@ -27,6 +27,7 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 
 from ._directory import LogDirectory
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
+from ._identity import History
 from ._queue import Barrier, Batch, State, WriteQueue
 from ._worker import Worker
 
@@ -43,8 +44,8 @@ HISTOGRAM_BOUNDS: Final = (
 """Upper bounds, in seconds, of the buckets of ``sync_seconds_histogram``."""
 
 
-class CutStream(Protocol):
-    """A reader of this log."""
+class Cuttable(Protocol):
+    """A pass over this log's records."""
 
     def cut(self, lsn: int) -> None: ...
 
@@ -93,8 +94,9 @@ class Flusher:
         self.done = trio.Event()
         self.followers = trio.lowlevel.ParkingLot()
         """Tasks that wait for any new durable record."""
-        self.streams: weakref.WeakSet[CutStream] = weakref.WeakSet()
+        self.readings: weakref.WeakSet[Cuttable] = weakref.WeakSet()
         """Readers, who must notice when the log's end is cut."""
+        self.history: History = directory.history
         self.cuts = 0
         """How often they were told."""
         self._active_number = directory.active.header.number
@@ -255,9 +257,10 @@ class Flusher:
             barrier.error = exc
         if self._directory.last_lsn < self.last_lsn:
             self.last_lsn = self.durable_lsn = self._directory.last_lsn
+            self.history = self._directory.history
             self.cuts += 1
-            for stream in list(self.streams):
-                stream.cut(self.last_lsn)
+            for reading in list(self.readings):
+                reading.cut(self.last_lsn)
             self.followers.unpark_all()
         self._look_after(False)
 

@@ -23,6 +23,7 @@ from typing import Final, cast
 import attrs
 import google_crc32c
 
+from ._identity import EPOCH_MAX, PARTINGS_MAX, History, Parting, epoch_of
 from ._util import KiB, align_up
 
 FORMAT_VERSION: Final = 1
@@ -56,13 +57,19 @@ FEATURE_ZSTD: Final = 1
 """Incompatible feature: frames of this log may be compressed with Zstandard (RFC 8878)."""
 FEATURE_DATABASE: Final = 2
 """Incompatible feature: every record is a transaction of a database (see `_operations`)."""
+FEATURE_EPOCHS: Final = 16
+"""Incompatible feature, of ``log.meta`` only: the log has a history of epochs, which whoever writes
+that file anew must keep."""
 FEATURES_KNOWN: Final = FEATURE_ZSTD | FEATURE_DATABASE
 
 _CHECKED_SECTOR: Final = struct.Struct(f"<{BLOCK - 4}sI")
 _SEGMENT: Final = struct.Struct("<8sHHIII16sQQ16sqIII")
 _FRAME: Final = struct.Struct("<4sIQQqIBBHIIIIQ")
 _POINTER: Final = struct.Struct("<4sIB7xQQQI")
-_META: Final = struct.Struct("<8sHHI16sQQBB6x16sQQIIQQ")
+_META: Final = struct.Struct("<8sHHI16sQQBBB5x16sQQIIQQII")
+_PARTING: Final = struct.Struct("<QQ")
+META_SIZE_MAX: Final = BLOCK + PARTINGS_MAX * _PARTING.size
+"""Bytes of ``log.meta``."""
 _FOOTER: Final = struct.Struct("<QQQ")
 _SEED: Final = struct.Struct("<16sQ")
 
@@ -479,23 +486,34 @@ class Meta:
     base_number: int
     base_lsn: int
     features: int = 0
+    """Of the segments."""
     live: bool = False
     """False until the first segment is durable: a crash before may be started over."""
     truncation: Truncation | None = None
+    history: History = ()
+    copied: bool = False
+    """Whether this is a copy of another log that was not opened yet: then it gets an epoch."""
+
+    @property
+    def epoch(self) -> int:
+        return epoch_of(self.history)
 
     def encode(self) -> bytes:
         cut = self.truncation or Truncation(bytes(16), 0, 0, 0, 0)
-        return _seal_sector(
+        table = b"".join(_PARTING.pack(p.epoch, p.after_lsn) for p in self.history)
+        epochs = FEATURE_EPOCHS if self.history or self.copied else 0
+        block = _seal_sector(
             _META.pack(
                 META_MAGIC,
                 FORMAT_VERSION,
                 0,
-                self.features,
+                self.features | epochs,
                 self.log_uuid,
                 self.base_number,
                 self.base_lsn,
                 self.live,
                 self.truncation is not None,
+                self.copied,
                 cut.salt,
                 cut.keep_number,
                 cut.offset,
@@ -503,25 +521,51 @@ class Meta:
                 0,
                 cut.first_lsn,
                 0,
+                len(self.history),
+                crc32c(table),
             )
         )
+        return block + table.ljust(align_up(len(table), BLOCK), b"\0")
 
 
-def decode_meta(sector: bytes) -> Meta:
-    """Raises `FrameError` (`UnsupportedVersion`) like `decode_segment_header`."""
-    _open_sector(sector, META_MAGIC, "log.meta")
-    (_, _, _, features, uuid, number, lsn, live, cut, salt, keep, offset, prev, _, first, _) = (
-        _META.unpack_from(sector)
-    )
-    if features & ~FEATURES_KNOWN:
-        raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
+def decode_meta(data: bytes) -> Meta:
+    """The first `META_SIZE_MAX` bytes of the file.
+
+    Raises:
+      FrameError: as `decode_segment_header`.
+    """
+    _open_sector(data, META_MAGIC, "log.meta")
+    (_, _, _, features, uuid, number, lsn, live, cut, copied, salt, *rest) = _META.unpack_from(data)
+    keep, offset, previous, _, first, _, partings, table_crc = rest
+    if features & ~(FEATURES_KNOWN | FEATURE_EPOCHS):
+        unknown = features & ~(FEATURES_KNOWN | FEATURE_EPOCHS)
+        raise UnsupportedVersion(unknown, "feature set")
     if max(number, lsn) > START_MAX:
         raise FrameError(f"log.meta has the number {number} and LSN {lsn}")
+    if not features & FEATURE_EPOCHS and (partings or copied):
+        raise FrameError("log.meta has epochs, but does not say so")
     return Meta(
         log_uuid=uuid,
         base_number=number,
         base_lsn=lsn,
-        features=features,
+        features=features & ~FEATURE_EPOCHS,
         live=bool(live),
-        truncation=Truncation(salt, keep, offset, prev, first) if cut else None,
+        truncation=Truncation(salt, keep, offset, previous, first) if cut else None,
+        history=_decode_history(data, partings, table_crc),
+        copied=bool(copied),
     )
+
+
+def _decode_history(data: bytes, count: int, crc: int) -> History:
+    size = count * _PARTING.size
+    if count > PARTINGS_MAX or len(data) < BLOCK + size:
+        raise FrameError(f"log.meta declares {count} epochs and has {len(data)} bytes")
+    table = data[BLOCK : BLOCK + size]
+    if crc32c(table) != crc:
+        raise FrameError("checksum of the epochs in log.meta does not match")
+    history = tuple(Parting(*pair) for pair in _PARTING.iter_unpack(table))
+    if any(a.epoch >= b.epoch for a, b in pairwise(history)):
+        raise FrameError("the epochs in log.meta are not ascending")
+    if history and max(history[-1].epoch, *(p.after_lsn for p in history)) > EPOCH_MAX // 2:
+        raise FrameError("log.meta has an epoch, or its beginning, that no log comes to")
+    return history

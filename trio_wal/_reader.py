@@ -1,610 +1,344 @@
-"""Reading records, in this process or beside the one that writes.
+"""Reading a log beside the process that writes it: `open_reader` and `LogReader`.
 
-Law: chunks are read and decoded in a worker thread and handed over whole; the event
-loop only makes `Record`s of them.  Nothing that is not durable is ever given out.  A
-reader never writes and takes no lock.
+Law: never writes and takes no lock.  The owner may be doing anything meanwhile: rotating,
+truncating, recovering, dying.  So what looks wrong is looked at again, for as long as the files
+change, and believed when they stand still; and what is taken for the log's end is that only where
+nothing proves that there was more (`_chain.judge_end`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator
+import time
+import uuid
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
-from itertools import repeat
 from types import TracebackType
-from typing import Final, Protocol, final
+from typing import Final, final
 
 import attrs
 import trio
-from trio.lowlevel import enable_ki_protection
 
-from . import _scan
-from ._directory import LogDirectory
-from ._exceptions import CorruptLogError, LsnTruncatedError
-from ._files import Directory, File, Files, OsFiles, close_quietly
-from ._flusher import Flusher
-from ._frame import FrameError, Kind, SegmentHeader, to_datetime
-from ._queue import State, WriteQueue
-from ._recovery import FoundSegment, find_segments, look_at, read_meta, read_segment
+from ._chain import (
+    META_NAME,
+    TRUNCATE_NAME,
+    FoundSegment,
+    check_joins,
+    find_segments,
+    judge_end,
+    look_at,
+    read_meta,
+)
+from ._cursor import Moved, Place, place_in
+from ._exceptions import CorruptLogError
+from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
+from ._frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
+from ._identity import Bookmark, History
 from ._scan import FrameScanner, Position, start_of
-from ._util import KiB, check_int, check_path
+from ._stream import RETRY_SECONDS, Reading, RecordStream
+from ._util import check_path
 from ._worker import Blocking
 
-CHUNK_BYTES: Final = 512 * KiB
-CHECKPOINT_RECORDS: Final = 1024
-"""Of those that are ready, between two checkpoints: about half a millisecond."""
-"""Payload decoded per thread call: some 5,000 records of 100 bytes."""
 POLL_SECONDS: Final = 0.02
-"""How often the files of another process's log are looked at for news."""
-RETRY_SECONDS: Final = 0.002
-LOOK_TRIES: Final = 20
-
-
-@final
-@attrs.frozen
-class Record:
-    """One record of the log."""
-
-    lsn: int
-    timestamp: datetime
-    """UTC, of its batch; never decreasing along the log."""
-    data: bytes
-
-
-class _Moved(Exception):
-    """The log changed under the reader; look again."""
+"""How often the files of another process's log are looked at for news, where nothing wakes."""
+WATCHED_POLL_SECONDS: Final = 1.0
+"""The same where a change of the files wakes: for file systems that do not tell of all changes."""
 
 
 @attrs.frozen
-class Place:
-    """Where to start reading an LSN."""
+class _Evidence:
+    """All that stands at a log's end and around it: while it is the same, so is the verdict."""
+
+    block: bytes
+    """What stands where the next frame would."""
+    pointer: Pointer | None
+    size: int
+    word: Word
+
+
+@attrs.frozen
+class _Tail:
+    """How far the last segment was scanned."""
 
     header: SegmentHeader
-    file: File
     position: Position
-    chained: bool
-    limit_lsn: int | None
-    """First LSN of the segment behind, where there is one: nothing from there on may be
-    taken from this file."""
+    watermark: int
+    """The highest LSN that the frames so far, or the existence of the segment, call durable."""
+    last_kind: Kind | None = None
+    reason: str = ""
 
 
-class Source(Protocol):
-    """A log that can be read: this process's own, or another's."""
+@attrs.frozen
+class _Seen:
+    """A log as one look has found it.  Immutable: threads read it while another look is made."""
 
-    path: str
-    blocking: Blocking
-
-    @property
-    def first_lsn(self) -> int: ...
-
-    @property
-    def durable_lsn(self) -> int: ...
-
-    async def refresh(self) -> None:
-        """Bring the two above up to date; no checkpoint where that takes no time."""
-        ...
-
-    def generation(self) -> int:
-        """Changes whenever the log's end may have been cut."""
-        ...
-
-    def cutting(self) -> bool:
-        """Whether that is under way."""
-        ...
-
-    def locate(self, lsn: int) -> Place:
-        """Blocking.  Raises `FileNotFoundError`, `_Moved`."""
-        ...
-
-    def release(self, header: SegmentHeader) -> None: ...
-
-    async def wait_durable_after(self, lsn: int) -> bool:
-        """Wait until more than ``lsn`` is durable, or the end was cut; False: there will be
-        no more."""
-        ...
-
-    def watch(self, stream: RecordStream) -> None: ...
-
-    def unwatch(self, stream: RecordStream) -> None: ...
-
-
-def place_in(
-    file: File,
-    found: FoundSegment,
-    lsn: int,
-    limit_lsn: int | None,
-    index: tuple[tuple[int, int], ...] | None = None,
-) -> Place:
-    """The nearest known frame at or before ``lsn``: by an index in memory, or by the one in
-    the segment's footer."""
-    header = found.header
-    if index is None:
-        index = _scan.footer_index(file.pread, header, found.pointer)
-    nearest = [offset for first, offset in index if first <= lsn][-1:]
-    if nearest:
-        frame = _scan.frame_at(file.pread, header, nearest[0])
-        if frame is not None and frame.kind is Kind.DATA and frame.first_lsn <= lsn:
-            position = Position(frame.offset, frame.first_lsn, frame.previous)
-            return Place(header, file, position, False, limit_lsn)
-    return Place(header, file, start_of(header), True, limit_lsn)
-
-
-class _Cursor:
-    """The blocking half of a `RecordStream`: used by one thread at a time."""
-
-    def __init__(self, source: Source, next_lsn: int) -> None:
-        self.next_lsn = next_lsn
-        self._source = source
-        self._place: Place | None = None
-        self._scanner: FrameScanner | None = None
-
-    def chunk(self, stop: int) -> list[Record]:
-        """The next records below ``stop``, which are known to be durable.
-
-        What is wrong behind records that can be given is raised by the next call.
-        """
-        records: list[Record] = []
-        try:
-            self._collect(records, stop)
-        except (CorruptLogError, OSError, _Moved):
-            self.leave()
-            if not records:
-                raise
-        return records
-
-    def _collect(self, records: list[Record], stop: int) -> None:
-        size = 0
-        ended: SegmentHeader | None = None
-        while self.next_lsn < stop and size < CHUNK_BYTES:
-            place, scanner = self._open()
-            if place.header == ended:
-                # Its footer was read, and no other segment has the record.
-                reason = f"the segment ends before LSN {self.next_lsn}"
-                raise CorruptLogError(place.file.path, place.position.offset, reason)
-            frame_body = next(iter(scanner), None)
-            if frame_body is None:
-                self._at_end(place, scanner)
-                continue
-            frame, body = frame_body
-            if frame.kind is Kind.SEAL:
-                ended = place.header
-                self.leave()
-            if frame.kind is not Kind.DATA or frame.next_lsn <= self.next_lsn:
-                continue
-            try:
-                data = _scan.payloads(frame, body)
-            except FrameError as exc:
-                raise CorruptLogError(place.file.path, frame.offset, str(exc)) from exc
-            skip = self.next_lsn - frame.first_lsn
-            end = min(frame.next_lsn, stop)
-            if skip or end < frame.next_lsn:
-                data = data[skip : end - frame.first_lsn]
-            timestamp = to_datetime(frame.time_us)
-            records.extend(map(Record, range(self.next_lsn, end), repeat(timestamp), data))
-            size += frame.stored_length
-            self.next_lsn = end
-            if end < frame.next_lsn:
-                # The rest of this frame is asked for later, if at all.
-                self.leave()
-
-    def _open(self) -> tuple[Place, FrameScanner]:
-        place, scanner = self._place, self._scanner
-        if place is not None and scanner is not None:
-            if place.limit_lsn is None or scanner.position.next_lsn < place.limit_lsn:
-                return place, scanner
-            self.leave()
-        place = self._place = self._source.locate(self.next_lsn)
-        scanner = self._scanner = FrameScanner(
-            place.file.pread, place.header, place.position, chained=place.chained
-        )
-        return place, scanner
-
-    def _at_end(self, place: Place, scanner: FrameScanner) -> None:
-        """No frame where one must be: the file has grown since it was looked at, or the
-        log goes on in the next segment, or it is damaged."""
-        reached = scanner.position
-        self.leave()
-        fresh = self._source.locate(self.next_lsn)
-        if fresh.header != place.header:
-            self._place = fresh
-            self._scanner = FrameScanner(
-                fresh.file.pread, fresh.header, fresh.position, chained=fresh.chained
-            )
-            return
-        again = FrameScanner(fresh.file.pread, fresh.header, reached)
-        if next(iter(again), None) is None:
-            path = fresh.file.path
-            fresh.file.close()
-            self._source.release(fresh.header)
-            raise CorruptLogError(
-                path,
-                again.position.offset,
-                again.reason or f"the frame of LSN {again.position.next_lsn} is missing",
-            )
-        self._place = fresh
-        self._scanner = FrameScanner(fresh.file.pread, fresh.header, reached)
-
-    def leave(self) -> None:
-        """Let go of the segment."""
-        place, self._place, self._scanner = self._place, None, None
-        if place is not None:
-            close_quietly(place.file)
-            self._source.release(place.header)
+    meta: Meta | None = None
+    """None: not looked at yet."""
+    names: tuple[str, ...] = ()
+    """Of what may be a segment."""
+    segments: tuple[FoundSegment, ...] = ()
+    """Those that can be read, without a gap."""
+    first_lsn: int = 1
+    durable_lsn: int = 0
+    last_lsn: int = 0
+    damage: CorruptLogError | None = None
+    chain_damage: CorruptLogError | None = None
+    """The part of it that is not the last segment's."""
+    beyond_lsn: int = 0
+    """What segments that cannot be reached prove to have been durable."""
+    tail: _Tail | None = None
+    evidence: _Evidence | None = None
+    cuts: int = 0
+    shape: int = 0
 
 
 @final
-class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Record]):
-    """Records of a log, in LSN order; what ``read()`` and ``follow()`` return.
-
-    Enter it with ``async with`` and iterate with ``async for``.  Entering, each chunk of
-    records read from disk and every 1,024 records are checkpoints.  One task iterates at a
-    time.
-    """
-
-    def __init__(
-        self, source: Source, start: int | None, stop: int | None, *, follow: bool
-    ) -> None:
-        if start is not None:
-            check_int("start", start, 0)
-        if stop is not None:
-            check_int("stop", stop, 0)
-        self._source = source
-        self._start = start
-        self._stop = stop
-        self._follow = follow
-        self._cursor: _Cursor | None = None
-        self._ready: list[Record] = []
-        self._generation = 0
-        self._overtaken = False
-        self._begin = 0
-        """The LSN that is, or was, given first."""
-        self._due = 0
-        """The LSN that is given next, where none is ready."""
-        self._busy = False
-        self._ended = False
-
-    async def __aenter__(self) -> RecordStream:
-        if self._cursor is not None:
-            raise RuntimeError("a stream of records is for one use")
-        await trio.lowlevel.checkpoint()
-        source = self._source
-        await source.refresh()
-        first = source.first_lsn
-        # LSN 0 never was: to start there is to start at the beginning.
-        start = first if self._start is None else max(self._start, 1)
-        if start < first:
-            raise LsnTruncatedError(first, start)
-        if not self._follow:
-            end = source.durable_lsn + 1
-            self._stop = end if self._stop is None else min(self._stop, end)
-        self._begin = self._due = start
-        self._cursor = _Cursor(source, start)
-        self._generation = source.generation()
-        source.watch(self)
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        cursor = self._cursor
-        self._ended = True
-        self._ready.clear()
-        self._source.unwatch(self)
-        if cursor is not None and not self._busy:
-            cursor.leave()
-
-    def cut(self, lsn: int) -> None:
-        """The log's end was cut behind ``lsn``."""
-        ready = self._ready
-        due = ready[-1].lsn if ready else self._due
-        if due > max(self._begin, lsn + 1):
-            # Records that were given are no longer in the log.
-            self._overtaken = True
-            ready.clear()
-        elif ready and self._cursor is not None:
-            # The newest stands first.
-            del ready[: max(0, ready[0].lsn - lsn)]
-            self._cursor.next_lsn = self._due = ready[0].lsn + 1 if ready else due
-        if self._stop is not None:
-            self._stop = min(self._stop, lsn + 1)
-
-    def __aiter__(self) -> RecordStream:
-        return self
-
-    async def __anext__(self) -> Record:
-        ready = self._ready
-        if len(ready) % CHECKPOINT_RECORDS:
-            return ready.pop()
-        return await self._next_chunk()
-
-    @enable_ki_protection
-    async def _next_chunk(self) -> Record:
-        if self._cursor is None:
-            raise RuntimeError("enter the stream first: async with log.read() as records")
-        if self._busy:
-            raise trio.BusyResourceError("another task is reading this stream")
-        self._busy = True
-        try:
-            if self._ready:
-                # Of a large batch: whoever iterates must not keep the event loop for long.
-                await trio.lowlevel.checkpoint()
-            while not self._ready:
-                if self._ended:
-                    raise trio.ClosedResourceError("this stream of records is closed")
-                if self._overtaken:
-                    raise LsnTruncatedError(self._source.first_lsn, self._cursor.next_lsn)
-                if not await self._fill(self._cursor):
-                    await trio.lowlevel.checkpoint()
-                    raise StopAsyncIteration
-            return self._ready.pop()
-        finally:
-            self._busy = False
-            if self._ended:
-                self._cursor.leave()
-
-    async def _fill(self, cursor: _Cursor) -> bool:
-        """Try to get records ready; False at the end."""
-        source = self._source
-        self._due = cursor.next_lsn
-        if self._stop is not None and cursor.next_lsn >= self._stop:
-            return False
-        if cursor.next_lsn > source.durable_lsn:
-            await source.refresh()
-            if cursor.next_lsn > max(self._begin, source.durable_lsn + 1):
-                # What was given out is no longer in the log.
-                raise LsnTruncatedError(source.first_lsn, cursor.next_lsn)
-            if cursor.next_lsn > source.durable_lsn:
-                return self._follow and await source.wait_durable_after(cursor.next_lsn - 1)
-        if cursor.next_lsn < source.first_lsn:
-            raise LsnTruncatedError(source.first_lsn, cursor.next_lsn)
-        stop = source.durable_lsn + 1
-        if self._stop is not None:
-            stop = min(stop, self._stop)
-        generation = source.generation()
-        if generation != self._generation:
-            self._generation = generation
-            cursor.leave()
-        before = cursor.next_lsn
-        try:
-            records = await source.blocking(cursor.chunk, stop)
-        except (CorruptLogError, FileNotFoundError, _Moved) as exc:
-            cursor.next_lsn = before
-            cursor.leave()
-            await self._explain(exc, generation)
-            return True
-        if not self._overtaken and generation == source.generation():
-            records.reverse()
-            self._ready = records
-        else:
-            cursor.next_lsn = before
-        return True
-
-    async def _explain(self, exc: Exception, generation: int) -> None:
-        """Damage, or only a log that was truncated meanwhile?"""
-        source = self._source
-        await trio.sleep(RETRY_SECONDS)
-        await source.refresh()
-        assert self._cursor is not None
-        if self._cursor.next_lsn < source.first_lsn:
-            raise LsnTruncatedError(source.first_lsn, self._cursor.next_lsn) from exc
-        if isinstance(exc, _Moved) or generation != source.generation():
-            return
-        if source.cutting() or self._cursor.next_lsn > source.durable_lsn:
-            return
-        if isinstance(exc, CorruptLogError):
-            raise exc
-        raise CorruptLogError(str(exc.filename), 0, "the segment is missing") from exc  # type: ignore[attr-defined]
-
-
-# -- this process's own log -------------------------------------------------------
-
-
-class WalSource:
-    """The log that this process has open."""
-
-    def __init__(
-        self, directory: LogDirectory, flusher: Flusher, queue: WriteQueue, blocking: Blocking
-    ) -> None:
-        self.path: str = directory.path
-        self.blocking = blocking
-        self._directory = directory
-        self._flusher = flusher
-        self._queue = queue
-
-    @property
-    def first_lsn(self) -> int:
-        return self._directory.first_lsn
-
-    @property
-    def durable_lsn(self) -> int:
-        # The flusher hears of a cut only when it is done.
-        return min(self._flusher.durable_lsn, self._directory.last_lsn)
-
-    async def refresh(self) -> None:
-        pass
-
-    def generation(self) -> int:
-        return self._directory.cuts + self._flusher.cuts
-
-    def cutting(self) -> bool:
-        failed = self._directory.cut_failed
-        if failed is not None:
-            # What the reader misses may be cut off or not: only recovery can tell.
-            raise self._queue.failed("unknown", failed)
-        return self._directory.cutting
-
-    def locate(self, lsn: int) -> Place:
-        directory = self._directory
-        sealed, active = directory.shape()
-        following: SegmentHeader = active.header
-        index: tuple[tuple[int, int], ...] | None = tuple(active.index)
-        limit: int | None = None
-        if active.header.first_lsn > lsn:
-            behind = [segment for segment in sealed if segment.first_lsn <= lsn < segment.next_lsn]
-            if not behind:
-                raise _Moved
-            following, limit, index = behind[-1].header, behind[-1].next_lsn, None
-        directory.pin(following)
-        try:
-            file = directory.open_segment(following)
-            try:
-                found = look_at(file, following.name)
-                if found.header != following:
-                    raise _Moved
-                return place_in(file, found, lsn, limit, index)
-            except BaseException:
-                close_quietly(file)
-                raise
-        except BaseException:
-            directory.unpin(following)
-            raise
-
-    def release(self, header: SegmentHeader) -> None:
-        self._directory.unpin(header)
-
-    async def wait_durable_after(self, lsn: int) -> bool:
-        flusher = self._flusher
-        cuts = flusher.cuts
-        while self.durable_lsn <= lsn and flusher.cuts == cuts:
-            if flusher.done.is_set():
-                if self._queue.state is State.FAILED:
-                    self._queue.check_open(self._queue.loss)
-                return False
-            await flusher.followers.park()
-        return True
-
-    def watch(self, stream: RecordStream) -> None:
-        self._flusher.streams.add(stream)
-
-    def unwatch(self, stream: RecordStream) -> None:
-        self._flusher.streams.discard(stream)
-
-
-# -- another process's log --------------------------------------------------------
-
-
-class _ReaderSource:
-    """A directory that another process may be writing."""
+class WatchSource:
+    """A directory that another process may be writing; a `_stream.Source`."""
 
     def __init__(self, directory: Directory, blocking: Blocking) -> None:
         self.path: str = directory.path
         self.blocking = blocking
         self._directory = directory
-        self._names: list[str] = []
-        self._segments: list[FoundSegment] = []
-        self._first_lsn = 1
-        self._durable_lsn = 0
-        self._watermark = 0
-        self._tail: tuple[SegmentHeader, Position] | None = None
-        self._cuts = 0
+        self._seen = _Seen()
+        self._distrust = False
+        """Whether a file was not what the last look has found."""
         self._looking = threading.Lock()
+        self._closed = False
+        self._watch: Watch | None = None
+        self._watchable = True
+        """Until it turns out that nothing tells of changes."""
+        self._watching = False
+        self._others = trio.lowlevel.ParkingLot()
+        """Streams that wait for the one that watches."""
+
+    # -- what was seen --
 
     @property
     def first_lsn(self) -> int:
-        return self._first_lsn
+        return self._seen.first_lsn
 
     @property
     def durable_lsn(self) -> int:
-        return self._durable_lsn
+        return self._seen.durable_lsn
+
+    @property
+    def last_lsn(self) -> int:
+        return self._seen.last_lsn
+
+    @property
+    def history(self) -> History:
+        meta = self._seen.meta
+        return () if meta is None else meta.history
+
+    @property
+    def meta(self) -> Meta:
+        """After a look."""
+        assert self._seen.meta is not None
+        return self._seen.meta
+
+    @property
+    def segments(self) -> tuple[FoundSegment, ...]:
+        return self._seen.segments
+
+    @property
+    def damage(self) -> CorruptLogError | None:
+        return self._seen.damage
 
     def generation(self) -> int:
-        return self._cuts
+        return self._seen.cuts
+
+    def shape(self) -> int:
+        return self._seen.shape
 
     def cutting(self) -> bool:
         return False
+
+    # -- looking --
 
     async def refresh(self) -> None:
         await self.blocking(self.look)
 
     def look(self) -> None:
-        """Read what has changed; blocking.
+        """See what has changed; blocking.
 
-        The writer may be in the middle of a rotation or truncation: what looks damaged is
-        looked at again, and believed only when the directory stands still.
+        Raises:
+          CorruptLogError: nothing can be read, or another log stands here now.
+          UnsupportedFormatError, OSError
         """
         with self._looking:
-            for _ in range(LOOK_TRIES):
-                before = self._fingerprint()
+            believed: object = None
+            while True:
+                print_before = self._fingerprint()
+                seen: _Seen | None = None
+                wrong: Exception | None = None
                 try:
-                    self._look_once()
+                    seen = self._look_once(*print_before)
+                    wrong = seen.damage
+                except (CorruptLogError, FileNotFoundError) as exc:
+                    wrong = exc
+                if seen is not None and (wrong is None or wrong is self._seen.damage):
+                    self._seen = seen
                     return
-                except (CorruptLogError, FileNotFoundError):
-                    if self._fingerprint() == before:
-                        raise
-            self._look_once()
+                doubt = (print_before, repr(wrong))
+                if doubt == believed and self._fingerprint() == print_before:
+                    if seen is not None:
+                        self._seen = seen
+                        return
+                    assert wrong is not None
+                    raise wrong
+                believed = doubt
+                time.sleep(RETRY_SECONDS)
 
-    def _fingerprint(self) -> object:
-        return self._directory.names(), read_meta(self._directory)
-
-    def _look_once(self) -> None:
+    def _fingerprint(self) -> tuple[tuple[str, ...], Meta | None]:
+        """What changes whenever the chain does, but for a file that another one replaces."""
         meta = read_meta(self._directory)
-        if meta is None:
-            raise CorruptLogError(self.path, 0, "there is no log here: log.meta is missing")
-        if not meta.live:
-            self._first_lsn, self._durable_lsn, self._segments = 1, 0, []
-            return
         names = self._directory.names()
-        if names != self._names or meta.base_lsn != self._first_lsn or self._end_replaced():
-            self._segments, _ = find_segments(self._directory, meta)
-            self._names = names
-            self._first_lsn = meta.base_lsn
-        self._find_durable()
+        return tuple(n for n in names if n.startswith("wal-") or n == TRUNCATE_NAME), meta
 
-    def _end_replaced(self) -> bool:
-        """Whether a recovery or truncation put another segment under the last one's name."""
-        last = self._segments[-1]
-        return read_segment(self._directory, last.file_name).header != last.header
-
-    def _find_durable(self) -> None:
-        """The highest LSN that some frame, or the owner's word, says is durable."""
-        last = self._segments[-1]
-        if self._tail is None or self._tail[0] != last.header:
-            if self._tail is not None and last.header.first_lsn < self._tail[1].next_lsn:
-                self._cuts += 1
-                self._durable_lsn = 0
-            self._tail = (last.header, start_of(last.header))
-            self._watermark = last.header.first_lsn - 1
-        position = self._tail[1]
-        file = self._directory.open(last.file_name)
+    def _look_once(self, names: tuple[str, ...], meta: Meta | None) -> _Seen:
+        seen = self._seen
+        known = seen.meta
+        if meta is None:
+            if known is None:
+                raise CorruptLogError(self.path, 0, f"there is no log here: {META_NAME} is missing")
+            raise CorruptLogError(f"{self.path}/{META_NAME}", 0, "the file is missing")
+        if known is not None and known.live:
+            if not meta.live or meta.log_uuid != known.log_uuid:
+                raise CorruptLogError(self.path, 0, "another log stands here now")
+        elif not meta.live:
+            return attrs.evolve(seen, meta=meta)
+        # Before the files are scanned: what it speaks of is in them then.
+        word = self._directory.published()
+        if seen.segments and names == seen.names and meta == known and not self._distrust:
+            last = seen.segments[-1]
+            file = self._directory.open(last.file_name)
+            try:
+                fresh = look_at(file, last.file_name)
+                if fresh.header == last.header:
+                    segments = (*seen.segments[:-1], fresh)
+                    return self._judge(attrs.evolve(seen, segments=segments), file, word)
+            finally:
+                file.close()
+        seen = self._find_chain(names, meta)
+        file = self._directory.open(seen.segments[-1].file_name)
         try:
-            # Most looks find nothing new: one small read.
-            if _scan.frame_at(file.pread, last.header, position.offset) is not None:
-                scanner = FrameScanner(file.pread, last.header, position, bodies=False)
-                for frame, _ in scanner:
-                    self._watermark = max(self._watermark, frame.durable_lsn)
-                position = scanner.position
+            fresh = look_at(file, seen.segments[-1].file_name)
+            if fresh.header != seen.segments[-1].header:
+                raise FileNotFoundError(2, "the segment was replaced", file.path)
+            seen = attrs.evolve(seen, segments=(*seen.segments[:-1], fresh))
+            return self._judge(seen, file, word)
         finally:
             file.close()
-        self._tail = (last.header, position)
-        published = min(self._directory.published(), position.next_lsn - 1)
+
+    def _find_chain(self, names: tuple[str, ...], meta: Meta) -> _Seen:
+        """Which segments there are, and whether they are one chain."""
+        seen, known = self._seen, self._seen.meta
+        cut = known is not None and known.history != meta.history
+        cached: dict[str, FoundSegment] = {}
+        if known is not None and not (cut or self._distrust or known.truncation != meta.truncation):
+            # All but the last two are as they were: nothing writes to them any more.
+            cached = {found.file_name: found for found in seen.segments[:-2]}
+        problems: list[CorruptLogError] = []
+        chain = find_segments(self._directory, meta, problems.append, cached)
+        chain = check_joins(self._directory, meta, chain, problems.append)
+        if not chain.segments:
+            raise problems[0]
+        self._distrust = False
+        beyond = [found.header.first_lsn - 1 for found in chain.beyond]
+        beyond += [found.mark.first_lsn - 1 for found in chain.beyond if found.mark is not None]
+        return attrs.evolve(
+            seen,
+            meta=meta,
+            names=names,
+            segments=tuple(chain.segments),
+            first_lsn=meta.base_lsn,
+            durable_lsn=0 if cut else seen.durable_lsn,
+            last_lsn=0 if cut else seen.last_lsn,
+            chain_damage=problems[0] if problems else None,
+            beyond_lsn=max(beyond, default=0),
+            tail=None if cut else seen.tail,
+            cuts=seen.cuts + cut,
+            shape=seen.shape + 1,
+        )
+
+    def _judge(self, seen: _Seen, file: File, word: Word) -> _Seen:
+        """Where the last segment, and so the log, ends, and how much of it is durable."""
+        meta, last, tail = seen.meta, seen.segments[-1], seen.tail
+        assert meta is not None
+        first_look = tail is None or tail.header != last.header
+        if tail is None or first_look:
+            tail = _Tail(last.header, start_of(last.header), last.header.first_lsn - 1)
+        tail, block = self._scan(file, tail)
+        end = tail.position
+        evidence = _Evidence(block, last.pointer, last.size, word)
+        if not first_look and seen.tail == tail and seen.evidence == evidence:
+            return seen
+        told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0
+        proof = 0 if word.epoch is None else told
+        damage, proven = seen.chain_damage, seen.beyond_lsn
+        if damage is not None:
+            # Others come after it: it was whole, and durable.
+            proven = max(proven, end.next_lsn - 1)
+        elif first_look or _suspicious(tail, evidence, proof):
+            judged = judge_end(
+                self.path,
+                file,
+                last,
+                end,
+                reason=tail.reason,
+                last_kind=tail.last_kind,
+                told_lsn=proof,
+            )
+            if judged.loss is not None:
+                damage, proven = judged.loss.error, judged.loss.durable_lsn
+        if damage is not None and repr(damage) == repr(seen.damage):
+            damage = seen.damage
         # What once was durable is, unless the end was cut: an unlinked lock file says nothing.
-        self._durable_lsn = max(self._durable_lsn, self._watermark, published)
+        durable = max(seen.durable_lsn, tail.watermark, min(told, end.next_lsn - 1), proven)
+        return attrs.evolve(
+            seen,
+            durable_lsn=durable,
+            last_lsn=max(durable, end.next_lsn - 1),
+            damage=damage,
+            tail=tail,
+            evidence=evidence,
+        )
+
+    def _scan(self, file: File, tail: _Tail) -> tuple[_Tail, bytes]:
+        """Go over the frames that have come; also gives the block at which they end."""
+        block = file.pread(BLOCK, tail.position.offset)
+        if not block.strip(b"\0"):
+            # Most looks find nothing new: one small read.
+            return tail, block
+        scanner = FrameScanner(file.pread, tail.header, tail.position, bodies=False, skim=True)
+        watermark, kind = tail.watermark, tail.last_kind
+        for frame, _ in scanner:
+            watermark, kind = max(watermark, frame.durable_lsn), frame.kind
+        tail = _Tail(tail.header, scanner.position, watermark, kind, scanner.reason)
+        return tail, file.pread(BLOCK, tail.position.offset)
+
+    # -- for streams --
 
     def locate(self, lsn: int) -> Place:
-        found = [s for s in self._segments if s.header.first_lsn <= lsn]
+        segments = self._seen.segments
+        found = [segment for segment in segments if segment.header.first_lsn <= lsn]
         if not found:
-            raise _Moved
+            raise Moved
         segment = found[-1]
-        behind = self._segments[len(found) :]
+        following = segments[len(found)].header if len(found) < len(segments) else None
         try:
             file = self._directory.open(segment.file_name)
         except FileNotFoundError:
-            if self._directory.names() != self._names:
-                # Renamed or dropped since the last look.
-                raise _Moved from None
-            raise
+            # Renamed or dropped since the last look.
+            self._distrust = True
+            raise Moved from None
         try:
             fresh = look_at(file, segment.file_name)
             if fresh.header != segment.header:
-                self._names = []
-                raise _Moved
-            limit = behind[0].header.first_lsn if behind else None
-            return place_in(file, fresh, lsn, limit)
+                self._distrust = True
+                raise Moved
+            return place_in(file, fresh, lsn, following)
         except BaseException:
             close_quietly(file)
             raise
@@ -613,16 +347,70 @@ class _ReaderSource:
         pass
 
     async def wait_durable_after(self, lsn: int) -> bool:
-        while self._durable_lsn <= lsn:
-            await trio.sleep(POLL_SECONDS)
-            await self.refresh()
+        cuts = self._seen.cuts
+        while self.durable_lsn <= lsn and self._seen.cuts == cuts and self.damage is None:
+            await self._news()
         return True
 
-    def watch(self, stream: RecordStream) -> None:
+    def watch(self, reading: Reading) -> None:
         pass
 
-    def unwatch(self, stream: RecordStream) -> None:
+    def unwatch(self, reading: Reading) -> None:
         pass
+
+    async def _news(self) -> None:
+        """Until something may have changed, and was looked at."""
+        if not self._watchable:
+            await trio.sleep(POLL_SECONDS)
+            await self.refresh()
+            return
+        if self._watch is None:
+            self._watch = self._directory.watch()
+            self._watchable = self._watch is not None
+            # What has changed before was not watched.
+            await self.refresh()
+            return
+        if self._watching:
+            # One task waits for the files, and looks, for all.
+            await self._others.park()
+            if self._closed:
+                raise trio.ClosedResourceError(f"{self.path}: this reader is closed")
+            return
+        watch = self._watch
+        self._watching = True
+        try:
+            with trio.move_on_after(WATCHED_POLL_SECONDS):
+                await trio.lowlevel.wait_readable(watch.fileno())
+            watch.drain()
+            await self.refresh()
+        finally:
+            self._watching = False
+            self._others.unpark_all()
+
+    async def aclose(self) -> None:
+        """Streams that wait get `trio.ClosedResourceError`."""
+        self._closed = True
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            trio.lowlevel.notify_closing(watch.fileno())
+            watch.close()
+        self._others.unpark_all()
+        await self.blocking.close()
+        self._directory.close()
+
+
+def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int) -> bool:
+    """Whether something at the log's end says more than that it ends."""
+    pointer = evidence.pointer
+    return (
+        bool(evidence.block.strip(b"\0"))
+        or tail.last_kind is Kind.SEAL
+        or (
+            pointer is not None
+            and (pointer.kind is Kind.SEAL or pointer.offset > tail.position.offset)
+        )
+        or told_lsn >= tail.position.next_lsn
+    )
 
 
 @final
@@ -631,10 +419,13 @@ class LogReader:
 
     Takes no lock and writes nothing; the log may be written by another process all the
     while.  Durable records only.
+
+    Where the log is damaged, everything before the damage is given, and then `CorruptLogError`
+    is raised.  Its properties say what is proven: `durable_lsn` may be a record that
+    cannot be read.
     """
 
-    def __init__(self, directory: Directory, source: _ReaderSource) -> None:
-        self._directory = directory
+    def __init__(self, source: WatchSource) -> None:
         self._source = source
         self._closed = False
 
@@ -642,6 +433,24 @@ class LogReader:
     def path(self) -> str:
         """The log's directory."""
         return self._source.path
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """The log's, and that of its copies."""
+        self._check_open()
+        return uuid.UUID(bytes=self._source.meta.log_uuid)
+
+    @property
+    def epoch(self) -> int:
+        """Grows when LSNs may be given a second time; reads a few blocks of the log's files."""
+        self._look()
+        return self._source.meta.epoch
+
+    @property
+    def bookmark(self) -> Bookmark:
+        """`durable_lsn` with the `epoch` of the same look."""
+        self._look()
+        return Bookmark(self._source.durable_lsn, self._source.meta.epoch)
 
     @property
     def first_lsn(self) -> int:
@@ -663,15 +472,16 @@ class LogReader:
         if self._closed:
             raise trio.ClosedResourceError(f"{self.path}: this reader is closed")
 
-    def read(self, start: int | None = None, stop: int | None = None) -> RecordStream:
+    def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """As `WriteAheadLog.read`."""
         self._check_open()
         return RecordStream(self._source, start, stop, follow=False)
 
-    def follow(self, start: int | None = None) -> RecordStream:
+    def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """As `WriteAheadLog.follow`, until it is left: the writer may come and go.
 
-        New records are looked for every 20 ms.
+        On Linux a change of the log's files wakes the stream, within a millisecond or so;
+        elsewhere, and on file systems that tell of no changes, they are looked at every 20 ms.
         """
         self._check_open()
         return RecordStream(self._source, start, None, follow=True)
@@ -688,8 +498,7 @@ class LogReader:
         if not self._closed:
             self._closed = True
             with trio.CancelScope(shield=True):
-                await self._source.blocking.close()
-            self._directory.close()
+                await self._source.aclose()
 
 
 @final
@@ -705,12 +514,12 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
         blocking = Blocking(threaded=self._files.threaded)
         directory = await blocking(self._files.open_directory, self._path)
         try:
-            source = _ReaderSource(directory, blocking)
+            source = WatchSource(directory, blocking)
             await source.refresh()
         except BaseException:
             close_quietly(directory)
             raise
-        self._reader = LogReader(directory, source)
+        self._reader = LogReader(source)
         return self._reader
 
     async def __aexit__(
@@ -741,6 +550,6 @@ def open_reader(
 
     Raises, on entering:
       FileNotFoundError: there is nothing at ``path``.
-      CorruptLogError, UnsupportedFormatError: it is no log that can be read.
+      CorruptLogError, UnsupportedFormatError: it is no log of which anything can be read.
     """
     return _OpenReader(check_path(path), OsFiles() if files is None else files)

@@ -19,17 +19,29 @@ What can be there after a crash, and what becomes of it:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Final
 
 import attrs
 
 from . import _scan
+from ._chain import (
+    META_NAME,
+    TRUNCATE_NAME,
+    Chain,
+    FoundSegment,
+    find_segments,
+    is_ours,
+    joins,
+    judge_end,
+    place_before,
+    read_meta,
+    read_segment,
+    temporary,
+)
 from ._exceptions import CorruptLogError, UnsupportedFormatError
-from ._files import LOCK_NAME, Directory, File
+from ._files import Directory, File
 from ._frame import (
-    BLOCK,
     DATA_OFFSET,
     POINTER_OFFSET,
     Footer,
@@ -37,28 +49,15 @@ from ._frame import (
     FrameHeader,
     Kind,
     Meta,
-    Pointer,
     SegmentHeader,
-    UnsupportedVersion,
     decode_footer,
-    decode_meta,
-    decode_pointer,
-    decode_segment_header,
     index_step,
-    segment_name,
     segment_name_lsn,
 )
 from ._scan import FrameScanner, Position, start_of
-from ._segment import (
-    NEW_NAME,
-    SPARE_PREFIX,
-    SegmentInfo,
-)
+from ._segment import SegmentInfo
 from ._util import KiB, MiB
 
-META_NAME: Final = "log.meta"
-META_NEW_NAME: Final = "log.meta.tmp"
-TRUNCATE_NAME: Final = "truncate.tmp"
 VERIFY_BYTES: Final = 32 * MiB
 """How much of the log is checked record by record on every open, newest first."""
 _FRAME_COST: Final = 32 * KiB
@@ -86,23 +85,6 @@ class RecoveryReport:
     """Transactions that a database applied from the log's tail; 0 for a log."""
     checkpoint_lsn: int = 0
     """The LSN up to which a database's store already held everything; 0 for a log."""
-
-
-@attrs.frozen
-class FoundSegment:
-    """A segment file of the chain, as its header and pointer describe it."""
-
-    header: SegmentHeader
-    file_name: str
-    """Differs from the header's where a decided truncation is not yet carried out."""
-    size: int
-    pointer: Pointer | None
-    mark: FrameHeader | None
-    """The SEAL or CLOSE frame that the pointer tells of, where its header stands there."""
-
-    @property
-    def number(self) -> int:
-        return self.header.number
 
 
 @attrs.frozen
@@ -140,141 +122,6 @@ class Plan:
     @property
     def last_lsn(self) -> int:
         return 0 if self.end is None else self.end.next_lsn - 1
-
-
-def read_meta(directory: Directory) -> Meta | None:
-    """The log's meta; None where the file is not there.
-
-    Raises:
-      CorruptLogError, UnsupportedFormatError
-    """
-    path = f"{directory.path}/{META_NAME}"
-    try:
-        file = directory.open(META_NAME)
-    except FileNotFoundError:
-        return None
-    try:
-        return decode_meta(file.pread(BLOCK, 0))
-    except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(path, exc.version, exc.reason) from exc
-    except FrameError as exc:
-        raise CorruptLogError(path, 0, str(exc)) from exc
-    finally:
-        file.close()
-
-
-def _is_ours(name: str) -> bool:
-    return name in (LOCK_NAME, META_NEW_NAME, TRUNCATE_NAME, NEW_NAME) or (
-        name.startswith(SPARE_PREFIX) and name.endswith(".tmp")
-    )
-
-
-def _temporary(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name != LOCK_NAME and _is_ours(name)]
-
-
-def read_segment(directory: Directory, name: str) -> FoundSegment:
-    """Open one segment file and check its header.
-
-    Raises:
-      CorruptLogError, UnsupportedFormatError, FileNotFoundError
-    """
-    file = directory.open(name)
-    try:
-        return look_at(file, name)
-    finally:
-        file.close()
-
-
-def look_at(file: File, name: str) -> FoundSegment:
-    """Header, pointer and mark of an open segment file."""
-    try:
-        head = file.pread(POINTER_OFFSET + BLOCK, 0)
-        header = decode_segment_header(head)
-        size = file.size()
-        if size < DATA_OFFSET:
-            raise FrameError(f"the file has only {size} bytes")
-        pointer = decode_pointer(head[POINTER_OFFSET:], header.seed)
-        mark = None
-        if pointer is not None:
-            mark = _scan.frame_at(file.pread, header, pointer.offset)
-            if mark is not None and (mark.kind, mark.crc) != (pointer.kind, pointer.crc):
-                mark = None
-        return FoundSegment(header, name, size, pointer, mark)
-    except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
-    except FrameError as exc:
-        raise CorruptLogError(file.path, 0, str(exc)) from exc
-
-
-def find_segments(directory: Directory, meta: Meta) -> tuple[list[FoundSegment], list[str]]:
-    """The chain of segments by number, and the names of files that it no longer needs.
-
-    Raises:
-      CorruptLogError: a file is foreign, renamed, duplicate or missing.
-      UnsupportedFormatError
-    """
-    names = directory.names()
-    leftovers = _temporary(names)
-    cut = meta.truncation
-    candidates = [name for name in names if name.startswith("wal-")]
-    if cut is not None and TRUNCATE_NAME in names:
-        candidates.append(TRUNCATE_NAME)
-        leftovers.remove(TRUNCATE_NAME)
-    chain: dict[int, FoundSegment] = {}
-    for name in candidates:
-        path = f"{directory.path}/{name}"
-        lsn = segment_name_lsn(name)
-        if lsn is None and name != TRUNCATE_NAME:
-            raise CorruptLogError(path, 0, "this is not the name of a segment")
-        found = read_segment(directory, name)
-        header = found.header
-        if header.log_uuid != meta.log_uuid:
-            raise CorruptLogError(path, 0, "this segment belongs to another log")
-        if lsn is not None and lsn != header.first_lsn:
-            raise CorruptLogError(
-                path, 0, f"the header says that this file is {segment_name(header.first_lsn)}"
-            )
-        if (cut is not None and header.number > cut.keep_number and header.salt != cut.salt) or (
-            header.number < meta.base_number and header.first_lsn < meta.base_lsn
-        ):
-            leftovers.append(name)
-        elif header.number in chain:
-            raise CorruptLogError(
-                path,
-                0,
-                f"this file and {chain[header.number].file_name} are both segment {header.number}",
-            )
-        else:
-            chain[header.number] = found
-    if cut is not None and all(found.header.salt != cut.salt for found in chain.values()):
-        path = f"{directory.path}/{segment_name(cut.first_lsn)}"
-        raise CorruptLogError(path, 0, "the segment in which a truncated log goes on is missing")
-    return _check_chain(directory, meta, chain), leftovers
-
-
-def _check_chain(
-    directory: Directory, meta: Meta, chain: dict[int, FoundSegment]
-) -> list[FoundSegment]:
-    segments = [chain[number] for number in sorted(chain)]
-    if not segments:
-        raise CorruptLogError(
-            f"{directory.path}/{segment_name(meta.base_lsn)}", 0, "the log's segments are missing"
-        )
-    first = segments[0]
-    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):
-        raise CorruptLogError(
-            f"{directory.path}/{segment_name(meta.base_lsn)}",
-            0,
-            f"segment {meta.base_number} is missing: the log starts with it",
-        )
-    for before, after in pairwise(segments):
-        path = f"{directory.path}/{after.file_name}"
-        if after.number != before.number + 1:
-            raise CorruptLogError(path, 0, f"segment {before.number + 1} before it is missing")
-        if after.header.first_lsn < before.header.first_lsn:
-            raise CorruptLogError(path, 0, "its first LSN is below that of the segment before")
-    return segments
 
 
 def reread_tail(directory: Directory) -> None:
@@ -347,9 +194,9 @@ def _walk(
     scanner = FrameScanner(file.pread, segment.header, start, chained=chained, skim=True)
     walk = _Walk(start, start, data_end or start, *counts)
     step = index_step(segment.size)
-    before = start
+    here = start
     frames = iter(scanner)
-    while until is None or not _joins(before, until):
+    while until is None or not joins(here, until):
         frame_body = next(frames, None)
         if frame_body is None:
             break
@@ -365,14 +212,14 @@ def _walk(
             walk.records += frame.count
             walk.frames += 1
             walk.data_end = scanner.position
-        before = scanner.position
-        while walk.unproven and _last_lsn_of(walk.unproven, before) <= frame.durable_lsn:
+        here = scanner.position
+        while walk.unproven and _last_lsn_of(walk.unproven, here) <= frame.durable_lsn:
             walk.unproven.popleft()
         walk.last_kind = frame.kind
         if frame.kind is Kind.SEAL:
             break
-    walk.end = before
-    walk.bytes = before.offset - start.offset
+    walk.end = here
+    walk.bytes = here.offset - start.offset
     walk.reason = scanner.reason
     return walk
 
@@ -382,11 +229,6 @@ def _last_lsn_of(unproven: deque[tuple[Position, int, int]], end: Position) -> i
     for the newest frame is ``end``."""
     following = unproven[1][0] if len(unproven) > 1 else end
     return following.next_lsn - 1
-
-
-def _joins(end: Position, following: SegmentHeader | FrameHeader) -> bool:
-    """Whether the segment, or frame, follows what is before ``end``."""
-    return following.first_lsn == end.next_lsn and following.previous == end.previous
 
 
 def _walk_up_to(
@@ -410,7 +252,7 @@ def _walk_up_to(
 
 
 def _check_end(file: File, walk: _Walk, following: SegmentHeader | FrameHeader) -> _Walk:
-    if not _joins(walk.end, following):
+    if not joins(walk.end, following):
         reason = walk.reason or f"the records before LSN {following.first_lsn} are missing"
         raise CorruptLogError(file.path, walk.end.offset, reason)
     return walk
@@ -447,14 +289,14 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
     meta = read_meta(directory)
     names = directory.names()
     if meta is None:
-        foreign = [n for n in names if not _is_ours(n) and n[0] != "." and n != "lost+found"]
+        foreign = [n for n in names if not is_ours(n) and n[0] != "." and n != "lost+found"]
         if any(segment_name_lsn(name) is not None for name in foreign):
             raise CorruptLogError(f"{directory.path}/{META_NAME}", 0, "the file is missing")
         if foreign:
             raise CorruptLogError(
                 directory.path, 0, f"this is no log: it holds {foreign[0]!r} but no {META_NAME}"
             )
-        return Plan(None, tuple(_temporary(names)))
+        return Plan(None, tuple(temporary(names)))
     if not meta.live:
         # Its creation was interrupted; nothing was ever accepted.
         segments = [name for name in names if name.startswith("wal-")]
@@ -467,18 +309,18 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
             raise CorruptLogError(
                 f"{directory.path}/{segments[1]}", 0, "a log that was never in use has segments"
             )
-        return Plan(None, (*_temporary(names), *segments))
-    found, leftovers = find_segments(directory, meta)
-    return _examine_chain(directory, meta, found, leftovers, verify_bytes)
+        return Plan(None, (*temporary(names), *segments))
+    chain = find_segments(directory, meta)
+    return _examine_chain(directory, meta, chain, verify_bytes)
 
 
 def _examine_chain(
     directory: Directory,
     meta: Meta,
-    found: list[FoundSegment],
-    leftovers: list[str],
+    chain: Chain,
     verify_bytes: float,
 ) -> Plan:
+    found = chain.segments
     last = found[-1]
     tail = _examine_last(directory, last, verify_bytes)
     assert tail.end is not None
@@ -508,7 +350,7 @@ def _examine_chain(
     return attrs.evolve(
         tail,
         meta=meta,
-        leftovers=tuple(leftovers),
+        leftovers=tuple(chain.leftovers),
         sealed=tuple(reversed(sealed)),
         seal_previous=seal_previous,
         previous=found[-2] if len(found) > 1 else None,
@@ -560,12 +402,8 @@ def _examine_sealed(
 def _seal_of(segment: FoundSegment, following: SegmentHeader) -> FrameHeader | None:
     """The SEAL frame that the pointer tells of, if it fits the segment behind."""
     mark = segment.mark
-    fits = mark is not None and mark.kind is Kind.SEAL and _joins(_before(mark), following)
+    fits = mark is not None and mark.kind is Kind.SEAL and joins(place_before(mark), following)
     return mark if fits else None
-
-
-def _before(frame: FrameHeader) -> Position:
-    return Position(frame.offset, frame.first_lsn, frame.previous)
 
 
 def _seal_is_damaged(file: File, segment: FoundSegment, walk: _Walk) -> CorruptLogError:
@@ -579,7 +417,7 @@ def _seal_is_damaged(file: File, segment: FoundSegment, walk: _Walk) -> CorruptL
 
 def _is_whole_seal(file: File, segment: FoundSegment, seal: FrameHeader) -> bool:
     """Whether footer and file size are as `ActiveSegment.seal` leaves them."""
-    scanner = FrameScanner(file.pread, segment.header, _before(seal))
+    scanner = FrameScanner(file.pread, segment.header, place_before(seal))
     return next(iter(scanner), None) is not None and segment.size == seal.end
 
 
@@ -646,21 +484,21 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
         walk = _walk(file, last, start, counts=counts, data_end=data_end)
         where = walk.end.offset
         pointer = last.pointer
-        if walk.last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL):
-            # Either is written only when the segment behind is durable.
-            raise CorruptLogError(
-                f"{directory.path}/{segment_name(walk.end.next_lsn)}",
-                0,
-                f"segment {last.number + 1} is missing: {last.file_name} is sealed",
-            )
-        if last.pointer is not None and last.pointer.offset > where:
-            raise CorruptLogError(
-                file.path, where, walk.reason or "frames that had been durable are missing"
-            )
         ends_closed = close is not None and where == close[0].end
-        # The first write behind a CLOSE frame takes the pointer away, in the same sync:
-        # while it stands, nothing behind it was ever acknowledged.
-        torn_end = where if ends_closed and not walk.reason else _torn_end(file, last, walk)
+        judged = judge_end(
+            directory.path,
+            file,
+            last,
+            walk.end,
+            reason=walk.reason,
+            last_kind=walk.last_kind,
+            # The first write behind a CLOSE frame takes the pointer away, in the same sync:
+            # while it stands, nothing behind it was ever acknowledged.
+            look_behind=not ends_closed or bool(walk.reason),
+        )
+        if judged.loss is not None:
+            raise judged.loss.error
+        torn_end = judged.torn_end
         torn = torn_end > where
         copy_from: Position | None = None
         copy_counts = (0, 0)
@@ -687,23 +525,6 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
         )
     finally:
         file.close()
-
-
-def _torn_end(file: File, last: FoundSegment, walk: _Walk) -> int:
-    """Offset behind what is unfinished behind the last valid frame.
-
-    Raises:
-      CorruptLogError: it was finished, and durable, once.
-    """
-    tail = _scan.examine_tail(file.pread, last.size, last.header, walk.end)
-    if tail.covering is not None:
-        raise CorruptLogError(
-            file.path,
-            walk.end.offset,
-            f"{walk.reason or 'a frame is missing'}; the frame at offset "
-            f"{tail.covering.offset} says that LSN {walk.end.next_lsn} had been durable",
-        )
-    return tail.torn_end
 
 
 def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:

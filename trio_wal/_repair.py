@@ -15,10 +15,12 @@ from collections.abc import Iterable
 
 import attrs
 
+from ._chain import META_NAME, META_NEW_NAME, FoundSegment
 from ._exceptions import LogFullError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Kind, Meta, SegmentHeader
-from ._recovery import META_NAME, META_NEW_NAME, FoundSegment, Plan, RecoveryReport
+from ._identity import History, branch
+from ._recovery import Plan, RecoveryReport
 from ._scan import FrameScanner, Position
 from ._segment import (
     FIRST_CAPACITY,
@@ -47,14 +49,14 @@ def write_meta(directory: Directory, meta: Meta, *, reserved: bool = False) -> N
     directory.sync()
 
 
-def reserve_meta(directory: Directory) -> None:
-    """Keep the disk space of the next ``log.meta``: on a full disk, dropping segments is the
-    way out and must not fail for want of a block."""
+def reserve_meta(directory: Directory, size: int) -> None:
+    """Keep the disk space of the next ``log.meta``, of so many bytes: on a full disk, dropping
+    segments is the way out and must not fail for want of a block."""
     if META_NEW_NAME in directory.names():
         directory.unlink(META_NEW_NAME)
     file = directory.open(META_NEW_NAME, create=True)
     try:
-        file.allocate(BLOCK)
+        file.allocate(size)
     except OSError:
         directory.unlink(META_NEW_NAME)
         raise
@@ -87,7 +89,8 @@ def repair(
     for name in plan.leftovers:
         directory.unlink(name)
     if plan.meta is None:
-        meta, sealed, active = _create(files, directory, segment_size, features)
+        new = Meta(files.random_bytes(16), base_number=1, base_lsn=1, features=features)
+        meta, sealed, active = _create(files, directory, segment_size, new)
     else:
         meta = plan.meta
         sealed = _mend_chain(directory, plan)
@@ -100,6 +103,11 @@ def repair(
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position
         active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
+        if meta.copied:
+            # Only now: what it is a copy of may have gone on, and other copies may, too.
+            history = branch(meta.history, here.next_lsn - 1, files.random_bytes(4))
+            meta = attrs.evolve(meta, history=history, copied=False)
+            write_meta(directory, meta)
     report = RecoveryReport(
         first_lsn=meta.base_lsn,
         last_lsn=active.position.next_lsn - 1,
@@ -114,30 +122,33 @@ def repair(
 
 
 def create_empty(
-    files: Files, directory: Directory, *, log_uuid: bytes, first_lsn: int, features: int
+    files: Files,
+    directory: Directory,
+    *,
+    log_uuid: bytes,
+    first_lsn: int,
+    features: int,
+    history: History,
 ) -> None:
-    """Make an empty directory the log that goes on at ``first_lsn``: for a backup."""
-    _, _, active = _create(
-        files, directory, FIRST_CAPACITY, features, log_uuid=log_uuid, first_lsn=first_lsn
+    """Make an empty directory the log that goes on at ``first_lsn``: for a backup.
+
+    It has the history of the log that it is of, and gets an epoch of its own when it is first
+    opened: there may be several copies of a backup.
+    """
+    meta = Meta(
+        log_uuid, base_number=1, base_lsn=first_lsn, features=features, history=history, copied=True
     )
+    _, _, active = _create(files, directory, FIRST_CAPACITY, meta)
     active.mark_closed()
     active.file.close()
 
 
 def _create(
-    files: Files,
-    directory: Directory,
-    segment_size: int,
-    features: int,
-    *,
-    log_uuid: bytes | None = None,
-    first_lsn: int = 1,
+    files: Files, directory: Directory, segment_size: int, meta: Meta
 ) -> tuple[Meta, list[SegmentInfo], ActiveSegment]:
-    uuid = files.random_bytes(16) if log_uuid is None else log_uuid
-    meta = Meta(uuid, base_number=1, base_lsn=first_lsn, features=features)
     write_meta(directory, meta)
     header = SegmentHeader(
-        meta.log_uuid, 1, first_lsn, files.random_bytes(16), files.time_us(), 0, features
+        meta.log_uuid, 1, meta.base_lsn, files.random_bytes(16), files.time_us(), 0, meta.features
     )
     active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
     active.file.sync()

@@ -24,6 +24,7 @@ from typing import Final
 import attrs
 
 from . import _scan
+from ._chain import META_NAME, TRUNCATE_NAME, FoundSegment, read_meta, read_segment
 from ._exceptions import CorruptLogError, UnsupportedFormatError
 from ._files import Directory, File, close_quietly
 from ._frame import (
@@ -31,6 +32,7 @@ from ._frame import (
     DATA_OFFSET,
     FRAME_HEADER_SIZE,
     FRAME_MAGIC,
+    META_SIZE_MAX,
     POINTER_OFFSET,
     FrameError,
     FrameHeader,
@@ -42,7 +44,6 @@ from ._frame import (
     segment_name,
     segment_name_lsn,
 )
-from ._recovery import META_NAME, TRUNCATE_NAME, FoundSegment, read_meta, read_segment
 from ._scan import WINDOW, FrameScanner, Position, Read, start_of
 from ._util import KiB
 
@@ -544,7 +545,7 @@ class _Verifier:
         try:
             file = directory.open(META_NAME)
             try:
-                return names, file.pread(BLOCK, 0)
+                return names, file.pread(META_SIZE_MAX, 0)
             finally:
                 file.close()
         except (OSError, CorruptLogError):

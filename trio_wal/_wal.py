@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
@@ -35,10 +36,12 @@ from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
+from ._identity import Bookmark, epoch_of
+from ._local import LocalSource
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
-from ._reader import RecordStream, WalSource
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
+from ._stream import RecordStream
 from ._util import (
     MiB,
     check_bytes,
@@ -323,7 +326,7 @@ class WriteAheadLog:
 
     # -- reading --
 
-    def read(self, start: int | None = None, stop: int | None = None) -> RecordStream:
+    def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """The durable records with ``start <= lsn < stop``, in LSN order.
 
         ::
@@ -337,29 +340,32 @@ class WriteAheadLog:
         for every 1,024 records, not for every record.
 
         Args:
-          start: the first LSN; None: the oldest record.
+          start: the first LSN, or a bookmark to continue after; None: the oldest record.
           stop: the LSN behind the last; None: up to what is durable on entering.
 
         Raises, on entering or iterating:
           LsnTruncatedError: ``start`` is below `first_lsn`, or retention overtook the reader.
+          LogDivergedError: ``start`` is not in this log's history, or after its end; or records
+              that were given are no longer in the log.
           CorruptLogError: damage on disk, with its place; the records before it were given.
         """
         return RecordStream(self._source(), start, stop, follow=False)
 
-    def follow(self, start: int | None = None) -> RecordStream:
+    def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """Like `read`, and then waits for new durable records, until it is left or the
         log is closed, which ends the iteration.
 
         Raises:
-          LsnTruncatedError: also when `truncate_after` drops what was already given.
+          LogDivergedError: also when `truncate_after` drops what was already given, however
+              far the log has grown since.
           LogFailedError: the log is broken, after all that is durable was given.
         """
         return RecordStream(self._source(), start, None, follow=True)
 
-    def _source(self) -> WalSource:
+    def _source(self) -> LocalSource:
         if self._queue.state is State.CLOSED or self._closed.is_set():
             raise trio.ClosedResourceError(f"{self.path}: this log is closed")
-        return WalSource(self._directory, self._flusher, self._queue, self._blocking)
+        return LocalSource(self._directory, self._flusher, self._queue, self._blocking)
 
     # -- truncating --
 
@@ -421,6 +427,22 @@ class WriteAheadLog:
     def path(self) -> str:
         """The log's directory, absolute."""
         return self._directory.path
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Made with the log, kept for ever, also by its copies."""
+        return uuid.UUID(bytes=self._directory.log_uuid)
+
+    @property
+    def epoch(self) -> int:
+        """Grows whenever LSNs may be given a second time: at a `truncate_after` that drops
+        something, and at the first open of a backup.  0 until then."""
+        return epoch_of(self._flusher.history)
+
+    @property
+    def bookmark(self) -> Bookmark:
+        """The durable end, with the epoch."""
+        return Bookmark(self._flusher.durable_lsn, self.epoch)
 
     @property
     def first_lsn(self) -> int:

@@ -32,6 +32,7 @@ import attrs
 import trio
 
 from ._exceptions import LogLockedError
+from ._files import NO_WORD, Watch, Word
 from ._order import SortedKeys
 from ._store import ReadTransaction, StoreState
 from ._util import KiB
@@ -192,7 +193,7 @@ class _Folder:
     disk: dict[str, _Inode] = attrs.Factory(dict[str, _Inode])
     pending: list[_Change] = attrs.Factory(list[_Change])
     owner: object = None
-    published: int = 0
+    published: Word = NO_WORD
 
     def change(self, change: _Change) -> None:
         change.apply(self.names)
@@ -639,11 +640,14 @@ class MemoryDirectory:
     def sign(self) -> None:
         pass
 
-    def publish(self, durable_lsn: int) -> None:
-        self._folder.published = durable_lsn
+    def publish(self, durable_lsn: int, epoch: int) -> None:
+        self._folder.published = Word(durable_lsn, epoch)
 
-    def published(self) -> int:
+    def published(self) -> Word:
         return self._folder.published
+
+    def watch(self) -> Watch | None:
+        return None
 
     def close(self) -> None:
         if self._folder.owner is self:

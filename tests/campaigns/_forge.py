@@ -17,6 +17,7 @@ from typing import Any, Final
 import attrs
 from logs import LOG, append, make_log, open_log
 
+from trio_wal._chain import META_NAME, TRUNCATE_NAME
 from trio_wal._frame import (
     BATCH_RECORDS_MAX,
     BLOCK,
@@ -41,7 +42,6 @@ from trio_wal._frame import (
     segment_name,
 )
 from trio_wal._operations import TRANSACTION_FORMAT, encode_transaction
-from trio_wal._recovery import META_NAME, TRUNCATE_NAME
 from trio_wal._scan import FrameScanner, start_of
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles

@@ -15,10 +15,11 @@ from typing import Any
 import attrs
 
 import trio_wal
+from trio_wal._cursor import Cursor, Record
 from trio_wal._database import LOG_NAME, STORE_NAME
 from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._local import LocalSource
 from trio_wal._operations import decode_transaction, encode_transaction
-from trio_wal._reader import Record, WalSource, _Cursor
 from trio_wal._recovery import Plan
 from trio_wal.testing import MemoryFiles
 
@@ -48,7 +49,7 @@ def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
     """Every record, as a reader of the log gets it."""
     records: list[Record] = []
     last_lsn = log.last_lsn
-    cursor = _Cursor(WalSource(log, None, None, None), log.first_lsn)  # type: ignore[arg-type]
+    cursor = Cursor(LocalSource(log, None, None, None), log.first_lsn)  # type: ignore[arg-type]
     try:
         if memory is not None:
             for segment in log.sealed():

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any, Final, final
 
 from trio_wal import _recovery
+from trio_wal._cursor import Cursor, Record
 from trio_wal._directory import LogDirectory
-from trio_wal._reader import Record, _Cursor
 from trio_wal._segment import SegmentInfo
 
 REMEMBERED_MAX: Final = 600
@@ -117,7 +117,7 @@ class Memory:
         finally:
             module.update(before)
 
-    def read_sealed(self, log: LogDirectory, segment: SegmentInfo, cursor: _Cursor) -> list[Record]:
+    def read_sealed(self, log: LogDirectory, segment: SegmentInfo, cursor: Cursor) -> list[Record]:
         """The records of a segment at whose first one the cursor stands; then it is behind."""
         key = (_content(log._directory, segment.name), segment)
         records = self._read.get(key)

@@ -30,6 +30,8 @@ from databases import DB, after as after_commits, check_content, commits_of, ope
 from logs import LOG, TINY, append, copy_of, make_log, open_log
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
+from trio_wal._chain import META_NAME
+from trio_wal._cursor import Cursor
 from trio_wal._directory import LogDirectory
 from trio_wal._frame import (
     BLOCK,
@@ -40,8 +42,8 @@ from trio_wal._frame import (
     decode_segment_header,
     segment_name,
 )
-from trio_wal._reader import WalSource, _Cursor
-from trio_wal._recovery import META_NAME, VERIFY_BYTES
+from trio_wal._local import LocalSource
+from trio_wal._recovery import VERIFY_BYTES
 from trio_wal._scan import FrameScanner, start_of
 from trio_wal._util import KiB
 from trio_wal._verify import verify
@@ -291,8 +293,8 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
 
 def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
     """The records of an open log, times included."""
-    source = WalSource(log, None, None, None)  # type: ignore[arg-type]
-    cursor = _Cursor(source, log.first_lsn)
+    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    cursor = Cursor(source, log.first_lsn)
     found: list[Record] = []
     try:
         if memory is not None:

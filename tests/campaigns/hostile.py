@@ -41,9 +41,10 @@ from logs import LOG, TINY
 
 import trio_wal
 from trio_wal import WalError, _recovery as recovery
+from trio_wal._chain import META_NAME, META_NEW_NAME, TRUNCATE_NAME
 from trio_wal._files import LOCK_NAME
 from trio_wal._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, Kind, segment_name
-from trio_wal._recovery import META_NAME, META_NEW_NAME, TRUNCATE_NAME, VERIFY_BYTES
+from trio_wal._recovery import VERIFY_BYTES
 from trio_wal._segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._util import MiB
 from trio_wal._verify import verify

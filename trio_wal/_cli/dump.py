@@ -10,10 +10,12 @@ from typing import Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
+from trio_wal._chain import read_meta
+from trio_wal._cursor import Record
 from trio_wal._database import decode_record
 from trio_wal._frame import FEATURE_DATABASE
-from trio_wal._reader import Record, RecordStream, open_reader
-from trio_wal._recovery import read_meta
+from trio_wal._reader import open_reader
+from trio_wal._stream import RecordStream
 from trio_wal._util import KiB
 
 from ._output import Dir, ExitCode, Json, UsageError, log_of, opened

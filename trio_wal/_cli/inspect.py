@@ -10,11 +10,10 @@ import attrs
 from msgspec import to_builtins
 
 from trio_wal import _scan
-from trio_wal._exceptions import CorruptLogError
+from trio_wal._chain import FoundSegment
 from trio_wal._files import Directory
 from trio_wal._frame import FORMAT_VERSION, TIME_US_MAX, Kind, to_datetime
-from trio_wal._reader import LOOK_TRIES, _ReaderSource
-from trio_wal._recovery import FoundSegment, read_meta
+from trio_wal._reader import WatchSource
 from trio_wal._scan import FrameScanner, start_of
 from trio_wal._worker import Blocking
 
@@ -83,21 +82,17 @@ def inspect(directory: Dir, /, *, json: Json = False) -> int:
 
 def _look(directory: Directory) -> _Log:
     """A log that is rotated or truncated at this moment is looked at again."""
-    for _ in range(LOOK_TRIES):
+    while True:
         try:
             return _look_once(directory)
         except FileNotFoundError:
             continue
-    return _look_once(directory)
 
 
 def _look_once(directory: Directory) -> _Log:
-    source = _ReaderSource(directory, Blocking(threaded=False))
+    source = WatchSource(directory, Blocking(threaded=False))
     source.look()
-    meta = read_meta(directory)
-    if meta is None:
-        raise CorruptLogError(directory.path, 0, "there is no log here: log.meta is missing")
-    found = source._segments
+    meta, found = source.meta, source.segments
     rows = [_row(directory, *pair) for pair in zip(found, [*found[1:], None], strict=False)]
     return _Log(
         path=directory.path,
