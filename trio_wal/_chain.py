@@ -354,7 +354,7 @@ def judge_end(
             f"says that LSN {end.next_lsn} had been durable"
         )
         error = CorruptLogError(file.path, end.offset, text)
-        return End(Loss(error, max(covering.durable_lsn, told_lsn)), tail.torn_end)
+        return End(Loss(error, max(tail.durable_lsn, told_lsn)), tail.torn_end)
     if told_lsn >= end.next_lsn:
         text = f"{reason or 'a frame is missing'}; the log's owner has said that LSN {told_lsn} "
         error = CorruptLogError(file.path, end.offset, f"{text}is durable")

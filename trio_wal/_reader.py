@@ -101,8 +101,10 @@ class WatchSource:
         self.blocking = blocking
         self._directory = directory
         self._seen = _Seen()
-        self._distrust = False
-        """Whether a file was not what the last look has found."""
+        self._surprises = 0
+        """How often a file was not what the last look had found."""
+        self._surprises_seen = 0
+        """Those after which everything was looked at anew."""
         self._looking = threading.Lock()
         self._closed = False
         self._watch: Watch | None = None
@@ -168,6 +170,7 @@ class WatchSource:
         """
         with self._looking:
             believed: object = None
+            surprises = self._surprises
             while True:
                 print_before = self._fingerprint()
                 seen: _Seen | None = None
@@ -178,17 +181,21 @@ class WatchSource:
                 except (CorruptLogError, FileNotFoundError) as exc:
                     wrong = exc
                 if seen is not None and (wrong is None or wrong is self._seen.damage):
-                    self._seen = seen
+                    self._seen, self._surprises_seen = seen, surprises
                     return
                 doubt = (print_before, repr(wrong))
                 if doubt == believed and self._fingerprint() == print_before:
                     if seen is not None:
-                        self._seen = seen
+                        self._seen, self._surprises_seen = seen, surprises
                         return
                     assert wrong is not None
                     raise wrong
                 believed = doubt
                 time.sleep(RETRY_SECONDS)
+
+    @property
+    def _surprised(self) -> bool:
+        return self._surprises != self._surprises_seen
 
     def _fingerprint(self) -> tuple[tuple[str, ...], Meta | None]:
         """What changes whenever the chain does, but for a file that another one replaces."""
@@ -210,7 +217,7 @@ class WatchSource:
             return attrs.evolve(seen, meta=meta)
         # Before the files are scanned: what it speaks of is in them then.
         word = self._directory.published()
-        if seen.segments and names == seen.names and meta == known and not self._distrust:
+        if seen.segments and names == seen.names and meta == known and not self._surprised:
             last = seen.segments[-1]
             file = self._directory.open(last.file_name)
             try:
@@ -236,7 +243,8 @@ class WatchSource:
         seen, known = self._seen, self._seen.meta
         cut = known is not None and known.history != meta.history
         cached: dict[str, FoundSegment] = {}
-        if known is not None and not (cut or self._distrust or known.truncation != meta.truncation):
+        same = known is not None and known.truncation == meta.truncation
+        if same and not cut and not self._surprised:
             # All but the last two are as they were: nothing writes to them any more.
             cached = {found.file_name: found for found in seen.segments[:-2]}
         problems: list[CorruptLogError] = []
@@ -244,7 +252,6 @@ class WatchSource:
         chain = check_joins(self._directory, meta, chain, problems.append)
         if not chain.segments:
             raise problems[0]
-        self._distrust = False
         beyond = [found.header.first_lsn - 1 for found in chain.beyond]
         beyond += [found.mark.first_lsn - 1 for found in chain.beyond if found.mark is not None]
         return attrs.evolve(
@@ -331,12 +338,12 @@ class WatchSource:
             file = self._directory.open(segment.file_name)
         except FileNotFoundError:
             # Renamed or dropped since the last look.
-            self._distrust = True
+            self._surprises += 1
             raise Moved from None
         try:
             fresh = look_at(file, segment.file_name)
             if fresh.header != segment.header:
-                self._distrust = True
+                self._surprises += 1
                 raise Moved
             return place_in(file, fresh, lsn, following)
         except BaseException:

@@ -227,7 +227,9 @@ class Tail:
     torn_end: int
     """Offset behind the last byte that is not zero; the position itself where all are."""
     covering: FrameHeader | None = None
-    """A later frame which says that what is invalid here had been durable."""
+    """The first later frame which says that what is invalid here had been durable."""
+    durable_lsn: int = 0
+    """The highest LSN that such a frame calls durable."""
 
 
 def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Position) -> Tail:
@@ -241,6 +243,8 @@ def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Positi
     segment's salt, and no payload can hold it, for it was written after all of them.
     """
     end = position.offset
+    covering: FrameHeader | None = None
+    durable_lsn = 0
     for offset in range(position.offset, size, WINDOW):
         window = read(WINDOW + FRAME_HEADER_SIZE - 1, offset)
         if window == _ZEROS[: len(window)]:
@@ -252,9 +256,10 @@ def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Positi
             written_at = int.from_bytes(head[FRAME_HEADER_SIZE - 8 :], "little")
             frame = decode_frame_header(head, written_at, segment.seed)
             if frame is not None and frame.durable_lsn >= position.next_lsn:
-                return Tail(end, frame)
+                covering = covering or frame
+                durable_lsn = max(durable_lsn, frame.durable_lsn)
             at = window.find(FRAME_MAGIC, at + 1)
-    return Tail(min(align_up(end, BLOCK), max(size, position.offset)))
+    return Tail(min(align_up(end, BLOCK), max(size, position.offset)), covering, durable_lsn)
 
 
 def torn_start(

@@ -1,0 +1,627 @@
+"""What a reader is told of damage, of stale and foreign files, and of logs that only change.
+
+A reader must not take damage for the end, nor a change for damage: whoever reads beside the owner
+knows less than the owner, and says what is proven.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
+from trio.testing import MockClock
+
+import trio_wal
+from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
+from trio_wal._cursor import Cursor
+from trio_wal._directory import open_log_directory
+from trio_wal._files import OsFiles
+from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
+from trio_wal._reader import WatchSource
+from trio_wal.testing import MemoryFiles
+
+Pairs = list[tuple[int, bytes]]
+
+
+def payloads(count: int, first: int = 1) -> list[bytes]:
+    return [b"record %d" % n for n in range(first, first + count)]
+
+
+def log_of(count: int, *, close: bool, **options: Any) -> MemoryFiles:
+    """One record a frame."""
+    return make_log(*([data] for data in payloads(count)), close=close, **options)
+
+
+async def read(log: Any, start: Any = None, stop: int | None = None) -> Pairs:
+    async with log.read(start, stop) as records:
+        return [(record.lsn, record.data) async for record in records]
+
+
+async def read_to_damage(stream: Any) -> tuple[Pairs, CorruptLogError]:
+    """What a stream gives before it says that the log is damaged."""
+    found: Pairs = []
+    with trio.fail_after(60), pytest.raises(CorruptLogError) as caught:
+        await drain(stream, found)
+    return found, caught.value
+
+
+async def drain(stream: Any, found: Pairs) -> None:
+    async with stream as records:
+        async for record in records:
+            found.append((record.lsn, record.data))
+
+
+# -- damage at the end -----------------------------------------------------------------------
+
+
+def frame_of(lsn: int) -> int:
+    """Where the frame of a record stands in a log of one segment."""
+    return DATA_OFFSET + (lsn - 1) * BLOCK
+
+
+def flip_header(files: MemoryFiles, lsn: int) -> None:
+    files.flip_bit(LOG, segments(files)[-1], 8 * (frame_of(lsn) + 20))
+
+
+def flip_body(files: MemoryFiles, lsn: int) -> None:
+    files.flip_bit(LOG, segments(files)[-1], 8 * (frame_of(lsn) + 70))
+
+
+def zero_sector(files: MemoryFiles, lsn: int) -> None:
+    name = segments(files)[-1]
+    data = bytearray(files.read_file(LOG, name))
+    data[frame_of(lsn) : frame_of(lsn) + BLOCK] = bytes(BLOCK)
+    files.write_file(LOG, name, bytes(data))
+
+
+def cut_file(files: MemoryFiles, lsn: int) -> None:
+    name = segments(files)[-1]
+    files.write_file(LOG, name, files.read_file(LOG, name)[: frame_of(lsn)])
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "killed"])
+@pytest.mark.parametrize("damage", [flip_header, flip_body, zero_sector, cut_file])
+@pytest.mark.parametrize("lsn", [1, 4, 8])
+@pytest.mark.parametrize("way", ["read", "follow"])
+async def test_damage_in_the_last_segment_is_not_taken_for_the_end(
+    close: bool, damage: Any, lsn: int, way: str, autojump_clock: MockClock
+) -> None:
+    files = log_of(8, close=close, segment_size=1 << 20)
+    damage(files, lsn)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 8, "the owner's word, a pointer or a later frame proves it"
+        found, error = await read_to_damage(getattr(reader, way)())
+        assert found == list(numbered(payloads(lsn - 1)))
+        assert error.path == f"{LOG}/{segments(files)[0]}"
+        assert error.offset == frame_of(lsn)
+        # Whoever asks for less is not concerned.
+        assert await read(reader, stop=lsn) == found
+
+
+@pytest.mark.parametrize("lsn", [2, 7])
+async def test_a_later_frame_proves_a_loss_without_the_owners_word(
+    lsn: int, autojump_clock: MockClock
+) -> None:
+    """As after a power cut, which the lock file does not survive."""
+    files = log_of(8, close=False, segment_size=1 << 20)
+    flip_header(files, lsn)
+    files = files.crash_image()
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 7
+        found, error = await read_to_damage(reader.read())
+        assert found == list(numbered(payloads(lsn - 1)))
+        assert f"says that LSN {lsn} had been durable" in error.reason or lsn == 7
+
+
+async def test_an_unfinished_batch_is_the_end_and_no_damage() -> None:
+    files = log_of(8, close=False, segment_size=1 << 20)
+    flip_header(files, 8)
+    files = files.crash_image()
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 6
+        assert await read(reader) == list(numbered(payloads(6)))
+
+
+async def test_the_owners_word_is_proof_only_in_its_own_history(autojump_clock: MockClock) -> None:
+    """A lock file may be older than the truncation, after a power cut."""
+    files = log_of(8, close=False)
+    log = open_log(files)
+    log.truncate_after(3)
+    append(log, b"4")
+    log.close(orderly=False)
+    folder = files._folder(LOG)
+    word = folder.published
+    folder.published = word._replace(durable_lsn=8, epoch=0)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert [lsn for lsn, _ in await read(reader)] == [1, 2, 3]
+    folder.published = word._replace(durable_lsn=8)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, error = await read_to_damage(reader.read())
+        assert [lsn for lsn, _ in found] == [1, 2, 3, 4]
+        assert error.reason.endswith("the log's owner has said that LSN 8 is durable")
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "killed"])
+@pytest.mark.parametrize("way", ["read", "follow"])
+async def test_the_last_segments_file_is_missed(
+    close: bool, way: str, autojump_clock: MockClock
+) -> None:
+    files = log_of(8, close=close)
+    last = segments(files)[-1]
+    files.remove_file(LOG, last)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, error = await read_to_damage(getattr(reader, way)())
+        assert found == list(numbered(payloads(6)))
+        assert error.path == f"{LOG}/{last}"
+        assert error.reason.startswith("segment 4 is missing: ")
+        assert await read(reader, stop=5) == found[:4]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("change", ["remove", "header", "foreign"])
+async def test_a_segment_that_cannot_be_used_ends_what_is_given(
+    number: int, change: str, autojump_clock: MockClock
+) -> None:
+    files = log_of(8, close=True)
+    name = segments(files)[number]
+    if change == "remove":
+        files.remove_file(LOG, name)
+    elif change == "header":
+        files.flip_bit(LOG, name, 8 * 60)
+    else:
+        data = bytearray(files.read_file(LOG, name))
+        data[24:40] = b"another log's id"
+        data[508:512] = trio_wal._frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
+        files.write_file(LOG, name, bytes(data))
+    if number == 0:
+        with pytest.raises(CorruptLogError):
+            async with trio_wal.open_reader(LOG, files=files):
+                pass
+        return
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn >= 2 * number
+        found, error = await read_to_damage(reader.read())
+        assert found == list(numbered(payloads(2 * number)))
+        assert error.path.startswith(f"{LOG}/wal-")
+
+
+async def test_a_follower_sees_damage_that_comes_while_it_waits(autojump_clock: MockClock) -> None:
+    files = log_of(4, close=True)
+    async with (
+        trio_wal.open_reader(LOG, files=files) as reader,
+        reader.follow() as records,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(4):
+            await records.__anext__()
+
+        async def follow() -> None:
+            with pytest.raises(CorruptLogError, match="is sealed"):
+                await records.__anext__()
+
+        nursery.start_soon(follow)
+        await trio.testing.wait_all_tasks_blocked()
+        files.remove_file(LOG, segments(files)[-1])
+
+
+async def test_a_stray_name_is_told_after_everything_was_given(autojump_clock: MockClock) -> None:
+    files = log_of(4, close=True)
+    files.write_file(LOG, "wal-7.log", b"")
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, error = await read_to_damage(reader.read())
+        assert found == list(numbered(payloads(4)))
+        assert (error.path, error.reason) == (
+            f"{LOG}/wal-7.log",
+            "this is not the name of a segment",
+        )
+
+
+# -- the chain --------------------------------------------------------------------------------
+
+
+def a_stale_copy(number: int) -> tuple[MemoryFiles, str]:
+    """A log in which one segment is of the time before a truncation: same log, same number, same
+    LSN."""
+    files = MemoryFiles(seed=7)
+    log = open_log(files)
+    for data in payloads(12):
+        append(log, data)
+    name = segments(files)[number]
+    stale = files.read_file(LOG, name)
+    log.truncate_after(2)
+    for lsn in range(3, 15):
+        append(log, b"another %d" % lsn)
+    log.close()
+    assert name in segments(files)
+    files.write_file(LOG, name, stale)
+    return files, name
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+async def test_a_stale_copy_of_a_segment_is_never_read(
+    number: int, autojump_clock: MockClock
+) -> None:
+    files, _ = a_stale_copy(number)
+    with pytest.raises(CorruptLogError):
+        open_log(copy_of(files), verify_bytes=0)
+    whole = [(1, b"record 1"), (2, b"record 2")]
+    whole += [(lsn, b"another %d" % lsn) for lsn in range(3, 2 * number + 1)]
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        for way in (reader.read, reader.follow):
+            found, _ = await read_to_damage(way())
+            assert found == whole
+        for start in range(2 * number + 1, 15):
+            found, _ = await read_to_damage(reader.read(start))
+            assert found == []
+
+
+async def test_a_segment_that_is_replaced_under_a_reader_is_not_read(
+    autojump_clock: MockClock,
+) -> None:
+    files, name = a_stale_copy(3)
+    stale = files.read_file(LOG, name)
+    files, _ = a_stale_copy(4)
+    good = MemoryFiles(seed=7)
+    log = open_log(good)
+    for data in payloads(12):
+        append(log, data)
+    log.truncate_after(2)
+    for lsn in range(3, 15):
+        append(log, b"another %d" % lsn)
+    log.close()
+    async with trio_wal.open_reader(LOG, files=good) as reader, reader.read() as records:
+        found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(2)]]
+        records._reading.ready.clear()
+        records._reading._cursor.leave()
+        records._reading._cursor.next_lsn = 3
+        good.write_file(LOG, name, stale)
+        error = None
+        try:
+            async for record in records:
+                found.append((record.lsn, record.data))  # noqa: PERF401  (up to the error)
+        except CorruptLogError as exc:
+            error = exc
+    assert error is not None
+    assert found == [
+        (1, b"record 1"),
+        (2, b"record 2"),
+        *((lsn, b"another %d" % lsn) for lsn in range(3, 7)),
+    ]
+
+
+async def test_segments_without_a_footer_are_checked_where_they_join(
+    autojump_clock: MockClock,
+) -> None:
+    """A rotation was interrupted, and the next segment is a stale one."""
+    files = MemoryFiles(seed=7)
+    log = open_log(files)
+    for data in payloads(4):
+        append(log, data)
+    stale_name = segments(files)[-1]
+    stale = files.read_file(LOG, stale_name)
+    log.truncate_after(1)
+    append(log, b"another 2")
+    log.close(orderly=False)
+    assert [int(name[4:24]) for name in segments(files)] == [1, 2]
+    header = trio_wal._frame.decode_segment_header(stale)
+    assert header.number == 2
+    # Between a truncation and its footer.
+    name = segments(files)[0]
+    data = bytearray(files.read_file(LOG, name))
+    data[POINTER_OFFSET : POINTER_OFFSET + BLOCK] = bytes(BLOCK)
+    data[DATA_OFFSET + BLOCK :] = bytes(len(data) - DATA_OFFSET - BLOCK)
+    files.write_file(LOG, name, bytes(data))
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert await read(reader, stop=2) == [(1, b"record 1")]
+    files.remove_file(LOG, segments(files)[1])
+    files.write_file(LOG, stale_name, stale)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, _ = await read_to_damage(reader.read())
+        assert found == [(1, b"record 1")]
+
+
+# -- another log in the same place -------------------------------------------------------------
+
+
+async def test_a_reader_does_not_go_on_in_another_log(autojump_clock: MockClock) -> None:
+    files = log_of(10, close=True)
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        found = [await records.__anext__() for _ in range(10)]
+        for name in files.names(LOG):
+            files.remove_file(LOG, name)
+        shadow = MemoryFiles(seed=8)
+        log = open_log(shadow)
+        for _ in range(15):
+            append(log, b"of another log")
+        log.close()
+        for name, data in shadow.contents(LOG).items():
+            files.write_file(LOG, name, data)
+        for _ in range(2):
+            with pytest.raises(CorruptLogError, match="another log stands here now"):
+                await records.__anext__()
+        with pytest.raises(CorruptLogError, match="another log stands here now"):
+            _ = reader.durable_lsn
+    assert [record.lsn for record in found] == list(range(1, 11))
+
+
+async def test_a_look_while_the_log_is_made_anew_does_not_confuse_a_reader(
+    autojump_clock: MockClock,
+) -> None:
+    """log.meta says that nothing is here yet: that is another log, too, and no IndexError."""
+    files = log_of(4, close=True)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 4
+        meta = trio_wal._frame.decode_meta(files.read_file(LOG, "log.meta"))
+        anew = trio_wal._frame.Meta(b"another log's id", 1, 1)
+        files.write_file(LOG, "log.meta", anew.encode())
+        for _ in range(3):
+            with pytest.raises(CorruptLogError, match="another log stands here now"):
+                _ = reader.durable_lsn
+        files.write_file(LOG, "log.meta", meta.encode())
+        assert reader.durable_lsn == 4
+        assert await read(reader) == list(numbered(payloads(4)))
+
+
+# -- logs that only change ----------------------------------------------------------------------
+
+
+def test_threads_that_look_and_locate_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Streams of one reader beside an owner who rotates and drops."""
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    for data in payloads(12):
+        append(log, data)
+    reader = OsFiles().open_directory(str(tmp_path))
+    source = WatchSource(reader, None)  # type: ignore[arg-type]
+    source.look()
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def stream() -> None:
+        try:
+            while not done.is_set():
+                source.look()
+                first = source.first_lsn
+                cursor = Cursor(source, first)
+                try:
+                    while cursor.next_lsn <= source.durable_lsn:
+                        for record in cursor.chunk(source.durable_lsn + 1):
+                            assert record.data == b"record %d" % record.lsn
+                except (trio_wal._cursor.Moved, CorruptLogError):
+                    # To be looked at again, as a stream does; what must not be is below.
+                    source.look()
+                    assert source.damage is None
+                finally:
+                    cursor.leave()
+        except BaseException as exc:  # noqa: BLE001  (the test looks at it)
+            errors.append(exc)
+
+    threads = [threading.Thread(target=stream) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(13, 80):
+        append(log, b"record %d" % number)
+        log.drop_before(log.last_lsn - 8)
+    done.set()
+    for thread in threads:
+        thread.join()
+    log.close()
+    reader.close()
+    assert not errors
+
+
+class Step:
+    """Something that the owner does between two looks of a reader."""
+
+    def __init__(self, files: MemoryFiles) -> None:
+        self.files = files
+        self.done = False
+
+    def __call__(self) -> None:
+        if not self.done:
+            self.done = True
+            self.act()
+
+    def act(self) -> None:
+        log = open_log(self.files)
+        append(log, b"record %d" % (log.last_lsn + 1))
+        log.close(orderly=False)
+
+
+@pytest.mark.parametrize("moment", ["locate", "look_at", "chunk"])
+@pytest.mark.parametrize("given", range(6))
+async def test_a_tail_that_recovery_copies_away_is_no_damage(
+    monkeypatch: pytest.MonkeyPatch, moment: str, given: int, autojump_clock: MockClock
+) -> None:
+    """The owner was killed and opens the log again, while a stream is about to read its end."""
+    files = log_of(6, close=False, segment_size=1 << 20)
+    step = Step(files)
+    target: Any = {"locate": WatchSource, "look_at": trio_wal._reader, "chunk": Cursor}[moment]
+    original = getattr(target, moment)
+
+    def first_the_owner(*args: Any) -> Any:
+        step()
+        return original(*args)
+
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(given)]]
+        records._reading.ready.clear()
+        records._reading._cursor.leave()
+        records._reading._cursor.next_lsn = given + 1
+        monkeypatch.setattr(target, moment, first_the_owner)
+        with trio.fail_after(60):
+            while len(found) < 6:
+                record = await records.__anext__()
+                found.append((record.lsn, record.data))
+    assert step.done
+    assert found == list(numbered(payloads(6)))
+
+
+async def test_a_reader_goes_on_when_it_was_overtaken_by_retention(
+    autojump_clock: MockClock,
+) -> None:
+    files = log_of(8, close=False)
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.read() as records:
+        log = open_log(files)
+        log.drop_before(6)
+        log.close()
+        with pytest.raises(LsnTruncatedError) as caught:
+            await records.__anext__()
+        assert caught.value.first_lsn == 5
+        assert not isinstance(caught.value, trio_wal.LogDivergedError)
+        assert [lsn for lsn, _ in await read(reader)] == [5, 6, 7, 8]
+
+
+async def test_a_log_that_never_stands_still_is_looked_at_until_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long that takes: what looked damaged once was about to change."""
+    files = log_of(4, close=True)
+    name = segments(files)[1]
+    good = files.read_file(LOG, name)
+    looks = 0
+    original = WatchSource._fingerprint
+
+    def restless(self: WatchSource) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 200:
+            files.write_file(LOG, name, good)
+            files.remove_file(LOG, "wal-0.log")
+        elif looks < 200:
+            files.write_file(LOG, "wal-0.log", b"%d" % looks)
+            names, meta = original(self)
+            return (*names, f"wal-{looks}"), meta
+        return original(self)
+
+    files.remove_file(LOG, name)
+    monkeypatch.setattr(WatchSource, "_fingerprint", restless)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert await read(reader) == list(numbered(payloads(4)))
+    assert looks >= 200
+
+
+# -- news from another process ---------------------------------------------------------------------
+
+
+async def test_a_change_of_the_files_wakes_a_follower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a clock: with a watch, nobody looks at the files in between."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(trio_wal._reader, "POLL_SECONDS", 3600.0)
+    async with (
+        trio_wal.open_wal(tmp_path / "log", segment_size=TINY) as wal,
+        trio_wal.open_reader(tmp_path / "log") as reader,
+        trio.open_nursery() as nursery,
+    ):
+        found: list[Pairs] = [[] for _ in range(4)]
+
+        async def follow(pairs: Pairs) -> None:
+            async with reader.follow() as records:
+                async for record in records:
+                    pairs.append((record.lsn, record.data))
+                    if record.lsn == 30:
+                        return
+
+        for pairs in found:
+            nursery.start_soon(follow, pairs)
+        with trio.fail_after(60):
+            for data in payloads(30):
+                await wal.append(data)
+                for pairs in found:
+                    while not pairs or pairs[-1][1] != data:
+                        await trio.lowlevel.checkpoint()
+        assert all(pairs == list(numbered(payloads(30))) for pairs in found)
+
+
+async def test_the_task_that_watches_for_all_can_be_cancelled(tmp_path: Path) -> None:
+    async with (
+        trio_wal.open_wal(tmp_path / "log") as wal,
+        trio_wal.open_reader(tmp_path / "log") as reader,
+        trio.open_nursery() as nursery,
+    ):
+        scopes, found = [trio.CancelScope() for _ in range(3)], []
+
+        async def follow(number: int) -> None:
+            async with reader.follow() as records:
+                with scopes[number]:
+                    found.append((number, (await records.__anext__()).data))
+
+        for number in range(3):
+            nursery.start_soon(follow, number)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        scopes[0].cancel()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await wal.append(b"1")
+        with trio.fail_after(60):
+            while len(found) < 2:
+                await trio.lowlevel.checkpoint()
+        assert sorted(found) == [(1, b"1"), (2, b"1")]
+
+
+@pytest.mark.parametrize("followers", [1, 3])
+async def test_closing_a_reader_ends_those_who_wait_for_news(
+    tmp_path: Path, followers: int
+) -> None:
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        await wal.append(b"1")
+        inside = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+        async with trio.open_nursery() as nursery:
+            reader_manager = trio_wal.open_reader(tmp_path / "log")
+            reader = await reader_manager.__aenter__()
+            ended = []
+
+            async def follow() -> None:
+                async with reader.follow(2) as records:
+                    with pytest.raises(trio.ClosedResourceError):
+                        await records.__anext__()
+                    ended.append(1)
+
+            for _ in range(followers):
+                nursery.start_soon(follow)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await reader_manager.__aexit__(None, None, None)
+        assert len(ended) == followers
+        if sys.platform == "linux":
+            assert len(os.listdir("/proc/self/fd")) == inside
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_where_there_is_no_watch_the_files_are_polled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trio_wal._files.OsDirectory, "watch", lambda self: None)
+    async with (
+        trio_wal.open_wal(tmp_path / "log") as wal,
+        trio_wal.open_reader(tmp_path / "log") as reader,
+        reader.follow() as records,
+    ):
+        with trio.fail_after(60):
+            for data in payloads(3):
+                await wal.append(data)
+                assert (await records.__anext__()).data == data
+
+
+async def test_a_follower_stays_with_its_directory_when_that_is_renamed(tmp_path: Path) -> None:
+    """It is known by its descriptor, the watch included."""
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        await wal.append(b"1")
+        async with trio_wal.open_reader(tmp_path / "log") as reader, reader.follow() as records:
+            await records.__anext__()
+            (tmp_path / "log").rename(tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", tmp_path / "log")
+            await wal.append(b"2")
+            with trio.fail_after(60):
+                assert (await records.__anext__()).data == b"2"
+            assert reader.bookmark == Bookmark(2, 0)
