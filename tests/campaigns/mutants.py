@@ -180,7 +180,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_directory", "simulator:cut",
-        "                self._write_meta(attrs.evolve(self._meta, truncation=cut))\n",
+        "                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))\n",
         "                pass\n",
     ),
     mutant(
@@ -229,7 +229,7 @@ MUTANTS: Final = (
         "    active.file.sync()\n",
     ),
     mutant(
-        "a decided cut is not carried out by recovery", "_recovery", "simulator:cut",
+        "a decided cut is not carried out by recovery", "_chain", "simulator:cut",
         "cut is not None and header.number > cut.keep_number and header.salt != cut.salt",
         "False",
     ),
@@ -261,33 +261,33 @@ MUTANTS: Final = (
     ),
     mutant(
         "a bad segment is skipped", "_recovery", BITROT,
-        "    if not _joins(walk.end, following):\n", "    if False:\n",
+        "    if not joins(walk.end, following):\n", "    if False:\n",
     ),
     mutant(
-        "damage that a later frame calls durable is cut as torn", "_recovery", BITROT,
-        "    if tail.covering is not None:", "    if False:",
+        "damage that a later frame calls durable is cut as torn", "_chain", BITROT,
+        "    if covering is not None:", "    if False:",
     ),
     mutant(
         "a frame does not vouch for the one just before it", "_scan", BITROT,
         "frame.durable_lsn >= position.next_lsn:", "frame.durable_lsn > position.next_lsn:",
     ),
     mutant(
-        "the mark of a close does not vouch for what is before it", "_recovery", BITROT,
-        "        if last.pointer is not None and last.pointer.offset > where:", "        if False:",
+        "the mark of a close does not vouch for what is before it", "_chain", BITROT,
+        "    if pointer is not None and pointer.offset > end.offset:", "    if False:",
     ),
     mutant(
-        "a missing last segment is not missed", "_recovery", "bitrot:files",
-        "if walk.last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL)",
+        "a missing last segment is not missed", "_chain", "bitrot:files",
+        "if last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL)",
         "if False",
     ),
     mutant(
-        "a missing first segment is not missed", "_recovery", "bitrot:files",
+        "a missing first segment is not missed", "_chain", "bitrot:files",
         "    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):",
         "    if False:",
     ),
     mutant(
-        "a segment of another log is taken", "_recovery", "bitrot:files",
-        "        if header.log_uuid != meta.log_uuid:", "        if False:",
+        "a segment of another log is taken", "_chain", "bitrot:files",
+        "    if header.log_uuid != meta.log_uuid:", "    if False:",
     ),
     mutant(
         "a format from the future is read as ours", "_frame", "bitrot:files",
@@ -308,7 +308,7 @@ MUTANTS: Final = (
         "    if len(raw) != raw_length:", "    if False:",
     ),
     mutant(
-        "a reader looks for ever for what no segment has", "_reader", HOSTILE,
+        "a reader looks for ever for what no segment has", "_cursor", HOSTILE,
         "            if place.header == ended:", "            if False:",
     ),
     # -- the database --
