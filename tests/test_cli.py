@@ -900,7 +900,7 @@ def _wait_for(path: Path) -> bool:
     async def main() -> bool:
         with trio.fail_after(60):
             while True:
-                with contextlib.suppress(FileNotFoundError, trio_wal.CorruptLogError):
+                with contextlib.suppress(FileNotFoundError, trio_wal.WrongDirectoryError):
                     async with trio_wal.open_reader(path) as reader:
                         return reader.first_lsn == 1
                 await trio.lowlevel.checkpoint()

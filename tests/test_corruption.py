@@ -24,7 +24,7 @@ from logs import (
     segments,
 )
 
-from trio_wal import CorruptLogError, UnsupportedFormatError
+from trio_wal import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from trio_wal._frame import (
     BLOCK,
     DATA_OFFSET,
@@ -418,8 +418,8 @@ def test_a_foreign_directory_is_refused() -> None:
     files.write_file(LOG, "thesis.tex", b"ten years of work")
     refused(
         files,
-        CorruptLogError,
-        r"^/log: at offset 0: this is no log: it holds 'thesis\.tex' but no log\.meta",
+        WrongDirectoryError,
+        r"^/log: this is neither a log nor a database: it holds 'thesis\.tex': use ",
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import pytest
@@ -32,7 +33,14 @@ from helpers import Call, open_tasks
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal import CorruptLogError, Database, KeepAll, LogFullError, TransactionConflict
+from trio_wal import (
+    CorruptLogError,
+    Database,
+    KeepAll,
+    LogFullError,
+    TransactionConflict,
+    WrongDirectoryError,
+)
 from trio_wal._frame import BLOCK, DATA_OFFSET
 from trio_wal.testing import MemoryFiles
 
@@ -345,10 +353,13 @@ def expected(commits: int) -> State:
     }
 
 
-async def refuse(path: Path, message: str) -> CorruptLogError:
+E = TypeVar("E", CorruptLogError, WrongDirectoryError)
+
+
+async def refuse(path: Path, message: str, error: type[E] = CorruptLogError) -> E:
     """Opening is refused, and every byte below stays as it was."""
     before = hash_tree(path)
-    with pytest.raises(CorruptLogError, match=message) as caught:
+    with pytest.raises(error, match=message) as caught:
         await trio_wal.open_database(path).__aenter__()
     assert hash_tree(path) == before
     assert "nothing was modified" in str(caught.value)
@@ -450,9 +461,7 @@ async def test_a_store_without_a_log_is_refused(tmp_path: Path) -> None:
     home = Home(tmp_path)
     await make(home)
     shutil.move(tmp_path / "db" / "log", tmp_path / "log")
-    await refuse(
-        tmp_path / "db", r"^.*/db: at offset 0: this is no database: it holds 'store' but "
-    )
+    await refuse(tmp_path / "db", r"^.*/db: at offset 0: a database without its log; ")
     (tmp_path / "db" / "log").mkdir()
     await refuse(tmp_path / "db", r"^.*data\.mdb: at offset 0: there is a store but no log; ")
     (tmp_path / "db" / "log").rmdir()
@@ -552,19 +561,36 @@ async def test_a_log_that_is_not_a_databases_is_refused(tmp_path: Path) -> None:
     async with trio_wal.open_wal(tmp_path / "log") as wal:
         await wal.append(b"no transaction")
     # Given itself, and as a database's.
-    await refuse(tmp_path / "log", r"^.*/log: at offset 0: this is no database: it holds 'lo.* but")
+    own = await refuse(
+        tmp_path / "log", r"^.*/log: this is a log: use open_wal\(\); nothing", WrongDirectoryError
+    )
+    assert (own.path, own.found, own.instead) == (str(tmp_path / "log"), "a log", "open_wal()")
     (tmp_path / "db").mkdir()
     shutil.move(tmp_path / "log", tmp_path / "db" / "log")
-    await refuse(tmp_path / "db", rf"^{tmp_path}/db/log")
+    message = rf"^{tmp_path}/db/log: this is a log, not a database's: use open_wal\(\); "
+    await refuse(tmp_path / "db", message, WrongDirectoryError)
 
 
 async def test_a_databases_directory_is_no_log(tmp_path: Path) -> None:
     await make(Home(tmp_path))
     before = hash_tree(tmp_path)
-    with pytest.raises(CorruptLogError, match=r"^.*/db: at offset 0: this is no log: it holds 'l"):
+    path = re.escape(str(tmp_path / "db"))
+    with pytest.raises(
+        WrongDirectoryError, match=rf"^{path}: this is a database: use open_database\(\); nothing"
+    ):
         await trio_wal.open_wal(tmp_path / "db").__aenter__()
-    with pytest.raises(CorruptLogError, match=rf"^{tmp_path}/db/log"):
+    with pytest.raises(
+        WrongDirectoryError,
+        match=rf"^{path}/log: this is the log of a database: use open_database\('{path}'\); ",
+    ):
         await trio_wal.open_wal(tmp_path / "db" / "log").__aenter__()
+    with pytest.raises(
+        WrongDirectoryError, match=rf"^{path}: this is a database: use open_reader\('{path}/log'\)"
+    ):
+        await trio_wal.open_reader(tmp_path / "db").__aenter__()
+    # That works.
+    async with trio_wal.open_reader(tmp_path / "db" / "log") as reader:
+        assert reader.durable_lsn > 0
     assert hash_tree(tmp_path) == before
 
 
@@ -572,18 +598,17 @@ async def test_a_foreign_directory_or_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_bytes(b"dear ...")
     await refuse(
-        tmp_path / "home", r"^.*/home: at offset 0: this is no database: it holds 'letter\.txt' but"
+        tmp_path / "home",
+        r"^.*/home: this is neither a log nor a database: it holds 'letter\.txt': use ",
+        WrongDirectoryError,
     )
     (tmp_path / "mixed" / "log").mkdir(parents=True)
     (tmp_path / "mixed" / "log" / "letter.txt").write_bytes(b"dear ...")
-    await refuse(
-        tmp_path / "mixed", r"^.*/mixed/log: at offset 0: this is no log: it holds 'letter"
-    )
+    foreign = r"^.*/mixed/log: this is neither a log nor a database: it holds 'letter"
+    await refuse(tmp_path / "mixed", foreign, WrongDirectoryError)
     (tmp_path / "file").write_bytes(b"dear ...")
-    with pytest.raises(CorruptLogError, match=rf"^{tmp_path}/file: .*: not a directory; "):
+    with pytest.raises(WrongDirectoryError, match=rf"^{tmp_path}/file: this is not a directory: "):
         await trio_wal.open_database(tmp_path / "file").__aenter__()
-    lost = r"^.*/mixed/log: at offset 0: this is no log: it holds 'letter"
-    await refuse(tmp_path / "mixed", lost)
 
 
 async def test_an_empty_directory_and_hidden_names_are_no_obstacle(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import trio
 from logs import TINY, append, open_log, records_of
 
 import trio_wal
-from trio_wal import CorruptLogError, LogLockedError
+from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
 from trio_wal._directory import open_log_directory
 from trio_wal._files import (
     FOLIO_MAX,
@@ -371,14 +371,14 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, kind: str) -> No
         os.mkfifo(path)
     else:
         path = Path(os.devnull)
-    refused(path, CorruptLogError, r": at offset 0: not a directory")
+    refused(path, WrongDirectoryError, r": this is not a directory: use a directory's path, ")
     assert kind != "file" or path.read_bytes() == b"my thesis"
 
 
 def test_a_foreign_directory_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_bytes(b"ten years")
     (tmp_path / "figures").mkdir()
-    refused(tmp_path, CorruptLogError, r"this is no log: it holds 'figures' but no log\.meta")
+    refused(tmp_path, WrongDirectoryError, r"this is neither .*: it holds 'figures': use ")
 
 
 async def test_bad_arguments_create_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ BANDS: dict[int, set[str]] = {
         "_order",
         "_retention",
         "_scan",
+        "_text",
         "_util",
     },
     # Files: blocking calls, run in worker threads.

@@ -24,6 +24,7 @@ from trio_wal import (
     LogFailedError,
     LsnTruncatedError,
     UnsupportedFormatError,
+    WrongDirectoryError,
 )
 from trio_wal._cursor import CHUNK_BYTES, Cursor, Record
 from trio_wal._directory import LogDirectory, open_log_directory
@@ -974,7 +975,7 @@ async def test_a_log_that_is_only_being_created_is_empty() -> None:
     created = 0
     for image in images:
         if "log.meta" not in image.names(LOG):
-            with pytest.raises(CorruptLogError, match=r"there is no log here"):
+            with pytest.raises(WrongDirectoryError, match=r"^/log: this is neither a log nor"):
                 await trio_wal.open_reader(LOG, files=image).__aenter__()
             continue
         async with trio_wal.open_reader(LOG, files=image) as reader:
@@ -987,9 +988,11 @@ async def test_a_log_that_is_only_being_created_is_empty() -> None:
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        ([], r"^/log: at offset 0: there is no log here: log\.meta is missing"),
-        (["thesis.tex"], r"^/log: at offset 0: there is no log here: log\.meta is missing"),
-        (["log.meta"], r"^/log/log\.meta: at offset 0: log\.meta cut short: 0 of 512"),
+        ([], r"^/log: this is neither a log nor a database: it is empty: use "),
+        (["thesis.tex"], r"^/log: this is neither .*: it holds 'thesis\.tex': use "),
+        (["log"], r"^/log: this is a database: use open_reader\('/log/log'\); nothing was mod"),
+        (["log", "store"], r"^/log: this is a database: use open_reader\('/log/log'\); "),
+        (["log", "src"], r"^/log: this is neither .*: it holds 'log': use "),
     ],
 )
 async def test_a_directory_without_a_log_is_refused(names: list[str], match: str) -> None:
@@ -997,9 +1000,32 @@ async def test_a_directory_without_a_log_is_refused(names: list[str], match: str
     files.open_directory(LOG, create=True)
     for name in names:
         files.write_file(LOG, name, b"")
-    with pytest.raises(CorruptLogError, match=match):
+    with pytest.raises(WrongDirectoryError, match=match):
         async with trio_wal.open_reader(LOG, files=files):
             pass
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("log.meta", r"^/log/log\.meta: at offset 0: log\.meta cut short: 0 of 512"),
+        ("wal-00000000000000000001.log", r"^/log/log\.meta: at offset 0: the file is missing"),
+    ],
+)
+async def test_what_is_left_of_a_log_is_damage(name: str, match: str) -> None:
+    files = MemoryFiles()
+    files.write_file(LOG, name, b"")
+    with pytest.raises(CorruptLogError, match=match):
+        await trio_wal.open_reader(LOG, files=files).__aenter__()
+
+
+async def test_a_log_that_is_taken_away_from_its_reader_is_damage() -> None:
+    files = log_of(3)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        for name in files.names(LOG):
+            files.remove_file(LOG, name)
+        with pytest.raises(CorruptLogError, match=r"^/log/log\.meta: .*: the file is missing"):
+            await read(reader)
 
 
 async def test_a_directory_that_is_not_there_is_not_found(tmp_path: Path) -> None:
@@ -1011,7 +1037,7 @@ async def test_a_directory_that_is_not_there_is_not_found(tmp_path: Path) -> Non
             async with reader:
                 pass
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CorruptLogError, match=r"not a directory"):
+    with pytest.raises(WrongDirectoryError, match=r"/file: this is not a directory: use a dir"):
         async with trio_wal.open_reader(tmp_path / "file"):
             pass
 

@@ -582,7 +582,8 @@ async def test_a_conflict_names_the_key_and_says_so(files: MemoryFiles) -> None:
         async def body() -> None:
             async with tx:
                 tx.get(b"k")
-                await db.put(b"k", b"1")
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(db.put, b"k", b"1")
 
         with pytest.raises(
             TransactionConflict,

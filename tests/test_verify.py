@@ -586,10 +586,11 @@ def test_a_directory_that_is_no_log_is_refused(name: str | None) -> None:
     directory = files.open_directory(LOG, create=True)
     if name is not None:
         files.write_file(LOG, name, b"dear diary")
-    holds = "it has no" if name is None else "it holds 'notes.txt' but no"
-    with pytest.raises(trio_wal.CorruptLogError) as caught:
+    holds = "it is empty" if name is None else "it holds 'notes.txt'"
+    with pytest.raises(trio_wal.WrongDirectoryError) as caught:
         verify(directory)
-    assert (caught.value.path, caught.value.reason) == (LOG, f"this is no log: {holds} log.meta")
+    assert caught.value.path == LOG
+    assert caught.value.found == f"neither a log nor a database: {holds}"
 
 
 # -- bad sectors ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ._exceptions import (
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
     WalError as WalError,
+    WrongDirectoryError as WrongDirectoryError,
 )
 from ._identity import Bookmark as Bookmark
 from ._operations import Operation as Operation

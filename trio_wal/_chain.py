@@ -23,7 +23,12 @@ from typing import Final, NoReturn
 import attrs
 
 from . import _scan
-from ._exceptions import CorruptLogError, UnsupportedFormatError
+from ._exceptions import (
+    CorruptLogError,
+    UnsupportedFormatError,
+    WalError,
+    WrongDirectoryError,
+)
 from ._files import LOCK_NAME, Directory, File
 from ._frame import (
     BLOCK,
@@ -49,6 +54,9 @@ from ._segment import NEW_NAME, SPARE_PREFIX
 META_NAME: Final = "log.meta"
 META_NEW_NAME: Final = "log.meta.tmp"
 TRUNCATE_NAME: Final = "truncate.tmp"
+LOG_NAME: Final = "log"
+STORE_NAME: Final = "store"
+"""What a database's directory holds: its log, and LMDB's files."""
 
 Report = Callable[[CorruptLogError], None]
 """Is told of each thing that is wrong; what it raises ends the look."""
@@ -101,6 +109,30 @@ def is_ours(name: str) -> bool:
     return name in (LOCK_NAME, META_NEW_NAME, TRUNCATE_NAME, NEW_NAME) or (
         name.startswith(SPARE_PREFIX) and name.endswith(".tmp")
     )
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file of this name says that something else than a log lives here."""
+    return not is_ours(name) and name[0] != "." and name != "lost+found"
+
+
+def no_log(path: str, names: Iterable[str], instead: str = "open_database()") -> WalError:
+    """What to raise of a directory with these names that has no ``log.meta``.
+
+    ``instead`` is what to call where it is a database's.
+    """
+    foreign = list(filter(is_foreign, names))
+    if any(segment_name_lsn(name) is not None for name in foreign):
+        return CorruptLogError(f"{path}/{META_NAME}", 0, "the file is missing")
+    if foreign == [LOG_NAME] or {LOG_NAME, STORE_NAME} <= set(foreign):
+        return WrongDirectoryError(path, "a database", instead)
+    return WrongDirectoryError(path, *neither(foreign))
+
+
+def neither(names: list[str]) -> tuple[str, str]:
+    """What is found, and what to use instead, where a directory is neither log nor database."""
+    holds = f"it holds {names[0]!r}" if names else "it is empty"
+    return f"neither a log nor a database: {holds}", "the directory of one, or a new path"
 
 
 def temporary(names: Iterable[str]) -> list[str]:

@@ -21,8 +21,15 @@ import attrs
 import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
+from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
-from ._exceptions import CorruptLogError, RecordTooLargeError, TransactionConflict
+from ._exceptions import (
+    CorruptLogError,
+    LogLockedError,
+    RecordTooLargeError,
+    TransactionConflict,
+    WrongDirectoryError,
+)
 from ._files import Files, OsFiles
 from ._identity import Bookmark
 from ._memtable import Layer, Memtable, View
@@ -41,16 +48,15 @@ from ._recovery import Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
 from ._store import Store, StoreState, damaged, data_file
 from ._stream import RecordStream
+from ._text import printable
 from ._transaction import Transaction, check_range
 from ._util import MiB, check_bytes, check_int, check_path
 from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
-from ._worker import Blocking
+from ._worker import Blocking, require_trio
 
 D = TypeVar("D")
 T = TypeVar("T")
 
-LOG_NAME: Final = "log"
-STORE_NAME: Final = "store"
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
 
@@ -351,7 +357,18 @@ class Database:
             self._check_open()
         if self.checkpointing and self.behind():
             await self.wait_for_memtable()
-        return await self.commit({key: value}, current_task())
+        task = current_task()
+        if self._readers and (passed := self._transaction_of(task)) is not None:
+            lsn = await self.commit({key: value}, task)
+            passed.changed_past(key)
+            return lsn
+        return await self.commit({key: value}, task)
+
+    def _transaction_of(self, task: Task) -> Transaction | None:
+        """The transaction whose block a task is most likely in: the newest that reads, if it
+        is this task's.  Good enough for a hint, and cheap."""
+        newest = next(reversed(self._readers), None)
+        return newest if isinstance(newest, Transaction) and newest._task is task else None
 
     async def delete(self, key: bytes) -> int:
         """Remove one key, in a transaction of its own; returns its LSN, durable then.
@@ -361,8 +378,11 @@ class Database:
         """
         tx = Transaction(self)
         self._check_open()
+        passed = self._transaction_of(current_task())
         async with tx:
             tx.delete(key)
+        if passed is not None:
+            passed.changed_past(key)
         return cast(int, tx.lsn)
 
     # -- reading what is durable --
@@ -458,7 +478,9 @@ class Database:
           LsnTruncatedError: ``start`` is no longer in the log: see ``retention`` of
               `open_database` for how to keep more of it.
         """
-        return CommitStream(self._wal.path, self._wal.follow(start))
+        records = self._wal.follow(start)
+        records._entering = "db.changes() as commits"
+        return CommitStream(self._wal.path, records)
 
     # -- into the store --
 
@@ -555,7 +577,7 @@ class Database:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise trio.ClosedResourceError(f"{self._path}: this database is closed")
+            raise trio.ClosedResourceError(f"{printable(self._path)}: this database is closed")
 
     def __repr__(self) -> str:
         return f"<Database {self._path!r} durable_lsn={self._durable_lsn}>"
@@ -825,10 +847,13 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         directory = self._files.open_directory(self._path, create=True)
         try:
             names = [name for name in directory.names() if name[0] != "." and name != "lost+found"]
-            if names and LOG_NAME not in names:
-                raise CorruptLogError(
-                    self._path, 0, f"this is no database: it holds {names[0]!r} but no {LOG_NAME!r}"
-                )
+            if not names or LOG_NAME in names:
+                return
+            if STORE_NAME in names:
+                raise CorruptLogError(self._path, 0, "a database without its log")
+            if META_NAME in names:
+                raise WrongDirectoryError(self._path, "a log", "open_wal()")
+            raise WrongDirectoryError(self._path, *neither(names))
         finally:
             directory.close()
 
@@ -837,9 +862,13 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 
     @enable_ki_protection
     async def __aenter__(self) -> Database:
+        require_trio("open_database")
         blocking = Blocking(threaded=self._files.threaded)
         await blocking(self._prepare)
-        wal = await self._log.__aenter__()
+        try:
+            wal = await self._log.__aenter__()
+        except LogLockedError as exc:
+            raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
         try:
             store = await blocking(self._open_store)
             state = self._state or StoreState(wal._directory.log_uuid, 0)
@@ -896,9 +925,10 @@ def open_database(
       TypeError, ValueError: an argument is wrong; the message names it.
 
     Raises, on entering; nothing was modified then:
-      LogLockedError, CorruptLogError, UnsupportedFormatError, LogFullError, OSError: as
-          `open_wal`; `CorruptLogError` also where LMDB's file is damaged, or log and store
-          do not belong together, or the store is ahead of the log.
+      LogLockedError, WrongDirectoryError, CorruptLogError, UnsupportedFormatError,
+      LogFullError, OSError, RuntimeError: as `open_wal`; `CorruptLogError` also where LMDB's
+          file is damaged, or log and store do not belong together, or the store is ahead of
+          the log.
 
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.

@@ -23,7 +23,7 @@ import attrs
 from . import _scan
 from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
 from ._codec import require_zstd
-from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
+from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError, WrongDirectoryError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
     BLOCK,
@@ -316,7 +316,8 @@ class LogDirectory:
                 close_quietly(file)
                 self._directory.unlink(name)
             if exc.errno in NO_SPACE:
-                raise LogFullError(self.path, capacity) from exc
+                database = bool(self.features & FEATURE_DATABASE)
+                raise LogFullError(self.path, capacity, database=database) from exc
             raise
         return _Spare(name, file, capacity)
 
@@ -763,7 +764,8 @@ def open_log_directory(
           from which on all records will be read at once, and so are checked before, or None.
 
     Raises:
-      LogLockedError, CorruptLogError, UnsupportedFormatError, LogFullError, OSError
+      LogLockedError, WrongDirectoryError, CorruptLogError, UnsupportedFormatError,
+      LogFullError, OSError
       ModuleNotFoundError: the log is compressed and zstandard is not installed.
     """
     if compression == "zstd":
@@ -778,9 +780,13 @@ def open_log_directory(
         if database:
             features |= FEATURE_DATABASE
         if plan.meta is not None:
-            if database != bool(plan.meta.features & FEATURE_DATABASE):
-                whose = "no database's log" if database else "a database's: use open_database()"
-                raise CorruptLogError(directory.path, 0, f"this log is {whose}")
+            if database and not plan.meta.features & FEATURE_DATABASE:
+                raise WrongDirectoryError(directory.path, "a log, not a database's", "open_wal()")
+            if not database and plan.meta.features & FEATURE_DATABASE:
+                parent = directory.path.rpartition("/")[0]
+                raise WrongDirectoryError(
+                    directory.path, "the log of a database", f"open_database({parent!r})"
+                )
             if compression is not None and features != plan.meta.features:
                 raise ValueError(
                     f"compression must be what the log was created with, not {compression!r}"

@@ -13,6 +13,7 @@ from typing import Literal
 import trio
 
 from ._identity import Bookmark
+from ._text import printable
 
 Outcome = Literal["not written", "unknown"]
 
@@ -39,9 +40,34 @@ class CorruptLogError(WalError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return (
+        return printable(
             f"{self.path}: at offset {self.offset}: {self.reason}; "
             "nothing was modified, 'trio-wal verify' lists every finding"
+        )
+
+
+class WrongDirectoryError(WalError, ValueError):
+    """The path is not what the call is for: a database given to ``open_wal``, a log given to
+    ``open_database``, or neither of the two.
+
+    Nothing was modified, and nothing is damaged.
+
+    Attributes:
+      path: what was given, or the ``log`` in it.
+      found: what is there: ``"a database"``, ``"a log"``, ``"the log of a database"``; otherwise
+          why it is neither.
+      instead: what to call, or to give, instead.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], found: str, instead: str) -> None:
+        super().__init__(path, found, instead)
+        self.path: str = os.fspath(path)
+        self.found = found
+        self.instead = instead
+
+    def __str__(self) -> str:
+        return printable(
+            f"{self.path}: this is {self.found}: use {self.instead}; nothing was modified"
         )
 
 
@@ -66,28 +92,37 @@ class UnsupportedFormatError(WalError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return (
+        return printable(
             f"{self.path}: {self.reason} {self.version} is not supported; "
             "nothing was modified, open it with the trio-wal that wrote it or a newer one"
         )
 
 
 class LogLockedError(WalError):
-    """Another handle, in this process or another, owns the log.
+    """Another handle, in this process or another, owns the log or database.
 
     Attributes:
-      path: the log's directory.
+      path: the directory of the log or database.
       pid: the owner's process id; None where it cannot be told.
+      database: whether it is a database.
     """
 
-    def __init__(self, path: str | os.PathLike[str], pid: int | None) -> None:
-        super().__init__(path, pid)
+    def __init__(
+        self, path: str | os.PathLike[str], pid: int | None, database: bool = False
+    ) -> None:
+        super().__init__(path, pid, database)
         self.path: str = os.fspath(path)
         self.pid = pid
+        self.database = database
 
     def __str__(self) -> str:
         owner = "another process" if self.pid is None else f"process {self.pid}"
-        return (
+        if self.database:
+            return printable(
+                f"{self.path}: the database is open in {owner}; close it there, "
+                "or see its transactions with 'trio-wal dump', which needs no lock"
+            )
+        return printable(
             f"{self.path}: the log is open in {owner}; close it there, "
             "or read with open_reader(), which needs no lock"
         )
@@ -106,27 +141,34 @@ class LogFullError(WalError):
       path: the log's directory, or the store's.
       needed: bytes that the next segment, or checkpoint, needs.
       reason: what is in the way, if not the disk.
+      database: whether it is a database, or its log: that gets shorter by checkpoints only.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], needed: int, reason: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        needed: int,
+        reason: str | None = None,
+        database: bool = False,
     ) -> None:
-        super().__init__(path, needed, reason)
+        super().__init__(path, needed, reason, database)
         self.path: str = os.fspath(path)
         self.needed = needed
         self.reason = reason
+        self.database = database
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{self.path}: no space for {self.needed} bytes: {self.reason}"
-        return (
+            return printable(f"{self.path}: no space for {self.needed} bytes: {self.reason}")
+        truncate = "" if self.database else " or call truncate_before()"
+        return printable(
             f"{self.path}: no space for a segment of {self.needed} bytes; nothing was "
-            "accepted, free disk space or call truncate_before(), then try again"
+            f"accepted, free disk space{truncate}, then try again"
         )
 
     def again(self) -> LogFullError:
         """The same error for one more task: a traceback belongs to one."""
-        fresh = LogFullError(self.path, self.needed, self.reason)
+        fresh = LogFullError(self.path, self.needed, self.reason, self.database)
         fresh.__cause__ = self.__cause__
         return fresh
 
@@ -201,7 +243,9 @@ class LogDivergedError(LsnTruncatedError):
                 f"the two are the same up to LSN {self.parted_after}: go back to there, "
                 "or begin anew"
             )
-        return f"{self.path}: {self.bookmark} is not in the history of this log; {common}"
+        return printable(
+            f"{self.path}: {self.bookmark} is not in the history of this log; {common}"
+        )
 
 
 class LogFailedError(WalError, trio.BrokenResourceError):
@@ -229,7 +273,9 @@ class LogFailedError(WalError, trio.BrokenResourceError):
             if self.outcome == "not written"
             else "whether the records of this call are durable is unknown until the log is reopened"
         )
-        return f"{self.path}: a write or sync failed and the log is closed for writing; {fate}"
+        return printable(
+            f"{self.path}: a write or sync failed and the log is closed for writing; {fate}"
+        )
 
 
 class TransactionConflict(WalError):
@@ -239,13 +285,22 @@ class TransactionConflict(WalError):
 
     Attributes:
       key: the key, or the first key of the scanned range, that changed.
+      own: whether the task of the transaction changed it itself, past the transaction:
+          with ``db.put`` or ``db.delete``.  To try that again is of no use.
     """
 
-    def __init__(self, key: bytes) -> None:
-        super().__init__(key)
+    def __init__(self, key: bytes, own: bool = False) -> None:
+        super().__init__(key, own)
         self.key = key
+        self.own = own
 
     def __str__(self) -> str:
+        if self.own:
+            return (
+                f"key {self.key!r}, read by this transaction, was changed by db.put() or "
+                "db.delete() in its own block, which is another commit; "
+                "use tx.put() or tx.delete() there"
+            )
         return f"key {self.key!r}, read by this transaction, was changed by another commit"
 
 

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from ._exceptions import CorruptLogError, LogLockedError
+from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._frame import crc32c
 from ._util import align_up
 
@@ -607,6 +607,10 @@ def make_directory(path: str) -> None:
             os.close(fd)
 
 
+def _no_directory(path: str) -> WrongDirectoryError:
+    return WrongDirectoryError(path, "not a directory", "a directory's path, or a new one")
+
+
 class OsFiles:
     """The real file system and the real clock."""
 
@@ -620,9 +624,9 @@ class OsFiles:
             make_directory(path)
         try:
             if not stat.S_ISDIR(os.stat(path).st_mode):
-                raise CorruptLogError(path, 0, "not a directory")
+                raise _no_directory(path)
         except NotADirectoryError as exc:
-            raise CorruptLogError(path, 0, "not a directory") from exc
+            raise _no_directory(path) from exc
         return OsDirectory(os.path.abspath(path))
 
     def time_us(self) -> int:

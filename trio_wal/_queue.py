@@ -48,6 +48,7 @@ from ._exceptions import (
 )
 from ._frame import BATCH_RECORDS_MAX
 from ._park import REUSES, WOKEN, park, request
+from ._text import printable
 
 
 class State(enum.Enum):
@@ -395,7 +396,7 @@ class WriteQueue:
             assert self._failure is not None
             raise self.failed(outcome, self._failure)
         if self.state is not State.OPEN and self.state is not State.FULL:
-            raise trio.ClosedResourceError(f"{self._path}: this log is closed")
+            raise trio.ClosedResourceError(f"{printable(self._path)}: this log is closed")
 
     def failed(self, outcome: Outcome, cause: BaseException) -> LogFailedError:
         """A new error for one caller, who is thereby told."""

@@ -20,6 +20,7 @@ import attrs
 import trio
 
 from ._chain import (
+    LOG_NAME,
     META_NAME,
     TRUNCATE_NAME,
     FoundSegment,
@@ -27,17 +28,19 @@ from ._chain import (
     find_segments,
     judge_end,
     look_at,
+    no_log,
     read_meta,
 )
 from ._cursor import Moved, Place, place_in
-from ._exceptions import CorruptLogError
+from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
 from ._frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._identity import Bookmark, History
 from ._scan import FrameScanner, Position, start_of
 from ._stream import RETRY_SECONDS, Reading, RecordStream
+from ._text import printable
 from ._util import check_path
-from ._worker import Blocking
+from ._worker import Blocking, require_trio
 
 POLL_SECONDS: Final = 0.02
 """How often the files of another process's log are looked at for news, where nothing wakes."""
@@ -178,7 +181,7 @@ class WatchSource:
                 try:
                     seen = self._look_once(*print_before)
                     wrong = seen.damage
-                except (CorruptLogError, FileNotFoundError) as exc:
+                except (CorruptLogError, WrongDirectoryError, FileNotFoundError) as exc:
                     wrong = exc
                 if seen is not None and (wrong is None or wrong is self._seen.damage):
                     self._seen, self._surprises_seen = seen, surprises
@@ -208,7 +211,8 @@ class WatchSource:
         known = seen.meta
         if meta is None:
             if known is None:
-                raise CorruptLogError(self.path, 0, f"there is no log here: {META_NAME} is missing")
+                instead = f"open_reader({self.path + '/' + LOG_NAME!r})"
+                raise no_log(self.path, self._directory.names(), instead)
             raise CorruptLogError(f"{self.path}/{META_NAME}", 0, "the file is missing")
         if known is not None and known.live:
             if not meta.live or meta.log_uuid != known.log_uuid:
@@ -381,7 +385,7 @@ class WatchSource:
             # One task waits for the files, and looks, for all.
             await self._others.park()
             if self._closed:
-                raise trio.ClosedResourceError(f"{self.path}: this reader is closed")
+                raise trio.ClosedResourceError(f"{printable(self.path)}: this reader is closed")
             return
         watch = self._watch
         self._watching = True
@@ -477,7 +481,7 @@ class LogReader:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise trio.ClosedResourceError(f"{self.path}: this reader is closed")
+            raise trio.ClosedResourceError(f"{printable(self.path)}: this reader is closed")
 
     def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """As `WriteAheadLog.read`."""
@@ -518,6 +522,8 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
     async def __aenter__(self) -> LogReader:
         if self._reader is not None:
             raise RuntimeError("open_reader() gives a context manager for one use")
+        require_trio("open_reader")
+        require_trio("open_reader")
         blocking = Blocking(threaded=self._files.threaded)
         directory = await blocking(self._files.open_directory, self._path)
         try:
@@ -557,6 +563,8 @@ def open_reader(
 
     Raises, on entering:
       FileNotFoundError: there is nothing at ``path``.
-      CorruptLogError, UnsupportedFormatError: it is no log of which anything can be read.
+      WrongDirectoryError: it is no log.
+      CorruptLogError, UnsupportedFormatError: it is one of which nothing can be read.
+      RuntimeError: trio is not running.
     """
     return _OpenReader(check_path(path), OsFiles() if files is None else files)

@@ -26,14 +26,14 @@ import attrs
 
 from . import _scan
 from ._chain import (
-    META_NAME,
     TRUNCATE_NAME,
     Chain,
     FoundSegment,
     find_segments,
-    is_ours,
+    is_foreign,
     joins,
     judge_end,
+    no_log,
     place_before,
     read_meta,
     read_segment,
@@ -285,17 +285,13 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
 
     Raises:
       CorruptLogError, UnsupportedFormatError: the log must not be opened.
+      WrongDirectoryError: there is something else.
     """
     meta = read_meta(directory)
     names = directory.names()
     if meta is None:
-        foreign = [n for n in names if not is_ours(n) and n[0] != "." and n != "lost+found"]
-        if any(segment_name_lsn(name) is not None for name in foreign):
-            raise CorruptLogError(f"{directory.path}/{META_NAME}", 0, "the file is missing")
-        if foreign:
-            raise CorruptLogError(
-                directory.path, 0, f"this is no log: it holds {foreign[0]!r} but no {META_NAME}"
-            )
+        if any(map(is_foreign, names)):
+            raise no_log(directory.path, names)
         return Plan(None, tuple(temporary(names)))
     if not meta.live:
         # Its creation was interrupted; nothing was ever accepted.

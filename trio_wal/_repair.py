@@ -18,7 +18,15 @@ import attrs
 from ._chain import META_NAME, META_NEW_NAME, FoundSegment
 from ._exceptions import LogFullError
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET, Kind, Meta, SegmentHeader
+from ._frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FEATURE_DATABASE,
+    POINTER_OFFSET,
+    Kind,
+    Meta,
+    SegmentHeader,
+)
 from ._identity import History, branch
 from ._recovery import Plan, RecoveryReport
 from ._scan import FrameScanner, Position
@@ -172,7 +180,8 @@ def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> 
             close_quietly(file)
             directory.unlink(NEW_NAME)
         if exc.errno in NO_SPACE:
-            raise LogFullError(directory.path, capacity) from exc
+            database = bool(header.features & FEATURE_DATABASE)
+            raise LogFullError(directory.path, capacity, database=database) from exc
         raise
     return ActiveSegment(file, header, capacity)
 

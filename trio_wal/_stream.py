@@ -279,6 +279,8 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
         self._stop = stop
         self._follow = follow
         self._to_end = stop is None
+        self._entering = f"log.{'follow' if follow else 'read'}() as records"
+        """How it is entered, for who forgets it."""
         self._reading: Reading | None = None
         self._ready: list[Record] = []
         self._busy = False
@@ -340,7 +342,7 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
 
     def _entered(self) -> Reading:
         if self._reading is None:
-            raise RuntimeError("enter the stream first: async with log.read() as records")
+            raise RuntimeError(f"enter the stream first: async with {self._entering}")
         return self._reading
 
     def __aiter__(self) -> RecordStream:

@@ -79,6 +79,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     """Of the newest pending commit that was read."""
     _doomed: bytes | None = None
     """A key that is known to conflict."""
+    _past: frozenset[bytes] = frozenset()
+    """Keys that its own task has changed past it, as far as that was noticed."""
     _dropped: tuple[Layer, ...] = ()
     _blind = False
     _cut = False
@@ -343,6 +345,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         else:
             self._blind = True
 
+    def changed_past(self, key: bytes) -> None:
+        """Its own task has changed a key by `Database.put` or `Database.delete`."""
+        self._past |= {key}
+
     def database_closed(self) -> None:
         """Nothing can be read any more, nor committed."""
         self._end()
@@ -388,7 +394,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if conflict is not None:
             self._db.note_conflict()
             await trio.lowlevel.checkpoint()
-            raise TransactionConflict(conflict)
+            raise TransactionConflict(conflict, own=conflict in self._past)
         if self._writes:
             self._lsn = await self._db.commit(self._writes, current_task())
         else:

@@ -24,7 +24,14 @@ from typing import Final
 import attrs
 
 from . import _scan
-from ._chain import META_NAME, TRUNCATE_NAME, FoundSegment, read_meta, read_segment
+from ._chain import (
+    META_NAME,
+    TRUNCATE_NAME,
+    FoundSegment,
+    no_log,
+    read_meta,
+    read_segment,
+)
 from ._exceptions import CorruptLogError, UnsupportedFormatError
 from ._files import Directory, File, close_quietly
 from ._frame import (
@@ -99,7 +106,7 @@ def verify(directory: Directory, progress: Progress | None = None) -> Verificati
     """Check every frame of every segment.
 
     Raises:
-      CorruptLogError: there is no log in this directory.
+      WrongDirectoryError: there is no log in this directory.
       UnsupportedFormatError: ``log.meta`` is from a newer trio-wal: nothing can be said.
       ModuleNotFoundError: the log is compressed and zstandard is not installed.
       OSError: a file cannot be opened.  One that can, but not be read, is a finding.
@@ -167,11 +174,9 @@ def _list(directory: Directory) -> _Listing:
         meta = read_meta(directory)
         if meta is None:
             if not any(segment_name_lsn(name) is not None for name in candidates):
-                raise _no_log(directory, names)
+                raise no_log(directory.path, names)
             findings.append(Finding(f"{directory.path}/{META_NAME}", 0, "the file is missing"))
     except CorruptLogError as exc:
-        if exc.path == directory.path:
-            raise
         findings.append(Finding(exc.path, exc.offset, exc.reason))
     except OSError as exc:
         findings.append(_unread(exc, f"{directory.path}/{META_NAME}"))
@@ -217,11 +222,6 @@ def _list(directory: Directory) -> _Listing:
         reason = "the segment in which a truncated log goes on is missing"
         more.append(Finding(path, 0, reason, cut.first_lsn))
     return _Listing(meta, chain, tuple(unreadable), (*findings, *more))
-
-
-def _no_log(directory: Directory, names: list[str]) -> CorruptLogError:
-    holds = f"it holds {names[0]!r} but no" if names else "it has no"
-    return CorruptLogError(directory.path, 0, f"this is no log: {holds} {META_NAME}")
 
 
 def _unread(error: OSError, path: str) -> Finding:

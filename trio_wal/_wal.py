@@ -42,6 +42,7 @@ from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
 from ._stream import RecordStream
+from ._text import printable
 from ._util import (
     MiB,
     check_bytes,
@@ -51,7 +52,7 @@ from ._util import (
     check_path,
     check_seconds,
 )
-from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
+from ._worker import Blocking, InlineWorker, ThreadWorker, Worker, require_trio
 
 log = logging.getLogger("trio_wal")
 
@@ -364,7 +365,7 @@ class WriteAheadLog:
 
     def _source(self) -> LocalSource:
         if self._queue.state is State.CLOSED or self._closed.is_set():
-            raise trio.ClosedResourceError(f"{self.path}: this log is closed")
+            raise trio.ClosedResourceError(f"{printable(self.path)}: this log is closed")
         return LocalSource(self._directory, self._flusher, self._queue, self._blocking)
 
     # -- truncating --
@@ -694,6 +695,7 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
     async def __aenter__(self) -> WriteAheadLog:
         if self._wal is not None:
             raise RuntimeError("open_wal() gives a context manager for one use")
+        require_trio("open_wal")
         options, files = self._options, self._files
         blocking = Blocking(threaded=files.threaded)
         directory = await blocking(
@@ -796,10 +798,12 @@ def open_wal(
 
     Raises, on entering; nothing was modified then:
       LogLockedError: somebody else has it open.
-      CorruptLogError: it is damaged, or no log at all, or no directory.
+      WrongDirectoryError: it is a database, or something else that is no log.
+      CorruptLogError: it is damaged.
       UnsupportedFormatError: a newer trio-wal wrote it.
       LogFullError: no disk space to recover it.
       OSError: the operating system's own.
+      RuntimeError: trio is not running.
 
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import current_task, enable_ki_protection
 
 T = TypeVar("T")
 
@@ -183,6 +183,16 @@ class InlineWorker:
 
     def stop(self) -> None:
         pass
+
+
+def require_trio(caller: str) -> None:
+    """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
+    try:
+        current_task()
+    except RuntimeError:
+        raise RuntimeError(
+            f"trio_wal.{caller}() needs trio: run it under trio.run(), not asyncio.run()"
+        ) from None
 
 
 class Blocking:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Final, final
 
 from trio_wal import _recovery
+from trio_wal._chain import META_NAME
 from trio_wal._cursor import Cursor, Record
 from trio_wal._directory import LogDirectory
 from trio_wal._segment import SegmentInfo
@@ -62,7 +63,7 @@ def _content(directory: Any, name: str) -> bytes | None:
 
 
 _NAME_OF: Final[dict[str, Callable[..., str]]] = {
-    "read_meta": lambda: _recovery.META_NAME,
+    "read_meta": lambda: META_NAME,
     "read_segment": lambda name: name,
     "_examine_last": lambda last, _: last.file_name,
     "_examine_sealed": lambda segment, *_: segment.file_name,

@@ -28,8 +28,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trio_wal._chain import META_NAME
-from trio_wal._database import LOG_NAME
+from trio_wal._chain import LOG_NAME, META_NAME
 from trio_wal._files import Directory, OsFiles, close_quietly
 from trio_wal._frame import FEATURE_DATABASE, FEATURE_ZSTD
 
