@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from trio_wal._files import OsFiles
 from trio_wal._frame import (
     BLOCK,
     DATA_OFFSET,
@@ -25,6 +26,7 @@ from trio_wal._frame import (
     decode_meta,
     decode_segment_header,
 )
+from trio_wal._identity import Parting
 from trio_wal._scan import FrameScanner, payloads, start_of
 from trio_wal._segment import ActiveSegment, encode
 from trio_wal.testing import MemoryFiles
@@ -105,7 +107,7 @@ def claimed(part: str) -> dict[str, int | bytes]:
 
 
 @pytest.mark.parametrize(
-    "title", ["Segment header", "Frame header", "Footer", "Pointer", "log.meta"]
+    "title", ["Segment header", "Frame header", "Footer", "Pointer", "log.meta", "History"]
 )
 def test_the_fields_of_a_table_stand_one_behind_the_other(title: str) -> None:
     end = 0
@@ -197,6 +199,35 @@ def test_the_code_reads_the_example() -> None:
     assert payloads(frame, body) == [b"hello", b"trio"]
     assert (close.kind, scanner.reason) == (3, "")
     assert decode_meta(META) == Meta(UUID, 1, 1, live=True)
+
+
+def test_the_code_writes_a_history_as_the_page_says() -> None:
+    history = (Parting(0, 0), Parting(1 << 32 | 0xABCDEF, 1000))
+    data = Meta(UUID, 1, 1, live=True, history=history, copied=True).encode()
+    meta = decode("log.meta", data)
+    assert (meta["features"], meta["copied"], meta["epochs"]) == (16, 1, 2)
+    assert meta["checksum"] == crc32c(data[:508])
+    assert meta["history checksum"] == crc32c(data[512 : 512 + 32])
+    entries = [decode("History", data[512 + 16 * n :]) for n in range(2)]
+    assert [(e["epoch"], e["parted after"]) for e in entries] == [
+        (parting.epoch, parting.after_lsn) for parting in history
+    ]
+    assert len(data) == 1024
+    assert not any(data[512 + 32 :])
+
+
+def test_the_owners_word_is_written_as_the_page_says(tmp_path: Path) -> None:
+    directory = OsFiles().open_directory(str(tmp_path))
+    directory.lock()
+    directory.sign()
+    directory.publish(77, 1 << 32 | 5)
+    data = (tmp_path / "lock").read_bytes()
+    directory.close()
+    word = decode("The owner's word", data)
+    assert (word["durable LSN"], word["epoch"]) == (77, 1 << 32 | 5)
+    assert word["durable LSN, inverted"] == 2**64 - 1 - 77
+    assert word["checksum"] == crc32c(data[32:56])
+    assert len(data) == 60
 
 
 def test_the_numbers_in_the_text_are_those_of_the_code() -> None:

@@ -18,7 +18,7 @@ import pytest
 from logs import TINY, append
 
 import trio_wal
-from trio_wal import CorruptLogError, RecoveryReport
+from trio_wal import Bookmark, CorruptLogError, LogDivergedError, RecoveryReport
 from trio_wal._directory import open_log_directory
 from trio_wal._files import OsFiles
 
@@ -148,6 +148,71 @@ async def test_they_are_opened_and_gone_on_with(name: str, tmp_path: Path) -> No
         assert wal.recovery.clean_shutdown
         async with wal.read(last + 1) as records:
             assert [record.data async for record in records] == [b"written today"]
+
+
+# -- logs with epochs --
+
+EPOCHS = V1.parent / "v1_epochs"
+PARTED = [b"first 1", b"first 2", b"third 3", b"third 4"]
+
+
+def test_the_logs_with_epochs_are_as_they_were_written() -> None:
+    assert digest(EPOCHS) == "15e1786104e24bbc2a4985993b6412a99bf0162b8e7a6d8e37fc98209e51e360"
+    script = (V1.parent / "write_v1_epochs.py").read_text("utf-8")
+    assert "if folder.exists():\n            sys.exit(" in script
+
+
+async def test_the_history_of_a_log_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "parted"
+    shutil.copytree(EPOCHS / "parted", path)
+    async with trio_wal.open_reader(EPOCHS / "parted") as reader, reader.read() as records:
+        assert [record.data async for record in records] == PARTED
+        epoch = reader.epoch
+    assert epoch == 10903605599
+    async with trio_wal.open_wal(path) as wal:
+        assert wal.bookmark == Bookmark(4, epoch)
+        for lsn in (1, 2):
+            async with wal.read(Bookmark(lsn, 0)) as records:
+                assert [record.data async for record in records] == PARTED[lsn:]
+        with pytest.raises(LogDivergedError) as caught:
+            await wal.read(Bookmark(3, 0)).__aenter__()
+        assert caught.value.parted_after == 2
+        await wal.truncate_after(3)
+        assert wal.epoch > epoch
+        async with wal.read(Bookmark(3, epoch)) as records:
+            assert [record.data async for record in records] == []
+
+
+async def test_a_truncation_with_an_epoch_is_carried_out(tmp_path: Path) -> None:
+    path = tmp_path / "deciding"
+    shutil.copytree(EPOCHS / "deciding", path)
+    async with trio_wal.open_reader(path) as reader:
+        epoch = reader.epoch
+        assert reader.bookmark == Bookmark(2, epoch)
+    async with trio_wal.open_wal(path, segment_size=TINY) as wal:
+        assert (wal.last_lsn, wal.epoch) == (2, epoch)
+        assert epoch > 0
+        with pytest.raises(LogDivergedError):
+            await wal.read(Bookmark(5, 0)).__aenter__()
+
+
+async def test_a_copy_that_was_never_opened_begins_an_epoch(tmp_path: Path) -> None:
+    epochs = set()
+    for name in ("one", "other"):
+        shutil.copytree(EPOCHS / "copied", tmp_path / name)
+        async with trio_wal.open_reader(tmp_path / name) as reader:
+            before = reader.epoch
+        async with trio_wal.open_wal(tmp_path / name) as wal:
+            assert (wal.first_lsn, wal.last_lsn) == (8, 7)
+            assert wal.epoch > before > 0
+            epochs.add(wal.epoch)
+            async with wal.follow(Bookmark(7, before)) as records:
+                assert records.bookmark == Bookmark(7, wal.epoch)
+            await wal.append(b"8")
+            with pytest.raises(LogDivergedError) as caught:
+                await wal.read(Bookmark(8, before)).__aenter__()
+            assert caught.value.parted_after == 7
+    assert len(epochs) == 2
 
 
 def test_damage_in_them_is_found(tmp_path: Path) -> None:
