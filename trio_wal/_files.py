@@ -361,15 +361,15 @@ class OsDirectory:
         return (name, self._fd) if _HAS_DIR_FD else (os.path.join(self.path, name), None)
 
     def names(self) -> list[str]:
-        if self._fd < 0 or not _HAS_DIR_FD:
-            return sorted(os.listdir(self.path))
-        # Through a descriptor of its own: a duplicate of one shares its place in the listing, and
-        # two threads that list at once would each miss names, or see them twice.
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC, dir_fd=self._fd)
-        try:
-            return sorted(os.listdir(fd))
-        finally:
-            os.close(fd)
+        if sys.platform != "win32" and self._fd >= 0 and _HAS_DIR_FD:
+            # Through a descriptor of its own: a duplicate of one shares its place in the listing,
+            # and two threads that list at once would each miss names, or see them twice.
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC, dir_fd=self._fd)
+            try:
+                return sorted(os.listdir(fd))
+            finally:
+                os.close(fd)
+        return sorted(os.listdir(self.path))
 
     def open(self, name: str, *, create: bool = False, writable: bool = False) -> OsFile:
         where, dir_fd = self._where(name)
@@ -532,25 +532,24 @@ class _Inotify:
 
 def watch_directory(fd: int) -> Watch | None:
     """None where the system gives no watch: it has none left for this user, for one."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
+    if sys.platform == "linux":
+        import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        added = -1
-        if watch >= 0:
-            watch = _above_stdio(watch)
-            # By its descriptor: another directory may stand under its path by now.
-            added = libc.inotify_add_watch(watch, b"/proc/self/fd/%d" % fd, _IN_CHANGES)
-    except AttributeError:
-        return None
-    if added < 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            added = -1
+            if watch >= 0:
+                watch = _above_stdio(watch)
+                # By its descriptor: another directory may stand under its path by now.
+                added = libc.inotify_add_watch(watch, b"/proc/self/fd/%d" % fd, _IN_CHANGES)
+        except AttributeError:
+            return None
+        if added >= 0:
+            return _Inotify(watch)
         if watch >= 0:
             os.close(watch)
-        return None
-    return _Inotify(watch)
+    return None
 
 
 def _forget_cached(fd: int, keep: range = range(0)) -> None:
