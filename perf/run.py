@@ -17,7 +17,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("append", "recovery", "memory", "transactions", "tails", "scale")
+NAMES = ("append", "recovery", "memory", "transactions", "tails", "follow", "scale")
 
 
 def main() -> None:

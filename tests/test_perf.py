@@ -282,3 +282,8 @@ def test_a_small_log_is_opened_at_all_of_its_ends(
 def test_a_unit_is_appended_as_a_whole(perf: Import, tmp_path: Path) -> None:
     found = perf("apart").apart(perf("bench_scale").unit, str(tmp_path / "log"), 5_000)
     assert set(found) == {"per second", "growth"}
+
+
+def test_a_follower_is_timed_from_durable_to_given(perf: Import, tmp_path: Path) -> None:
+    found = perf("apart").apart(perf("bench_follow").trial, str(tmp_path / "log"), 0.1)
+    assert 0 <= found["median"] <= found["p99"] <= found["slowest"]
