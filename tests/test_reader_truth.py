@@ -327,6 +327,35 @@ async def test_segments_without_a_footer_are_checked_where_they_join(
         assert found == [(1, b"record 1")]
 
 
+@pytest.mark.parametrize("other", [0, 2])
+async def test_the_owner_reads_no_file_that_took_the_place_of_another(
+    other: int, autojump_clock: MockClock
+) -> None:
+    """A sound segment of this very log, under the name of another one."""
+    files = log_of(8, close=True)
+    names = segments(files)
+    async with trio_wal.open_wal(LOG, files=files, segment_size=TINY) as wal:
+        files.write_file(LOG, names[1], files.read_file(LOG, names[other]))
+        found, error = await read_to_damage(wal.read())
+    assert found == list(numbered(payloads(2)))
+    assert (error.path, error.reason) == (
+        f"{LOG}/{names[1]}",
+        "another segment stands in the place of this one",
+    )
+
+
+async def test_a_follower_that_was_given_the_lost_end_is_told_of_damage(
+    autojump_clock: MockClock,
+) -> None:
+    files = log_of(9, close=False)
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        for _ in range(9):
+            await records.__anext__()
+        files.remove_file(LOG, segments(files)[-1])
+        with trio.fail_after(60), pytest.raises(CorruptLogError, match="is sealed"):
+            await records.__anext__()
+
+
 # -- another log in the same place -------------------------------------------------------------
 
 
@@ -491,10 +520,10 @@ async def test_a_log_that_never_stands_still_is_looked_at_until_it_does(
     def restless(self: WatchSource) -> Any:
         nonlocal looks
         looks += 1
-        if looks == 200:
+        if looks == 40:
             files.write_file(LOG, name, good)
             files.remove_file(LOG, "wal-0.log")
-        elif looks < 200:
+        elif looks < 40:
             files.write_file(LOG, "wal-0.log", b"%d" % looks)
             names, meta = original(self)
             return (*names, f"wal-{looks}"), meta
@@ -504,7 +533,28 @@ async def test_a_log_that_never_stands_still_is_looked_at_until_it_does(
     monkeypatch.setattr(WatchSource, "_fingerprint", restless)
     async with trio_wal.open_reader(LOG, files=files) as reader:
         assert await read(reader) == list(numbered(payloads(4)))
-    assert looks >= 200
+    assert looks >= 40
+
+
+async def test_damage_is_told_even_if_the_log_never_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = log_of(8, close=True)
+    files.remove_file(LOG, segments(files)[1])
+    looks = 0
+    original = WatchSource._fingerprint
+
+    def restless(self: WatchSource) -> Any:
+        nonlocal looks
+        looks += 1
+        names, meta = original(self)
+        return (*names, f"wal-{looks}"), meta
+
+    monkeypatch.setattr(WatchSource, "_fingerprint", restless)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, error = await read_to_damage(reader.read())
+    assert found == list(numbered(payloads(2)))
+    assert error.reason == "segment 2 before it is missing"
 
 
 # -- news from another process ---------------------------------------------------------------------
@@ -611,6 +661,30 @@ async def test_where_there_is_no_watch_the_files_are_polled(
             for data in payloads(3):
                 await wal.append(data)
                 assert (await records.__anext__()).data == data
+
+
+async def test_a_watch_that_tells_of_nothing_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system: what others change there is found by looking."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    monkeypatch.setattr(trio_wal._files, "_IN_CHANGES", 0x400)  # only that it is unlinked
+    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 0.05)
+    async with (
+        trio_wal.open_wal(tmp_path / "log") as wal,
+        trio_wal.open_reader(tmp_path / "log") as reader,
+        reader.follow() as records,
+    ):
+        with trio.fail_after(60):
+            await wal.append(b"1")
+            await records.__anext__()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(records.__anext__)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert reader._source._watchable
+                await wal.append(b"2")
+        assert not reader._source._watchable
 
 
 async def test_a_follower_stays_with_its_directory_when_that_is_renamed(tmp_path: Path) -> None:

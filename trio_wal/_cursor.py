@@ -37,17 +37,17 @@ class Record:
 
 
 class Moved(Exception):
-    """The log has changed since it was looked at; look again."""
+    """The log has changed since it was looked at; look again.  Damage, if it has not."""
+
+    def __init__(self, path: str, reason: str, offset: int = 0) -> None:
+        super().__init__(path, reason, offset)
+        self.path = path
+        self.reason = reason
+        self.offset = offset
 
 
 class Ended(Moved):
     """The segment that should have a record ends before it, and no other is known to have it."""
-
-    def __init__(self, path: str, offset: int, reason: str) -> None:
-        super().__init__(path, offset, reason)
-        self.path = path
-        self.offset = offset
-        self.reason = reason
 
 
 @attrs.frozen
@@ -135,7 +135,7 @@ class Cursor:
             if place.header == ended:
                 # Its footer was read, and no other segment has the record.
                 reason = f"the segment ends before LSN {self.next_lsn}"
-                raise Ended(place.file.path, place.position.offset, reason)
+                raise Ended(place.file.path, reason, place.position.offset)
             frame_body = next(iter(scanner), None)
             if frame_body is None:
                 self._at_end(place, scanner)

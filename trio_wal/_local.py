@@ -81,7 +81,7 @@ class LocalSource:
         if active.header.first_lsn > lsn:
             place = [at for at, s in enumerate(sealed) if s.first_lsn <= lsn < s.next_lsn][-1:]
             if not place:
-                raise Moved
+                raise Moved(self.path, f"no segment has LSN {lsn}")
             header, index = sealed[place[0]].header, None
             behind = [segment.header for segment in sealed[place[0] + 1 :]]
             following = (*behind, active.header)[0]
@@ -91,7 +91,7 @@ class LocalSource:
             try:
                 found = look_at(file, header.name)
                 if found.header != header:
-                    raise Moved
+                    raise Moved(file.path, "another segment stands in the place of this one")
                 return place_in(file, found, lsn, following, index)
             except BaseException:
                 close_quietly(file)

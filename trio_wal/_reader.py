@@ -37,7 +37,7 @@ from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
 from ._frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._identity import Bookmark, History
 from ._scan import FrameScanner, Position, start_of
-from ._stream import RETRY_SECONDS, Reading, RecordStream
+from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, Reading, RecordStream
 from ._text import printable
 from ._util import check_path
 from ._worker import Blocking, require_trio
@@ -173,6 +173,7 @@ class WatchSource:
         """
         with self._looking:
             believed: object = None
+            last_wrong, times = "", 0
             surprises = self._surprises
             while True:
                 print_before = self._fingerprint()
@@ -187,7 +188,9 @@ class WatchSource:
                     self._seen, self._surprises_seen = seen, surprises
                     return
                 doubt = (print_before, repr(wrong))
-                if doubt == believed and self._fingerprint() == print_before:
+                last_wrong, times = doubt[1], times + 1 if doubt[1] == last_wrong else 1
+                stands = doubt == believed and self._fingerprint() == print_before
+                if stands or times >= SAME_DAMAGE_TIMES:
                     if seen is not None:
                         self._seen, self._surprises_seen = seen, surprises
                         return
@@ -335,7 +338,7 @@ class WatchSource:
         segments = self._seen.segments
         found = [segment for segment in segments if segment.header.first_lsn <= lsn]
         if not found:
-            raise Moved
+            raise Moved(self.path, f"no segment has LSN {lsn}")
         segment = found[-1]
         following = segments[len(found)].header if len(found) < len(segments) else None
         try:
@@ -343,12 +346,13 @@ class WatchSource:
         except FileNotFoundError:
             # Renamed or dropped since the last look.
             self._surprises += 1
-            raise Moved from None
+            path = f"{self.path}/{segment.file_name}"
+            raise Moved(path, "the segment is missing") from None
         try:
             fresh = look_at(file, segment.file_name)
             if fresh.header != segment.header:
                 self._surprises += 1
-                raise Moved
+                raise Moved(file.path, "another segment stands in the place of this one")
             return place_in(file, fresh, lsn, following)
         except BaseException:
             close_quietly(file)
@@ -387,13 +391,16 @@ class WatchSource:
             if self._closed:
                 raise trio.ClosedResourceError(f"{printable(self.path)}: this reader is closed")
             return
-        watch = self._watch
+        watch, before = self._watch, self._seen
         self._watching = True
         try:
-            with trio.move_on_after(WATCHED_POLL_SECONDS):
+            with trio.move_on_after(WATCHED_POLL_SECONDS) as scope:
                 await trio.lowlevel.wait_readable(watch.fileno())
             watch.drain()
             await self.refresh()
+            if scope.cancelled_caught and self._seen.evidence != before.evidence:
+                # This file system does not tell.
+                self._watchable = False
         finally:
             self._watching = False
             self._others.unpark_all()

@@ -16,7 +16,7 @@ from typing import Final, Protocol, final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._cursor import Cursor, Ended, Locator, Moved, Record
+from ._cursor import Cursor, Locator, Moved, Record
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._util import check_int
@@ -25,6 +25,9 @@ from ._worker import Blocking
 CHECKPOINT_RECORDS: Final = 1024
 """Of those that are ready, between two checkpoints: about half a millisecond."""
 RETRY_SECONDS: Final = 0.002
+SAME_DAMAGE_TIMES: Final = 50
+"""What is found so often, one time after the other, is damage even if the log never stands still:
+whatever an owner is doing moves on."""
 
 
 class Source(Locator, Protocol):
@@ -106,7 +109,9 @@ class Reading:
         self._shape = source.shape()
         self._diverged: LogDivergedError | None = None
         self._doubt: object = None
-        """Where something looked like damage."""
+        """What looked like damage, and where."""
+        self._doubts = 0
+        """How often, one time after the other."""
         self._filling = False
 
     @property
@@ -227,30 +232,29 @@ class Reading:
         next_lsn = self._cursor.next_lsn
         if next_lsn < source.first_lsn:
             raise LsnTruncatedError(source.first_lsn, next_lsn) from exc
-        if (generation, shape) != (source.generation(), source.shape()):
-            return
+        doubt = (next_lsn, repr(exc))
+        self._doubts = self._doubts + 1 if doubt == self._doubt else 1
+        self._doubt = doubt
+        stood = (generation, shape) == (source.generation(), source.shape())
         if source.cutting() or next_lsn > source.durable_lsn:
             return
-        doubt = (generation, shape, next_lsn)
-        if self._doubt != doubt:
-            # Once more: what was read may have been written at that moment.
-            self._doubt = doubt
+        # Once more: what was read may have been written at that moment.
+        if self._doubts < (2 if stood else SAME_DAMAGE_TIMES):
             return
+        if isinstance(exc, FileNotFoundError):
+            found = CorruptLogError(str(exc.filename), 0, "the segment is missing")
+        elif isinstance(exc, Moved):
+            found = CorruptLogError(exc.path, exc.offset, exc.reason)
+        else:
+            assert isinstance(exc, CorruptLogError)
+            found = exc
         known = source.damage
         if known is not None and (
-            isinstance(exc, Ended)
-            or (
-                isinstance(exc, CorruptLogError)
-                and (exc.path, exc.offset) == (known.path, known.offset)
-            )
+            isinstance(exc, Moved) or (found.path, found.offset) == (known.path, known.offset)
         ):
-            raise CorruptLogError(known.path, known.offset, known.reason) from exc
-        if isinstance(exc, CorruptLogError):
-            raise exc
-        if isinstance(exc, Ended):
-            raise CorruptLogError(exc.path, exc.offset, exc.reason) from exc
-        if isinstance(exc, FileNotFoundError):
-            raise CorruptLogError(str(exc.filename), 0, "the segment is missing") from exc
+            # The source knows more of it.
+            found = CorruptLogError(known.path, known.offset, known.reason)
+        raise found from (None if found is exc else exc)
 
     def _check_damage(self) -> None:
         known = self.source.damage
