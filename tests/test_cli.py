@@ -506,6 +506,88 @@ def test_verify_prints_every_finding_and_their_number(cli: CommandLine, long_log
     ]
 
 
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A database whose store has LSN 1 and 2, and whose log has one more."""
+
+    async def main() -> None:
+        async with trio_wal.open_database(tmp_path / "db") as db:
+            await db.put(b"a", b"1")
+            await db.put(b"b", b"2")
+            await db.checkpoint()
+        async with trio_wal.open_database(tmp_path / "db") as db:
+            await db.put(b"c", b"3")
+
+    trio.run(main)
+    return tmp_path / "db"
+
+
+def test_verify_of_a_database_checks_log_and_store(cli: CommandLine, database: Path) -> None:
+    before = everything(database)
+    assert cli("verify", database) == 0
+    first, second = cli.out.splitlines()
+    assert re.match(r"^OK: 1 segment, \d+ frames, \d+ records?, [\d,]+ bytes, LSN \d to 3$", first)
+    assert re.match(r"^store: 2 keys, [\d,]+ bytes, LSN 2$", second)
+    found = cli.json("verify", database)
+    store = {"path": str(database / "store" / "data.mdb"), "lsn": 2, "keys": 2, "note": ""}
+    assert store.items() <= found["store"].items()
+    assert (found["ok"], found["last_lsn"]) == (True, 3)
+    assert everything(database) == before
+
+
+def test_verify_of_a_database_prints_every_finding_of_its_store(
+    cli: CommandLine, database: Path
+) -> None:
+    file = database / "store" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    for offset in range(2 * 4096, len(content), 4096):
+        content[offset + 10] = 0
+    file.write_bytes(content)
+    assert cli("verify", database) == 1
+    *findings, total = cli.out.splitlines()
+    assert all(line.startswith(f"{file}: offset ") for line in findings)
+    assert total.startswith(f"{len(findings)} finding")
+    assert cli("verify", "--json", database) == 1
+    found = json.loads(cli.out)
+    assert found["ok"] is False
+    assert len(found["findings"]) == len(findings)
+
+
+def test_verify_of_what_is_left_of_a_database_says_what_is_missing(
+    cli: CommandLine, database: Path
+) -> None:
+    shutil.rmtree(database / "log")
+    assert cli("verify", database) == 1
+    assert (
+        cli.out
+        == f"{database}/log: offset 0: the database has no log\n1 finding\nstore: 2 keys, "
+        + (cli.out.rpartition("keys, ")[2])
+    )
+    assert cli("verify", "--json", database) == 1
+    assert json.loads(cli.out)["findings"][0]["reason"] == "the database has no log"
+
+
+def test_verify_says_where_lmdb_could_not_be_asked(
+    cli: CommandLine, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    assert cli("verify", database) == 0
+    why = "the pages were checked, but the store was not read through LMDB: there is no Python"
+    assert f"{database}/store/data.mdb: {why}" in cli.out
+
+
+@on_posix
+@pytest.mark.parametrize("command", READING)
+def test_a_databases_log_that_is_a_link_is_not_read(
+    cli: CommandLine, database: Path, log: Path, command: str
+) -> None:
+    shutil.rmtree(database / "log")
+    (database / "log").symlink_to(log)
+    assert cli(command, database) != 0
+    assert "a symbolic link and not a directory" in cli.out + cli.err
+    assert "one" not in cli.out
+
+
 def test_verify_says_which_records_are_lost(cli: CommandLine, long_log: Path) -> None:
     names = segment_files(long_log)
     names[1].unlink()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import signal
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
@@ -46,7 +49,9 @@ from trio_wal import (
     RecordTooLargeError,
     Transaction,
     TransactionConflict,
+    _checkpoint,
 )
+from trio_wal._files import finish_directory
 from trio_wal.testing import MemoryFiles
 
 
@@ -850,6 +855,130 @@ async def test_a_backup_in_memory_does_not_replace_anything_either(files: Memory
                 await db.backup(path)
     async with open_memory_database(files, "/copy") as copy:
         await check_content(copy, {b"a": b"1"})
+
+
+async def test_a_backup_that_fails_leaves_nothing_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        for name in ("create_empty", "finish"):
+            if name == "finish":
+                monkeypatch.setattr(db.files, "finish_directory", fail)
+            else:
+                monkeypatch.setattr(_checkpoint, name, fail)
+            with pytest.raises(OSError, match="No space left on device"):
+                await db.backup(tmp_path / "copy")
+            assert os.listdir(tmp_path) == ["db"]
+            monkeypatch.undo()
+        await db.backup(tmp_path / "copy")
+    async with home.open(home.beside("copy")) as copy:
+        await check_content(copy, {b"a": b"1"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of file sizes")
+def test_a_backup_on_a_disk_that_takes_no_more_says_what_the_system_said(tmp_path: Path) -> None:
+    program = """
+import os, resource, sys
+import trio, trio_wal
+async def main():
+    async with trio_wal.open_database(sys.argv[1] + "/db") as db:
+        for n in range(30):
+            await db.put(b"%d" % n, bytes(100_000))
+        await db.checkpoint()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
+        try:
+            await db.backup(sys.argv[1] + "/copy")
+        except OSError as exc:
+            print(exc.errno, *sorted(os.listdir(sys.argv[1])))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        await db.backup(sys.argv[1] + "/copy")
+trio.run(main)
+"""
+    arguments = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(arguments, check=True, capture_output=True, encoding="utf-8")
+    assert done.stdout == f"{errno.EFBIG} db\n"
+    assert sorted(os.listdir(tmp_path)) == ["copy", "db"]
+
+
+async def test_what_a_killed_backup_left_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        monkeypatch.setattr(db.files, "finish_directory", die)
+        monkeypatch.setattr(db.files, "discard_directory", lambda temporary: None)
+        for count in (1, 2):
+            with pytest.raises(SystemExit):
+                await db.backup(tmp_path / "copy")
+            left = [name for name in os.listdir(tmp_path) if name != "db"]
+            assert len(left) == count
+            assert all(re.fullmatch(r"copy\.[0-9a-f]{12}\.tmp", name) for name in left)
+        monkeypatch.undo()
+        await db.backup(tmp_path / "copy")
+    async with home.open(home.beside("copy")) as copy:
+        await check_content(copy, {b"a": b"1"})
+
+
+@pytest.mark.parametrize("planted", ["directory", "directory with a file", "file", "link"])
+async def test_what_is_planted_where_a_backup_goes_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    home = Home(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    copy = tmp_path / "copy"
+
+    def plant(temporary: str, path: str) -> None:
+        if planted == "file":
+            copy.write_bytes(b"kept")
+        elif planted == "link":
+            copy.symlink_to(tmp_path / "elsewhere")
+        else:
+            copy.mkdir()
+            if planted != "directory":
+                (copy / "kept").touch()
+        before = hash_tree(tmp_path)
+        try:
+            finish_directory(temporary, path)
+        finally:
+            assert hash_tree(tmp_path) == before
+
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        monkeypatch.setattr(db.files, "finish_directory", plant)
+        with pytest.raises(FileExistsError, match=r"the destination of a backup exists: '.*copy'$"):
+            await db.backup(copy)
+    assert sorted(os.listdir(tmp_path)) == ["copy", "db", "elsewhere"]
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+async def test_a_backup_is_its_owners_alone_and_without_what_was_deleted(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    before = os.umask(0)
+    try:
+        async with home.open() as db:
+            for number in range(50):
+                await db.put(b"%d" % number, b"secret" * 100)
+            await db.checkpoint()
+            for number in range(50):
+                await db.delete(b"%d" % number)
+            await db.backup(tmp_path / "parent" / "copy")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "parent").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+        assert path.is_dir() or b"secret" not in path.read_bytes()
 
 
 async def test_a_backup_keeps_the_features_of_the_log(home: Home) -> None:

@@ -488,7 +488,7 @@ async def test_a_damaged_store_is_refused_and_can_be_rebuilt(
     await make(home)
     file = tmp_path / "db" / "store" / "data.mdb"
     file.write_bytes(damage(file.read_bytes()))
-    error = await refuse(tmp_path / "db", rf"^{file}: at offset 0: ")
+    error = await refuse(tmp_path / "db", rf"^{file}: at offset \d+: ")
     assert REBUILD in str(error)
     shutil.move(tmp_path / "db" / "store", tmp_path / "moved away")
     async with home.open() as db:

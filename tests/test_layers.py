@@ -27,6 +27,7 @@ BANDS: dict[int, set[str]] = {
         "_identity",
         "_operations",
         "_order",
+        "_pages",
         "_retention",
         "_scan",
         "_text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import stat
 import struct
 import subprocess
@@ -16,12 +17,29 @@ from typing import Any
 
 import lmdb
 import pytest
+import trio
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, _store
-from trio_wal._store import LmdbStore, MapFull, Store, StoreState, data_file, inspect_store
+from trio_wal import CorruptLogError, _files, _pages, _store
+from trio_wal._files import OsDirectory, OsFiles
+from trio_wal._pages import Contents
+from trio_wal._store import (
+    DATA_NAME,
+    LOOK_TRIES,
+    LmdbStore,
+    MapFull,
+    Store,
+    StoreCheck,
+    StoreState,
+    check_before_open,
+    check_store,
+    data_file,
+    explained,
+    inspect_store,
+)
 from trio_wal._util import MiB
+from trio_wal._verify import verify_database
 from trio_wal.testing import MemoryFiles
 
 UUID = bytes(range(16))
@@ -231,7 +249,7 @@ def test_a_truncated_data_file_is_damage(tmp_path: Path, size: int) -> None:
     file = fill(tmp_path / "store")
     file.write_bytes(file.read_bytes()[:size])
     before = hash_tree(tmp_path)
-    with pytest.raises(CorruptLogError, match=rf"^{file}: at offset 0: ") as caught:
+    with pytest.raises(CorruptLogError, match=rf"^{file}: at offset (0|4096): ") as caught:
         inspect_store(str(tmp_path / "store"))
     assert HOW_TO_GO_ON in str(caught.value)
     assert hash_tree(tmp_path) == before
@@ -242,7 +260,9 @@ def test_a_damaged_header_is_damage(tmp_path: Path, garbage: bytes) -> None:
     file = fill(tmp_path / "store")
     content = file.read_bytes()
     file.write_bytes(garbage + content[8192:])
-    with pytest.raises(CorruptLogError, match=rf"^{file}: at offset 0: LMDB says: "):
+    with pytest.raises(
+        CorruptLogError, match=rf"^{file}: at offset 0: this is no header of LMDB; "
+    ):
         inspect_store(str(tmp_path / "store"))
 
 
@@ -268,7 +288,7 @@ def test_a_foreign_lmdb_file_is_refused(tmp_path: Path) -> None:
     with lmdb.open(str(tmp_path / "store")) as env, env.begin(write=True) as txn:
         txn.put(b"somebody's", b"data")
     before = hash_tree(tmp_path)
-    with pytest.raises(CorruptLogError, match=r"^.*data\.mdb: .* 0: this is no trio-wal store; "):
+    with pytest.raises(CorruptLogError, match=r"^.*data\.mdb: .* \d+: this is no trio-wal store; "):
         inspect_store(str(tmp_path / "store"))
     assert hash_tree(tmp_path) == before
 
@@ -331,7 +351,7 @@ def test_after_a_failed_write_a_store_is_read_from_the_disk_before_it_is_written
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reread: list[str] = []
-    monkeypatch.setattr(_store, "reread_file", reread.append)
+    monkeypatch.setattr(OsDirectory, "reread", lambda self, name: reread.append(name))
     path = str(tmp_path / "store")
     store = LmdbStore(path, 8 * MiB)
     store.apply([(b"key", b"value")], STATE)
@@ -345,7 +365,7 @@ def test_after_a_failed_write_a_store_is_read_from_the_disk_before_it_is_written
     assert store.crowded(0)
     store.grow()
     assert not store.crowded(0)
-    assert reread == [data_file(path)]
+    assert reread == [DATA_NAME]
     assert store.read().get(b"key") == b"value"
     store.apply([(b"key", b"other")], STATE)
     assert store.read().get(b"key") == b"other"
@@ -357,7 +377,7 @@ def test_what_a_failed_write_left_to_the_next_process_is_read_from_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reread: list[str] = []
-    monkeypatch.setattr(_store, "reread_file", reread.append)
+    monkeypatch.setattr(OsDirectory, "reread", lambda self, name: reread.append(name))
     path = str(tmp_path / "store")
     store = LmdbStore(path, 8 * MiB)
     store.apply([(b"key", b"value")], STATE)
@@ -366,9 +386,9 @@ def test_what_a_failed_write_left_to_the_next_process_is_read_from_the_disk(
         store.apply([(b"key", b"other")], STATE)
     store.close()
     assert inspect_store(path) == STATE
-    assert reread == [data_file(path)]
+    assert reread == [DATA_NAME]
     LmdbStore(path, 8 * MiB).close()
-    assert reread == [data_file(path)] * 2
+    assert reread == [DATA_NAME] * 2
     LmdbStore(path, 8 * MiB).close()
     assert inspect_store(path) == STATE
     assert len(reread) == 2
@@ -436,7 +456,11 @@ async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS, errno.EFBIG, errno.EDQUOT]
+    "number",
+    [
+        *(errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS, errno.EFBIG, errno.EDQUOT),
+        *(errno.ENOMEM, errno.EAGAIN, errno.ENOLCK, errno.EINTR, errno.EINVAL, errno.ENOTSUP),
+    ],
 )
 def test_an_error_of_the_disk_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -448,7 +472,437 @@ def test_an_error_of_the_disk_is_no_damage(
         raise lmdb.Error(f"{path}: {os.strerror(number)}")
 
     monkeypatch.setattr(lmdb, "open", fail)
-    for call in (lambda: inspect_store(str(path)), lambda: LmdbStore(str(path), 8 * MiB)):
-        with pytest.raises(OSError, match=r"LMDB says: .*store: ") as caught:
-            call()
-        assert (caught.value.errno, caught.value.filename) == (number, str(name))
+    with pytest.raises(OSError, match=r"LMDB says: .*store: ") as caught:
+        LmdbStore(str(path), 8 * MiB)
+    assert (caught.value.errno, caught.value.filename) == (number, str(name))
+    assert ("; map_size of " in str(caught.value)) == (number == errno.ENOMEM)
+
+
+# -- what must not reach anybody ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "number"),
+    [
+        (lmdb.CorruptedError("mdb_get: MDB_CORRUPTED"), CorruptLogError, None),
+        (lmdb.PageNotFoundError("mdb_get: MDB_PAGE_NOTFOUND"), CorruptLogError, None),
+        (lmdb.InvalidError("mdb_env_open: MDB_INVALID"), CorruptLogError, None),
+        (lmdb.VersionMismatchError("MDB_VERSION_MISMATCH"), CorruptLogError, None),
+        (lmdb.BadTxnError("mdb_cursor_get: MDB_BAD_TXN"), CorruptLogError, None),
+        (lmdb.PanicError("mdb_txn_begin: MDB_PANIC"), OSError, errno.EIO),
+        (lmdb.ReadersFullError("MDB_READERS_FULL"), OSError, errno.EAGAIN),
+        (lmdb.MemoryError(f"mdb: {os.strerror(errno.ENOMEM)}"), OSError, errno.ENOMEM),
+        (lmdb.DiskError(f"mdb: {os.strerror(errno.ENOSPC)}"), OSError, errno.ENOSPC),
+        (lmdb.Error("something else"), OSError, errno.EIO),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_an_error_of_lmdb_is_damage_only_where_it_says_so(
+    error: Exception, kind: type[Exception], number: int | None
+) -> None:
+    found = explained(error, "/db/store", "what happened")
+    assert type(found) is kind or isinstance(found, kind)
+    assert str(error) in str(found)
+    assert "/db/store/data.mdb" in str(found)
+    assert getattr(found, "errno", None) == number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of address space is Linux's")
+def test_too_little_memory_for_the_map_is_an_os_error_that_names_map_size(tmp_path: Path) -> None:
+    fill(tmp_path / "db" / "store")
+    shutil.move(tmp_path / "db" / "store", tmp_path / "store")
+    program = """
+import resource, sys
+from trio_wal._store import LmdbStore
+import lmdb
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30),) * 2)
+try:
+    LmdbStore(sys.argv[1], 1 << 36)
+except OSError as exc:
+    print(exc.errno, exc)
+"""
+    arguments = [sys.executable, "-c", program, str(tmp_path / "store")]
+    done = subprocess.run(arguments, check=True, capture_output=True, encoding="utf-8")
+    assert done.stdout.startswith(f"{errno.ENOMEM} ")
+    assert f"; map_size of {1 << 36} bytes of address space was not to be had" in done.stdout
+
+
+def leaves_of_data(content: bytearray) -> Iterator[int]:
+    for offset in range(2 * 4096, len(content), 4096):
+        page = content[offset : offset + 4096]
+        if page[10] == 2 and not any(name in page for name in (b"data", b"format")):
+            yield offset
+
+
+async def damaged_database(path: Path) -> None:
+    """One that was closed in order, and whose pages of data are of no kind: LMDB sees that."""
+    async with trio_wal.open_database(path) as db:
+        for number in range(100):
+            await db.put(b"%05d" % number, bytes(100))
+        await db.checkpoint()
+    file = path / "store" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    for offset in leaves_of_data(content):
+        content[offset + 10] = 0
+    file.write_bytes(content)
+
+
+async def test_every_way_to_read_a_damaged_store_says_so(tmp_path: Path) -> None:
+    await damaged_database(tmp_path / "db")
+    corrupt = partial(
+        pytest.raises, CorruptLogError, match=rf"^{tmp_path}/db/store/data\.mdb: at offset 0: "
+    )
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        with corrupt():
+            db.get(b"00050")
+        for reverse in (False, True):
+            with corrupt():
+                list(db.scan(reverse=reverse))
+            with corrupt():
+                list(db.scan(b"00050", b"00060", reverse=reverse))
+        with db.snapshot() as snapshot:
+            with corrupt():
+                snapshot.get(b"00050")
+            with corrupt():
+                list(snapshot.scan())
+        async with db.transaction() as tx:
+            with corrupt():
+                tx.get(b"00050")
+            with corrupt():
+                assert b"00050" in tx
+            with corrupt():
+                list(tx.scan())
+            tx.abort()
+        with corrupt():
+            await db.delete(b"00050")
+        with corrupt():
+            await db.backup(tmp_path / "copy")
+        await db.put(b"00050", b"new")
+        assert db.get(b"00050") == b"new"
+        with corrupt():
+            db.get(b"00051")
+        with corrupt():
+            await db.checkpoint()
+        assert db.statistics().checkpoint_lsn == 100
+    assert sorted(os.listdir(tmp_path)) == ["db"]
+
+
+async def test_a_checkpoint_by_itself_of_a_damaged_store_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await damaged_database(tmp_path / "db")
+    async with trio_wal.open_database(tmp_path / "db", checkpoint_bytes=1) as db:
+        failed = trio.Event()
+        original = db._checkpointer._failed
+
+        def note(*arguments: Any) -> None:
+            original(*arguments)
+            failed.set()
+
+        monkeypatch.setattr(db._checkpointer, "_failed", note)
+        await db.put(b"00050", b"new")
+        await failed.wait()
+        await db.put(b"00051", b"new")
+        assert db.get(b"00051") == b"new"
+    assert "checkpoint failed, will try again: CorruptLogError" in caplog.text
+
+
+# -- what stands where a store should ------------------------------------------------------------
+
+
+def _hard_link(path: Path, outside: Path) -> None:
+    path.hardlink_to(outside / "file")
+
+
+PLACES = {
+    "a link to a file": lambda path, outside: path.symlink_to(outside / "file"),
+    "a link to an empty file": lambda path, outside: path.symlink_to(outside / "empty"),
+    "a link to a directory": lambda path, outside: path.symlink_to(outside / "directory"),
+    "a link to nothing": lambda path, outside: path.symlink_to(outside / "nothing"),
+    "a FIFO": lambda path, outside: os.mkfifo(path),
+    "a directory": lambda path, outside: path.mkdir(),
+    "a hard link": _hard_link,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links and FIFOs")
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("name", ["store", "log", "store/data.mdb", "store/lock.mdb"])
+async def test_nothing_but_a_regular_file_of_its_own_is_opened(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    if kind == "a directory" and "/" not in name:
+        return
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"key", b"value")
+        await db.checkpoint()
+    outside = tmp_path / "outside"
+    (outside / "directory").mkdir(parents=True)
+    (outside / "empty").touch()
+    (outside / "file").write_bytes(b"precious\n" * 10_000)
+    place = tmp_path / "db" / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+    PLACES[kind](place, outside)
+    before = hash_tree(outside)
+    message = rf"^{place}: at offset 0: (a symbolic link and )?not a (regular file|directory)"
+    for _ in range(2):
+        with pytest.raises(CorruptLogError, match=message):
+            async with trio_wal.open_database(tmp_path / "db"):
+                pass
+        assert hash_tree(outside) == before
+    await trio.to_thread.run_sync(_verify_finds_something, tmp_path / "db")
+    assert hash_tree(outside) == before
+
+
+def _verify_finds_something(path: Path) -> None:
+    found = verify_database(
+        f"{path}/log",
+        f"{path}/store",
+        lambda: OsFiles().open_directory(f"{path}/log", follow=False),
+    )
+    assert found.findings
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_mark_is_no_way_out_either(tmp_path: Path) -> None:
+    fill(tmp_path / "store")
+    (tmp_path / "store" / "suspect").symlink_to(tmp_path / "outside")
+    for call in (inspect_store, partial(LmdbStore, map_size=8 * MiB)):
+        with pytest.raises(CorruptLogError, match=r"suspect: at offset 0: not a regular file"):
+            call(str(tmp_path / "store"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_a_store_is_looked_at_again_before_it_is_opened_again(tmp_path: Path) -> None:
+    store = LmdbStore(str(tmp_path / "store"), 8 * MiB)
+    store._suspect = True
+    (tmp_path / "outside").touch()
+    (tmp_path / "store" / "data.mdb").unlink()
+    (tmp_path / "store" / "data.mdb").symlink_to(tmp_path / "outside")
+    with pytest.raises(CorruptLogError, match=r"data\.mdb: at offset 0: not a regular file"):
+        store.grow()
+    assert (tmp_path / "outside").read_bytes() == b""
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = fill(tmp_path / "store")
+    original = lmdb.open
+
+    def swap(*arguments: Any, **options: Any) -> Any:
+        opened = original(*arguments, **options)
+        file.rename(tmp_path / "away")
+        shutil.copy(tmp_path / "away", file)
+        return opened
+
+    monkeypatch.setattr(lmdb, "open", swap)
+    with pytest.raises(CorruptLogError, match=r"the file was replaced while it was opened"):
+        LmdbStore(str(tmp_path / "store"), 8 * MiB)
+    monkeypatch.undo()
+    LmdbStore(str(tmp_path / "store"), 8 * MiB).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a way to name a descriptor")
+def test_a_store_that_is_swapped_for_a_link_while_it_is_opened_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "store")
+    (tmp_path / "outside").mkdir()
+    original = lmdb.open
+
+    def swap(*arguments: Any, **options: Any) -> Any:
+        (tmp_path / "store").rename(tmp_path / "away")
+        (tmp_path / "store").symlink_to(tmp_path / "outside")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(lmdb, "open", swap)
+    LmdbStore(str(tmp_path / "store"), 8 * MiB).close()
+    assert os.listdir(tmp_path / "outside") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+@pytest.mark.parametrize("mask", [0o277, 0o077, 0])
+def test_no_umask_decides_who_may_read_a_store_or_a_copy_of_it(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        store = LmdbStore(str(tmp_path / "store"), 8 * MiB)
+        store.copy(str(tmp_path / "copy"))
+        store.close()
+    finally:
+        os.umask(before)
+    for name in ("store/data.mdb", "store/lock.mdb", "copy/data.mdb"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    for name in ("store", "copy"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+
+
+def test_what_was_deleted_is_not_copied(tmp_path: Path) -> None:
+    store = LmdbStore(str(tmp_path / "store"), 8 * MiB)
+    secrets = [(b"%05d" % n, b"secret-%05d" % n * 20) for n in range(500)]
+    store.apply(secrets, StoreState(UUID, 7))
+    store.apply([(key, None) for key, _ in secrets], StoreState(UUID, 8))
+    store.copy(str(tmp_path / "copy"))
+    store.close()
+    assert b"secret-" in (tmp_path / "store" / "data.mdb").read_bytes()
+    assert b"secret-" not in (tmp_path / "copy" / "data.mdb").read_bytes()
+    assert inspect_store(str(tmp_path / "copy")) == StoreState(UUID, 8)
+
+
+# -- checking all of it ---------------------------------------------------------------------------
+
+
+def test_a_sound_store_is_found_sound(tmp_path: Path) -> None:
+    assert check_store(str(tmp_path / "store")).bytes == 0
+    file = fill(tmp_path / "store", count=1000)
+    before = hash_tree(tmp_path)
+    told: list[tuple[int, int]] = []
+    found = check_store(str(tmp_path / "store"), lambda *done: told.append(done))
+    size = file.stat().st_size
+    assert found == StoreCheck(str(file), (), StoreState(UUID, 7), 1000, size)
+    assert told[-1] == (size, size)
+    assert hash_tree(tmp_path) == before
+
+
+def test_a_store_that_cannot_be_read_in_a_child_is_checked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path / "store")
+    monkeypatch.setattr(sys, "executable", "")
+    found = check_store(str(tmp_path / "store"))
+    assert (found.findings, found.keys) == ((), 100)
+    assert found.note.startswith("the pages were checked, but the store was not read through LMDB")
+    check_before_open(str(tmp_path / "store"), "child", None)
+    assert "there is no Python interpreter to start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ending", "finding", "note"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", "(SIGBUS)", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", "SIGKILL"),
+        ("raise ValueError('what it says')", "", "exit code 1: ValueError: what it says"),
+        ("pass", "", "the child process did not answer"),
+        ('print(\'{"keys": 3, "wrong": "", "refused": ""}\')', "3 keys of 100", ""),
+        ('print(\'{"keys": 0, "wrong": "bad", "refused": ""}\')', "bad", ""),
+        ('print(\'{"keys": 0, "wrong": "", "refused": "no"}\')', "", "LMDB: no"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_the_end_of_the_child_is_a_finding_where_it_tells_of_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, finding: str, note: str
+) -> None:
+    fill(tmp_path / "store")
+    monkeypatch.setattr(_files, "_CHILD", ending.replace("{", "{{").replace("}", "}}"))
+    found = check_store(str(tmp_path / "store"))
+    assert [finding in reason for _, reason in found.findings] == [True] * bool(finding)
+    assert note in found.note
+    assert bool(note) == bool(found.note)
+
+
+def test_the_child_imports_nothing_of_the_folder_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "store")
+    for name in ("json.py", "lmdb.py", "trio.py", "trio_wal.py", "sitecustomize.py"):
+        (tmp_path / name).write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", ["", ".", *sys.path])
+    assert check_store(str(tmp_path / "store")).note == ""
+
+
+def test_findings_count_only_where_the_store_stood_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "store")
+    looks = 0
+
+    def look(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return Contents(((0, "as it was for an instant"),), 0, {})
+
+    monkeypatch.setattr(_pages, "check", look)
+    # As if checkpoints went on all the time.
+    monkeypatch.setattr(_store, "_headers", lambda file: b"%d" % looks)
+    found = check_store(str(tmp_path / "store"))
+    assert (found.findings, looks) == ((), LOOK_TRIES)
+    assert found.note == "the store was being written all the time, and could not be judged"
+    monkeypatch.setattr(_store, "_headers", lambda file: b"")
+    assert check_store(str(tmp_path / "store")).findings == ((0, "as it was for an instant"),)
+
+
+# -- before it is opened --------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def killed(tmp_path: Path) -> Path:
+    """A database that was not closed, with a page that LMDB would not survive."""
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        for number in range(100):
+            await db.put(b"%05d" % number, bytes(100))
+        await db.checkpoint()
+        shutil.copytree(tmp_path / "db", tmp_path / "killed")
+    break_slots(tmp_path / "db" / "store" / "data.mdb")
+    break_slots(tmp_path / "killed" / "store" / "data.mdb")
+    return tmp_path / "killed"
+
+
+def break_slots(file: Path) -> None:
+    """The slots of the data's pages lead out of them."""
+    content = bytearray(file.read_bytes())
+    for offset in leaves_of_data(content):
+        content[offset + 16 : offset + 18] = b"\xfe\xff"
+    file.write_bytes(content)
+
+
+async def test_after_a_crash_a_damaged_store_is_refused(killed: Path) -> None:
+    before = hash_tree(killed)
+    message = r"data\.mdb: at offset \d+: a node lies at 65534, outside of the page; "
+    with pytest.raises(CorruptLogError, match=message):
+        async with trio_wal.open_database(killed):
+            pass
+    assert hash_tree(killed) == before
+    async with trio_wal.open_database(killed, verify_store="none"):
+        pass
+
+
+async def test_a_store_can_be_checked_at_every_open(killed: Path) -> None:
+    closed = killed.with_name("db")
+    async with trio_wal.open_database(closed):
+        pass
+    with pytest.raises(CorruptLogError, match=r"a node lies at 65534, outside of the page; "):
+        async with trio_wal.open_database(closed, verify_store="child"):
+            pass
+
+
+async def test_a_large_store_is_not_checked_unasked(
+    killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_store, "AUTO_BYTES_MAX", 4096)
+    async with trio_wal.open_database(killed):
+        pass
+
+
+async def test_a_check_tells_how_far_it_is(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"verify_store": "child"}
+    options["on_verify_progress"] = lambda *done: told.append(done)
+    async with trio_wal.open_database(tmp_path / "db", **options) as db:
+        await db.put(b"key", b"value")
+        await db.checkpoint()
+    assert not told
+    async with trio_wal.open_database(tmp_path / "db", **options) as db:
+        assert db.get(b"key") == b"value"
+    assert told
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_how_a_store_is_checked_must_be_one_of_three(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^verify_store must be one of"):
+        trio_wal.open_database(tmp_path, verify_store="yes")  # type: ignore[arg-type]

@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import trio
+from databases import hash_tree
 from logs import LOG, append, copy_of, make_log, open_log, segments
 
 import trio_wal
-from trio_wal import _scan, _segment
+from trio_wal import _scan, _segment, _verify
 from trio_wal._chain import META_NAME
 from trio_wal._directory import LogDirectory
+from trio_wal._files import OsFiles
 from trio_wal._frame import (
     DATA_OFFSET,
     FEATURE_ZSTD,
@@ -32,7 +38,14 @@ from trio_wal._frame import (
 )
 from trio_wal._recovery import examine
 from trio_wal._scan import FrameScanner, start_of
-from trio_wal._verify import LOOK_TRIES, Finding, Verification, verify
+from trio_wal._verify import (
+    LOOK_TRIES,
+    DatabaseVerification,
+    Finding,
+    Verification,
+    verify,
+    verify_database,
+)
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))
@@ -832,3 +845,166 @@ def test_a_strange_name_in_a_log_that_was_never_in_use_is_a_finding() -> None:
     begun = next(image for image in images if META_NAME in image.names(LOG))
     begun.write_file(LOG, "wal-1.log", b"")
     assert [finding.path for finding in check(begun).findings] == [f"{LOG}/wal-1.log"]
+
+
+# -- many files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [200, 400, 800])
+def test_each_of_many_files_costs_the_same(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    files = one_segment(1)
+    for number in range(count):
+        files.write_file(LOG, segment_name(1000 + number), b"")
+    steps = 0
+    original = _verify.segment_name_lsn
+
+    def step(name: str) -> int | None:
+        nonlocal steps
+        steps += 1
+        return original(name)
+
+    monkeypatch.setattr(_verify, "segment_name_lsn", step)
+    result = check(files)
+    assert [(1000 + n, 1000 + n) for n in range(count - 1)] == lost(result)[: count - 1]
+    assert lost(result)[count - 1] == (999 + count, None)
+    assert steps <= 6 * (count + 10)
+
+
+def test_segments_are_looked_up_in_order_and_not_one_by_one() -> None:
+    looked = 0
+
+    class Counted(int):
+        def __lt__(self, other: object) -> bool:
+            nonlocal looked
+            looked += 1
+            return int(self) < int(other)  # type: ignore[call-overload, no-any-return]
+
+        def __gt__(self, other: object) -> bool:
+            return not (self < other or self == other)
+
+    files = ten_batches()
+    listing = _verify._list(files.open_directory(LOG))
+    many = attrs.evolve(listing, unreadable=tuple(map(Counted, range(10**4, 2 * 10**4))))
+    view = many.view(1)
+    assert view is not None
+    assert not view.is_last
+    assert many.missing_before(view.segment, 1, 1) == 0
+    assert looked < 100
+
+
+# -- a database ------------------------------------------------------------------------------------
+
+
+def make_database(path: Path, name: bytes = b"one", *, keep_log: bool = False) -> Path:
+    """A store with LSN 1 to 20, and a log that goes on to 25, and starts at 1 or later."""
+
+    async def main() -> None:
+        options: dict[str, Any] = {"segment_size": 1}
+        if keep_log:
+            options["retention"] = trio_wal.KeepAll()
+        async with trio_wal.open_database(path, **options) as db:
+            for number in range(20):
+                await db.put(b"%s-%d" % (name, number), bytes(500))
+            await db.checkpoint()
+            for number in range(5):
+                await db.put(b"%s-%d" % (name, number), b"newer")
+
+    trio.run(main)
+    return path
+
+
+def check_database(path: Path) -> DatabaseVerification:
+    before = hash_tree(path)
+    result = verify_database(
+        f"{path}/log",
+        f"{path}/store",
+        lambda: OsFiles().open_directory(f"{path}/log", follow=False),
+    )
+    assert hash_tree(path) == before
+    return result
+
+
+def only_reason(result: DatabaseVerification) -> str:
+    (finding,) = result.findings
+    return finding.reason
+
+
+def test_a_sound_database_is_found_sound(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "db")
+    result = check_database(path)
+    assert result.findings == ()
+    assert (result.store.keys, result.store.note) == (20, "")
+    assert result.store.state is not None
+    assert result.store.state.lsn == 20
+    assert result.log is not None
+    assert result.log.last_lsn == 25
+
+
+def test_a_destroyed_store_is_found(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "db")
+    file = path / "store" / "data.mdb"
+    content = bytearray(file.read_bytes())
+    for offset in range(2 * 4096, len(content), 4096):
+        content[offset + 10 : offset + 210] = bytes(200)
+    file.write_bytes(content)
+    assert {finding.path for finding in check_database(path).findings} == {str(file)}
+
+
+def test_a_missing_store_is_found_where_the_log_does_not_start_at_1(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "db")
+    shutil.rmtree(path / "store")
+    assert re.match(
+        r"^the store is missing, and the log starts at LSN \d+$", only_reason(check_database(path))
+    )
+    whole = make_database(tmp_path / "whole", keep_log=True)
+    shutil.rmtree(whole / "store")
+    assert check_database(whole).findings == ()
+
+
+def test_a_store_that_does_not_fit_its_log_is_found(tmp_path: Path) -> None:
+    one = make_database(tmp_path / "one")
+    other = make_database(tmp_path / "other", b"other")
+    ahead = make_database(tmp_path / "ahead", keep_log=True)
+    shutil.rmtree(one / "store")
+    shutil.copytree(other / "store", one / "store")
+    assert only_reason(check_database(one)) == "the store belongs to another log"
+    for name in sorted((ahead / "log").glob("wal-*.log"))[1:]:
+        name.unlink()
+    reasons = [finding.reason for finding in check_database(ahead).findings]
+    assert any(re.match(r"^the store holds LSN 20, but its log ends at LSN", r) for r in reasons)
+
+
+def test_a_database_without_a_log_is_found(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "db")
+    for name in (path / "log").iterdir():
+        name.unlink()
+    assert only_reason(check_database(path)).startswith("this is neither a log nor a database")
+    (path / "log").rmdir()
+    assert only_reason(check_database(path)) == "the database has no log"
+
+
+def test_a_checkpoint_during_the_look_is_no_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_database(tmp_path / "db")
+    old = tmp_path / "old"
+    shutil.copytree(path, old)
+
+    async def go_on() -> None:
+        async with trio_wal.open_database(path, segment_size=1) as db:
+            for number in range(30):
+                await db.put(b"%d" % number, bytes(500))
+            await db.checkpoint()
+
+    trio.run(go_on)
+    original = _verify.check_store
+    looks: list[str] = []
+
+    def check_store(path: str, *arguments: Any) -> Any:
+        looks.append(path)
+        # The first look finds the store as it was before the log was cut.
+        return original(str(old / "store") if len(looks) == 1 else path, *arguments)
+
+    monkeypatch.setattr(_verify, "check_store", check_store)
+    result = check_database(path)
+    assert (result.findings, len(looks)) == ((), 2)

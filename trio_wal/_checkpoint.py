@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._exceptions import LogFailedError, LogFullError
+from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._repair import create_empty
 from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
@@ -69,7 +69,7 @@ class Checkpointer:
                         self._wanted = trio.Event()
                         try:
                             await self.checkpoint()
-                        except (OSError, LogFullError) as exc:
+                        except (OSError, LogFullError, CorruptLogError) as exc:
                             log.warning(
                                 "%s: checkpoint failed, will try again: %r", self._db.path, exc
                             )
@@ -125,7 +125,7 @@ class Checkpointer:
         started = perf_counter()
         try:
             await self._store(frozen, state)
-        except OSError as exc:
+        except (OSError, CorruptLogError) as exc:
             self._failed(frozen, exc)
             raise
         self._failing_since = self._failing = None
@@ -150,7 +150,7 @@ class Checkpointer:
                 await self._wait_unread(frozen)
                 self._grow(frozen)
 
-    def _failed(self, frozen: Layer, exc: OSError) -> None:
+    def _failed(self, frozen: Layer, exc: OSError | CorruptLogError) -> None:
         """It may pass at the next try; but nobody shall wait for that for ever."""
         now = trio.current_time()
         if self._failing_since is None:
@@ -174,22 +174,28 @@ class Checkpointer:
             return self.state.lsn
 
     def _copy(self, path: str, state: StoreState) -> None:
+        """Under another name, so that nothing is ever there half, and what failed can be tried
+        again."""
         files = self._db.files
-        if files.exists(path):
-            raise FileExistsError(17, "the destination of a backup exists", path)
-        self._db.store.copy(f"{path}/store")
-        directory = files.open_directory(f"{path}/log", create=True)
+        temporary = files.begin_directory(path)
         try:
-            create_empty(
-                files,
-                directory,
-                log_uuid=state.log_uuid,
-                first_lsn=state.lsn + 1,
-                features=self._db.wal._directory.features,
-                history=self._db.wal._directory.history,
-            )
-        finally:
-            directory.close()
+            self._db.store.copy(f"{temporary}/store")
+            directory = files.open_directory(f"{temporary}/log", create=True)
+            try:
+                create_empty(
+                    files,
+                    directory,
+                    log_uuid=state.log_uuid,
+                    first_lsn=state.lsn + 1,
+                    features=self._db.wal._directory.features,
+                    history=self._db.wal._directory.history,
+                )
+            finally:
+                directory.close()
+            files.finish_directory(temporary, path)
+        except BaseException:
+            files.discard_directory(temporary)
+            raise
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:
         """In the order of keys, in which LMDB writes its tree page by page.
@@ -252,7 +258,7 @@ class Checkpointer:
 
         try:
             self._db.memtable.reopen_base(grow)
-        except OSError:
+        except (OSError, CorruptLogError):
             # The store may be closed: it must be tried again, whoever asked for this.
             self.wake()
             raise

@@ -771,7 +771,8 @@ def open_log_directory(
     if compression == "zstd":
         require_zstd()
     started_us = files.time_us()
-    directory = files.open_directory(path, create=True)
+    # A database's log is in the database, and not where a link leads.
+    directory = files.open_directory(path, create=True, follow=not database)
     try:
         directory.lock()
         reread_tail(directory)

@@ -28,7 +28,7 @@ from ._frame import crc32c
 from ._util import align_up
 
 if TYPE_CHECKING:
-    from ._store import Store, StoreState
+    from ._store import Progress, Store, StoreCheckLevel, StoreState
 
 LOCK_NAME: Final = "lock"
 _IOV_MAX: Final = 1024
@@ -45,12 +45,6 @@ one page of a page table, with entries of 8 bytes, maps (2 MiB where a page has 
 
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The errors that mean "no room": not a failure while a segment is being prepared."""
-
-
-_DISK_ERRORS: Final = (
-    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
-    *(errno.EPERM, errno.EMFILE, errno.ENFILE),
-)
 
 
 class File(Protocol):
@@ -157,7 +151,29 @@ class Files(Protocol):
 
     def exists(self, path: str) -> bool: ...
 
-    def open_directory(self, path: str, *, create: bool = False) -> Directory: ...
+    def open_directory(self, path: str, *, create: bool = False, follow: bool = True) -> Directory:
+        """``follow``: whether the directory itself may be a symbolic link."""
+        ...
+
+    def begin_directory(self, path: str) -> str:
+        """A new, empty directory next to ``path``, to become that; returns its name.
+
+        Raises:
+          FileExistsError: ``path`` exists.
+        """
+        ...
+
+    def finish_directory(self, temporary: str, path: str) -> None:
+        """Give it its name, durably.
+
+        Raises:
+          FileExistsError: somebody else has made ``path`` meanwhile.
+        """
+        ...
+
+    def discard_directory(self, temporary: str) -> None:
+        """Remove it with all that it holds, as far as that can be done."""
+        ...
 
     def time_us(self) -> int:
         """UTC, microseconds since 1970-01-01; may jump."""
@@ -171,6 +187,10 @@ class Files(Protocol):
 
     def inspect_store(self, path: str) -> StoreState | None:
         """What a database's store says of itself, without writing; None: there is none."""
+        ...
+
+    def check_store(self, path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
+        """Raises `CorruptLogError` with the first of a store's defects."""
         ...
 
     def open_store(self, path: str, map_size: int) -> Store: ...
@@ -345,13 +365,13 @@ class OsDirectory:
     unlink.  It goes away with the process, however that ends.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, follow: bool = True) -> None:
         self.path = path
         self._fd = -1
         self._lock_file: OsFile | None = None
         self._windows_lock: int = -1
         if sys.platform != "win32":
-            flags = os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC
+            flags = os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC | (0 if follow else _NOFOLLOW)
             self._fd = _above_stdio(os.open(path, flags))
         _directories.add(self)
 
@@ -604,7 +624,12 @@ def make_directory(path: str) -> None:
             os.close(fd)
 
 
-def _no_directory(path: str) -> WrongDirectoryError:
+def _no_directory(
+    path: str, *, follow: bool, link: bool = False
+) -> WrongDirectoryError | CorruptLogError:
+    """Of a user's path, or of one inside of a database, where nothing else may stand."""
+    if not follow:
+        return CorruptLogError(path, 0, f"{'a symbolic link and ' if link else ''}not a directory")
     return WrongDirectoryError(path, "not a directory", "a directory's path, or a new one")
 
 
@@ -616,15 +641,30 @@ class OsFiles:
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)
 
-    def open_directory(self, path: str, *, create: bool = False) -> OsDirectory:
+    def open_directory(
+        self, path: str, *, create: bool = False, follow: bool = True
+    ) -> OsDirectory:
         if create and not os.path.lexists(path):
             make_directory(path)
         try:
-            if not stat.S_ISDIR(os.stat(path).st_mode):
-                raise _no_directory(path)
-        except NotADirectoryError as exc:
-            raise _no_directory(path) from exc
-        return OsDirectory(os.path.abspath(path))
+            mode = os.stat(path, follow_symlinks=follow).st_mode
+            if not stat.S_ISDIR(mode):
+                raise _no_directory(path, follow=follow, link=stat.S_ISLNK(mode))
+            return OsDirectory(os.path.abspath(path), follow=follow)
+        except OSError as exc:
+            # ELOOP, or ENOTDIR on Linux: a link has taken its place since.
+            if exc.errno == errno.ENOTDIR or (exc.errno == errno.ELOOP and not follow):
+                raise _no_directory(path, follow=follow) from exc
+            raise
+
+    def begin_directory(self, path: str) -> str:
+        return begin_directory(path)
+
+    def finish_directory(self, temporary: str, path: str) -> None:
+        finish_directory(temporary, path)
+
+    def discard_directory(self, temporary: str) -> None:
+        discard_directory(temporary)
 
     def time_us(self) -> int:
         return time.time_ns() // 1000
@@ -639,6 +679,11 @@ class OsFiles:
         from ._store import inspect_store
 
         return inspect_store(path)
+
+    def check_store(self, path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
+        from ._store import check_before_open
+
+        check_before_open(path, how, progress)
 
     def open_store(self, path: str, map_size: int) -> Store:
         from ._store import LmdbStore
@@ -658,51 +703,166 @@ def close_quietly(file: File | Directory) -> None:
         file.close()
 
 
-def disk_error(text: str) -> int | None:
-    """The errno of a disk or a limit that a library's message ends with; None: it is another."""
-    return next((number for number in _DISK_ERRORS if text.endswith(os.strerror(number))), None)
+def system_error(text: str) -> int | None:
+    """The errno whose text a library's message ends with; None: it is no error of the system."""
+    found = [number for number in errno.errorcode if text.endswith(os.strerror(number))]
+    return max(found, key=lambda number: len(os.strerror(number)), default=None)
 
 
-def file_size(path: str) -> int:
-    """Bytes of a file; 0 where there is none."""
+# -- for the store, whose files LMDB opens by their paths ------------------------------------------
+
+
+def open_store_directory(path: str) -> OsDirectory:
+    """The directory of a store, which must be one itself, and no link to one."""
+    return OsFiles().open_directory(path, follow=False)
+
+
+def plain_size(directory: OsDirectory, name: str) -> int | None:
+    """Bytes of a regular file that has one name; None where there is none.
+
+    Raises:
+      CorruptLogError: it is something else.  A file with a second name, a hard link, may be
+          anybody's, and is written in place.
+    """
+    where, dir_fd = directory._where(name)
     try:
-        return os.stat(path).st_size
+        found = os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
-        return 0
+        return None
+    path = os.path.join(directory.path, name)
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptLogError(path, 0, "not a regular file")
+    if found.st_nlink > 1:
+        raise CorruptLogError(
+            path, 0, f"not a regular file of its own: it has {found.st_nlink} names (hard links)"
+        )
+    return found.st_size
 
 
-def leave_mark(path: str) -> None:
+def identity(directory: OsDirectory, name: str) -> tuple[int, int]:
+    """Tells a file from any other that takes its place."""
+    where, dir_fd = directory._where(name)
+    found = os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
+    return found.st_dev, found.st_ino
+
+
+def path_below(directory: OsDirectory) -> str:
+    """A path by which a library that wants one finds this directory, whatever stands under its
+    name by then: Linux has such."""
+    by_number = f"/proc/self/fd/{directory._fd}"
+    if sys.platform == "linux" and os.path.isdir(by_number):
+        return by_number
+    return directory.path
+
+
+def leave_mark(directory: OsDirectory, name: str) -> None:
     """An empty file that later processes on this running system will see; not durable, and it
     need not be: what it warns of is in the page cache, and goes away with that."""
     with contextlib.suppress(OSError):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | _CLOEXEC | _NOFOLLOW, 0o600))
+        directory.open(name, create=True).close()
 
 
-def has_mark(path: str) -> bool:
-    return os.path.lexists(path)
-
-
-def remove_mark(path: str) -> None:
+def remove_file(directory: OsDirectory, name: str) -> None:
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        directory.unlink(name)
 
 
-def reread_file(path: str) -> None:
-    """As `Directory.reread`."""
-    fd = os.open(path, os.O_RDONLY | _BINARY | _CLOEXEC)
-    try:
-        _forget_cached(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> None:
-    """Make a file that somebody else wrote, and its name, durable."""
-    for name, flags in ((path, os.O_RDWR), (os.path.dirname(os.path.abspath(path)), os.O_RDONLY)):
-        if sys.platform == "win32" and flags == os.O_RDONLY:
-            continue
-        descriptor = os.open(name, flags | _BINARY | _CLOEXEC)
+def begin_directory(path: str) -> str:
+    """As `Files.begin_directory`."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+    whole = os.path.abspath(path)
+    make_directory(os.path.dirname(whole))
+    while True:
+        temporary = f"{whole}.{os.urandom(6).hex()}.tmp"
         try:
-            os.fsync(descriptor)
+            os.mkdir(temporary, 0o700)
+        except FileExistsError:
+            continue
+        break
+    if sys.platform != "win32":
+        directory = OsDirectory(temporary, follow=False)
+        try:
+            os.fchmod(directory._fd, 0o700)
         finally:
-            os.close(descriptor)
+            directory.close()
+    return temporary
+
+
+def finish_directory(temporary: str, path: str) -> None:
+    """As `Files.finish_directory`."""
+    _sync_by_path(temporary)
+    try:
+        if sys.platform != "win32" and os.path.lexists(path):
+            # An empty directory would be replaced.
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+        os.rename(temporary, path)
+    except OSError as exc:
+        if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path) from exc
+        raise
+    _sync_by_path(os.path.dirname(os.path.abspath(path)))
+
+
+def _sync_by_path(path: str) -> None:
+    if sys.platform != "win32":
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+        try:
+            _sync_directory(fd)
+        finally:
+            os.close(fd)
+
+
+def discard_directory(temporary: str) -> None:
+    """As `Files.discard_directory`."""
+    import shutil
+
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+_CRASHES: Final = frozenset({"SIGBUS", "SIGSEGV", "SIGABRT", "SIGFPE", "SIGILL", "SIGTRAP"})
+_CHILD: Final = "import sys; sys.path[:] = sys.argv[3:]; from trio_wal import {0}; {0}.{1}()"
+
+
+class ChildError(Exception):
+    """A child process could not do its work; the text says why."""
+
+
+def run_child(module: str, function: str, *arguments: str) -> tuple[bytes, str]:
+    """Call a function of this package in a process of its own.
+
+    Nothing of that process's surroundings decides what it imports: isolated (``-I``), and with
+    the absolute entries of this process's path.  The function finds the arguments in
+    ``sys.argv[1:3]``.
+
+    Returns what it wrote to standard output, and the name of the signal that ended it where
+    that tells of a crash.
+
+    Raises:
+      ChildError: it could not be started, or ended as it should not.
+    """
+    import signal
+    import subprocess
+
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise ChildError("there is no Python interpreter to start")
+    path = [entry for entry in sys.path if os.path.isabs(entry)]
+    given = [*arguments, "", ""][:2]
+    command = [sys.executable, "-I", "-c", _CHILD.format(module, function), *given, *path]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except (OSError, subprocess.SubprocessError, MemoryError) as exc:
+        raise ChildError(f"a child process cannot be started: {exc}") from exc
+    if done.returncode == 0:
+        return done.stdout, ""
+    name = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-done.returncode).name
+    elif done.returncode & 0xFFFFFFF0 == 0xC0000000:
+        # Windows: an access violation, or a page that cannot be read.
+        return b"", f"{done.returncode:#x}"
+    if name in _CRASHES:
+        return b"", name
+    last = done.stderr.decode(errors="backslashreplace").strip().splitlines()[-1:]
+    raise ChildError(f"the child process ended with {': '.join([name, *last])}")

@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 
+from ._exceptions import CorruptLogError
 from ._operations import Writes
 from ._order import RUN_KEYS, SortedKeys
 from ._store import ReadTransaction, Store, Unreadable
@@ -170,6 +171,8 @@ class BaseRead:
     def __init__(self, transaction: ReadTransaction) -> None:
         self.transaction = transaction
         self.get: Callable[[bytes], bytes | None] = transaction.get
+        """Its errors are the store's own: whoever calls this and fails calls `explain`."""
+        self.explain: Callable[[BaseException], None] = transaction.explain
         self._users = 0
         self._retired = False
 
@@ -213,7 +216,13 @@ class View:
 
     def get(self, key: bytes, seq: int) -> bytes | None:
         version = self.version(key, seq)
-        return self.base.get(key) if version is None else version.value
+        if version is not None:
+            return version.value
+        try:
+            return self.base.get(key)
+        except Exception as exc:
+            self.base.explain(exc)
+            raise
 
     def layers(self) -> tuple[Layer, ...]:
         return (self.active,) if self.frozen is None else (self.active, self.frozen)
@@ -312,7 +321,7 @@ class Memtable:
         until the next time that this is tried."""
         try:
             return BaseRead(self._store.read())
-        except OSError as exc:
+        except (OSError, CorruptLogError) as exc:
             return BaseRead(Unreadable(exc))
 
     def close(self) -> None:

@@ -159,7 +159,11 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
                 self._doomed = key
         version = view.version(key, self._seq)
         if version is None:
-            return view.base.get(key)
+            try:
+                return view.base.get(key)
+            except Exception as exc:
+                view.base.explain(exc)
+                raise
         if version.seq > self._db.settled_seq:
             self._observe(key, version.seq)
         return version.value

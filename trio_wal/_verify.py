@@ -1,4 +1,4 @@
-"""Every finding of a log's directory, not only the first one.
+"""Every finding of a log's directory or a database's, not only the first one.
 
 Law: blocking, no trio, and nothing but reading: no lock, no write.  What is damage, and
 what a crash or a writer at work leaves behind, is judged as `_recovery.examine` judges
@@ -17,6 +17,7 @@ must be there.
 from __future__ import annotations
 
 import errno
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
@@ -32,7 +33,7 @@ from ._chain import (
     read_meta,
     read_segment,
 )
-from ._exceptions import CorruptLogError, UnsupportedFormatError
+from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from ._files import Directory, File, close_quietly
 from ._frame import (
     BLOCK,
@@ -52,6 +53,7 @@ from ._frame import (
     segment_name_lsn,
 )
 from ._scan import WINDOW, FrameScanner, Position, Read, start_of
+from ._store import StoreCheck, check_store, data_file, inspect_store, misfit
 from ._util import KiB
 
 LOOK_TRIES: Final = 20
@@ -114,6 +116,72 @@ def verify(directory: Directory, progress: Progress | None = None) -> Verificati
     return _Verifier(directory, progress).run()
 
 
+@attrs.frozen
+class DatabaseVerification:
+    """What `verify_database` found."""
+
+    log: Verification | None
+    """None: there is no log that could be looked at."""
+    store: StoreCheck
+    findings: tuple[Finding, ...]
+    """The log's, the store's, and why the two do not fit."""
+
+
+def verify_database(
+    log_path: str,
+    store_path: str,
+    open_log: Callable[[], Directory],
+    progress: Progress | None = None,
+) -> DatabaseVerification:
+    """Check log, store, and that they belong together.
+
+    Raises:
+      UnsupportedFormatError, ModuleNotFoundError, OSError: as `verify`.
+    """
+    for number in range(LOOK_TRIES):
+        store, findings = _verify_store(store_path, progress)
+        try:
+            directory = open_log()
+            try:
+                log = verify(directory, progress)
+            finally:
+                close_quietly(directory)
+        except CorruptLogError as exc:
+            findings.append(Finding(exc.path, exc.offset, exc.reason))
+            return DatabaseVerification(None, store, tuple(findings))
+        except WrongDirectoryError as exc:
+            findings.append(Finding(exc.path, 0, f"this is {exc.found}"))
+            return DatabaseVerification(None, store, tuple(findings))
+        except FileNotFoundError:
+            findings.append(Finding(log_path, 0, "the database has no log"))
+            return DatabaseVerification(None, store, tuple(findings))
+        wrong = None
+        if not findings:
+            wrong = misfit(store.state, log.log_uuid, log.first_lsn, log.last_lsn)
+        if wrong is None or number + 1 == LOOK_TRIES or not _goes_on(store_path, store):
+            break
+    if wrong is not None:
+        findings.append(Finding(store.path, 0, wrong))
+    return DatabaseVerification(log, store, (*log.findings, *findings))
+
+
+def _verify_store(path: str, progress: Progress | None) -> tuple[StoreCheck, list[Finding]]:
+    try:
+        store = check_store(path, progress)
+    except CorruptLogError as exc:
+        name = data_file(path)
+        return StoreCheck(name, (), None, 0, 0), [Finding(exc.path, exc.offset, exc.reason)]
+    return store, [Finding(store.path, offset, reason) for offset, reason in store.findings]
+
+
+def _goes_on(path: str, store: StoreCheck) -> bool:
+    """Whether there was a checkpoint since: then the log may begin behind what was looked at."""
+    try:
+        return inspect_store(path) != store.state
+    except CorruptLogError:
+        return True
+
+
 # -- the directory ----------------------------------------------------------------
 
 
@@ -137,15 +205,23 @@ class _Listing:
     meta: Meta | None
     chain: dict[int, FoundSegment]
     unreadable: tuple[int, ...]
-    """First LSNs, by file name, of segments whose header is damaged."""
+    """First LSNs, by file name, of segments whose header is damaged; in order."""
     findings: tuple[Finding, ...]
+
+    numbers: list[int] = attrs.field(init=False, eq=False)
+    """Of the chain, in order."""
+
+    @numbers.default
+    def _list_numbers(self) -> list[int]:
+        return list(self.chain)
 
     def view(self, number: int) -> _View | None:
         segment = self.chain.get(number)
         if segment is None:
             return None
-        behind = sum(other > number for other in self.chain)
-        behind += sum(lsn > segment.header.first_lsn for lsn in self.unreadable)
+        # Of both there are as many as somebody likes to put there; both are in order.
+        behind = len(self.chain) - bisect_right(self.numbers, number)
+        behind += len(self.unreadable) - bisect_right(self.unreadable, segment.header.first_lsn)
         following = self.chain.get(number + 1)
         return _View(
             segment,
@@ -156,8 +232,9 @@ class _Listing:
 
     def missing_before(self, segment: FoundSegment, first_number: int, first_lsn: int) -> int:
         """How many segments are missing between a place in the chain and this segment."""
-        unreadable = [n for n in self.unreadable if first_lsn <= n <= segment.header.first_lsn]
-        return segment.number - first_number - len(unreadable)
+        start = bisect_left(self.unreadable, first_lsn)
+        unreadable = bisect_right(self.unreadable, segment.header.first_lsn) - start
+        return segment.number - first_number - max(0, unreadable)
 
 
 def _list(directory: Directory) -> _Listing:
@@ -196,6 +273,7 @@ def _list(directory: Directory) -> _Listing:
         candidates.append(TRUNCATE_NAME)
     found: list[FoundSegment] = []
     unreadable: list[int] = []
+    named = sorted(lsn for lsn in map(segment_name_lsn, names) if lsn is not None)
     for name in candidates:
         path = f"{directory.path}/{name}"
         lsn = segment_name_lsn(name)
@@ -208,8 +286,8 @@ def _list(directory: Directory) -> _Listing:
             findings.append(Finding(path, 0, f"{exc.reason} {exc.version} is not supported"))
             unreadable += [] if lsn is None else [lsn]
         except CorruptLogError as exc:
-            later = [n for n in map(segment_name_lsn, names) if n is not None and n > (lsn or 0)]
-            end = min(later) - 1 if later else None
+            later = bisect_right(named, lsn or 0)
+            end = named[later] - 1 if later < len(named) else None
             findings.append(Finding(path, exc.offset, exc.reason, lsn, end))
             unreadable += [] if lsn is None else [lsn]
         except OSError as exc:
@@ -221,7 +299,7 @@ def _list(directory: Directory) -> _Listing:
         path = f"{directory.path}/{segment_name(cut.first_lsn)}"
         reason = "the segment in which a truncated log goes on is missing"
         more.append(Finding(path, 0, reason, cut.first_lsn))
-    return _Listing(meta, chain, tuple(unreadable), (*findings, *more))
+    return _Listing(meta, chain, tuple(sorted(unreadable)), (*findings, *more))
 
 
 def _unread(error: OSError, path: str) -> Finding:

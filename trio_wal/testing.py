@@ -34,7 +34,7 @@ import trio
 from ._exceptions import LogLockedError
 from ._files import NO_WORD, Watch, Word
 from ._order import SortedKeys
-from ._store import ReadTransaction, StoreState
+from ._store import Progress, ReadTransaction, StoreCheckLevel, StoreState
 from ._util import KiB
 
 SECTOR: Final = 512
@@ -415,11 +415,30 @@ class MemoryFiles:
     def exists(self, path: str) -> bool:
         return any(f"{name}/".startswith(f"{path}/") for name in (*self._folders, *self._stores))
 
-    def open_directory(self, path: str, *, create: bool = False) -> MemoryDirectory:
+    def open_directory(
+        self, path: str, *, create: bool = False, follow: bool = True
+    ) -> MemoryDirectory:
         self._begin("open", path)
         if create and path not in self._folders:
             self._folders[path] = _Folder()
         return MemoryDirectory(self, path, self._folder(path))
+
+    def begin_directory(self, path: str) -> str:
+        if self.exists(path):
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+        return f"{path}.tmp"
+
+    def finish_directory(self, temporary: str, path: str) -> None:
+        if self.exists(path):
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+        for kept in (self._folders, self._stores):
+            for name in [name for name in kept if f"{name}/".startswith(f"{temporary}/")]:
+                kept[path + name.removeprefix(temporary)] = kept.pop(name)  # type: ignore[assignment]
+
+    def discard_directory(self, temporary: str) -> None:
+        for kept in (self._folders, self._stores):
+            for name in [name for name in kept if f"{name}/".startswith(f"{temporary}/")]:
+                del kept[name]
 
     def time_us(self) -> int:
         try:
@@ -442,6 +461,9 @@ class MemoryFiles:
     def inspect_store(self, path: str) -> StoreState | None:
         store = self._stores.get(path)
         return None if store is None else store.state
+
+    def check_store(self, path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
+        pass
 
     def open_store(self, path: str, map_size: int) -> MemoryStore:
         store = self._stores.setdefault(path, _StoreImage())
@@ -476,6 +498,9 @@ class _MemoryRead:
             self._order = SortedKeys(self._items)
         for key in self._order.between(start, stop, reverse=reverse):
             yield key, self._items[key]
+
+    def explain(self, exc: BaseException) -> None:
+        pass
 
     def close(self) -> None:
         pass

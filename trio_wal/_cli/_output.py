@@ -8,6 +8,7 @@ where that is a terminal.
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trio_wal._chain import LOG_NAME, META_NAME
+from trio_wal._chain import LOG_NAME, META_NAME, STORE_NAME
 from trio_wal._files import Directory, OsFiles, close_quietly
 from trio_wal._frame import FEATURE_DATABASE, FEATURE_ZSTD
 
@@ -140,10 +141,17 @@ def log_of(path: Path) -> Path:
     return inner if (inner / META_NAME).exists() and not (path / META_NAME).exists() else path
 
 
+def is_database(path: Path) -> bool:
+    """Whether it is a database's directory, or what is left of one."""
+    names = (LOG_NAME, STORE_NAME)
+    return any(os.path.lexists(path / n) for n in names) and not (path / META_NAME).exists()
+
+
 @contextmanager
 def opened(path: Path) -> Generator[Directory]:
-    """A directory to read, without its lock."""
-    directory = OsFiles().open_directory(str(log_of(path)))
+    """A directory to read, without its lock; a database's log is no link to another."""
+    log = log_of(path)
+    directory = OsFiles().open_directory(str(log), follow=log is path)
     try:
         yield directory
     finally:

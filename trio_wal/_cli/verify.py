@@ -1,13 +1,18 @@
-"""`trio-wal verify`: every problem of a log, and nothing changed."""
+"""`trio-wal verify`: every problem of a log or a database, and nothing changed."""
 
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
+import attrs
 from attrs import asdict
 
 from trio_wal import _verify
+from trio_wal._chain import LOG_NAME, STORE_NAME
 from trio_wal._exceptions import CorruptLogError
+from trio_wal._files import OsFiles
+from trio_wal._store import StoreCheck
 
 from ._output import (
     CommandError,
@@ -16,6 +21,7 @@ from ._output import (
     Json,
     count,
     feature_names,
+    is_database,
     opened,
     progress_bar,
     say,
@@ -26,9 +32,12 @@ from ._output import (
 def verify(directory: Dir, /, *, json: Json = False) -> int:
     """Check every frame of a log and print every problem.
 
-    Reads only and takes no lock; the log may be written meanwhile. Exits with 1 if there
-    are findings.
+    Of a database also its store: every page, then every key through LMDB in a child process;
+    and that log and store fit. Reads only and takes no lock; log and store may be written
+    meanwhile. Exits with 1 if there are findings.
     """
+    if is_database(directory):
+        return _verify_database(directory, json)
     try:
         with opened(directory) as files, progress_bar("verifying", bytes_done=True) as bar:
             result = _verify.verify(files, bar.update)
@@ -42,6 +51,45 @@ def verify(directory: Dir, /, *, json: Json = False) -> int:
     return ExitCode.FINDINGS if result.findings else ExitCode.OK
 
 
+def _verify_database(directory: Path, json: bool) -> int:
+    whole = OsFiles().absolute(str(directory))
+    log, store = f"{whole}/{LOG_NAME}", f"{whole}/{STORE_NAME}"
+    with progress_bar("verifying", bytes_done=True) as bar:
+        result = _verify.verify_database(
+            log, store, lambda: OsFiles().open_directory(log, follow=False), bar.update
+        )
+    if json:
+        fields = {} if result.log is None else _as_json(result.log)
+        fields["ok"] = not result.findings
+        fields["findings"] = [asdict(finding) for finding in result.findings]
+        write_json({**fields, "store": _store_as_json(result.store)})
+    else:
+        _print_database(result)
+    return ExitCode.FINDINGS if result.findings else ExitCode.OK
+
+
+def _store_as_json(store: StoreCheck) -> dict[str, object]:
+    lsn = None if store.state is None else store.state.lsn
+    fields = {"path": store.path, "lsn": lsn, "keys": store.keys, "bytes": store.bytes}
+    return {**fields, "note": store.note}
+
+
+def _print_database(result: _verify.DatabaseVerification) -> None:
+    store = result.store
+    if result.log is not None:
+        _print(attrs.evolve(result.log, findings=result.findings))
+    else:
+        _print_findings(result.findings)
+        say(count(len(result.findings), "finding"))
+    if store.note:
+        say(f"{store.path}: {store.note}")
+    elif store.state is not None:
+        keys, size = count(store.keys, "key"), count(store.bytes, "byte")
+        say(f"store: {keys}, {size}, LSN {store.state.lsn}")
+    elif not result.findings:
+        say("store: empty, the log has everything")
+
+
 def _as_json(result: _verify.Verification) -> dict[str, object]:
     fields = asdict(result)
     fields["uuid"] = str(uuid.UUID(bytes=fields.pop("log_uuid")))
@@ -50,8 +98,7 @@ def _as_json(result: _verify.Verification) -> dict[str, object]:
 
 
 def _print(result: _verify.Verification) -> None:
-    for finding in result.findings:
-        say(f"{finding.path}: offset {finding.offset}: {finding.reason}{_lost(finding)}")
+    _print_findings(result.findings)
     checked = (
         f"{count(result.segments, 'segment')}, {count(result.frames, 'frame')}, "
         f"{count(result.records, 'record')}, {count(result.bytes, 'byte')}"
@@ -67,6 +114,11 @@ def _print(result: _verify.Verification) -> None:
             f"{count(result.torn_bytes, 'byte')} of an unfinished batch at the end: no damage; "
             "a writer is at work, or was killed"
         )
+
+
+def _print_findings(findings: tuple[_verify.Finding, ...]) -> None:
+    for finding in findings:
+        say(f"{finding.path}: offset {finding.offset}: {finding.reason}{_lost(finding)}")
 
 
 def _lost(finding: _verify.Finding) -> str:
