@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ import attrs
 import trio
 
 import trio_wal
+from trio_wal._files import OsFiles
+from trio_wal._verify import verify
 
 OPERATIONS: Final = 400
 """More than a workload of `errors` has."""
@@ -160,7 +163,19 @@ def bitrot(seed: int, seconds: float, only: str = "") -> Judgement:
 
 
 def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
-    from .hostile import MEMORY_BYTES, described, limit_once, run_case
+    from .hostile import MEMORY_BYTES, PLACES, STORE_KINDS, described, limit_once, run_case
+
+    def places() -> Cases:
+        for kind in STORE_KINDS:
+            for target in PLACES:
+                try:
+                    run_case("places", f"{target}|{kind}")
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding)
+                    yield described(exc)
+                else:
+                    yield ""
 
     def cases() -> Cases:
         limit_once(MEMORY_BYTES)
@@ -174,7 +189,7 @@ def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
             else:
                 yield ""
 
-    return _until_found(cases(), seconds)
+    return _until_found(places() if only == "places" else cases(), seconds)
 
 
 def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
@@ -193,6 +208,21 @@ def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
                 yield described(exc)
             else:
                 yield ""
+
+    return _until_found(cases(), seconds)
+
+
+def pages(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Damaged stores, and what their check says of them; in this process, which may end."""
+    from .store import DEFECTS, forget_subjects, judge
+
+    def cases() -> Cases:
+        try:
+            for number in itertools.count(seed << 32):
+                found = judge(number)
+                yield f"{found.outcome}: {found.what}" if found.outcome in DEFECTS else ""
+        finally:
+            forget_subjects()
 
     return _until_found(cases(), seconds)
 
@@ -251,19 +281,36 @@ async def _database_on_disk(folder: Path, rng: random.Random) -> None:
 
 
 async def _mixed_up(folder: Path) -> None:
-    """The store of another database is refused."""
+    """The store of another database is refused, and so is none where one is needed."""
     for name in (b"one", b"other"):
         async with trio_wal.open_database(folder / name.decode()) as db:
             await db.put(b"name", name)
             await db.checkpoint()
     (folder / "one" / "store").rename(folder / "away")
     (folder / "other" / "store").rename(folder / "one" / "store")
+    await _refused(folder / "one", "the store of another database was taken")
+    (folder / "one" / "store").rename(folder / "away too")
+    async with trio_wal.open_database(folder / "later") as db:
+        for _ in range(3):
+            await db.put(b"name", bytes(1000))
+            await db.checkpoint()
+    await trio.to_thread.run_sync(shutil.rmtree, folder / "later" / "store")
+    if verify_log(folder / "later") > 1:
+        await _refused(folder / "later", "a missing store was passed over")
+
+
+def verify_log(path: Path) -> int:
+    """The first LSN of a database's log."""
+    return verify(OsFiles().open_directory(str(path / "log"))).first_lsn
+
+
+async def _refused(path: Path, otherwise: str) -> None:
     try:
-        async with trio_wal.open_database(folder / "one"):
+        async with trio_wal.open_database(path):
             pass
     except trio_wal.CorruptLogError:
         return
-    raise AssertionError("the store of another database was taken")
+    raise AssertionError(otherwise)
 
 
 def _check(condition: object, what: str) -> None:
@@ -280,5 +327,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "hostile": hostile,
     "bombs": bombs,
     "store": store,
+    "pages": pages,
 }
 """In the order in which they are asked."""

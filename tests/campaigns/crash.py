@@ -29,6 +29,7 @@ SHARES = {
     "schedules": 2,
     "bitrot": 1,
     "hostile": 1,
+    "store": 1,
     "errors": 1,
     "interrupts": 1,
     "realerrors": 1,

@@ -9,7 +9,9 @@ appended to it; nothing outside of the directory is touched.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -46,6 +48,7 @@ from trio_wal._files import LOCK_NAME
 from trio_wal._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, Kind, segment_name
 from trio_wal._recovery import VERIFY_BYTES
 from trio_wal._segment import NEW_NAME, SPARE_PREFIX
+from trio_wal._store import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
 from trio_wal._util import MiB
 from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
@@ -65,7 +68,7 @@ COUNT: Final = 100_000
 CHUNK: Final = 400
 REAL_EVERY: Final = 64
 """One of so many inputs is also put on real files and given to the command line."""
-PARTS: Final = ("inputs", "names", "bombs")
+PARTS: Final = ("inputs", "names", "places", "bombs")
 OPTIONS: Final[dict[str, Any]] = {"segment_size": TINY, "flush_interval": 0}
 
 
@@ -361,6 +364,83 @@ def examine_name(target: str, kind: str, folder: Path) -> Outcomes:
     return outcomes
 
 
+# -- places: the same in a database's directory --------------------------------------
+
+PLACES: Final = (
+    "log",
+    "store",
+    *(f"store/{name}" for name in (DATA_NAME, STORE_LOCK_NAME, SUSPECT_NAME, "other")),
+    *(f"log/{name}" for name in (META_NAME, segment_name(1))),
+)
+PLACE_SECONDS_MAX: Final = 10
+STORE_KINDS: Final[dict[str, Place]] = {
+    **KINDS,
+    "link to a directory": lambda path, canary: path.symlink_to(canary / "empty"),
+    "link to a log": lambda path, canary: path.symlink_to(canary / "log"),
+    "link to a store": lambda path, canary: path.symlink_to(canary / "store"),
+    "link to an empty file": lambda path, canary: path.symlink_to(canary / "nothing in it"),
+    "hard link to an empty file": lambda path, canary: path.hardlink_to(canary / "nothing in it"),
+    "gone": lambda path, canary: None,
+}
+
+
+def examine_place(target: str, kind: str, folder: Path) -> Outcomes:
+    """One thing in the place of a database's file or directory."""
+    outcomes = Outcomes()
+    path, canary = folder / "db", folder / "canary"
+    shutil.copytree(_database(), path)
+    for name in ("log", "store"):
+        shutil.copytree(path / name, canary / name)
+    (canary / "empty").mkdir()
+    (canary / "file").write_bytes(b"outside")
+    (canary / "nothing in it").touch()
+    before = _tree(canary)
+    place = path / target
+    try:
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        try:
+            STORE_KINDS[kind](place, canary)
+        except PermissionError:
+            outcomes.counts["not permitted here"] += 1
+            return outcomes
+        look_at_real(outcomes, path)
+        for how in ("auto", "child", "none"):
+            with outcomes.of("open database"):
+                trio.run(_open_and_write, path, how)
+        check(_tree(canary) == before, "the outside was changed")
+        if kind.startswith("link ") and target != "store/other":
+            check(outcomes.counts["open database: ok"] == 0, "a link was followed")
+    finally:
+        shutil.rmtree(path)
+        shutil.rmtree(canary)
+    return outcomes
+
+
+@functools.lru_cache
+def _database() -> Path:
+    """One to be copied; removed with the process."""
+    folder = tempfile.mkdtemp(dir=_fast_folder())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    trio.run(_make_database, Path(folder) / "db")
+    return Path(folder) / "db"
+
+
+async def _make_database(path: Path) -> None:
+    async with trio_wal.open_database(path, map_size=1 * MiB) as db:
+        await db.put(b"a", b"1")
+        await db.checkpoint()
+
+
+async def _open_and_write(path: Path, how: Any) -> None:
+    async with trio_wal.open_database(path, map_size=1 * MiB, verify_store=how) as db:
+        dict(db.scan())
+        await db.put(b"b", b"2")
+        await db.checkpoint()
+
+
 async def _open_real_database(path: Path) -> None:
     async with trio_wal.open_database(path, map_size=1 * MiB):
         pass
@@ -584,6 +664,9 @@ def run_case(part: str, case: str) -> Outcomes:
             if part == "bombs":
                 return in_a_process(case) if not _limits else examine_bomb(case, Path(folder))
             target, _, kind = case.partition("|")
+            if part == "places":
+                with limited_time(PLACE_SECONDS_MAX):
+                    return examine_place(target, kind, Path(folder))
             return examine_name(target, kind, Path(folder))
 
 
@@ -626,6 +709,9 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
     if "names" in parts and sys.platform != "win32":
         cases = [f"{target}|{kind}" for target in TARGETS for kind in KINDS if _fits(target, kind)]
         yield from (Task("names", tuple(cases[n : n + 24])) for n in range(0, len(cases), 24))
+    if "places" in parts and sys.platform != "win32":
+        cases = [f"{t}|{kind}" for t in PLACES for kind in STORE_KINDS if _fits(t, kind)]
+        yield from (Task("places", tuple(cases[n : n + 12])) for n in range(0, len(cases), 12))
     if "inputs" in parts:
         for start in range(0, _count(arguments), CHUNK):
             numbers = range(start, min(start + CHUNK, _count(arguments)))

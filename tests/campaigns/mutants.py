@@ -52,6 +52,7 @@ def mutant(name: str, file: str, judge: str, *texts: str) -> Mutant:
 
 SIMULATOR, WHOLE, SCHEDULES = "simulator", "whole", "schedules"
 ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", "store"
+PAGES: Final = "pages"
 
 MUTANTS: Final = (
     # -- group commit --
@@ -180,7 +181,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_directory", "simulator:cut",
-        "self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))", "pass",
+        "                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))\n",
+        "                pass\n",
     ),
     mutant(
         "what stays behind a cut is not synced", "_directory", "simulator:cut",
@@ -378,8 +380,79 @@ MUTANTS: Final = (
         'state.lsn % 2 or txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
     ),
     mutant(
-        "a store of another log is taken", "_database", STORE,
-        "        elif state.log_uuid != plan.meta.log_uuid:", "        elif False:",
+        "a store of another log is taken", "_store", STORE,
+        "    elif state.log_uuid != log_uuid:", "    elif False:",
+    ),
+    mutant(
+        "a store that is missing is passed over", "_store", STORE,
+        "        if base_lsn > 1:", "        if False:",
+    ),
+    # -- damaged and forged stores --
+    mutant(
+        "keys need not be where a branch says", "_pages", PAGES,
+        "        at_least: K | None = low\n", "        at_least: K | None = None\n",
+    ),
+    mutant(
+        "keys of a leaf need not be in order", "_pages", PAGES,
+        "(place <= at_least if strictly else place < at_least)", "False",
+    ),
+    mutant(
+        "nodes of a leaf may overlap", "_pages", PAGES,
+        "        self._check_packed(offset, page, spans)\n        counts", "        counts",
+    ),
+    mutant(
+        "a page may be in two places", "_pages", PAGES,
+        "        if 1 in self._used[number : number + count]:", "        if False:",
+    ),
+    mutant(
+        "a page may be free and in use", "_pages", PAGES,
+        "before or used[number]:", "before:",
+    ),
+    mutant(
+        "what a tree counts is believed", "_pages", PAGES,
+        "            if is_ != should:", "            if False:",
+    ),
+    mutant(
+        "the pages of a large value are not looked at", "_pages", PAGES,
+        "        if (own, flags, pages) != (first, _OVERFLOWS, needed):", "        if False:",
+    ),
+    mutant(
+        "a page's number is not looked at", "_pages", PAGES,
+        "        if own != number:", "        if False:",
+    ),
+    mutant(
+        "a file may be shorter than its header says", "_pages", PAGES,
+        "    if needed > size:", "    if False:",
+    ),
+    mutant(
+        "LMDB's errors of a scan reach the user", "_store", PAGES,
+        "self._items(start, stop, reverse)\n        except self._store.lmdb_error as exc:\n",
+        "self._items(start, stop, reverse)\n        except ZeroDivisionError as exc:\n",
+    ),
+    mutant(
+        "LMDB's errors of a get reach the user", "_database", PAGES,
+        "            self._view.base.explain(exc)\n", "",
+    ),
+    mutant(
+        "LMDB's errors of a transaction's get reach the user", "_transaction", PAGES,
+        "                view.base.explain(exc)\n", "",
+    ),
+    mutant(
+        "a link is followed to where LMDB writes", "_files", "hostile:places",
+        "    if not stat.S_ISREG(found.st_mode):\n", "    if False:\n",
+    ),
+    mutant(
+        "a file with another name elsewhere is written", "_files", "hostile:places",
+        "    if found.st_nlink > 1:\n", "    if False:\n",
+    ),
+    mutant(
+        "a store may be a link", "_files", "hostile:places",
+        "    return OsFiles().open_directory(path, follow=False)\n",
+        "    return OsFiles().open_directory(path)\n",
+    ),
+    mutant(
+        "a database's log may be a link", "_directory", "hostile:places",
+        "create=True, follow=not database)", "create=True)",
     ),
     mutant(
         "a backup starts at the wrong record", "_checkpoint", "errors:database",
