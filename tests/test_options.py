@@ -52,6 +52,7 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("compression", True, "compression must be a str, not bool"),
     ("verify_bytes", "all", "verify_bytes must be an int, not str"),
     ("verify_bytes", 0.5, "verify_bytes must be an int or math.inf, not 0.5"),
+    ("trust_directory", 1, "trust_directory must be True or False, not 1"),
 ]
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
@@ -153,6 +154,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "retention": None,
         "compression": None,
         "verify_bytes": 32 * MiB,
+        "trust_directory": False,
         "files": None,
     }
 

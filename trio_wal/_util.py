@@ -29,6 +29,12 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return value
 
 
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
 def check_int_or_inf(name: str, value: object, low: int) -> int | float:
     """Like `check_int`, and `math.inf` passes."""
     if isinstance(value, float) and value == math.inf:
