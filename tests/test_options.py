@@ -79,9 +79,21 @@ WRONG_VALUES: list[tuple[str, object, str]] = [
         FRAME_MAX,
         f"max_batch_bytes must be at least 1 and at most {FRAME_MAX // 2}, not {FRAME_MAX}",
     ),
-    ("flush_interval", -0.001, "flush_interval must be finite and at least 0 seconds, not -0.001"),
-    ("flush_interval", math.inf, "flush_interval must be finite and at least 0 seconds, not inf"),
-    ("flush_interval", math.nan, "flush_interval must be finite and at least 0 seconds, not nan"),
+    (
+        "flush_interval",
+        -0.001,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not -0.001",
+    ),
+    (
+        "flush_interval",
+        math.inf,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not inf",
+    ),
+    (
+        "flush_interval",
+        math.nan,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not nan",
+    ),
     ("segment_size", 0, f"segment_size must be at least 1 and at most {1 << 40}, not 0"),
     (
         "segment_size",

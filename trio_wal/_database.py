@@ -60,6 +60,8 @@ T = TypeVar("T")
 
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
+MAP_SIZE_MAX: Final = 1 << 61
+"""Below what LMDB's C can count, once doubled; where less is too much, the system says so."""
 
 
 class Fate:
@@ -995,7 +997,7 @@ def open_database(
     """
     name = check_path(path)
     check_int("checkpoint_bytes", checkpoint_bytes, 1)
-    check_int("map_size", map_size, 1 * MiB)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     used = OsFiles() if files is None else files
     log = open_wal(
         f"{name}/{LOG_NAME}",

@@ -148,7 +148,9 @@ class UntrustedDirectoryError(WalError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}; {self.remedy}, or open it with trust_directory=True"
+        return printable(
+            f"{self.path}: {self.reason}; {self.remedy}, or open it with trust_directory=True"
+        )
 
 
 class LogFullError(WalError):

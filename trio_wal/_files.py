@@ -392,7 +392,7 @@ class OsDirectory:
         return (name, self._fd) if _HAS_DIR_FD else (os.path.join(self.path, name), None)
 
     def names(self) -> list[str]:
-        if self._fd < 0 or not _HAS_DIR_FD:
+        if sys.platform == "win32" or self._fd < 0 or not _HAS_DIR_FD:
             return sorted(os.listdir(self.path))
         # Through a descriptor of its own: a duplicate of one shares its place in the listing, and
         # two threads that list at once would each miss names, or see them twice.

@@ -242,7 +242,11 @@ class WriteAheadLog:
             raise TypeError(
                 f"records must be an iterable of bytes, not one {type(records).__name__}"
             )
-        iterator = iter(records)
+        try:
+            iterator = iter(records)
+        except TypeError:
+            kind = type(records).__name__
+            raise TypeError(f"records must be an iterable of bytes, not {kind}") from None
         unit: list[bytes] = []
         total = 0
         while chunk := list(islice(iterator, UNIT_SLICE)):
@@ -361,9 +365,14 @@ class WriteAheadLog:
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """Like `read`, and then waits for new durable records, until it is left or the
-        log is closed, which ends the iteration.
+        log is closed.
+
+        A close does not wait for followers.  For one that has had everything durable it ends
+        the iteration; one that has not is told so, by an error, after what it had already
+        read from the disk.
 
         Raises:
+          trio.ClosedResourceError: the log was closed before everything durable was given.
           LogDivergedError: also when `truncate_after` drops what was already given, however
               far the log has grown since.
           LogFailedError: the log is broken, after all that is durable was given.
@@ -845,7 +854,8 @@ def open_wal(
       max_batch_bytes: payload bytes of one write; a larger record or unit is written alone.
       flush_interval: seconds that an accepted record for which nobody waits may stay
           unsynced; 0: written at once.
-      segment_size: bytes of a full-grown segment file; the first ones are smaller.
+      segment_size: bytes of a full-grown segment file; the first ones are smaller.  A wish:
+          no segment is smaller than its header, one frame and its footer (about 6 KiB).
       durability: ``"sync"``: acknowledged when a sync covers the record.  ``"interval"``:
           when it is written; synced every ``flush_interval``.  ``"none"``: when it is
           written; synced only by `WriteAheadLog.flush` and on closing.
