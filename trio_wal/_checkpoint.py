@@ -18,6 +18,7 @@ from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._repair import create_empty
 from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
+from ._worker import Forked
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -77,11 +78,14 @@ class Checkpointer:
                             # The log may be broken too: who waits for room must hear of it.
                             self._db.wake_waiting_for_room()
                             await trio.sleep(RETRY_SECONDS)
+            except Forked:
+                pass
             except (LogFailedError, trio.ClosedResourceError):
                 # The writers are told; here there is nothing more to do.
                 self._db.wake_waiting_for_room()
             finally:
-                self.done.set()
+                if not self._db.disowned:
+                    self.done.set()
 
     def start(self, nursery: trio.Nursery) -> None:
         self._started = True

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from ._directory import LogDirectory
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._identity import History
 from ._queue import Barrier, Batch, State, WriteQueue
-from ._worker import Worker
+from ._worker import Forked, Worker
 
 log = logging.getLogger("trio_wal")
 
@@ -101,6 +102,8 @@ class Flusher:
         """How often they were told."""
         self._active_number = directory.active.header.number
         self._sync_due: float | None = None
+        self._sync_scope = trio.CancelScope()
+        """In which the flusher waits for records until then."""
         self._waiters: list[tuple[int, int, Task]] = []
         self._waiter_numbers = count()
 
@@ -117,9 +120,12 @@ class Flusher:
             await trio.lowlevel.checkpoint()
             return
         self._queue.check_open(self._queue.loss)
-        self._queue.wake_flusher()
         waiter = (lsn, next(self._waiter_numbers), current_task())
         heapq.heappush(self._waiters, waiter)
+        self._queue.expect(lsn - self.last_lsn)
+        if self._sync_due is not None and lsn <= self.last_lsn:
+            # Written, and to be synced some time.
+            self._sync_due = self._sync_scope.deadline = trio.current_time()
 
         def abort(_: object) -> Abort:
             self._waiters.remove(waiter)
@@ -159,6 +165,8 @@ class Flusher:
                     del batch  # its payload must not stay until the next one comes
                 if self.durable_lsn < self.last_lsn:
                     await self._sync()
+        except Forked:
+            pass
         except OSError as exc:
             self._fail(exc)
         except BaseException as exc:
@@ -166,9 +174,10 @@ class Flusher:
             self._fail(exc)
             raise
         finally:
-            self._release_all()
-            self.maintenance.set()
-            self.done.set()
+            if not self._queue.disowned:
+                self._release_all()
+                self.maintenance.set()
+                self.done.set()
 
     async def _next_batch(self) -> Batch | None:
         """The oldest batch, still being filled; None when the queue is closed and empty."""
@@ -182,11 +191,16 @@ class Flusher:
             if self._sync_due is None:
                 return await self._receive()
             batch: Batch | None = None
-            with trio.move_on_at(self._sync_due) as scope:
-                batch = await self._receive()
-            if not scope.cancelled_caught:
-                return batch
+            if not self._is_awaited(self.last_lsn):
+                with trio.move_on_at(self._sync_due) as self._sync_scope:
+                    batch = await self._receive()
+                if not self._sync_scope.cancelled_caught:
+                    return batch
             await self._sync()
+
+    def _is_awaited(self, lsn: int) -> bool:
+        """Whether somebody waits for a record up to this one."""
+        return bool(self._waiters) and self._waiters[0][0] <= lsn
 
     async def _receive(self) -> Batch | None:
         try:
@@ -196,9 +210,9 @@ class Flusher:
 
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
-        awaited = bool(self._waiters) and self._waiters[0][0] <= self.last_lsn + batch.records
-        if self._flush_interval and self._durability == "sync" and not awaited:
-            await queue.doze(batch, self._flush_interval)
+        if self._flush_interval and self._durability == "sync":
+            awaited = self._waiters[0][0] - self.last_lsn if self._waiters else math.inf
+            await queue.doze(batch, self._flush_interval, awaited)
         queue.take(batch)
         self.in_flight = batch
         while batch.entries:
@@ -217,7 +231,10 @@ class Flusher:
             self._durability == "sync"
             or barrier is not None
             or (self._sync_due is not None and now >= self._sync_due)
-            or (self._durability == "interval" and not self._flush_interval)
+            or (
+                self._durability == "interval"
+                and (not self._flush_interval or self._is_awaited(self.last_lsn + batch.records))
+            )
         )
         first_lsn = self.last_lsn + 1
         records = batch.payload()
