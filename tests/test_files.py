@@ -37,6 +37,7 @@ from trio_wal._files import (
     OsFile,
     OsFiles,
     Word,
+    _lock_holder,
     watch_directory,
 )
 from trio_wal.testing import MemoryFiles
@@ -440,21 +441,120 @@ async def test_unlinking_the_lock_file_does_not_unlock(tmp_path: Path) -> None:
         with pytest.raises(LogLockedError) as caught:
             async with trio_wal.open_wal(tmp_path):
                 pass
-        assert caught.value.pid is None
-        assert str(caught.value).startswith(f"{tmp_path}: the log is open in another process; ")
+        assert caught.value.pid == (os.getpid() if sys.platform == "linux" else None)
         assert await wal.append(b"a") == 1
 
 
-@pytest.mark.parametrize("text", [b"", b"nobody", b"-1", b"9" * 40, b"\xff" * 64])
+@pytest.fixture
+def _no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no /proc/locks: on macOS, or where /proc is not mounted."""
+    original = open
+
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if path == "/proc/locks":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+
+
+HOSTILE_TEXTS = [b"", b"nobody", b"-1", b"9" * 40, b"\xff" * 64, b"0", b"1", b"1\n\n", b"99999999"]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+@pytest.mark.usefixtures("_no_proc")
 def test_a_lock_file_with_another_text_names_nobody(directory: OsDirectory, text: bytes) -> None:
     (Path(directory.path) / "lock").write_bytes(text)
     other = OsFiles().open_directory(directory.path)
     other.lock()
-    with pytest.raises(LogLockedError) as caught:
+    with pytest.raises(
+        LogLockedError, match=rf"^{re.escape(directory.path)}: the log is open in another process; "
+    ) as caught:
         directory.lock()
     assert caught.value.pid is None
     other.close()
     directory.lock()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/locks")
+@pytest.mark.parametrize("text", [*HOSTILE_TEXTS, b"%d" % os.getppid()])
+def test_the_kernel_says_who_has_the_lock_whatever_the_lock_file_says(
+    directory: OsDirectory, text: bytes
+) -> None:
+    """A recovery that has not signed yet, or somebody with flock(1)."""
+    (Path(directory.path) / "lock").write_bytes(text)
+    with subprocess.Popen(
+        [sys.executable, "-c", FLOCK, directory.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(LogLockedError) as caught:
+            directory.lock()
+        assert caught.value.pid == other.pid
+        other.communicate()
+    directory.lock()
+
+
+FLOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+LOCKS = b"""\
+1: FLOCK  ADVISORY  WRITE 17 fd:01:4711 0 EOF
+1: -> FLOCK  ADVISORY  WRITE 18 fd:01:4711 0 EOF
+2: POSIX  ADVISORY  WRITE 19 fd:01:4712 0 EOF
+3: FLOCK  ADVISORY  READ  20 00:2a:4713 0 EOF
+4: FLOCK  ADVISORY  WRITE 0 fd:01:4714 0 EOF
+"""
+
+
+@pytest.mark.parametrize(
+    ("inode", "signed", "holder"),
+    [
+        (4711, None, 17),
+        (4711, 18, 17),
+        (4712, 19, None),  # another kind of lock
+        (4713, None, None),  # another device: another file, or one on btrfs
+        (4713, 20, 20),
+        (4713, 21, None),
+        (4714, None, None),  # in another namespace of pids
+        (4715, 17, None),
+    ],
+)
+def test_who_has_a_lock_is_read_from_the_table_of_locks(
+    inode: int, signed: int | None, holder: int | None
+) -> None:
+    status = os.stat_result((0o40700, inode, os.makedev(0xFD, 1), 2, 0, 0, 0, 0, 0, 0))
+    assert _lock_holder(LOCKS, status, signed) == holder
+
+
+def test_a_close_clears_the_owners_pid(tmp_path: Path) -> None:
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    assert (tmp_path / "lock").read_bytes()[:32].strip() == b"%d" % os.getpid()
+    append(log, b"a")
+    log.close()
+    assert (tmp_path / "lock").read_bytes()[:32].strip() == b""
+
+
+@pytest.mark.usefixtures("_no_proc")
+def test_without_a_table_of_locks_the_owners_word_is_taken_if_it_can_be_true(
+    directory: OsDirectory,
+) -> None:
+    directory.lock()
+    directory.sign()
+    other = OsFiles().open_directory(directory.path)
+    with pytest.raises(LogLockedError) as caught:
+        other.lock()
+    assert caught.value.pid == os.getpid()
+    if os.geteuid() == 0:
+        os.chown(Path(directory.path) / "lock", 65534, 65534)
+        with pytest.raises(LogLockedError) as caught:
+            other.lock()
+        assert caught.value.pid is None, "another user may have written that"
+    other.close()
 
 
 def test_a_refused_open_leaves_the_lock_file_as_it_was(tmp_path: Path) -> None:

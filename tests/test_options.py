@@ -52,6 +52,7 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("compression", True, "compression must be a str, not bool"),
     ("verify_bytes", "all", "verify_bytes must be an int, not str"),
     ("verify_bytes", 0.5, "verify_bytes must be an int or math.inf, not 0.5"),
+    ("trust_directory", 1, "trust_directory must be True or False, not 1"),
 ]
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
@@ -78,9 +79,21 @@ WRONG_VALUES: list[tuple[str, object, str]] = [
         FRAME_MAX,
         f"max_batch_bytes must be at least 1 and at most {FRAME_MAX // 2}, not {FRAME_MAX}",
     ),
-    ("flush_interval", -0.001, "flush_interval must be finite and at least 0 seconds, not -0.001"),
-    ("flush_interval", math.inf, "flush_interval must be finite and at least 0 seconds, not inf"),
-    ("flush_interval", math.nan, "flush_interval must be finite and at least 0 seconds, not nan"),
+    (
+        "flush_interval",
+        -0.001,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not -0.001",
+    ),
+    (
+        "flush_interval",
+        math.inf,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not inf",
+    ),
+    (
+        "flush_interval",
+        math.nan,
+        "flush_interval must be at least 0 and at most 1e+10 seconds, not nan",
+    ),
     ("segment_size", 0, f"segment_size must be at least 1 and at most {1 << 40}, not 0"),
     (
         "segment_size",
@@ -153,6 +166,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "retention": None,
         "compression": None,
         "verify_bytes": 32 * MiB,
+        "trust_directory": False,
         "files": None,
     }
 

@@ -827,3 +827,45 @@ async def test_an_exhausted_default_thread_limiter_does_not_starve_the_log(
             assert limiter.available_tokens == 0
         finally:
             leave.set()
+
+
+# -- followers and the close --------------------------------------------------------------
+
+
+async def test_a_close_does_not_wait_for_a_follower_that_is_behind_and_it_is_told(
+    files: MemoryFiles,
+) -> None:
+    """It has what was read from the disk before; that there is more, it must know."""
+    async with open_memory(files) as wal:
+        await wal.append_many([b"1", b"2", b"3"])
+        stream = wal.follow()
+        records = await stream.__aenter__()
+        assert (await records.__anext__()).lsn == 1
+        await wal.append_many([b"4", b"5"])
+    assert [(await records.__anext__()).lsn for _ in range(2)] == [2, 3]
+    with pytest.raises(trio.ClosedResourceError):
+        await records.__anext__()
+    await stream.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("parked", [True, False])
+async def test_a_close_ends_a_follower_that_has_had_everything(
+    files: MemoryFiles, parked: bool
+) -> None:
+    given: list[int] = []
+
+    async def follow() -> None:
+        async with wal.follow() as records:
+            async for record in records:
+                given.append(record.lsn)
+                if record.lsn == 3 and not parked:
+                    await go_on.wait()
+
+    go_on = trio.Event()
+    async with trio.open_nursery() as nursery:
+        async with open_memory(files) as wal:
+            await wal.append_many([b"1", b"2", b"3"])
+            nursery.start_soon(follow)
+            await wait_all_tasks_blocked()
+        go_on.set()
+    assert given == [1, 2, 3]

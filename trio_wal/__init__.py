@@ -25,6 +25,7 @@ from ._exceptions import (
     RecordTooLargeError as RecordTooLargeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
+    UntrustedDirectoryError as UntrustedDirectoryError,
     WalError as WalError,
     WrongDirectoryError as WrongDirectoryError,
 )

@@ -135,8 +135,13 @@ def neither(names: list[str]) -> tuple[str, str]:
     return f"neither a log nor a database: {holds}", "the directory of one, or a new path"
 
 
+def is_temporary(name: str) -> bool:
+    """Whether recovery would remove a file of this name."""
+    return name != LOCK_NAME and is_ours(name)
+
+
 def temporary(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name != LOCK_NAME and is_ours(name)]
+    return [name for name in names if is_temporary(name)]
 
 
 def read_segment(directory: Directory, name: str) -> FoundSegment:

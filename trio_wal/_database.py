@@ -9,11 +9,13 @@ still on its way to the disk; a commit returns when it and all that it read are 
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, TypeVar, cast, final, overload
 
@@ -23,6 +25,7 @@ from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
+from ._events import tell
 from ._exceptions import (
     CorruptLogError,
     LogLockedError,
@@ -60,6 +63,8 @@ VerifyStore = Literal["auto", "child", "none"]
 
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
+MAP_SIZE_MAX: Final = 1 << 61
+"""Below what LMDB's C can count, once doubled; where less is too much, the system says so."""
 
 
 class Fate:
@@ -618,6 +623,11 @@ class Database:
             self.readers_gone.unpark_all()
 
     @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child, where all of it is dead."""
+        return self._queue.disowned
+
+    @property
     def reading(self) -> bool:
         """Whether a snapshot or transaction holds a view."""
         return bool(self._readers)
@@ -784,6 +794,23 @@ class Database:
     def _start(self, nursery: trio.Nursery) -> None:
         self._checkpointer.start(nursery)
 
+    def _disown(self) -> None:
+        """In a forked child: the database is the parent's.
+
+        LMDB's read transactions stay as they are: to end one would free its place in the table
+        of readers, which is the parent's too.
+        """
+        self._closed = True
+        for view in (self._view, *(reader._view for reader in self._readers)):
+            if view is not None:
+                view.base.pin()
+        for reader in list(self._readers):
+            reader.database_closed()
+        self.memtable.close()
+        self.refresh_view()
+        self._base_get = self._get_closed
+        self._closed_store = (0, 0)
+
     @enable_ki_protection
     async def _before_close(self) -> None:
         self._closed = True
@@ -797,8 +824,10 @@ class Database:
         self.memtable.close()
         self.refresh_view()
         self._base_get = self._get_closed
-        self._closed_store = self.store.statistics()
-        self.store.close()
+        try:
+            self._closed_store = self.store.statistics()
+        finally:
+            self.store.close()
 
     def _get_closed(self, key: bytes) -> bytes | None:
         check_key(key)
@@ -819,6 +848,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._files = files
         self._log = log
         self._state: StoreState | None = None
+        self._made: tuple[str, ...] = ()
         self._verify_store: VerifyStore = "auto"
         self._on_verify_progress: Progress | None = None
         log._database = True
@@ -852,7 +882,12 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     def _prepare(self) -> None:
         """Create the directory, or see whether it is a database's."""
         directory = self._files.open_directory(self._path, create=True)
+        self._made = directory.made
         try:
+            if not self._log._options.trust_directory:
+                directory.check_trusted()
+                if STORE_NAME in directory.names():
+                    self._check_store_trusted()
             names = [name for name in directory.names() if name[0] != "." and name != "lost+found"]
             if not names or LOG_NAME in names:
                 return
@@ -864,6 +899,21 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         finally:
             directory.close()
 
+    def _check_store_trusted(self) -> None:
+        try:
+            directory = self._files.open_directory(self._store_path)
+        except (OSError, CorruptLogError):
+            # Whatever it is: for those to say who open it.
+            return
+        try:
+            directory.check_trusted()
+        finally:
+            directory.close()
+
+    def _remove_made(self) -> None:
+        """After an open that failed: the directories that `_prepare` has made."""
+        self._files.remove_directories(self._made)
+
     def _open_store(self) -> Store:
         return self._files.open_store(self._store_path, self._map_size)
 
@@ -871,21 +921,47 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     async def __aenter__(self) -> Database:
         require_trio("open_database")
         blocking = Blocking(threaded=self._files.threaded)
-        await blocking(self._prepare)
         try:
-            wal = await self._log.__aenter__()
-        except LogLockedError as exc:
-            raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
+            await blocking(self._prepare)
+            try:
+                wal = await self._log.__aenter__()
+            except LogLockedError as exc:
+                raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
+            try:
+                db = await self._open_on(wal, blocking)
+            except BaseException as exc:
+                await self._log.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        except BaseException:
+            self._remove_made()
+            raise
+        self._log._hand_out()
+        report = db.recovery
+        tell(
+            logging.INFO,
+            "replayed",
+            db.path,
+            f"{report.transactions_replayed} transactions after the store's LSN "
+            f"{report.checkpoint_lsn} replayed",
+            transactions_replayed=report.transactions_replayed,
+            checkpoint_lsn=report.checkpoint_lsn,
+        )
+        return db
+
+    async def _open_on(self, wal: WriteAheadLog, blocking: Blocking) -> Database:
+        if wal._directory.created:
+            wal.undo_opening = partial(self._files.remove_store, self._store_path)
+        store = await blocking(self._open_store)
         try:
-            store = await blocking(self._open_store)
             state = self._state or StoreState(wal._directory.log_uuid, 0)
             db = Database(self._path, wal, store, state, self._checkpoint_bytes)
-            wal._before_close = db._before_close
-            await db._replay()
-            db._start(wal._nursery)
-        except BaseException as exc:
-            await self._log.__aexit__(type(exc), exc, exc.__traceback__)
+        except BaseException:
+            store.close()
             raise
+        wal._before_close = db._before_close
+        await db._replay()
+        db._start(wal._nursery)
+        self._files.on_fork(db._disown)
         return db
 
     @enable_ki_protection
@@ -940,18 +1016,18 @@ def open_database(
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
 
-    Raises, on entering; nothing was modified then:
-      LogLockedError, WrongDirectoryError, CorruptLogError, UnsupportedFormatError,
-      LogFullError, OSError, RuntimeError: as `open_wal`; `CorruptLogError` also where LMDB's
-          file is damaged, or log and store do not belong together, or the store is ahead of
-          the log.
+    Raises, on entering; what was there is as it was, and nothing else stays:
+      LogLockedError, WrongDirectoryError, UntrustedDirectoryError, CorruptLogError,
+      UnsupportedFormatError, LogFullError, OSError, RuntimeError: as `open_wal`;
+          `CorruptLogError` also where LMDB's file is damaged, or log and store do not belong
+          together, or the store is ahead of the log.
 
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.
     """
     name = check_path(path)
     check_int("checkpoint_bytes", checkpoint_bytes, 1)
-    check_int("map_size", map_size, 1 * MiB)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     check_one_of("verify_store", verify_store, ("auto", "child", "none"))
     used = OsFiles() if files is None else files
     log = open_wal(

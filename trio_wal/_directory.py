@@ -23,7 +23,14 @@ import attrs
 from . import _scan
 from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
 from ._codec import require_zstd
-from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError, WrongDirectoryError
+from ._exceptions import (
+    CorruptLogError,
+    LogFullError,
+    LogLockedError,
+    LsnTruncatedError,
+    UnsupportedFormatError,
+    WrongDirectoryError,
+)
 from ._files import NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
     BLOCK,
@@ -44,7 +51,7 @@ from ._recovery import (
     examine,
     reread_tail,
 )
-from ._repair import repair, reserve_meta, write_meta
+from ._repair import repair, reserve_meta, uncreate, write_meta
 from ._retention import Retention
 from ._scan import FrameScanner, Position, start_of
 from ._segment import (
@@ -96,6 +103,7 @@ class LogDirectory:
         segment_size: int,
         features: int,
         started_us: int,
+        found_names: frozenset[str],
     ) -> None:
         self._files = files
         self._directory = directory
@@ -111,6 +119,9 @@ class LogDirectory:
         self._spare_not_before = 0.0
         self._meta_reserved = False
         self._readers: dict[bytes, int] = {}
+        self.created: Final = plan.meta is None
+        """Whether this open has made the log."""
+        self._found_names: Final = found_names
         opened = repair(files, directory, plan, segment_size=segment_size, features=features)
         self._meta = opened.meta
         self._sealed = opened.sealed
@@ -223,9 +234,10 @@ class LogDirectory:
     def publish(self) -> None:
         """Let readers in other processes know what is durable; nobody waits for this."""
         if self._published != (self.synced_lsn, self._meta):
-            self._published = (self.synced_lsn, self._meta)
+            word = (self.synced_lsn, self._meta)
             with contextlib.suppress(OSError):
                 self._directory.publish(self.synced_lsn, self._meta.epoch)
+                self._published = word
 
     def make_room(self) -> None:
         """See whether a segment can be prepared again; `LogFullError` where not."""
@@ -265,10 +277,14 @@ class LogDirectory:
             raise
         active.position = attrs.evolve(active.position, time_us=old.position.time_us)
         finished: list[SegmentInfo] = []
-        if replaces:
-            old.file.close()
-        else:
-            finished.append(old.seal())
+        try:
+            if replaces:
+                old.file.close()
+            else:
+                finished.append(old.seal())
+        except BaseException:
+            close_quietly(active.file)
+            raise
         with self._shape:
             self._sealed += finished
             self.active = active
@@ -727,6 +743,24 @@ class LogDirectory:
                 close_quietly(self._spare.file)
             close_quietly(self._directory)
 
+    def abandon(self, also: Callable[[], None] | None = None) -> None:
+        """The open has failed after all: let go, and remove what it has made.
+
+        Args:
+          also: removes what was made beside the log; called before the log goes.
+        """
+        try:
+            close_quietly(self.active.file)
+            if self._spare is not None:
+                close_quietly(self._spare.file)
+            with contextlib.suppress(OSError, CorruptLogError, UnsupportedFormatError):
+                if also is not None:
+                    also()
+                uncreate(self._directory, self._found_names, created=self.created)
+                self._directory.unmake()
+        finally:
+            close_quietly(self._directory)
+
     def stop_preparing(self) -> None:
         """Have `prepare_spare` return soon, for a close."""
         self._hurry = True
@@ -756,6 +790,7 @@ def open_log_directory(
     compression: str | None = None,
     check: Callable[[Plan], int | None] | None = None,
     database: bool = False,
+    trust_directory: bool = False,
 ) -> LogDirectory:
     """Lock, recover and open the log in a directory, which is created if it is missing.
 
@@ -764,17 +799,20 @@ def open_log_directory(
           from which on all records will be read at once, and so are checked before, or None.
 
     Raises:
-      LogLockedError, WrongDirectoryError, CorruptLogError, UnsupportedFormatError,
-      LogFullError, OSError
+      LogLockedError, WrongDirectoryError, UntrustedDirectoryError, CorruptLogError,
+      UnsupportedFormatError, LogFullError, OSError: what this open has created is removed
+          again.
       ModuleNotFoundError: the log is compressed and zstandard is not installed.
     """
     if compression == "zstd":
         require_zstd()
     started_us = files.time_us()
     # A database's log is in the database, and not where a link leads.
-    directory = files.open_directory(path, create=True, follow=not database)
+    directory = _open_locked(files, path, follow=not database, trust_directory=trust_directory)
+    plan: Plan | None = None
+    found_names: frozenset[str] = frozenset()
     try:
-        directory.lock()
+        found_names = frozenset(directory.names())
         reread_tail(directory)
         plan = examine(directory, verify_bytes=verify_bytes)
         features = FEATURE_ZSTD if compression == "zstd" else 0
@@ -807,7 +845,32 @@ def open_log_directory(
             segment_size=segment_size,
             features=features,
             started_us=started_us,
+            found_names=found_names,
         )
     except BaseException:
+        with contextlib.suppress(OSError, CorruptLogError, UnsupportedFormatError):
+            if plan is not None:
+                uncreate(directory, found_names, created=plan.meta is None)
+            directory.unmake()
         close_quietly(directory)
         raise
+
+
+def _open_locked(files: Files, path: str, *, follow: bool, trust_directory: bool) -> Directory:
+    """The directory, made if it is missing, with this process as its owner."""
+    while True:
+        directory = files.open_directory(path, create=True, follow=follow)
+        try:
+            if not trust_directory:
+                directory.check_trusted()
+            directory.lock()
+            if directory.is_there():
+                return directory
+        except BaseException as exc:
+            if not isinstance(exc, LogLockedError):
+                # Else another is its owner by now, even if it was made here.
+                directory.unmake()
+            close_quietly(directory)
+            raise
+        # Its owner failed to open it, and has removed what it had made.
+        close_quietly(directory)

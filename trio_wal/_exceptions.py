@@ -128,6 +128,31 @@ class LogLockedError(WalError):
         )
 
 
+class UntrustedDirectoryError(WalError):
+    """The directory of a log or database is not this user's alone; nothing was modified.
+
+    Whoever owns a directory, or may write it, can replace what is in it: with a log that
+    says something else, or with one made to do harm.  ``trust_directory=True`` opens it
+    all the same.
+
+    Attributes:
+      path: the directory.
+      reason: who else has a hand in it.
+      remedy: what changes that.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.path: str = os.fspath(path)
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return printable(
+            f"{self.path}: {self.reason}; {self.remedy}, or open it with trust_directory=True"
+        )
+
+
 class LogFullError(WalError):
     """There is no space for what comes next; nothing was accepted.
 

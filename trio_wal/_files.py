@@ -23,7 +23,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
+from ._exceptions import (
+    CorruptLogError,
+    LogLockedError,
+    UntrustedDirectoryError,
+    WrongDirectoryError,
+)
 from ._frame import crc32c
 from ._util import align_up
 
@@ -39,6 +44,9 @@ _WORD: Final = struct.Struct("<QQQI")
 _ALL_BITS: Final = (1 << 64) - 1
 _WORD_BARE: Final = 16
 """Bytes of what older versions wrote: without an epoch."""
+_COPY_NAME: Final = "spare-copy.tmp"
+"""Recovery clears away what has such a name."""
+_COPY_BYTES: Final = 1 << 20
 FOLIO_MAX: Final = mmap.PAGESIZE**2 // 8
 """At multiples of this no folio of Linux's page cache reaches across: none is larger than what
 one page of a page table, with entries of 8 bytes, maps (2 MiB where a page has 4 KiB)."""
@@ -99,6 +107,8 @@ class Watch(Protocol):
 
 class Directory(Protocol):
     path: str
+    made: tuple[str, ...]
+    """What opening it has created: itself, then missing parents, innermost first."""
 
     def names(self) -> list[str]: ...
 
@@ -120,8 +130,20 @@ class Directory(Protocol):
         """On return all that was created, renamed and unlinked is durable."""
         ...
 
+    def check_trusted(self) -> None:
+        """`UntrustedDirectoryError` where other users own the directory or may write it."""
+        ...
+
     def lock(self) -> None:
         """Become the owner, or `LogLockedError` at once; changes no file."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether its path still leads here: an open that fails removes what it has made."""
+        ...
+
+    def unmake(self) -> None:
+        """Remove what opening it has created, as far as that is empty; call it as the owner."""
         ...
 
     def sign(self) -> None:
@@ -194,6 +216,14 @@ class Files(Protocol):
         ...
 
     def open_store(self, path: str, map_size: int) -> Store: ...
+
+    def remove_store(self, path: str) -> None:
+        """Remove a store that nothing was ever committed to."""
+        ...
+
+    def remove_directories(self, paths: Sequence[str]) -> None:
+        """Remove these, one after the other, up to the first that is not empty."""
+        ...
 
     def on_fork(self, callback: Callable[[], None]) -> None:
         """Call a bound method in every forked child, as long as its object lives."""
@@ -365,8 +395,9 @@ class OsDirectory:
     unlink.  It goes away with the process, however that ends.
     """
 
-    def __init__(self, path: str, *, follow: bool = True) -> None:
+    def __init__(self, path: str, made: tuple[str, ...] = (), *, follow: bool = True) -> None:
         self.path = path
+        self.made = made
         self._fd = -1
         self._lock_file: OsFile | None = None
         self._windows_lock: int = -1
@@ -406,24 +437,58 @@ class OsDirectory:
                 raise CorruptLogError(path, 0, "not a regular file") from exc
             exc.filename = path
             raise
+        file = OsFile(path, fd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
                 raise CorruptLogError(path, 0, "not a regular file")
-            if create and sys.platform != "win32":
-                os.fchmod(fd, 0o600)
+            if sys.platform != "win32":
+                if create:
+                    os.fchmod(fd, 0o600)
+                elif writable and status.st_nlink > 1:
+                    return self._break_link(name, file)
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
-        return OsFile(path, fd)
+        return file
+
+    def _break_link(self, name: str, file: OsFile) -> OsFile:
+        """A file that has another name gets a copy in its place: whoever made the hard link,
+        such as ``cp -al`` for a backup, shall not see what is written from now on."""
+        copy = self.open(_COPY_NAME, create=True)
+        try:
+            size = file.size()
+            for offset in range(0, size, _COPY_BYTES):
+                copy.pwrite([file.pread(min(_COPY_BYTES, size - offset), offset)], offset)
+            copy.sync()
+            self.rename(_COPY_NAME, name)
+            self.sync()
+        except BaseException:
+            close_quietly(copy)
+            with contextlib.suppress(OSError):
+                self.unlink(_COPY_NAME)
+            raise
+        file.close()
+        copy.path = file.path
+        return copy
 
     def rename(self, old: str, new: str) -> None:
         old_where, dir_fd = self._where(old)
         new_where, _ = self._where(new)
-        os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        try:
+            os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except OSError as exc:
+            exc.filename = os.path.join(self.path, old)
+            exc.filename2 = os.path.join(self.path, new)
+            raise
 
     def unlink(self, name: str) -> None:
         where, dir_fd = self._where(name)
-        os.unlink(where, dir_fd=dir_fd)
+        try:
+            os.unlink(where, dir_fd=dir_fd)
+        except OSError as exc:
+            exc.filename = os.path.join(self.path, name)
+            raise
 
     def reread(self, name: str, keep: range = range(0)) -> None:
         file = self.open(name)
@@ -437,6 +502,27 @@ class OsDirectory:
             _sync_directory(self._fd)
 
     # -- ownership --
+
+    def check_trusted(self) -> None:
+        if self._fd >= 0:
+            _check_trusted(self.path, os.fstat(self._fd))
+
+    def is_there(self) -> bool:
+        if self._fd < 0:
+            return True
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def unmake(self) -> None:
+        made, self.made = self.made, ()
+        if sys.platform == "win32" and self._windows_lock >= 0:
+            # The lock is on a file, and a file that is open cannot be removed.
+            self.close()
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.path, LOCK_NAME))
+        _remove_directories(made)
 
     def lock(self) -> None:
         if sys.platform == "win32":
@@ -485,8 +571,20 @@ class OsDirectory:
                 file.close()
 
     def _owner(self) -> int | None:
+        """Who holds the lock, where that is certain."""
         digits = self._read_lock_file()[:_PID_BYTES].strip()
-        return int(digits) if digits.isdigit() and len(digits) < 12 else None
+        signed = int(digits) if digits.isdigit() and len(digits) < 12 else None
+        if sys.platform == "win32":
+            # The lock is on the very file that has the text.
+            return signed
+        else:  # noqa: RET505  (mypy reads what is behind as unreachable there)
+            try:
+                with open("/proc/locks", "rb") as file:
+                    return _lock_holder(file.read(), os.fstat(self._fd), signed)
+            except OSError:
+                # No Linux.  The text is cleared by a close, but not by a kill.
+                path = os.path.join(self.path, LOCK_NAME)
+                return signed if signed is not None and _may_own(path, signed) else None
 
     def publish(self, durable_lsn: int, epoch: int) -> None:
         if self._lock_file is not None:
@@ -510,9 +608,16 @@ class OsDirectory:
     def disown(self) -> None:
         """In a forked child: let go of the descriptors, so that the lock is the parent's
         alone, without unlocking it for the parent."""
-        self.close()
+        self._close()
 
     def close(self) -> None:
+        if self._lock_file is not None:
+            # Whoever has this number next is not the owner.
+            with contextlib.suppress(OSError):
+                self._lock_file.pwrite([b"\n" * _PID_BYTES], 0)
+        self._close()
+
+    def _close(self) -> None:
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
@@ -605,21 +710,127 @@ def _sync_directory(fd: int) -> None:
             raise
 
 
-def make_directory(path: str) -> None:
-    """Create the directory with mode 0700 whatever the umask, missing parents with it,
-    and make every new entry durable."""
-    parent = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(parent):
-        make_directory(parent)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        return
+def _check_trusted(path: str, status: os.stat_result) -> None:
+    """As ssh and git do: who may write a directory can put any log there, or take this one away."""
     if sys.platform != "win32":
-        os.chmod(path, 0o700)
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+        me = os.geteuid()
+        if status.st_uid not in (me, 0):
+            raise UntrustedDirectoryError(
+                path,
+                f"it belongs to user {status.st_uid}, and this process runs as user {me}",
+                f"run as that user, or 'chown {me}' the directory and its files",
+            )
+        if status.st_mode & 0o022:
+            mode = stat.S_IMODE(status.st_mode)
+            raise UntrustedDirectoryError(
+                path, f"other users may write it (mode {mode:04o})", "'chmod go-w' the directory"
+            )
+
+
+def _may_own(path: str, pid: int) -> bool:
+    """Whether there is such a process, and nobody but this user or root wrote its number."""
+    if sys.platform != "win32":
         try:
-            _sync_directory(fd)
+            if pid > 1 and os.stat(path, follow_symlinks=False).st_uid in (os.geteuid(), 0):
+                os.kill(pid, 0)
+                return True
+        except PermissionError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
+def _lock_holder(table: bytes, status: os.stat_result, signed: int | None) -> int | None:
+    """The process that has an flock on a file, by Linux's /proc/locks; 0 or less there stands for
+    one that is not visible from here (proc(5), and lock_translate_pid in fs/locks.c)."""
+    if sys.platform != "win32":
+        device = b"%02x:%02x" % (os.major(status.st_dev), os.minor(status.st_dev))
+        inode = b"%d" % status.st_ino
+        for line in table.splitlines():
+            words = line.split()
+            if len(words) < 6 or words[1] != b"FLOCK":
+                continue
+            where, _, number = words[5].rpartition(b":")
+            pid = int(words[4])
+            # btrfs gives stat another device than the lock has: there the pid must fit.
+            if number == inode and pid > 0 and (where == device or pid == signed):
+                return pid
+    return None
+
+
+def _remove_directories(paths: Sequence[str]) -> None:
+    with contextlib.suppress(OSError):
+        for path in paths:
+            os.rmdir(path)
+
+
+def make_directory(path: str) -> tuple[str, ...]:
+    """Create the directory with mode 0700 whatever the umask, missing parents with it,
+    and make every new entry durable; returns what was created, innermost first."""
+    path = os.path.abspath(path)
+    made: list[str] = []
+    try:
+        while not os.path.isdir(path):
+            try:
+                _make_directories(path, made)
+            except FileNotFoundError:
+                # Another open failed, and has removed a parent that it had made.
+                if os.path.isdir(os.path.dirname(path)):
+                    continue
+                raise
+            break
+    except BaseException:
+        _remove_directories(made[::-1])
+        raise
+    return tuple(made[::-1])
+
+
+def _make_directories(path: str, made: list[str]) -> None:
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        _make_directories(parent, made)
+    if sys.platform == "win32":
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            made.append(path)
+    else:
+        # By its name below the parent's descriptor, and never through a link: who may write the
+        # parent could put something else in its place between two calls.
+        parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+        name = os.path.basename(path)
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent_fd)
+            made.append(path)
+            _make_private(name, path, parent_fd)
+            _sync_directory(parent_fd)
+        except FileExistsError:
+            pass
+        finally:
+            os.close(parent_fd)
+
+
+def _make_private(name: str, path: str, parent_fd: int) -> None:
+    """Mode 0700 for a directory just made, whatever the umask has taken away."""
+    if sys.platform != "win32":
+        flags = os.O_RDONLY | os.O_DIRECTORY | _NOFOLLOW | _CLOEXEC
+        try:
+            fd = os.open(name, flags, dir_fd=parent_fd)
+        except PermissionError:
+            # The umask has taken even its owner's rights.
+            os.chmod(name, 0o700, dir_fd=parent_fd, follow_symlinks=False)
+            fd = os.open(name, flags, dir_fd=parent_fd)
+        try:
+            status = os.fstat(fd)
+            to_do = stat.S_IMODE(status.st_mode) & 0o777 != 0o700
+            if status.st_uid != os.geteuid() or (to_do and os.listdir(fd)):
+                raise UntrustedDirectoryError(
+                    path,
+                    "another directory was put in the place of the one just made",
+                    "see who may write its parent",
+                )
+            if to_do:
+                os.fchmod(fd, 0o700)
         finally:
             os.close(fd)
 
@@ -644,14 +855,16 @@ class OsFiles:
     def open_directory(
         self, path: str, *, create: bool = False, follow: bool = True
     ) -> OsDirectory:
+        made: tuple[str, ...] = ()
         if create and not os.path.lexists(path):
-            make_directory(path)
+            made = make_directory(path)
         try:
             mode = os.stat(path, follow_symlinks=follow).st_mode
             if not stat.S_ISDIR(mode):
                 raise _no_directory(path, follow=follow, link=stat.S_ISLNK(mode))
-            return OsDirectory(os.path.abspath(path), follow=follow)
+            return OsDirectory(os.path.abspath(path), made, follow=follow)
         except OSError as exc:
+            _remove_directories(made)
             # ELOOP, or ENOTDIR on Linux: a link has taken its place since.
             if exc.errno == errno.ENOTDIR or (exc.errno == errno.ELOOP and not follow):
                 raise _no_directory(path, follow=follow) from exc
@@ -689,6 +902,18 @@ class OsFiles:
         from ._store import LmdbStore
 
         return LmdbStore(path, map_size)
+
+    def remove_store(self, path: str) -> None:
+        from ._store import DATA_NAME, SUSPECT_NAME
+
+        for name in (DATA_NAME, "lock.mdb", SUSPECT_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(path, name))
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
+
+    def remove_directories(self, paths: Sequence[str]) -> None:
+        _remove_directories(paths)
 
     def on_fork(self, callback: Callable[[], None]) -> None:
         reference: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -26,17 +27,18 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from ._directory import LogDirectory
+from ._events import tell
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._identity import History
 from ._queue import Barrier, Batch, State, WriteQueue
-from ._worker import Worker
-
-log = logging.getLogger("trio_wal")
+from ._worker import Forked, Worker
 
 Durability = Literal["sync", "interval", "none"]
 
 FULL_RETRY_SECONDS: Final = 0.25
 """How often a full disk is looked at again when nobody asks."""
+PRESSURE_SECONDS: Final = 1.0
+"""Writers that wait for room without a pause for so long are worth a line in the log."""
 HISTOGRAM_BOUNDS: Final = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
@@ -101,6 +103,12 @@ class Flusher:
         """How often they were told."""
         self._active_number = directory.active.header.number
         self._sync_due: float | None = None
+        self._sync_scope = trio.CancelScope()
+        """In which the flusher waits for records until then."""
+        self._pressed = False
+        """Whether writers waited for room when the last batch was taken."""
+        self._pressed_since = 0.0
+        self._pressure_told = False
         self._waiters: list[tuple[int, int, Task]] = []
         self._waiter_numbers = count()
 
@@ -117,9 +125,12 @@ class Flusher:
             await trio.lowlevel.checkpoint()
             return
         self._queue.check_open(self._queue.loss)
-        self._queue.wake_flusher()
         waiter = (lsn, next(self._waiter_numbers), current_task())
         heapq.heappush(self._waiters, waiter)
+        self._queue.expect(lsn - self.last_lsn)
+        if self._sync_due is not None and lsn <= self.last_lsn:
+            # Written, and to be synced some time.
+            self._sync_due = self._sync_scope.deadline = trio.current_time()
 
         def abort(_: object) -> Abort:
             self._waiters.remove(waiter)
@@ -159,6 +170,8 @@ class Flusher:
                     del batch  # its payload must not stay until the next one comes
                 if self.durable_lsn < self.last_lsn:
                     await self._sync()
+        except Forked:
+            pass
         except OSError as exc:
             self._fail(exc)
         except BaseException as exc:
@@ -166,9 +179,10 @@ class Flusher:
             self._fail(exc)
             raise
         finally:
-            self._release_all()
-            self.maintenance.set()
-            self.done.set()
+            if not self._queue.disowned:
+                self._release_all()
+                self.maintenance.set()
+                self.done.set()
 
     async def _next_batch(self) -> Batch | None:
         """The oldest batch, still being filled; None when the queue is closed and empty."""
@@ -182,11 +196,16 @@ class Flusher:
             if self._sync_due is None:
                 return await self._receive()
             batch: Batch | None = None
-            with trio.move_on_at(self._sync_due) as scope:
-                batch = await self._receive()
-            if not scope.cancelled_caught:
-                return batch
+            if not self._is_awaited(self.last_lsn):
+                with trio.move_on_at(self._sync_due) as self._sync_scope:
+                    batch = await self._receive()
+                if not self._sync_scope.cancelled_caught:
+                    return batch
             await self._sync()
+
+    def _is_awaited(self, lsn: int) -> bool:
+        """Whether somebody waits for a record up to this one."""
+        return bool(self._waiters) and self._waiters[0][0] <= lsn
 
     async def _receive(self) -> Batch | None:
         try:
@@ -196,9 +215,11 @@ class Flusher:
 
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
-        awaited = bool(self._waiters) and self._waiters[0][0] <= self.last_lsn + batch.records
-        if self._flush_interval and self._durability == "sync" and not awaited:
-            await queue.doze(batch, self._flush_interval)
+        if self._flush_interval and self._durability == "sync":
+            awaited = self._waiters[0][0] - self.last_lsn if self._waiters else math.inf
+            await queue.doze(batch, self._flush_interval, awaited)
+        if queue.blocked or self._pressed:
+            self._note_pressure()
         queue.take(batch)
         self.in_flight = batch
         while batch.entries:
@@ -209,6 +230,32 @@ class Flusher:
                 await self._wait_for_space(batch, exc)
         self.in_flight = None
 
+    def _note_pressure(self) -> None:
+        """Say once where writers have been waiting for room for a while, and once where they
+        no longer do: a queue that is full for an instant is how it should be."""
+        queue, now = self._queue, trio.current_time()
+        blocked = queue.blocked
+        if not blocked:
+            if self._pressure_told:
+                seconds = now - self._pressed_since
+                text = f"no writer waits for room any more, after {seconds:.1f} seconds"
+                path = self._directory.path
+                tell(logging.INFO, "backpressure_ended", path, text, seconds=seconds)
+            self._pressed = self._pressure_told = False
+        elif not self._pressed:
+            self._pressed, self._pressed_since = True, now
+        elif not self._pressure_told and now - self._pressed_since >= PRESSURE_SECONDS:
+            self._pressure_told = True
+            tell(
+                logging.WARNING,
+                "backpressure_began",
+                self._directory.path,
+                f"writers wait for room in the queue (now {blocked}): the disk is slower than they",
+                tasks=blocked,
+                records=queue.records_waiting,
+                bytes=queue.bytes_waiting,
+            )
+
     async def _write(self, batch: Batch) -> None:
         """One write, one sync, one acknowledgement."""
         barrier = batch.barrier
@@ -217,7 +264,10 @@ class Flusher:
             self._durability == "sync"
             or barrier is not None
             or (self._sync_due is not None and now >= self._sync_due)
-            or (self._durability == "interval" and not self._flush_interval)
+            or (
+                self._durability == "interval"
+                and (not self._flush_interval or self._is_awaited(self.last_lsn + batch.records))
+            )
         )
         first_lsn = self.last_lsn + 1
         records = batch.payload()
@@ -273,6 +323,16 @@ class Flusher:
         if number != self._active_number:
             self._active_number = number
             self.maintenance.set()
+            first_lsn = self._directory.active.header.first_lsn
+            tell(
+                logging.DEBUG,
+                "rotated",
+                self._directory.path,
+                f"segment {number} begins at LSN {first_lsn}",
+                segment=number,
+                first_lsn=first_lsn,
+                segments=self._directory.segments,
+            )
 
     async def _sync(self) -> None:
         await self._worker.call(self._directory.sync)
@@ -294,6 +354,15 @@ class Flusher:
     async def _wait_for_space(self, batch: Batch, error: LogFullError) -> None:
         """Hold what was only sent until there is a segment for it."""
         queue = self._queue
+        started = trio.current_time()
+        tell(
+            logging.WARNING,
+            "full",
+            self._directory.path,
+            f"the disk is full: {error}",
+            needed=error.needed,
+            last_lsn=self.last_lsn,
+        )
         while True:
             closing = queue.state is State.CLOSING
             queue.refuse(error, batch)
@@ -312,6 +381,9 @@ class Flusher:
                 error = exc
                 continue
             queue.reopen()
+            seconds = trio.current_time() - started
+            text = f"there is disk space again, after {seconds:.1f} seconds"
+            tell(logging.INFO, "space", self._directory.path, text, seconds=seconds)
             return
 
     def _fail(self, exc: BaseException) -> None:
@@ -320,7 +392,16 @@ class Flusher:
         self._queue.fail(exc, in_flight, "unknown" if unsynced else "not written")
         self._queue.batches.close()
         # Last: where this fails too, of MemoryError for one, everybody has been told.
-        log.error("%s: the log is broken: %r", self._directory.path, exc)
+        tell(
+            logging.ERROR,
+            "failed",
+            self._directory.path,
+            f"the log is broken: {exc!r}",
+            outcome=self._queue.loss,
+            last_lsn=self.last_lsn,
+            durable_lsn=self.durable_lsn,
+            error=repr(exc),
+        )
 
 
 def _errno_of(error: LogFullError) -> tuple[int, str]:

@@ -21,6 +21,7 @@ Invariants:
 from __future__ import annotations
 
 import enum
+import math
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -266,12 +267,16 @@ class WriteQueue:
         self._blocked: OrderedDict[Task, Blocked] = OrderedDict()
         self._numbers = count()
         self._dozing: Task | None = None
+        self._awaited: float = math.inf
+        """While the flusher dozes: with so many records somebody waits for the filling batch."""
         self._wants_space = trio.Event()
         self._failure: BaseException | None = None
         self._full: LogFullError | None = None
         self.loss: Outcome = "not written"
         """After a failure: what became of the records that were accepted before it."""
         self.failure_told = False
+        self.disowned = False
+        """Whether this is a forked child, where all of it is dead."""
         self.owner: Owner | None = None
         self._free_blocked: list[Blocked] = []
         self._claims: list[Claim] = []
@@ -531,6 +536,8 @@ class WriteQueue:
 
     def withdraw(self, batch: Batch, task: Task, _raise_cancel: object = None) -> Abort:
         """Take an entry back; too late once its batch is taken, but for a flush."""
+        if self.disowned:
+            return Abort.SUCCEEDED
         entry = batch.entries.get(task)
         if batch.taken and isinstance(entry, Barrier) and entry.job is None:
             # It has nothing in the batch: its task need not wait for a disk that stalls.
@@ -560,6 +567,8 @@ class WriteQueue:
         """Take back what waits for room, or has found it since."""
         task = blocked.task
         assert task is not None
+        if self.disowned:
+            return Abort.SUCCEEDED
         if blocked.batch is not None:
             return self.withdraw(blocked.batch, task)
         if self.owner is not None and not self.owner.may_withdraw(task):
@@ -595,11 +604,14 @@ class WriteQueue:
             or bool(self._blocked)
             or bool(self._sealed)
             or batch.bytes >= self._max_batch_bytes
+            or batch.records >= self._awaited
             or not self._fits(b"")
         )
 
-    async def doze(self, batch: Batch, seconds: float) -> None:
-        """Let a batch that nobody waits for grow for a while."""
+    async def doze(self, batch: Batch, seconds: float, awaited: float = math.inf) -> None:
+        """Let a batch that nobody waits for grow for a while, or until it has so many records
+        that somebody's wait for an LSN ends with it."""
+        self._awaited = awaited
         if batch is not self.filling or self._ripe():
             return
         with trio.move_on_at(batch.opened + seconds):
@@ -611,6 +623,13 @@ class WriteQueue:
         self._dozing = None
         self._set_limits()
         return Abort.SUCCEEDED
+
+    def expect(self, records: float) -> None:
+        """Somebody waits until the batch that is filling has so many records."""
+        if self._dozing is not None:
+            self._awaited = min(self._awaited, records)
+            if self._ripe():
+                self.wake_flusher()
 
     def wake_flusher(self) -> None:
         """Somebody waits now."""
@@ -738,7 +757,8 @@ class WriteQueue:
             self.state = State.CLOSED
 
     def disown(self) -> None:
-        """In a forked child nothing is accepted, nor waited for."""
+        """In a forked child nothing is accepted, nor waited for, nor written."""
+        self.disowned = True
         self.state = State.CLOSED
         self._blocked = OrderedDict()
         self._set_limits()

@@ -443,9 +443,10 @@ class LogReader:
     cannot be read.
     """
 
-    def __init__(self, source: WatchSource) -> None:
+    def __init__(self, files: Files, source: WatchSource) -> None:
         self._source = source
         self._closed = False
+        files.on_fork(self._disown)
 
     @property
     def path(self) -> str:
@@ -512,6 +513,11 @@ class LogReader:
         await self._close()
         await trio.lowlevel.checkpoint()
 
+    def _disown(self) -> None:
+        """In a forked child there is nothing to wait for: its threads are the parent's."""
+        self._closed = True
+        self._source.blocking.disown()
+
     async def _close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -539,7 +545,7 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
         except BaseException:
             close_quietly(directory)
             raise
-        self._reader = LogReader(source)
+        self._reader = LogReader(self._files, source)
         return self._reader
 
     async def __aexit__(

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 
 import attrs
 
-from ._chain import META_NAME, META_NEW_NAME, FoundSegment
+from ._chain import META_NAME, META_NEW_NAME, FoundSegment, is_temporary, read_meta
 from ._exceptions import LogFullError
-from ._files import NO_SPACE, Directory, File, Files, close_quietly
+from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
     BLOCK,
     DATA_OFFSET,
@@ -26,6 +26,7 @@ from ._frame import (
     Kind,
     Meta,
     SegmentHeader,
+    segment_name_lsn,
 )
 from ._identity import History, branch
 from ._recovery import Plan, RecoveryReport
@@ -129,6 +130,29 @@ def repair(
     return OpenLog(meta, sealed, active, report)
 
 
+def uncreate(directory: Directory, before: frozenset[str], *, created: bool) -> None:
+    """After an open that failed: remove the files that were not there before.
+
+    Of a log that the open has made nothing stays.  Every step leaves what the next open takes
+    for an interrupted creation.  Of a log that was there only files go that its recovery would
+    remove too.
+    """
+    if created:
+        meta = read_meta(directory)
+        if meta is not None and meta.live:
+            write_meta(directory, attrs.evolve(meta, live=False))
+    for name in directory.names():
+        if name not in before and (
+            is_temporary(name)
+            or name == LOCK_NAME
+            or (created and segment_name_lsn(name) is not None)
+        ):
+            directory.unlink(name)
+    if created and META_NAME not in before and META_NAME in directory.names():
+        directory.sync()
+        directory.unlink(META_NAME)
+
+
 def create_empty(
     files: Files,
     directory: Directory,
@@ -147,8 +171,10 @@ def create_empty(
         log_uuid, base_number=1, base_lsn=first_lsn, features=features, history=history, copied=True
     )
     _, _, active = _create(files, directory, FIRST_CAPACITY, meta)
-    active.mark_closed()
-    active.file.close()
+    try:
+        active.mark_closed()
+    finally:
+        active.file.close()
 
 
 def _create(
@@ -159,11 +185,15 @@ def _create(
         meta.log_uuid, 1, meta.base_lsn, files.random_bytes(16), files.time_us(), 0, meta.features
     )
     active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
-    active.file.sync()
-    directory.rename(NEW_NAME, header.name)
-    directory.sync()
-    meta = attrs.evolve(meta, live=True)
-    write_meta(directory, meta)
+    try:
+        active.file.sync()
+        directory.rename(NEW_NAME, header.name)
+        directory.sync()
+        meta = attrs.evolve(meta, live=True)
+        write_meta(directory, meta)
+    except BaseException:
+        close_quietly(active.file)
+        raise
     return meta, [], active
 
 
@@ -282,6 +312,26 @@ def _copy_tail(
     )
     wanted = min(segment_size, max(FIRST_CAPACITY, last.size))
     active = _new_segment(directory, header, capacity_for(end.offset - start.offset, wanted))
+    try:
+        _copy_frames(directory, active, last, start, end)
+        directory.rename(NEW_NAME, header.name)
+        directory.sync()
+        if not replaces:
+            sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))
+    except BaseException:
+        close_quietly(active.file)
+        raise
+    return active
+
+
+def _copy_frames(
+    directory: Directory,
+    active: ActiveSegment,
+    last: FoundSegment,
+    start: Position,
+    end: Position,
+) -> None:
+    """The records of a segment between two places, durably."""
     old = directory.open(last.header.name)
     try:
         for frame, body in FrameScanner(old.pread, last.header, start):
@@ -303,8 +353,3 @@ def _copy_tail(
     finally:
         old.close()
     active.file.sync()
-    directory.rename(NEW_NAME, header.name)
-    directory.sync()
-    if not replaces:
-        sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))
-    return active

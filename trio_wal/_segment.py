@@ -207,9 +207,11 @@ class ActiveSegment:
         The segment behind this one must be durable already, with a copy of every frame
         that may still stand behind the end of this one: those are cut off first.
         """
-        self.file.truncate(self.position.offset)
-        self._write_end(Kind.SEAL)
-        self.file.close()
+        try:
+            self.file.truncate(self.position.offset)
+            self._write_end(Kind.SEAL)
+        finally:
+            self.file.close()
         end = self.position.offset
         return SegmentInfo(self.header, self.position.next_lsn, end, self.position.time_us)
 

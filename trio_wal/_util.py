@@ -19,13 +19,34 @@ def align_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
+INT_MAX: Final = (1 << 64) - 1
+"""The largest LSN that the format can hold; and more than anybody has of anything."""
+SECONDS_MAX: Final = 1e10
+"""Three hundred years."""
+
+
+def _shown(value: float) -> str:
+    """A number in a message; of more than 4,300 digits Python makes no text."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
+
+
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an `int` within ``low <= value <= high``; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if high is None and value > INT_MAX:
+        high = INT_MAX
     if value < low or (high is not None and value > high):
         above = "" if high is None else f" and at most {high}"
-        raise ValueError(f"{name} must be at least {low}{above}, not {value}")
+        raise ValueError(f"{name} must be at least {low}{above}, not {_shown(value)}")
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
     return value
 
 
@@ -39,11 +60,14 @@ def check_int_or_inf(name: str, value: object, low: int) -> int | float:
 
 
 def check_seconds(name: str, value: object, low: float = 0.0) -> float:
-    """``value`` as a finite number of seconds, at least ``low``."""
+    """``value`` as a number of seconds, at least ``low`` and not absurdly many."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if not math.isfinite(value) or value < low:
-        raise ValueError(f"{name} must be finite and at least {low:g} seconds, not {value}")
+    if not low <= value <= SECONDS_MAX:
+        raise ValueError(
+            f"{name} must be at least {low:g} and at most {SECONDS_MAX:g} seconds, "
+            f"not {_shown(value)}"
+        )
     return float(value)
 
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Final, Literal, NoReturn, final
 
 import attrs
+import outcome
 import trio
 from trio.lowlevel import (
     Abort,
@@ -32,6 +33,7 @@ from trio.lowlevel import (
 
 from ._codec import require_zstd
 from ._directory import LogDirectory, open_log_directory
+from ._events import tell
 from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
@@ -45,6 +47,7 @@ from ._stream import RecordStream
 from ._text import printable
 from ._util import (
     MiB,
+    check_bool,
     check_bytes,
     check_int,
     check_int_or_inf,
@@ -52,12 +55,12 @@ from ._util import (
     check_path,
     check_seconds,
 )
-from ._worker import Blocking, InlineWorker, ThreadWorker, Worker, require_trio
-
-log = logging.getLogger("trio_wal")
+from ._worker import Blocking, Forked, InlineWorker, ThreadWorker, Worker, require_trio
 
 SEGMENT_SIZE_MAX: Final = 1 << 40
 MAINTENANCE_RETRY_SECONDS: Final = 1.0
+FORKED_TURNS: Final = 100
+"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 UNIT_SLICE: Final = 10_000
 """`append_many` takes its iterable in slices of this many records, with a checkpoint
 between: the event loop is not held up for longer than a few milliseconds."""
@@ -137,6 +140,7 @@ class _Options:
     retention: Retention
     compression: Literal["none", "zstd"] | None
     verify_bytes: float
+    trust_directory: bool
 
 
 @final
@@ -178,6 +182,10 @@ class WriteAheadLog:
         )
         self._nursery: trio.Nursery
         self._closing = False
+        self._handed_out = False
+        self._forked = False
+        self.undo_opening: Callable[[], None] | None = None
+        """What removes whatever an open that fails has made beside the log."""
         self._before_close: Callable[[], Awaitable[None]] | None = None
         self._closed = _Latch()
         self._worker_done = trio.Event()
@@ -235,7 +243,11 @@ class WriteAheadLog:
             raise TypeError(
                 f"records must be an iterable of bytes, not one {type(records).__name__}"
             )
-        iterator = iter(records)
+        try:
+            iterator = iter(records)
+        except TypeError:
+            kind = type(records).__name__
+            raise TypeError(f"records must be an iterable of bytes, not {kind}") from None
         unit: list[bytes] = []
         total = 0
         while chunk := list(islice(iterator, UNIT_SLICE)):
@@ -354,9 +366,14 @@ class WriteAheadLog:
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """Like `read`, and then waits for new durable records, until it is left or the
-        log is closed, which ends the iteration.
+        log is closed.
+
+        A close does not wait for followers.  For one that has had everything durable it ends
+        the iteration; one that has not is told so, by an error, after what it had already
+        read from the disk.
 
         Raises:
+          trio.ClosedResourceError: the log was closed before everything durable was given.
           LogDivergedError: also when `truncate_after` drops what was already given, however
               far the log has grown since.
           LogFailedError: the log is broken, after all that is durable was given.
@@ -531,6 +548,9 @@ class WriteAheadLog:
             raise queue.failed(queue.loss, queue.failure)
 
     async def _close(self) -> None:
+        if self._forked:
+            await self._end_forked()
+            return
         if not self._closing:
             self._closing = True
             # In a task of its own: Ctrl-C is delivered to the main task, even shielded.
@@ -549,18 +569,54 @@ class WriteAheadLog:
                     await self._before_close()
                 await self._blocking.close()
                 orderly = self._queue.failure is None
-                await self._worker.call(partial(self._directory.close, orderly=orderly))
+                if self._handed_out:
+                    close = partial(self._directory.close, orderly=orderly)
+                else:
+                    close = partial(self._directory.abandon, self.undo_opening)
+                await self._worker.call(close)
+                if self._handed_out and orderly:
+                    last_lsn = self._flusher.last_lsn
+                    text = f"closed at LSN {last_lsn}"
+                    tell(logging.INFO, "closed", self.path, text, last_lsn=last_lsn)
+            except Forked:
+                pass
             except OSError as exc:
                 self._queue.fail(exc, None, "unknown")
             finally:
-                self._worker.stop()
-                await self._worker_done.wait()
-                self._queue.closed()
-                self._closed.set()
+                if not self._forked:
+                    self._worker.stop()
+                    await self._worker_done.wait()
+                    # Once more, for where the worker has ended before it could.
+                    self._directory.close(orderly=False)
+                    self._queue.closed()
+                    self._closed.set()
 
     def _disown(self) -> None:
-        """In a forked child: the log is the parent's."""
+        """In a forked child: the log is the parent's, and so are the threads that work for it."""
+        self._forked = True
         self._queue.disown()
+        self._worker.disown()
+        self._blocking.disown()
+
+    async def _end_forked(self) -> None:
+        """In a forked child nobody will ever wake the log's tasks, so that they must not be
+        waited for; and to cancel them would have trio change the epoll instance that it shares
+        with the parent.  So each is woken with an error where it stands, and on its way out
+        wakes none of the others."""
+        self._closed.set()
+        # First what threads have said before the fork: a task must not be woken twice.
+        heard = trio.Event()
+        trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
+        for _ in range(FORKED_TURNS):
+            if heard.is_set():
+                break
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        while self._nursery.child_tasks:
+            for task in self._nursery.child_tasks:
+                # None: it is about to run, and will stand somewhere else.
+                if getattr(task, "_abort_func", None) is not None:
+                    reschedule(task, outcome.Error(Forked()))
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     # -- for a database, which writes all of the log's records --
 
@@ -590,7 +646,7 @@ class WriteAheadLog:
         self._flusher.done.set()
         self._flusher.maintenance.set()
         self._worker.stop()
-        self._directory.close(orderly=False)
+        self._directory.abandon()
 
     # -- the tasks of the log's nursery --
 
@@ -604,8 +660,11 @@ class WriteAheadLog:
     async def _run_worker(self) -> None:
         try:
             await self._worker.run()
+        except Forked:
+            pass
         finally:
-            self._worker_done.set()
+            if not self._forked:
+                self._worker_done.set()
 
     @enable_ki_protection
     async def _maintain(self) -> None:
@@ -622,11 +681,15 @@ class WriteAheadLog:
                             flusher.spare_wanted = False
                             await self._blocking(directory.prepare_spare)
                     except (OSError, LogFullError) as exc:
-                        log.warning("%s: retention failed, will try again: %r", self.path, exc)
+                        text = f"retention failed, will try again: {exc!r}"
+                        tell(logging.WARNING, "retention_failed", self.path, text, error=repr(exc))
                         with trio.move_on_after(MAINTENANCE_RETRY_SECONDS):
                             await flusher.done.wait()
+            except Forked:
+                pass
             finally:
-                self._maintenance_done.set()
+                if not self._forked:
+                    self._maintenance_done.set()
 
     async def _wait_for_maintenance(self, policy: Retention) -> None:
         flusher = self._flusher
@@ -688,14 +751,16 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         self._check = check
         self._keep_from = keep_from
         self._database = database
+        self._entered = False
         self._wal: WriteAheadLog | None = None
         self._nursery_manager: AbstractAsyncContextManager[trio.Nursery] | None = None
 
     @enable_ki_protection
     async def __aenter__(self) -> WriteAheadLog:
-        if self._wal is not None:
+        if self._entered:
             raise RuntimeError("open_wal() gives a context manager for one use")
         require_trio("open_wal")
+        self._entered = True
         options, files = self._options, self._files
         blocking = Blocking(threaded=files.threaded)
         directory = await blocking(
@@ -707,26 +772,61 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             compression=options.compression,
             check=self._check,
             database=self._database,
+            trust_directory=options.trust_directory,
         )
-        if self._keep_from is not None:
-            directory.keep_from = self._keep_from()
-        worker: Worker
-        if files.threaded:
-            worker = ThreadWorker(directory.publish)
-        else:
-            gate = getattr(files, "gate", trio.lowlevel.cancel_shielded_checkpoint)
-            worker = InlineWorker(gate, directory.publish)
-        self._wal = WriteAheadLog(options, files, directory, blocking, worker)
-        self._nursery_manager = trio.open_nursery()
-        nursery = await self._nursery_manager.__aenter__()
+        worker: Worker | None = None
         try:
-            self._wal._start(nursery)
-        except BaseException as exc:
-            # Out of memory: what was started must not be waited for for ever.
-            self._wal._abandon()
-            await self._nursery_manager.__aexit__(type(exc), exc, exc.__traceback__)
+            if self._keep_from is not None:
+                directory.keep_from = self._keep_from()
+            worker = self._make_worker(directory)
+            wal = WriteAheadLog(options, files, directory, blocking, worker)
+            manager = trio.open_nursery()
+            nursery = await manager.__aenter__()
+        except BaseException:
+            # No descriptor for the worker, or no memory.
+            if worker is not None:
+                worker.close()
+            directory.abandon()
             raise
-        return self._wal
+        try:
+            wal._start(nursery)
+            with trio.CancelScope(shield=True):
+                await worker.ready()
+        except BaseException:
+            # No thread, or no memory.
+            wal._abandon()
+            nursery.cancel_scope.shield = True
+            await manager.__aexit__(None, None, None)
+            worker.close()
+            raise
+        self._wal, self._nursery_manager = wal, manager
+        if self._keep_from is None:
+            self._hand_out()
+        return wal
+
+    def _make_worker(self, directory: LogDirectory) -> Worker:
+        files = self._files
+        if files.threaded:
+            return ThreadWorker(directory.publish)
+        gate = getattr(files, "gate", trio.lowlevel.cancel_shielded_checkpoint)
+        return InlineWorker(gate, directory.publish)
+
+    def _hand_out(self) -> None:
+        """The open has succeeded."""
+        wal = self._wal
+        assert wal is not None
+        wal._handed_out = True
+        report = wal.recovery
+        text = "closed in order before" if report.clean_shutdown else "recovered"
+        if report.torn_bytes:
+            text += f", {report.torn_bytes} bytes of an unfinished batch cut"
+        tell(
+            logging.WARNING if report.torn_bytes else logging.INFO,
+            "opened",
+            wal.path,
+            f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
+            **attrs.asdict(report),
+        )
 
     @enable_ki_protection
     async def __aexit__(
@@ -757,6 +857,7 @@ def open_wal(
     retention: Retention | None = None,
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
+    trust_directory: bool = False,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, recovering it first.
@@ -779,7 +880,8 @@ def open_wal(
       max_batch_bytes: payload bytes of one write; a larger record or unit is written alone.
       flush_interval: seconds that an accepted record for which nobody waits may stay
           unsynced; 0: written at once.
-      segment_size: bytes of a full-grown segment file; the first ones are smaller.
+      segment_size: bytes of a full-grown segment file; the first ones are smaller.  A wish:
+          no segment is smaller than its header, one frame and its footer (about 6 KiB).
       durability: ``"sync"``: acknowledged when a sync covers the record.  ``"interval"``:
           when it is written; synced every ``flush_interval``.  ``"none"``: when it is
           written; synced only by `WriteAheadLog.flush` and on closing.
@@ -791,14 +893,18 @@ def open_wal(
           it is opened, where a batch counts for 32 KiB more than it has, and a record for
           64 bytes; what is older is checked by the headers and footers of segments, and
           when it is read.  `math.inf`: everything.
+      trust_directory: open a directory that belongs to another user than this process's and
+          root, or that others may write; without it such a directory is refused, as ssh and
+          git do.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
 
-    Raises, on entering; nothing was modified then:
+    Raises, on entering; what was there is as it was, and nothing else stays:
       LogLockedError: somebody else has it open.
       WrongDirectoryError: it is a database, or something else that is no log.
+      UntrustedDirectoryError: see ``trust_directory``.
       CorruptLogError: it is damaged.
       UnsupportedFormatError: a newer trio-wal wrote it.
       LogFullError: no disk space to recover it.
@@ -830,5 +936,6 @@ def open_wal(
         retention=KeepAll() if retention is None else retention,
         compression=compression,
         verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
+        trust_directory=check_bool("trust_directory", trust_directory),
     )
     return _OpenWal(options, OsFiles() if files is None else files)

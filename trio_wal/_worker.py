@@ -13,9 +13,11 @@ the log.  Jobs reach it through a `queue.SimpleQueue`; it answers through an eve
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -29,11 +31,33 @@ READ_THREADS: Final = 4
 """Threads that one log may use at a time for reads and for work in the background."""
 
 
+@contextmanager
+def _no_thread_is_oserror() -> Generator[None, None, None]:
+    """Python says RuntimeError where pthread_create(3) says EAGAIN."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if str(exc) != "can't start new thread":
+            raise
+        raise OSError(
+            errno.EAGAIN, "no thread can be started: see the limits on processes"
+        ) from exc
+
+
+class Forked(BaseException):
+    """Ends the tasks of a handle in a forked child, where it is dead."""
+
+
 class Worker(Protocol):
     """Runs one blocking call at a time, for one task: the flusher."""
 
     async def run(self) -> None:
-        """Serve until `stop`; a task of the log's nursery."""
+        """Serve until `stop`; a task of the log's nursery.  Raises nothing: `ready` and `call`
+        say what went wrong."""
+        ...
+
+    async def ready(self) -> None:
+        """Wait until `run` serves; an `OSError` where it cannot."""
         ...
 
     async def call(self, job: Callable[[], T]) -> T:
@@ -41,6 +65,14 @@ class Worker(Protocol):
         ...
 
     def stop(self) -> None: ...
+
+    def close(self) -> None:
+        """Give back what one has that never ran."""
+        ...
+
+    def disown(self) -> None:
+        """In a forked child: the thread, and what wakes the parent, are the parent's."""
+        ...
 
 
 class _Answer:
@@ -58,9 +90,13 @@ class _Bell(Protocol):
 
     def ring(self) -> None: ...
 
-    async def wait(self) -> None: ...
+    async def wait(self) -> None:
+        """`trio.ClosedResourceError` where it is closed, or will be."""
+        ...
 
     def close(self) -> None: ...
+
+    def disown(self) -> None: ...
 
 
 class _TokenBell:
@@ -69,16 +105,27 @@ class _TokenBell:
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._rung = trio.Event()
+        self._closed = False
+        self._disowned = False
 
     def ring(self) -> None:
         self._token.run_sync_soon(self._rung.set)
 
     async def wait(self) -> None:
-        await self._rung.wait()
+        if not self._disowned:
+            await self._rung.wait()
+        if self._disowned:
+            raise Forked
+        if self._closed:
+            raise trio.ClosedResourceError
         self._rung = trio.Event()
 
     def close(self) -> None:
-        pass
+        self._closed = True
+        self._rung.set()
+
+    def disown(self) -> None:
+        self._disowned = True
 
 
 if sys.platform == "linux":
@@ -88,12 +135,16 @@ if sys.platform == "linux":
 
         def __init__(self) -> None:
             self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._disowned = False
 
         def ring(self) -> None:
             os.eventfd_write(self._fd, 1)
 
         async def wait(self) -> None:
-            await trio.lowlevel.wait_readable(self._fd)
+            if self._fd >= 0:
+                await trio.lowlevel.wait_readable(self._fd)
+            if self._fd < 0:
+                raise Forked if self._disowned else trio.ClosedResourceError
             os.eventfd_read(self._fd)
 
         def close(self) -> None:
@@ -103,6 +154,14 @@ if sys.platform == "linux":
                 trio.lowlevel.notify_closing(fd)
                 os.close(fd)
 
+        def disown(self) -> None:
+            # Without `notify_closing`: the epoll instance that it speaks to is shared with the
+            # parent, which would not hear of its own thread any more.
+            self._disowned = True
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
+
     def _new_bell() -> _Bell:
         return _EventFdBell()
 
@@ -110,6 +169,9 @@ else:
 
     def _new_bell() -> _Bell:
         return _TokenBell()
+
+
+def _nothing() -> None: ...
 
 
 class ThreadWorker:
@@ -123,13 +185,24 @@ class ThreadWorker:
         self._jobs: SimpleQueue[tuple[Callable[[], object], _Answer] | None] = SimpleQueue()
         self._bell = _new_bell()
         self._limiter = trio.CapacityLimiter(1)
+        self._died: OSError | None = None
 
     async def run(self) -> None:
         with trio.CancelScope(shield=True):
             try:
-                await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
+                with _no_thread_is_oserror():
+                    await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
+            except OSError as exc:
+                self._died = exc
+            except Exception as exc:  # noqa: BLE001  (`call` raises it)
+                # Between two jobs, of MemoryError for one: the next caller is told.
+                self._died = OSError(errno.ENOMEM, f"the log's thread has ended: {exc!r}")
+                self._died.__cause__ = exc
             finally:
                 self._bell.close()
+
+    async def ready(self) -> None:
+        await self.call(_nothing)
 
     def _serve(self) -> None:
         get, ring, afterwards = self._jobs.get, self._bell.ring, self._afterwards
@@ -150,13 +223,25 @@ class ThreadWorker:
     async def call(self, job: Callable[[], T]) -> T:
         answer = _Answer()
         self._jobs.put((job, answer))
-        await self._bell.wait()
+        try:
+            await self._bell.wait()
+        except trio.ClosedResourceError:
+            if self._died is None:
+                raise
+            # The thread has ended; why is what the caller gets instead of an answer.
+            answer.error = self._died
         if answer.error is not None:
             raise answer.error
         return cast(T, answer.value)
 
     def stop(self) -> None:
         self._jobs.put(None)
+
+    def close(self) -> None:
+        self._bell.close()
+
+    def disown(self) -> None:
+        self._bell.disown()
 
 
 class InlineWorker:
@@ -174,6 +259,9 @@ class InlineWorker:
     async def run(self) -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()
 
+    async def ready(self) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
     async def call(self, job: Callable[[], T]) -> T:
         await self._gate()
         try:
@@ -182,6 +270,12 @@ class InlineWorker:
             self._afterwards()
 
     def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def disown(self) -> None:
         pass
 
 
@@ -202,6 +296,7 @@ class Blocking:
         self._limiter = trio.CapacityLimiter(READ_THREADS) if threaded else None
         self._running = 0
         self._closed: trio.Event | None = None
+        self._disowned = False
 
     # Protected: a call that Ctrl-C takes away between being counted and its end would be waited
     # for, by `close`, for ever.
@@ -215,9 +310,14 @@ class Blocking:
             if self._limiter is None:
                 await trio.lowlevel.checkpoint()
                 return function(*args, **kwargs)
-            return await trio.to_thread.run_sync(
-                partial(function, *args, **kwargs), limiter=self._limiter
-            )
+            with _no_thread_is_oserror():
+                return await trio.to_thread.run_sync(
+                    partial(function, *args, **kwargs), limiter=self._limiter
+                )
+        except OSError as exc:
+            if self._disowned:
+                raise trio.ClosedResourceError("this log is the parent process's") from exc
+            raise
         finally:
             self._running -= 1
             self._note_idle()
@@ -229,6 +329,12 @@ class Blocking:
             self._closed = trio.Event()
         self._note_idle()
         await self._closed.wait()
+
+    def disown(self) -> None:
+        """In a forked child: what is under way there has no thread, and is not waited for."""
+        self._disowned = True
+        self._closed = trio.Event()
+        self._closed.set()
 
     def _note_idle(self) -> None:
         if self._closed is not None and not self._running:

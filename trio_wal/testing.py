@@ -419,9 +419,11 @@ class MemoryFiles:
         self, path: str, *, create: bool = False, follow: bool = True
     ) -> MemoryDirectory:
         self._begin("open", path)
+        made: tuple[str, ...] = ()
         if create and path not in self._folders:
             self._folders[path] = _Folder()
-        return MemoryDirectory(self, path, self._folder(path))
+            made = (path,)
+        return MemoryDirectory(self, path, self._folder(path), made)
 
     def begin_directory(self, path: str) -> str:
         if self.exists(path):
@@ -468,6 +470,19 @@ class MemoryFiles:
     def open_store(self, path: str, map_size: int) -> MemoryStore:
         store = self._stores.setdefault(path, _StoreImage())
         return MemoryStore(self, path, store)
+
+    def remove_store(self, path: str) -> None:
+        self._stores.pop(path, None)
+
+    def remove_directories(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            folder = self._folders.get(path)
+            if folder is None or folder.names or self._has_children(path):
+                return
+            del self._folders[path]
+
+    def _has_children(self, path: str) -> bool:
+        return any(name.startswith(f"{path}/") for name in (*self._folders, *self._stores))
 
 
 @attrs.define(eq=False)
@@ -606,8 +621,11 @@ class MemoryFile:
 class MemoryDirectory:
     """An open directory of `MemoryFiles`."""
 
-    def __init__(self, files: MemoryFiles, path: str, folder: _Folder) -> None:
+    def __init__(
+        self, files: MemoryFiles, path: str, folder: _Folder, made: tuple[str, ...] = ()
+    ) -> None:
         self.path = path
+        self.made = made
         self._files = files
         self._folder = folder
 
@@ -652,6 +670,16 @@ class MemoryDirectory:
         self._files._begin("sync_dir", self.path)
         self._folder.sync()
         self._files._done("sync_dir", self.path)
+
+    def check_trusted(self) -> None:
+        pass
+
+    def is_there(self) -> bool:
+        return self._files._folders.get(self.path) is self._folder
+
+    def unmake(self) -> None:
+        made, self.made = self.made, ()
+        self._files.remove_directories(made)
 
     def lock(self) -> None:
         self._files._begin("lock", self.path)
