@@ -22,6 +22,7 @@ BANDS: dict[int, set[str]] = {
     # Bytes and values: no files, no clock, no threads, no tasks.
     0: {
         "_codec",
+        "_events",
         "_exceptions",
         "_frame",
         "_identity",

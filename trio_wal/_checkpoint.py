@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._repair import create_empty
 from ._store import MapFull, StoreState, taking_turns
@@ -23,8 +24,6 @@ from ._worker import Forked
 if TYPE_CHECKING:
     from ._database import Database
     from ._memtable import Layer
-
-log = logging.getLogger("trio_wal")
 
 RETRY_SECONDS: Final = 1.0
 PIECE_BYTES: Final = 4 * MiB
@@ -71,9 +70,9 @@ class Checkpointer:
                         try:
                             await self.checkpoint()
                         except (OSError, LogFullError, CorruptLogError) as exc:
-                            log.warning(
-                                "%s: checkpoint failed, will try again: %r", self._db.path, exc
-                            )
+                            text = f"checkpoint failed, will try again: {exc!r}"
+                            path = self._db.path
+                            tell(logging.WARNING, "checkpoint_failed", path, text, error=repr(exc))
                             self.wake()
                             # The log may be broken too: who waits for room must hear of it.
                             self._db.wake_waiting_for_room()
@@ -132,8 +131,19 @@ class Checkpointer:
         except (OSError, CorruptLogError) as exc:
             self._failed(frozen, exc)
             raise
-        self._failing_since = self._failing = None
         self.seconds_last = perf_counter() - started
+        passes_again = self._failing_since is not None
+        self._failing_since = self._failing = None
+        tell(
+            logging.INFO if passes_again else logging.DEBUG,
+            "checkpoint",
+            db.path,
+            f"checkpoint up to LSN {lsn} in {self.seconds_last:.3f} seconds"
+            + (": they pass again" if passes_again else ""),
+            lsn=lsn,
+            seconds=self.seconds_last,
+            passes_again=passes_again,
+        )
         self.count += 1
         self.state = state
         db.checkpointed(frozen, lsn)

@@ -194,16 +194,14 @@ class Cursor:
         reached = scanner.position
         self.leave()
         fresh = self._locator.locate(self.next_lsn)
+        # At once: what cannot be read from here on is left as any other.
+        self._enter(fresh)
         if fresh.header != place.header:
-            self._enter(fresh)
             return
         again = FrameScanner(fresh.file.pread, fresh.header, reached)
         if next(iter(again), None) is None:
-            path = fresh.file.path
-            close_quietly(fresh.file)
-            self._locator.release(fresh.header)
             raise CorruptLogError(
-                path,
+                fresh.file.path,
                 again.position.offset,
                 again.reason or f"the frame of LSN {again.position.next_lsn} is missing",
             )

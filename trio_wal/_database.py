@@ -9,6 +9,7 @@ still on its way to the disk; a commit returns when it and all that it read are 
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -24,6 +25,7 @@ from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
+from ._events import tell
 from ._exceptions import (
     CorruptLogError,
     LogLockedError,
@@ -822,8 +824,10 @@ class Database:
         self.memtable.close()
         self.refresh_view()
         self._base_get = self._get_closed
-        self._closed_store = self.store.statistics()
-        self.store.close()
+        try:
+            self._closed_store = self.store.statistics()
+        finally:
+            self.store.close()
 
     def _get_closed(self, key: bytes) -> bytes | None:
         check_key(key)
@@ -844,6 +848,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._files = files
         self._log = log
         self._state: StoreState | None = None
+        self._made: tuple[str, ...] = ()
         self._verify_store: VerifyStore = "auto"
         self._on_verify_progress: Progress | None = None
         self._made: tuple[str, ...] = ()
@@ -897,7 +902,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 
     def _check_store_trusted(self) -> None:
         try:
-            directory = self._files.open_directory(self._store_path, follow=False)
+            directory = self._files.open_directory(self._store_path)
         except (OSError, CorruptLogError):
             # Whatever it is: for those to say who open it.
             return
@@ -932,6 +937,16 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
             self._remove_made()
             raise
         self._log._hand_out()
+        report = db.recovery
+        tell(
+            logging.INFO,
+            "replayed",
+            db.path,
+            f"{report.transactions_replayed} transactions after the store's LSN "
+            f"{report.checkpoint_lsn} replayed",
+            transactions_replayed=report.transactions_replayed,
+            checkpoint_lsn=report.checkpoint_lsn,
+        )
         return db
 
     async def _open_on(self, wal: WriteAheadLog, blocking: Blocking) -> Database:

@@ -234,9 +234,10 @@ class LogDirectory:
     def publish(self) -> None:
         """Let readers in other processes know what is durable; nobody waits for this."""
         if self._published != (self.synced_lsn, self._meta):
-            self._published = (self.synced_lsn, self._meta)
+            word = (self.synced_lsn, self._meta)
             with contextlib.suppress(OSError):
                 self._directory.publish(self.synced_lsn, self._meta.epoch)
+                self._published = word
 
     def make_room(self) -> None:
         """See whether a segment can be prepared again; `LogFullError` where not."""
@@ -276,10 +277,14 @@ class LogDirectory:
             raise
         active.position = attrs.evolve(active.position, time_us=old.position.time_us)
         finished: list[SegmentInfo] = []
-        if replaces:
-            old.file.close()
-        else:
-            finished.append(old.seal())
+        try:
+            if replaces:
+                old.file.close()
+            else:
+                finished.append(old.seal())
+        except BaseException:
+            close_quietly(active.file)
+            raise
         with self._shape:
             self._sealed += finished
             self.active = active
@@ -803,7 +808,7 @@ def open_log_directory(
         require_zstd()
     started_us = files.time_us()
     # A database's log is in the database, and not where a link leads.
-    directory = _open_locked(files, path, trust_directory=trust_directory, follow=not database)
+    directory = _open_locked(files, path, follow=not database, trust_directory=trust_directory)
     plan: Plan | None = None
     found_names: frozenset[str] = frozenset()
     try:
@@ -851,7 +856,7 @@ def open_log_directory(
         raise
 
 
-def _open_locked(files: Files, path: str, *, trust_directory: bool, follow: bool) -> Directory:
+def _open_locked(files: Files, path: str, *, follow: bool, trust_directory: bool) -> Directory:
     """The directory, made if it is missing, with this process as its owner."""
     while True:
         directory = files.open_directory(path, create=True, follow=follow)

@@ -27,17 +27,18 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from ._directory import LogDirectory
+from ._events import tell
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._identity import History
 from ._queue import Barrier, Batch, State, WriteQueue
 from ._worker import Forked, Worker
 
-log = logging.getLogger("trio_wal")
-
 Durability = Literal["sync", "interval", "none"]
 
 FULL_RETRY_SECONDS: Final = 0.25
 """How often a full disk is looked at again when nobody asks."""
+PRESSURE_SECONDS: Final = 1.0
+"""Writers that wait for room without a pause for so long are worth a line in the log."""
 HISTOGRAM_BOUNDS: Final = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
@@ -104,6 +105,10 @@ class Flusher:
         self._sync_due: float | None = None
         self._sync_scope = trio.CancelScope()
         """In which the flusher waits for records until then."""
+        self._pressed = False
+        """Whether writers waited for room when the last batch was taken."""
+        self._pressed_since = 0.0
+        self._pressure_told = False
         self._waiters: list[tuple[int, int, Task]] = []
         self._waiter_numbers = count()
 
@@ -213,6 +218,8 @@ class Flusher:
         if self._flush_interval and self._durability == "sync":
             awaited = self._waiters[0][0] - self.last_lsn if self._waiters else math.inf
             await queue.doze(batch, self._flush_interval, awaited)
+        if queue.blocked or self._pressed:
+            self._note_pressure()
         queue.take(batch)
         self.in_flight = batch
         while batch.entries:
@@ -222,6 +229,32 @@ class Flusher:
             except LogFullError as exc:
                 await self._wait_for_space(batch, exc)
         self.in_flight = None
+
+    def _note_pressure(self) -> None:
+        """Say once where writers have been waiting for room for a while, and once where they
+        no longer do: a queue that is full for an instant is how it should be."""
+        queue, now = self._queue, trio.current_time()
+        blocked = queue.blocked
+        if not blocked:
+            if self._pressure_told:
+                seconds = now - self._pressed_since
+                text = f"no writer waits for room any more, after {seconds:.1f} seconds"
+                path = self._directory.path
+                tell(logging.INFO, "backpressure_ended", path, text, seconds=seconds)
+            self._pressed = self._pressure_told = False
+        elif not self._pressed:
+            self._pressed, self._pressed_since = True, now
+        elif not self._pressure_told and now - self._pressed_since >= PRESSURE_SECONDS:
+            self._pressure_told = True
+            tell(
+                logging.WARNING,
+                "backpressure_began",
+                self._directory.path,
+                f"writers wait for room in the queue (now {blocked}): the disk is slower than they",
+                tasks=blocked,
+                records=queue.records_waiting,
+                bytes=queue.bytes_waiting,
+            )
 
     async def _write(self, batch: Batch) -> None:
         """One write, one sync, one acknowledgement."""
@@ -290,6 +323,16 @@ class Flusher:
         if number != self._active_number:
             self._active_number = number
             self.maintenance.set()
+            first_lsn = self._directory.active.header.first_lsn
+            tell(
+                logging.DEBUG,
+                "rotated",
+                self._directory.path,
+                f"segment {number} begins at LSN {first_lsn}",
+                segment=number,
+                first_lsn=first_lsn,
+                segments=self._directory.segments,
+            )
 
     async def _sync(self) -> None:
         await self._worker.call(self._directory.sync)
@@ -311,6 +354,15 @@ class Flusher:
     async def _wait_for_space(self, batch: Batch, error: LogFullError) -> None:
         """Hold what was only sent until there is a segment for it."""
         queue = self._queue
+        started = trio.current_time()
+        tell(
+            logging.WARNING,
+            "full",
+            self._directory.path,
+            f"the disk is full: {error}",
+            needed=error.needed,
+            last_lsn=self.last_lsn,
+        )
         while True:
             closing = queue.state is State.CLOSING
             queue.refuse(error, batch)
@@ -329,6 +381,9 @@ class Flusher:
                 error = exc
                 continue
             queue.reopen()
+            seconds = trio.current_time() - started
+            text = f"there is disk space again, after {seconds:.1f} seconds"
+            tell(logging.INFO, "space", self._directory.path, text, seconds=seconds)
             return
 
     def _fail(self, exc: BaseException) -> None:
@@ -337,7 +392,16 @@ class Flusher:
         self._queue.fail(exc, in_flight, "unknown" if unsynced else "not written")
         self._queue.batches.close()
         # Last: where this fails too, of MemoryError for one, everybody has been told.
-        log.error("%s: the log is broken: %r", self._directory.path, exc)
+        tell(
+            logging.ERROR,
+            "failed",
+            self._directory.path,
+            f"the log is broken: {exc!r}",
+            outcome=self._queue.loss,
+            last_lsn=self.last_lsn,
+            durable_lsn=self.durable_lsn,
+            error=repr(exc),
+        )
 
 
 def _errno_of(error: LogFullError) -> tuple[int, str]:

@@ -33,6 +33,7 @@ from trio.lowlevel import (
 
 from ._codec import require_zstd
 from ._directory import LogDirectory, open_log_directory
+from ._events import tell
 from ._exceptions import LogFullError, RecordTooLargeError
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
@@ -56,10 +57,10 @@ from ._util import (
 )
 from ._worker import Blocking, Forked, InlineWorker, ThreadWorker, Worker, require_trio
 
-log = logging.getLogger("trio_wal")
-
 SEGMENT_SIZE_MAX: Final = 1 << 40
 MAINTENANCE_RETRY_SECONDS: Final = 1.0
+FORKED_TURNS: Final = 100
+"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 UNIT_SLICE: Final = 10_000
 """`append_many` takes its iterable in slices of this many records, with a checkpoint
 between: the event loop is not held up for longer than a few milliseconds."""
@@ -549,7 +550,8 @@ class WriteAheadLog:
     async def _close(self) -> None:
         if self._forked:
             await self._end_forked()
-        elif not self._closing:
+            return
+        if not self._closing:
             self._closing = True
             # In a task of its own: Ctrl-C is delivered to the main task, even shielded.
             self._nursery.start_soon(self._shut)
@@ -567,14 +569,19 @@ class WriteAheadLog:
                 if self._before_close is not None:
                     await self._before_close()
                 await self._blocking.close()
-                if not self._handed_out:
-                    self._directory.abandon(self.undo_opening)
+                orderly = self._queue.failure is None
+                if self._handed_out:
+                    close = partial(self._directory.close, orderly=orderly)
                 else:
-                    orderly = self._queue.failure is None
-                    await self._worker.call(partial(self._directory.close, orderly=orderly))
+                    close = partial(self._directory.abandon, self.undo_opening)
+                await self._worker.call(close)
+                if self._handed_out and orderly:
+                    last_lsn = self._flusher.last_lsn
+                    text = f"closed at LSN {last_lsn}"
+                    tell(logging.INFO, "closed", self.path, text, last_lsn=last_lsn)
             except Forked:
                 pass
-            except (OSError, trio.ClosedResourceError) as exc:
+            except OSError as exc:
                 self._queue.fail(exc, None, "unknown")
             finally:
                 if not self._forked:
@@ -598,6 +605,13 @@ class WriteAheadLog:
         with the parent.  So each is woken with an error where it stands, and on its way out
         wakes none of the others."""
         self._closed.set()
+        # First what threads have said before the fork: a task must not be woken twice.
+        heard = trio.Event()
+        trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
+        for _ in range(FORKED_TURNS):
+            if heard.is_set():
+                break
+            await trio.lowlevel.cancel_shielded_checkpoint()
         while self._nursery.child_tasks:
             for task in self._nursery.child_tasks:
                 # None: it is about to run, and will stand somewhere else.
@@ -668,7 +682,8 @@ class WriteAheadLog:
                             flusher.spare_wanted = False
                             await self._blocking(directory.prepare_spare)
                     except (OSError, LogFullError) as exc:
-                        log.warning("%s: retention failed, will try again: %r", self.path, exc)
+                        text = f"retention failed, will try again: {exc!r}"
+                        tell(logging.WARNING, "retention_failed", self.path, text, error=repr(exc))
                         with trio.move_on_after(MAINTENANCE_RETRY_SECONDS):
                             await flusher.done.wait()
             except Forked:
@@ -799,8 +814,20 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
 
     def _hand_out(self) -> None:
         """The open has succeeded."""
-        assert self._wal is not None
-        self._wal._handed_out = True
+        wal = self._wal
+        assert wal is not None
+        wal._handed_out = True
+        report = wal.recovery
+        text = "closed in order before" if report.clean_shutdown else "recovered"
+        if report.torn_bytes:
+            text += f", {report.torn_bytes} bytes of an unfinished batch cut"
+        tell(
+            logging.WARNING if report.torn_bytes else logging.INFO,
+            "opened",
+            wal.path,
+            f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
+            **attrs.asdict(report),
+        )
 
     @enable_ki_protection
     async def __aexit__(

@@ -296,6 +296,7 @@ class Blocking:
         self._limiter = trio.CapacityLimiter(READ_THREADS) if threaded else None
         self._running = 0
         self._closed: trio.Event | None = None
+        self._disowned = False
 
     # Protected: a call that Ctrl-C takes away between being counted and its end would be waited
     # for, by `close`, for ever.
@@ -313,6 +314,10 @@ class Blocking:
                 return await trio.to_thread.run_sync(
                     partial(function, *args, **kwargs), limiter=self._limiter
                 )
+        except OSError as exc:
+            if self._disowned:
+                raise trio.ClosedResourceError("this log is the parent process's") from exc
+            raise
         finally:
             self._running -= 1
             self._note_idle()
@@ -327,6 +332,7 @@ class Blocking:
 
     def disown(self) -> None:
         """In a forked child: what is under way there has no thread, and is not waited for."""
+        self._disowned = True
         self._closed = trio.Event()
         self._closed.set()
 

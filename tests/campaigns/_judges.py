@@ -94,6 +94,13 @@ def schedules(seed: int, seconds: float, only: str = "") -> Judgement:
     return Judgement(result.points, found.what if found else "", time.monotonic() - started)
 
 
+def leaks(seed: int, seconds: float, only: str = "") -> Judgement:
+    """A failing call on real files; ``only`` is ``PROGRAM/CALL``."""
+    from . import leaks as campaign
+
+    return _until_found(campaign.cases(seed, only), seconds)
+
+
 def errors(seed: int, seconds: float, only: str = "") -> Judgement:
     """A fault at some operation, drawn; ``only`` is ``WORKLOAD[/KIND[/MODE]]``."""
     from .errors import KINDS, MODES, WORKLOADS, Case, run_case
@@ -323,6 +330,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "whole": whole,
     "schedules": schedules,
     "errors": errors,
+    "leaks": leaks,
     "bitrot": bitrot,
     "hostile": hostile,
     "bombs": bombs,

@@ -31,6 +31,7 @@ SHARES = {
     "hostile": 1,
     "store": 1,
     "errors": 1,
+    "leaks": 1,
     "interrupts": 1,
     "realerrors": 1,
 }

@@ -53,6 +53,7 @@ def mutant(name: str, file: str, judge: str, *texts: str) -> Mutant:
 SIMULATOR, WHOLE, SCHEDULES = "simulator", "whole", "schedules"
 ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", "store"
 PAGES: Final = "pages"
+LEAKS: Final = "leaks"
 
 MUTANTS: Final = (
     # -- group commit --
@@ -110,6 +111,50 @@ MUTANTS: Final = (
         "            active.write(half, durable_lsn, self._files.time_us())\n"
         "            body = encode(records[1:], self._meta.features)\n"
         "        active.write(body,",
+    ),
+    # -- what an open that fails leaves --
+    mutant(
+        "an open without a descriptor for its worker keeps the lock", "_wal", "leaks:log/eventfd",
+        "                worker.close()\n            directory.abandon()\n",
+        "                worker.close()\n",
+    ),
+    mutant(
+        "a failed open leaves the files that it has made", "_directory", "leaks:log/fsync",
+        "                uncreate(directory, found_names, created=plan.meta is None)\n",
+        "                pass\n",
+    ),
+    mutant(
+        "a failed open leaves the directory that it has made", "_files", "leaks:log/flock",
+        "        _remove_directories(made)\n\n    def lock", "\n    def lock",
+    ),
+    mutant(
+        "a failed open of a database leaves its directory", "_database", "leaks:database/eventfd",
+        "            self._remove_made()\n", "            pass\n",
+    ),
+    mutant(
+        "an undone creation is cut off from the log's lock file only", "_repair",
+        "leaks:log/eventfd",
+        "            is_temporary(name)\n", "            False\n",
+    ),
+    mutant(
+        "a segment that cannot be sealed stays open", "_segment", "leaks:log/ftruncate",
+        "        finally:\n            self.file.close()\n",
+        "        except ValueError:\n            self.file.close()\n        self.file.close()\n",
+    ),
+    mutant(
+        "the new segment of a failed rotation stays open", "_directory", "leaks:log/ftruncate",
+        "            close_quietly(active.file)\n            raise\n", "            raise\n",
+    ),
+    mutant(
+        "a store that cannot tell its size is not closed", "_database", "leaks:database/stat",
+        "        finally:\n            self.store.close()\n",
+        "        except ValueError:\n            pass\n        self.store.close()\n",
+    ),
+    mutant(
+        "a thread that cannot be started is waited for", "_worker", "leaks:log/thread",
+        "            except OSError as exc:\n                self._died = exc\n",
+        "            except OSError as exc:\n                self._died = exc\n"
+        "                await trio.sleep_forever()\n",
     ),
     # -- segments, rotation, recycling --
     mutant(
@@ -222,11 +267,15 @@ MUTANTS: Final = (
     ),
     mutant(
         "the old segment is sealed before its copy is durable", "_repair", SIMULATOR,
-        "    if not replaces:\n        sealed.append(", "    if False:\n        sealed.append(",
-        "    finally:\n        old.close()\n    active.file.sync()\n",
-        "    finally:\n        old.close()\n    if not replaces:\n"
-        "        sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))\n"
-        "    active.file.sync()\n",
+        "        if not replaces:\n            sealed.append(",
+        "        if False:\n            sealed.append(",
+        "    finally:\n        old.close()\n    active.file.sync()",
+        "    finally:\n        old.close()",
+        "        _copy_frames(directory, active, last, start, end)\n",
+        "        _copy_frames(directory, active, last, start, end)\n"
+        "        if not replaces:\n"
+        "            sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))\n"
+        "        active.file.sync()\n",
     ),
     mutant(
         "a decided cut is not carried out by recovery", "_chain", "simulator:cut",
