@@ -674,7 +674,7 @@ async def test_only_transactions_write_the_log(home: Home) -> None:
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"checkpoint_bytes": 0}, ValueError, r"^checkpoint_bytes must be at least 1, not 0$"),
     ({"checkpoint_bytes": 1.5}, TypeError, r"^checkpoint_bytes must be an int, not float$"),
-    ({"map_size": 1}, ValueError, r"^map_size must be at least 1048576 and at most [0-9]+, not 1$"),
+    ({"map_size": 1}, ValueError, r"^map_size must be at least 1048576, not 1$"),
     ({"map_size": "1"}, TypeError, r"^map_size must be an int, not str$"),
     ({"retention": 3}, TypeError, r"^retention must be None or made of "),
     ({"durability": "perhaps"}, ValueError, r"^durability must be one of 'sync', "),

@@ -79,7 +79,7 @@ async def child(script: str, *arguments: object, **options: Any) -> AsyncIterato
 
 
 PRELUDE = """
-import json, os, signal, sys, trio, trio.testing, trio_wal
+import json, os, signal, sys, trio, trio_wal
 
 def say(*words):
     # In one write: another process may have the same standard output.

@@ -851,7 +851,6 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._made: tuple[str, ...] = ()
         self._verify_store: VerifyStore = "auto"
         self._on_verify_progress: Progress | None = None
-        self._made: tuple[str, ...] = ()
         log._database = True
         log._check = self._check
         log._keep_from = lambda: 1 if self._state is None else self._state.lsn + 1

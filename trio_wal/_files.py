@@ -869,9 +869,6 @@ class OsFiles:
             if exc.errno == errno.ENOTDIR or (exc.errno == errno.ELOOP and not follow):
                 raise _no_directory(path, follow=follow) from exc
             raise
-        except BaseException:
-            _remove_directories(made)
-            raise
 
     def begin_directory(self, path: str) -> str:
         return begin_directory(path)

@@ -555,8 +555,7 @@ class WriteAheadLog:
             self._closing = True
             # In a task of its own: Ctrl-C is delivered to the main task, even shielded.
             self._nursery.start_soon(self._shut)
-        if not self._forked:
-            await self._closed.wait()
+        await self._closed.wait()
 
     @enable_ki_protection
     async def _shut(self) -> None:
