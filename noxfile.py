@@ -8,11 +8,13 @@ What must not live here: checks that only CI could run, and paths of one machine
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,7 +231,20 @@ def build(session: nox.Session) -> None:
     dist, environment, empty = (temporary / name for name in ("dist", "environment", "empty"))
     empty.mkdir(parents=True)
 
-    session.run("python", "-m", "build", "--outdir", str(dist))
+    with _planted(*PLANTED):
+        session.run("python", "-m", "build", "--outdir", str(dist))
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    allowed = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
+    if strangers := [name for name in names if name.partition("/")[0] not in (*allowed, *ADDED)]:
+        session.error(f"the sdist holds more than it names: {strangers}")
+    if strangers := [name for name in names if name in PLANTED]:
+        session.error(f"the sdist holds what was only lying there: {strangers}")
+    if missing := [
+        name for name in allowed if not any(f"{n}/".startswith(f"{name}/") for n in names)
+    ]:
+        session.error(f"the sdist lacks {missing}")
     (wheel,) = dist.glob("*.whl")
     strangers = [
         name
@@ -246,6 +261,30 @@ def build(session: nox.Session) -> None:
         session.run(str(python), "-c", SMOKE, external=True, log=False)
     if left := [path.name for path in empty.iterdir() if path.name != "log"]:
         session.error(f"using the package left files behind: {left}")
+
+
+PLANTED = (".env", "shared/a", "notes.txt", "tests/.env")
+"""What may lie in a tree and is nobody's business."""
+ADDED = ("pyproject.toml", "PKG-INFO", ".gitignore")
+"""What hatchling puts into every sdist."""
+
+
+@contextlib.contextmanager
+def _planted(*names: str) -> Iterator[None]:
+    """Files in the tree, as long as the block runs; none that is there is touched."""
+    made: list[Path] = []
+    try:
+        for path in (ROOT / name for name in names):
+            if not path.parent.exists():
+                path.parent.mkdir()
+                made.append(path.parent)
+            if not path.exists():
+                path.write_text("not to be published")
+                made.append(path)
+        yield
+    finally:
+        for path in reversed(made):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 SMOKE = """\

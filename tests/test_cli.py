@@ -39,7 +39,7 @@ from trio_wal._cli import run
 from trio_wal._cli.dump import dump
 from trio_wal._directory import open_log_directory
 from trio_wal._files import OsFiles
-from trio_wal._frame import BLOCK, decode_meta, decode_segment_header
+from trio_wal._frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal._queue import Barrier
 from trio_wal.testing import MemoryFiles
 
@@ -252,6 +252,7 @@ def test_dump_takes_the_first_and_the_last_lsn(cli: CommandLine, long_log: Path)
     assert lsns("--to", 2) == [1, 2]
     assert lsns("--from", 17, "--to", 19) == [17, 18, 19]
     assert lsns("--from", 40, "--to", 99) == [40]
+    # Where the next one will be: a script may ask again and again.
     assert lsns("--from", 41) == []
     assert lsns() == list(range(1, 41))
 
@@ -298,7 +299,7 @@ def test_records_before_damage_are_dumped(cli: CommandLine, long_log: Path) -> N
     damaged = segment_files(long_log)[1]
     flip(damaged, 4096 + 70)
     first = int(damaged.stem[4:])
-    assert cli("dump", long_log) == 3
+    assert cli("dump", long_log) == 1
     assert [json.loads(line)["lsn"] for line in cli.out.splitlines()] == list(range(1, first))
     assert cli.err.startswith(f"trio-wal: {damaged}: at offset 4096: ")
 
@@ -344,26 +345,46 @@ def test_inspect_prints_a_table_that_nothing_is_cut_from(
     found = cli.json("inspect", long_log)
     assert cli("inspect", long_log) == 0
     assert cli.err == ""
-    head, summary, *table = cli.out.splitlines()
-    assert head == f"{long_log}: log {found['uuid']}, format 1, features: none"
+    path, head, summary, columns, *rows = cli.out.splitlines()
+    assert path == str(long_log)
+    assert head == f"log {found['uuid']}, format 1, features: none"
     assert summary == (
-        f"40 durable records, LSN 1 to 40; {len(found['segments'])} segments, "
-        f"{found['bytes']:,} bytes"
+        f"40 records, LSN 1 to 40, all durable; {len(found['segments'])} segments, "
+        f"{found['bytes'] / 1024:.1f} KiB"
     )
-    rows = [line.split("│")[1:-1] for line in table if line.startswith("│")]
-    assert [[cell.strip() for cell in row[:8]] for row in rows] == [
+    assert re.split("  +", columns) == [
+        *("segment", "first LSN", "last LSN", "records", "used", "state", "created (UTC)")
+    ]
+    assert [re.split("  +", row.strip())[:-1] for row in rows] == [
         [
             f"{row['number']}",
             f"{row['first_lsn']}",
             f"{row['last_lsn']}",
             f"{row['records']}",
-            f"{row['frames']}",
-            f"{row['bytes']:,}",
-            f"{row['used']:,}",
+            f"{row['used'] / 1024:.1f} KiB",
             row["state"],
         ]
         for row in found["segments"]
     ]
+
+
+def test_inspect_fits_80_columns_though_its_numbers_are_large(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    path = make_log(tmp_path / "log", [PAYLOAD])
+    (segment,) = segment_files(path)
+    meta = decode_meta((path / META_NAME).read_bytes())
+    header = decode_segment_header(segment.read_bytes())
+    header = attrs.evolve(header, number=1_234_567, first_lsn=12_345_678_901)
+    moved = path / segment_name(header.first_lsn)
+    moved.write_bytes(header.encode() + segment.read_bytes()[BLOCK:])
+    segment.unlink()
+    meta = attrs.evolve(meta, base_number=header.number, base_lsn=header.first_lsn)
+    (path / META_NAME).write_bytes(meta.encode())
+    assert cli("inspect", path) == 0
+    columns, row = cli.out.splitlines()[-2:]
+    assert row.split()[:3] == ["1234567", "12345678901", "-"]
+    assert max(len(columns), len(row)) <= 80
 
 
 def test_inspect_sees_a_log_that_is_open_and_one_that_was_killed(
@@ -443,7 +464,9 @@ def test_inspect_shows_a_segment_of_an_impossible_time(cli: CommandLine, tmp_pat
     for time_us, year in ((-1, "1970-01-01"), (2**62, "9999-12-31")):
         header = attrs.evolve(decode_segment_header(data), created_us=time_us)
         segment.write_bytes(header.encode() + data[BLOCK:])
-        (row,) = cli.json("inspect", path)["segments"]
+        # The frames do not follow this header: that is damage, and the segment is shown.
+        assert cli("inspect", path, "--json") == 1
+        (row,) = json.loads(cli.out)["segments"]
         assert row["created"].startswith(year)
 
 
@@ -454,7 +477,7 @@ def test_dump_refuses_what_is_no_transaction_in_a_databases_log(
     log = open_log_directory(OsFiles(), path, segment_size=1, database=True)
     log.write([b"no transaction"], 0, sync=True)
     log.close()
-    assert cli("dump", path) == 3
+    assert cli("dump", path) == 1
     assert re.match(rf"^trio-wal: {re.escape(path)}: .*: LSN 1: a transaction does not", cli.err)
 
 
@@ -462,7 +485,7 @@ def test_an_empty_log_can_be_looked_at(cli: CommandLine, tmp_path: Path) -> None
     path = make_log(tmp_path / "log")
     assert dumped(cli, path) == []
     assert cli("inspect", path) == 0
-    assert "\n0 durable records; 1 segment, " in cli.out
+    assert "\n0 records; 1 segment, " in cli.out
     assert cli("verify", path) == 0
     assert cli.out.startswith("OK: 1 segment, 0 frames, 0 records, ")
 
@@ -648,16 +671,100 @@ def test_what_is_no_log_is_an_error_and_stays_as_it_is(
 
 
 @pytest.mark.parametrize("command", ["dump", "inspect"])
-def test_a_damaged_log_is_an_error_that_sends_to_verify(
+def test_damage_is_a_finding_after_what_is_whole(
     cli: CommandLine, command: str, long_log: Path
 ) -> None:
-    damaged = segment_files(long_log)[0]
+    segments = segment_files(long_log)
+    damaged = segments[2]
+    first = int(damaged.stem[4:])
     flip(damaged, 30)
-    assert cli(command, long_log) == 3
-    assert cli.err == (
-        f"trio-wal: {damaged}: at offset 0: checksum of the segment header does not "
-        "match; nothing was modified, 'trio-wal verify' lists every finding\n"
-    )
+    assert cli(command, long_log) == 1
+    why = "checksum of the segment header does not match"
+    if command == "dump":
+        assert [json.loads(line)["lsn"] for line in cli.out.splitlines()] == list(range(1, first))
+        assert cli.err == (
+            f"trio-wal: {damaged}: at offset 0: {why}; nothing was modified, "
+            "'trio-wal verify' lists every finding\n"
+        )
+    else:
+        assert cli.err == f"trio-wal: {damaged}: at offset 0: {why}\n"
+        assert cli("inspect", long_log, "--json") == 1
+        found = json.loads(cli.out)
+        assert [row["file"] for row in found["segments"]] == [
+            segment.name for segment in segments if segment != damaged
+        ]
+        assert found["records"] == sum(row["records"] for row in found["segments"]) < 40
+        assert found["findings"][0]["path"] == str(damaged)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("what", ["frame", "cut", "sealed"])
+def test_damage_at_the_end_of_a_log_is_a_finding_too(
+    cli: CommandLine, what: str, closed: bool, long_log: Path, tmp_path: Path
+) -> None:
+    """Where the frames of the last segment end is the log's end only if nothing says otherwise."""
+    path = long_log
+    if not closed:
+        path = tmp_path / "killed"
+
+        async def kill() -> None:
+            async with trio_wal.open_wal(long_log) as wal:
+                for number in range(5):
+                    await wal.append(b"%d" % number)
+                shutil.copytree(long_log, path)
+
+        trio.run(kill)
+        (path / "lock").unlink()
+    last = segment_files(path)[-1]
+    if what == "frame":
+        flip(last, 4096 + 20)
+    elif what == "cut":
+        os.truncate(last, 4096)
+    else:
+        last.unlink()
+    code = 1 if closed or what != "cut" else 0
+    for command in ("inspect", "dump", "verify"):
+        assert cli(command, path) == code, command
+        assert bool(cli.err) is (code == 1 and command != "verify")
+    assert cli("inspect", path, "--json") == code
+    found = json.loads(cli.out)
+    # What is said of the whole is what is said of its parts.
+    assert found["records"] == sum(row["records"] for row in found["segments"])
+    assert found["last_lsn"] == found["segments"][-1]["last_lsn"]
+    assert bool(found["findings"]) is bool(code)
+
+
+def test_records_that_are_not_known_to_be_durable_are_counted_and_said_to_be(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+
+    async def main() -> None:
+        async with trio_wal.open_wal(tmp_path / "log") as wal:
+            for record in (b"one", b"two"):
+                await wal.append(record)
+            shutil.copytree(tmp_path / "log", killed)
+
+    trio.run(main)
+    (killed / "lock").unlink()
+    assert cli("inspect", killed) == 0
+    assert "\n2 records, LSN 1 to 2, known to be durable up to 1; 1 segment, " in cli.out
+    found = cli.json("inspect", killed)
+    assert (found["records"], found["last_lsn"], found["durable_lsn"]) == (2, 2, 1)
+    assert [row["records"] for row in found["segments"]] == [2]
+
+
+def test_a_start_beyond_the_end_is_said_to_be(cli: CommandLine, log: Path) -> None:
+    for options in ([], ["--to", 120]):
+        assert cli("dump", log, "--from", 99, *options) == 1
+        assert cli.out == ""
+        assert cli.err == (
+            f"trio-wal: {log}: --from 99 is beyond the end: the newest durable record is LSN 3\n"
+        )
+    assert cli("dump", log, "--from", 99, "--follow") == 1
+    assert (cli.out, cli.err.count("\n")) == ("", 1)
+    assert cli("dump", log, "--from", 4) == 0
+    assert (cli.out, cli.err) == ("", "")
 
 
 @pytest.mark.parametrize("command", READING)
@@ -677,7 +784,7 @@ def test_a_disk_that_cannot_be_read_is_an_error(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pread", pread)
-    assert cli("inspect", log) == 3
+    assert cli("dump", log) == 3
     assert (cli.out, cli.err) == ("", "trio-wal: [Errno 5] Input/output error\n")
 
 
@@ -972,7 +1079,10 @@ def test_ctrl_c_ends_append_quietly_and_keeps_what_was_taken(tmp_path: Path) -> 
     assert finish(follower)[0] == 0
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert finish(process) == (130, b"", b"")
+    code, out, err = finish(process)
+    assert (code, err) == (130, b"")
+    # All of it had been said.
+    assert out == f"LSN 1 to 2: 2 records, 6 bytes, durable in {path}\n".encode()
     assert lines_of(path) == [b"one", b"two"]
 
 
@@ -1011,6 +1121,6 @@ def test_a_terminal_gets_a_progress_bar_and_nothing_else_does(long_log: Path) ->
 def test_a_name_is_shown_as_it_is(cli: CommandLine, tmp_path: Path) -> None:
     path = make_log(tmp_path / "[bold]x[/bold] :smile: ż", [b"one"])
     assert cli("inspect", path) == 0
-    assert cli.out.startswith(f"{path}: log ")
+    assert cli.out.startswith(f"{path}\nlog ")
     assert cli("verify", path / os.fsdecode(b"no\xffne")) == 3
-    assert cli.err.startswith(f"trio-wal: {path}/no\\udcffne: ")
+    assert cli.err.startswith(f"trio-wal: {path}/no\\xffne: ")

@@ -84,6 +84,21 @@ def test_what_was_acknowledged_survives_two_kills(
     assert list(temporary.iterdir()) == []
 
 
+def test_nothing_is_run_that_lies_in_the_working_directory(
+    cli: CommandLine, files: list[Path], temporary: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """It may be a shared one, or a cloned one: somebody else's code."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    for name in ("json", "os", "struct", "signal", "trio", "msgspec", "attrs", "trio_wal"):
+        program = f"import sys\nopen({str(tmp_path / 'run')!r}, 'a').write({name!r})\nsys.exit(7)\n"
+        (folder / f"{name}.py").write_text(program)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert cli.json("demo", "--log-only", "--kills", 0, "--tasks", 2, files[0])["ok"] is True
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_result_is_one_table(cli: CommandLine, files: list[Path], temporary: Path) -> None:
     assert cli("demo", "--log-only", "--kills", 1, "--tasks", 16, files[0]) == 0
     assert cli.err == ""
@@ -466,7 +481,7 @@ def test_a_writer_whose_parent_is_gone_ends_without_a_word(tmp_path: Path) -> No
     content = b"line\n" * 100
     job = Job(str(tmp_path / "log"), (content,), 4, [0, 25, 50, 75], 1 << 20, False, 0)
     done = subprocess.run(
-        [sys.executable, "-c", demo_run._CHILD, json.dumps(sys.path)],
+        [sys.executable, "-I", "-c", demo_run._CHILD, *sys.path],
         input=msgspec.msgpack.encode(job),
         stdout=writer,
         stderr=subprocess.PIPE,

@@ -40,6 +40,8 @@ from trio_wal._files import (
     _lock_holder,
     watch_directory,
 )
+from trio_wal._util import MiB
+from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 pytestmark = pytest.mark.skipif(
@@ -782,3 +784,69 @@ def test_nothing_outside_of_what_is_kept_stays_in_the_page_cache(
         file.pwrite([os.urandom(size)], 0)
         directory.reread("file", keep=range(FOLIO_MAX - 1, 2 * FOLIO_MAX - 1))
         assert cached(path) == []
+
+
+# -- holes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_a_file_tells_where_there_is_something_again(tmp_path: Path, real: bool) -> None:
+    files: Any = OsFiles() if real else MemoryFiles()
+    path = str(tmp_path / "files") if real else "/files"
+    directory = files.open_directory(path, create=True)
+    file = directory.open("file", create=True)
+    at = 8 * MiB
+    file.pwrite([b"start"], 0)
+    file.pwrite([b"end"], at)
+    assert file.next_data(0) == 0
+    found = file.next_data(4 * MiB)
+    # Where the file system cannot tell, everything may be something.
+    assert 4 * MiB <= found <= at
+    if not real or found > 4 * MiB:
+        assert file.next_data(at) == at
+    assert file.pread(3, max(found, at)) == b"end"
+    for offset in (at + 3, at + MiB):
+        assert file.next_data(offset) >= min(offset, file.size())
+    # Nothing depends on where the descriptor stands.
+    assert file.pread(5, 0) == b"start"
+    file.close()
+    directory.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+async def test_a_last_segment_of_64_gib_of_nothing_is_looked_at_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    path = tmp_path / "log"
+    async with trio_wal.open_wal(path) as wal:
+        await wal.append_many([b"%d" % n for n in range(5)])
+        await wal.append(b"five")
+    (segment,) = path.glob("wal-*.log")
+    with segment.open("r+b") as file:
+        if not closed:
+            # No pointer tells where the log ends.
+            os.pwrite(file.fileno(), bytes(512), 512)
+        try:
+            file.truncate(64 * 1024 * MiB)
+            holes = os.lseek(file.fileno(), MiB, os.SEEK_DATA) > MiB
+        except OSError as exc:
+            holes = exc.errno == errno.ENXIO
+    if not holes:
+        pytest.skip("this file system knows no holes, or no file of that size")
+    reads = 0
+    true_pread = os.pread
+
+    def pread(*arguments: Any) -> bytes:
+        nonlocal reads
+        reads += 1
+        assert reads < 1000, "zeros are read that are not there"
+        return true_pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread)
+    directory = OsFiles().open_directory(str(path))
+    assert verify(directory).findings == ()
+    directory.close()
+    async with trio_wal.open_reader(path) as reader:
+        assert reader.durable_lsn == 6
+    async with trio_wal.open_wal(path) as wal:
+        await wal.append(b"after")

@@ -20,6 +20,7 @@ from trio_wal._frame import (
     BATCH_RECORDS_MAX,
     BLOCK,
     DATA_OFFSET,
+    FOOTER_BYTES_MAX,
     FRAME_BODY_MAX,
     FRAME_HEADER_SIZE,
     INDEX_ENTRIES_MAX,
@@ -36,7 +37,6 @@ from trio_wal._frame import (
     SegmentHeader,
     Truncation,
     UnsupportedVersion,
-    body_ends,
     crc32c,
     decode_body,
     decode_footer,
@@ -122,6 +122,7 @@ pointers = st.builds(
 @st.composite
 def frame_headers(draw: st.DrawFn) -> FrameHeader:
     kind = draw(st.sampled_from(Kind))
+    longest = FRAME_BODY_MAX if kind is Kind.DATA else FOOTER_BYTES_MAX
     first = draw(st.integers(1, LSN_MAX))
     return FrameHeader(
         kind=kind,
@@ -131,8 +132,8 @@ def frame_headers(draw: st.DrawFn) -> FrameHeader:
         time_us=draw(times),
         count=draw(st.integers(1, BATCH_RECORDS_MAX)) if kind is Kind.DATA else 0,
         codec=draw(st.sampled_from(Codec)),
-        stored_length=draw(st.integers(0, FRAME_BODY_MAX)),
-        raw_length=draw(st.integers(0, FRAME_BODY_MAX)),
+        stored_length=draw(st.integers(0, longest)),
+        raw_length=draw(st.integers(0, longest)),
         body_crc=draw(u32),
         previous=draw(u32),
         crc=0,
@@ -364,7 +365,47 @@ def test_garbage_is_no_frame_header(data: bytes, offset: int, seed: int) -> None
 def test_records_are_read_as_they_were_written(records: list[bytes]) -> None:
     body = b"".join(encode_body(records))
     assert decode_body(body, len(records)) == records
-    assert len(body_ends(body, len(records))) == len(records)
+
+
+@pytest.mark.parametrize("field", [40, 44])
+@pytest.mark.parametrize("kind", [Kind.SEAL, Kind.CLOSE])
+def test_a_footer_that_is_longer_than_any_writers_has_no_valid_header(
+    kind: Kind, field: int
+) -> None:
+    """Its length is not believed, and nothing is read, or taken memory for."""
+    fields = bytearray(encode_frame_header(attrs.evolve(FRAME, kind=kind, count=0), SEGMENT.seed))
+    for length, valid in ((FOOTER_BYTES_MAX, True), (FOOTER_BYTES_MAX + 1, False)):
+        fields[40:48] = bytes(8)
+        fields[field : field + 4] = length.to_bytes(4, "little")
+        fields[4:8] = crc32c(bytes(fields[8:]), SEGMENT.seed).to_bytes(4, "little")
+        found = decode_frame_header(bytes(fields), FRAME.offset, SEGMENT.seed)
+        assert (found is not None) is valid
+
+
+@pytest.mark.parametrize(
+    "capacity", [1, 1 << 20, 64 << 20, (64 << 20) + 1, 1 << 30, 1 << 40, 1 << 62]
+)
+def test_no_writer_comes_near_the_longest_footer(capacity: int) -> None:
+    # The first frame, and one for each step from there on: 16 times as many are allowed.
+    entries = capacity // index_step(capacity) + 1
+    assert entries <= INDEX_ENTRIES_MAX + 1
+    longest = Footer(1, 1, 1, tuple((n, n) for n in range(15 * entries))).encode()
+    assert len(longest) <= FOOTER_BYTES_MAX
+    assert decode_footer(longest).encode() == longest
+
+
+def test_a_table_is_taken_apart_in_slices_and_comes_out_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [bytes([n]) * (n % 7) for n in range(50)]
+    body = b"".join(encode_body(records))
+    for size in (1, 7, 49, 50, 51):
+        monkeypatch.setattr("trio_wal._frame._TABLE_SLICE", size)
+        assert decode_body(body, len(records)) == records
+        with pytest.raises(
+            FrameError, match=r"^the lengths add up to \d+ bytes, the body has \d+$"
+        ):
+            decode_body(body + b"x", len(records))
 
 
 def test_many_records_are_encoded_in_pieces_that_add_up() -> None:
@@ -425,6 +466,7 @@ def test_a_garbage_footer_is_a_footer_or_a_frame_error(body: bytes) -> None:
     [
         (bytes(23), "a footer cannot have 23 bytes"),
         (bytes(32), "a footer cannot have 32 bytes"),
+        (bytes(24 + 65536), "a footer cannot have 65560 bytes"),
         (Footer(1, 1, 1, ((5, 9), (5, 9))).encode(), "the footer's index is not ascending"),
         (Footer(1, 1, 1, ((5, 9), (4, 10))).encode(), "the footer's index is not ascending"),
     ],

@@ -6,14 +6,17 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from trio_wal._frame import FRAME_BODY_MAX
 from trio_wal._operations import (
     KEY_BYTES_MAX,
     OPERATION_OVERHEAD,
+    OPERATIONS_MAX,
     TRANSACTION_FORMAT,
     OperationsError,
     check_key,
     decode_transaction,
     encode_transaction,
+    operations_in,
 )
 
 keys = st.binary(min_size=1, max_size=KEY_BYTES_MAX)
@@ -48,6 +51,53 @@ def test_the_reckoning_holds_for_the_largest_headers_too() -> None:
             OPERATION_OVERHEAD + len(key) + len(value or b"") for key, value in transaction.items()
         )
         assert len(encode_transaction(transaction)) <= reckoned
+
+
+@settings(max_examples=200, deadline=None)
+@given(writes)
+def test_operations_are_the_same_one_by_one(transaction: dict[bytes, bytes | None]) -> None:
+    record = encode_transaction(transaction)
+    assert list(operations_in(record)) == list(transaction.items())
+
+
+def test_operations_are_the_same_one_by_one_with_large_headers() -> None:
+    for transaction in (
+        {b"%d" % n: None for n in range(70_000)},
+        {b"k" * n: bytes(70_000 * n) for n in (1, 300, KEY_BYTES_MAX)},
+    ):
+        record = encode_transaction(transaction)
+        assert list(operations_in(record)) == list(transaction.items())
+
+
+@settings(max_examples=500, deadline=None)
+@given(writes, st.integers(0), st.binary(min_size=1, max_size=3))
+def test_one_by_one_nothing_is_taken_for_a_transaction_that_is_none(
+    transaction: dict[bytes, bytes | None], place: int, change: bytes
+) -> None:
+    record = bytearray(encode_transaction(transaction))
+    place %= len(record)
+    record[place : place + len(change)] = change
+    try:
+        found = decode_transaction(bytes(record))
+    except OperationsError:
+        with pytest.raises(OperationsError):
+            list(operations_in(bytes(record)))
+    else:
+        # A key that is there twice counts as the last one says.
+        assert dict(operations_in(bytes(record))) == found
+
+
+def test_no_more_operations_are_believed_than_a_writer_can_have_written() -> None:
+    # What a transaction counts for each key, against the largest limit that there is.
+    assert OPERATIONS_MAX * (OPERATION_OVERHEAD + 1) + 1 <= FRAME_BODY_MAX - 4
+    for count in (OPERATIONS_MAX + 1, 2**32 - 1):
+        record = b"\x01\xdf" + count.to_bytes(4, "big")
+        for decode in (decode_transaction, lambda data: list(operations_in(data))):
+            with pytest.raises(OperationsError, match=rf"^no transaction: {count:,} keys, over 6"):
+                decode(record)
+    for head in (b"\x8f", b"\xde\xff\xff", b"\xdf\0\x01\0\0"):
+        with pytest.raises(OperationsError, match=r"^no transaction: [\d,]+ keys in \d+ bytes$"):
+            decode_transaction(b"\x01" + head + bytes(40))
 
 
 def test_the_format_stays_as_it_is() -> None:

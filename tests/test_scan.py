@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import attrs
@@ -27,7 +28,7 @@ from trio_wal._frame import (
     decode_segment_header,
     encode_frame_header,
 )
-from trio_wal._scan import FrameScanner, Position, examine_tail, start_of
+from trio_wal._scan import FrameScanner, Position, examine_tail, payloads, start_of
 from trio_wal.testing import MemoryFiles
 
 settings.register_profile("unhurried", deadline=None)
@@ -247,6 +248,66 @@ def test_a_skim_judges_a_long_body_as_a_whole_scan_does(place: int, cut: bool) -
     assert skimmed.position == whole.position
     # What is cut off behind the body may be missing: it was zeros.
     assert (skimmed.position.offset == first.offset) == (not cut or place < 350_081)
+
+
+def test_a_large_body_is_read_once_and_kept_by_nobody_but_who_is_given_it() -> None:
+    data = segment([bytes(3 * _scan.WINDOW)], [b"behind"], close=False)
+    reads: list[tuple[int, int]] = []
+
+    def read(length: int, offset: int) -> bytes:
+        reads.append((length, offset))
+        return data[offset : offset + length]
+
+    scanner = FrameScanner(read, decode_segment_header(data), start_of(decode_segment_header(data)))
+    frames = iter(scanner)
+    frame, body = next(frames)
+    assert payloads(frame, body) == [bytes(3 * _scan.WINDOW)]
+    # No window around it, of which the body would be a copy.
+    assert max(length for length, _ in reads) == frame.stored_length
+    # This name, and the argument of the call.
+    assert sys.getrefcount(body) == 2
+    assert [payloads(*found) for found in frames] == [[b"behind"]]
+
+
+# -- holes ------------------------------------------------------------------------------
+
+
+def test_holes_are_passed_over_where_the_file_can_tell() -> None:
+    size = 1 << 62
+    at = (1 << 61) + 512
+    head = encode_frame_header(FRAME_BEHIND, HEADER.seed)
+    reads = 0
+
+    def read(length: int, offset: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        assert reads < 10, "zeros are read that are not there"
+        return head.ljust(length, b"\0") if offset == at else bytes(length)
+
+    def next_data(offset: int) -> int:
+        return at if offset <= at else size
+
+    position = Position(END, 7, 0)
+    tail = examine_tail(read, size, HEADER, position, next_data)
+    assert tail.covering is not None
+    assert (tail.covering.offset, tail.durable_lsn) == (at, 8)
+    assert examine_tail(read, size, HEADER, position, lambda _: size).torn_end == END
+
+
+FRAME_BEHIND = FrameHeader(
+    kind=Kind.DATA,
+    offset=(1 << 61) + 512,
+    first_lsn=9,
+    durable_lsn=8,
+    time_us=0,
+    count=1,
+    codec=Codec.NONE,
+    stored_length=5,
+    raw_length=5,
+    body_crc=0,
+    previous=0,
+    crc=0,
+)
 
 
 # -- hostile bytes ----------------------------------------------------------------------

@@ -637,6 +637,9 @@ class _InterruptedFile:
         self._before(self._name, length, offset)
         return self._file.pread(length, offset)
 
+    def next_data(self, offset: int) -> int:
+        return self._file.next_data(offset)
+
     def size(self) -> int:
         return self._file.size()
 

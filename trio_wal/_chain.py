@@ -383,7 +383,7 @@ def judge_end(
         return End(Loss(CorruptLogError(file.path, end.offset, text), pointer.last_lsn), end.offset)
     if not look_behind:
         return End(None, end.offset)
-    tail = _scan.examine_tail(file.pread, segment.size, segment.header, end)
+    tail = _scan.examine_tail(file.pread, segment.size, segment.header, end, file.next_data)
     covering = tail.covering
     if covering is not None:
         text = (

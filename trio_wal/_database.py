@@ -23,6 +23,7 @@ import attrs
 import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
+from . import _operations
 from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
 from ._events import tell
@@ -258,6 +259,14 @@ def decode_record(path: str, lsn: int, data: bytes) -> Writes:
     """The transaction in a record of a database's log, or `CorruptLogError`."""
     try:
         return decode_transaction(data)
+    except OperationsError as exc:
+        raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
+
+
+def operations_in(path: str, lsn: int, data: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+    """As `decode_record`, one operation after the other."""
+    try:
+        yield from _operations.operations_in(data)
     except OperationsError as exc:
         raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
 

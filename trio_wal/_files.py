@@ -62,6 +62,12 @@ class File(Protocol):
         """Up to ``length`` bytes; fewer only at the end of the file."""
         ...
 
+    def next_data(self, offset: int) -> int:
+        """The first offset from here on at which there may be something else than zeros: holes
+        are passed over where the platform can tell; ``offset`` itself where it cannot.  At or
+        after the file's end where there is nothing more."""
+        ...
+
     def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
         """All the pieces one after the other, or an `OSError`."""
         ...
@@ -301,6 +307,20 @@ class OsFile:
             pieces.append(data)
             got += len(data)
         return b"".join(pieces)
+
+    def next_data(self, offset: int) -> int:
+        if sys.platform != "win32":
+            try:
+                # The descriptor's own position is used by nobody.
+                return os.lseek(self._fd, offset, os.SEEK_DATA)
+            except AttributeError:
+                # Not every system that Python runs on has it.
+                pass
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:
+                    # There is nothing more.
+                    return max(offset, self.size())
+        return offset
 
     def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
         total = sum(map(len, pieces))

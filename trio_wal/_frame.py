@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import accumulate, pairwise
 from typing import Final, cast
@@ -47,6 +47,9 @@ START_MAX: Final = LSN_MAX // 2
 INDEX_STEP_MIN: Final = 256 * KiB
 INDEX_ENTRIES_MAX: Final = 256
 """A footer's index has an entry each max(256 KiB, capacity / 256)."""
+FOOTER_BYTES_MAX: Final = 64 * KiB
+"""Bytes of a footer, of which a reader takes 6 times as much memory.  A writer's has some 257
+entries of 16 bytes, and one more for each session that a kill has ended; 4,094 fit."""
 
 SEGMENT_MAGIC: Final = b"trio-wal"
 META_MAGIC: Final = b"triowal\n"
@@ -307,7 +310,8 @@ def decode_frame_header(data: bytes, offset: int, seed: int) -> FrameHeader | No
         return None
     if flags or kind not in _KINDS or codec not in _CODECS or not 0 <= time_us <= TIME_US_MAX:
         return None
-    if max(stored, raw) > FRAME_BODY_MAX or durable >= first or (kind == Kind.DATA) != (count > 0):
+    longest = FRAME_BODY_MAX if kind == Kind.DATA else FOOTER_BYTES_MAX
+    if max(stored, raw) > longest or durable >= first or (kind == Kind.DATA) != (count > 0):
         return None
     if count > BATCH_RECORDS_MAX or first > LSN_MAX:
         return None
@@ -330,6 +334,8 @@ def decode_frame_header(data: bytes, offset: int, seed: int) -> FrameHeader | No
 _KINDS: Final = {int(kind): kind for kind in Kind}
 _CODECS: Final = {int(codec): codec for codec in Codec}
 _JOIN_RECORDS: Final = 1 << 16
+_TABLE_SLICE: Final = 1 << 16
+"""Lengths that are taken out of a table at a time: as objects they are ten times as large."""
 _GATHER_RECORDS: Final = 1000
 """Below the 1,024 pieces that one writev(2) takes."""
 _GATHER_MEAN: Final = 4 * KiB
@@ -360,37 +366,41 @@ def decode_body(body: bytes, count: int) -> list[bytes]:
     Raises:
       FrameError: the table does not add up to the body.
     """
-    ends = body_ends(body, count)
     start = 4 * count
     records: list[bytes] = []
     append = records.append
-    for end in ends:
-        append(body[start:end])
-        start = end
+    for lengths in check_table(body, count, len(body)):
+        ends = accumulate(lengths, initial=start)
+        next(ends)
+        for end in ends:
+            append(body[start:end])
+            start = end
     return records
 
 
-def body_ends(body: bytes, count: int) -> list[int]:
-    """Where each payload ends in the body, after a check that the table adds up."""
-    lengths = check_table(body, count, len(body))
-    ends = list(accumulate(lengths, initial=4 * count))
-    del ends[0]
-    return ends
-
-
-def check_table(body: bytes, count: int, length: int) -> tuple[int, ...]:
-    """The table of lengths with which a body of ``length`` bytes begins.
+def check_table(body: bytes, count: int, length: int) -> Iterable[tuple[int, ...]]:
+    """The table of lengths with which a body of ``length`` bytes begins, in slices.
 
     Raises:
       FrameError: it does not add up to the body.
     """
     if 4 * count > length:
         raise FrameError(f"a table of {count} lengths does not fit a body of {length} bytes")
-    lengths = struct.unpack_from(f"<{count}I", body)
-    total = 4 * count + sum(lengths)
+    slices: Iterable[tuple[int, ...]]
+    if count <= _TABLE_SLICE:
+        slices = (struct.unpack_from(f"<{count}I", body),)
+        total = 4 * count + sum(slices[0])
+    else:
+        slices = _table_slices(body, count)
+        total = 4 * count + sum(map(sum, _table_slices(body, count)))
     if total != length:
         raise FrameError(f"the lengths add up to {total} bytes, the body has {length}")
-    return lengths
+    return slices
+
+
+def _table_slices(body: bytes, count: int) -> Iterator[tuple[int, ...]]:
+    for at in range(0, count, _TABLE_SLICE):
+        yield struct.unpack_from(f"<{min(_TABLE_SLICE, count - at)}I", body, 4 * at)
 
 
 @attrs.frozen
@@ -414,7 +424,7 @@ class Footer:
 
 def decode_footer(body: bytes) -> Footer:
     """Raises `FrameError` where the body is not a footer's."""
-    if len(body) < _FOOTER.size or (len(body) - _FOOTER.size) % 16:
+    if not _FOOTER.size <= len(body) <= FOOTER_BYTES_MAX or (len(body) - _FOOTER.size) % 16:
         raise FrameError(f"a footer cannot have {len(body)} bytes")
     flat = struct.unpack_from(f"<{(len(body) - _FOOTER.size) // 8}Q", body, _FOOTER.size)
     index = tuple(zip(flat[::2], flat[1::2], strict=True))

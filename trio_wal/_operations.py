@@ -8,11 +8,13 @@ order of the transaction's first write to each key.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import attrs
 import msgspec
 
+from ._frame import FRAME_BODY_MAX
 from ._util import check_bytes
 
 KEY_BYTES_MAX: Final = 511
@@ -20,6 +22,13 @@ KEY_BYTES_MAX: Final = 511
 TRANSACTION_FORMAT: Final = b"\x01"
 OPERATION_OVERHEAD: Final = 16
 """Upper bound of what the format adds to a key and a value."""
+
+OPERATIONS_MAX: Final = (FRAME_BODY_MAX - 5) // (OPERATION_OVERHEAD + 1)
+"""Keys of one transaction, 63,161,283: no writer can have more, because for each it counts
+`OPERATION_OVERHEAD`, and a byte of key, against a limit that is that of a frame at most.  A
+record may claim three times as many; each costs whoever replays it some 220 bytes."""
+_OPERATION_BYTES_MIN: Final = 3
+"""The head of a key, and nil: what cannot be there is not made room for."""
 
 Writes = dict[bytes, "bytes | None"]
 
@@ -46,8 +55,7 @@ def encode_transaction(writes: Writes) -> bytes:
 
 def decode_transaction(record: bytes) -> Writes:
     """Raises `OperationsError`."""
-    if record[:1] != TRANSACTION_FORMAT:
-        raise OperationsError(f"a transaction does not start with {record[:1]!r}")
+    _count_operations(record)
     try:
         writes = _decoder.decode(memoryview(record)[1:])
     except msgspec.MsgspecError as exc:
@@ -56,6 +64,67 @@ def decode_transaction(record: bytes) -> Writes:
         if not 0 < len(key) <= KEY_BYTES_MAX:
             raise OperationsError(f"a transaction with a key of {len(key)} bytes")
     return writes
+
+
+def _count_operations(record: bytes) -> tuple[int, int]:
+    """How many a transaction says that it has, and where the first one starts.
+
+    Raises `OperationsError`, also where there are more than a writer may have written.
+    """
+    if record[:1] != TRANSACTION_FORMAT:
+        raise OperationsError(f"a transaction does not start with {record[:1]!r}")
+    kind = record[1:2]
+    if kind and 0x80 <= kind[0] <= 0x8F:
+        count, start = kind[0] & 0x0F, 2
+    elif kind in (b"\xde", b"\xdf"):
+        start = 4 if kind == b"\xde" else 6
+        count = int.from_bytes(record[2:start], "big")
+    else:
+        raise OperationsError(f"no transaction: a map is due, not {kind!r}")
+    if count > OPERATIONS_MAX:
+        raise OperationsError(f"no transaction: {count:,} keys, over {OPERATIONS_MAX:,}")
+    if count * _OPERATION_BYTES_MIN > len(record) - start:
+        raise OperationsError(f"no transaction: {count:,} keys in {len(record):,} bytes")
+    return count, start
+
+
+def operations_in(record: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+    """The operations of a transaction one by one, as they stand there, without taking memory
+    for all of them.
+
+    Raises `OperationsError`, which is all that `decode_transaction` would say.
+    """
+    count, at = _count_operations(record)
+    for _ in range(count):
+        key, at = _take_bytes(record, at)
+        if key is None:
+            raise OperationsError(f"no transaction: a key is nil, before byte {at}")
+        if not 0 < len(key) <= KEY_BYTES_MAX:
+            raise OperationsError(f"a transaction with a key of {len(key)} bytes")
+        value, at = _take_bytes(record, at)
+        yield key, value
+    if at != len(record):
+        raise OperationsError(f"no transaction: {len(record) - at} bytes after its end")
+
+
+def _take_bytes(record: bytes, at: int) -> tuple[bytes | None, int]:
+    """A ``bin`` or nil of MessagePack, and where it ends."""
+    kind = record[at] if at < len(record) else -1
+    if kind == _NIL:
+        return None, at + 1
+    width = _LENGTH_WIDTHS.get(kind)
+    if width is None:
+        raise OperationsError(f"no transaction: neither bytes nor nil at byte {at}")
+    start = at + 1 + width
+    end = start + int.from_bytes(record[at + 1 : start], "big")
+    if end > len(record):
+        raise OperationsError(f"no transaction: cut short at byte {at}")
+    return record[start:end], end
+
+
+_NIL: Final = 0xC0
+_LENGTH_WIDTHS: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+"""Bytes of the length of a bin 8, bin 16 and bin 32."""
 
 
 def check_key(key: object) -> bytes:

@@ -433,9 +433,10 @@ def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeade
             f"the footer counts {footer.records} records up to LSN {footer.last_lsn}, "
             f"the segment has {walk.records} up to {walk.end.next_lsn - 1}",
         )
-    if _scan.examine_tail(file.pread, segment.size, segment.header, scanner.position).torn_end > (
-        seal.end
-    ):
+    tail = _scan.examine_tail(
+        file.pread, segment.size, segment.header, scanner.position, file.next_data
+    )
+    if tail.torn_end > seal.end:
         raise CorruptLogError(file.path, seal.end, "bytes behind the segment's footer")
 
 

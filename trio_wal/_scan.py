@@ -38,6 +38,8 @@ from ._util import KiB, MiB, align_up
 
 Read = Callable[[int, int], bytes]
 """``read(length, offset)``; shorter only at the end of the file."""
+NextData = Callable[[int], int]
+"""``next_data(offset)``: as `File.next_data`."""
 
 WINDOW: Final = 1 * MiB
 SKIM_WINDOW: Final = 128 * KiB
@@ -120,6 +122,13 @@ class FrameScanner:
             crc = crc32c(piece, crc)
         return b"".join(table), length, crc, self._read(frame.end - end, end)
 
+    def _large_body(self, frame: FrameHeader) -> tuple[bytes, bytes]:
+        """A body that is read as it is, without a copy, and not kept; and the padding."""
+        start = frame.offset + FRAME_HEADER_SIZE
+        end = start + frame.stored_length
+        self._window = b""
+        return self._read(frame.stored_length, start), self._read(frame.end - end, end)
+
     def __iter__(self) -> Iterator[tuple[FrameHeader, bytes]]:
         while True:
             here = self.position
@@ -139,6 +148,9 @@ class FrameScanner:
                 long = self._skim and frame.stored_length > SKIM_WINDOW
                 if long and frame.kind is Kind.DATA and frame.codec is Codec.NONE:
                     body, length, crc, padding = self._long_body(frame)
+                elif frame.end - here.offset > WINDOW:
+                    body, padding = self._large_body(frame)
+                    length, crc = len(body), crc32c(body)
                 else:
                     whole = self._bytes(frame_size(frame.stored_length), here.offset)
                     end = FRAME_HEADER_SIZE + frame.stored_length
@@ -161,7 +173,10 @@ class FrameScanner:
                 max(here.durable_lsn, frame.durable_lsn),
                 max(here.time_us, frame.time_us),
             )
-            yield frame, body
+            # Whoever is given a large body decides alone how long it is kept.
+            given = [body]
+            body = b""
+            yield frame, given.pop()
 
 
 def check_body(frame: FrameHeader, body: bytes) -> None:
@@ -232,7 +247,24 @@ class Tail:
     """The highest LSN that such a frame calls durable."""
 
 
-def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Position) -> Tail:
+def stretches(start: int, size: int, next_data: NextData) -> Iterator[int]:
+    """Offsets of the windows in which a file may have something else than zeros.
+
+    A file may be 8 EiB long and take no space: holes are passed over.
+    """
+    offset = start
+    while (offset := next_data(offset)) < size:
+        yield offset
+        offset += WINDOW
+
+
+def examine_tail(
+    read: Read,
+    size: int,
+    segment: SegmentHeader,
+    position: Position,
+    next_data: NextData = int,
+) -> Tail:
     """Look at everything behind ``position`` for proof that it once was durable.
 
     A frame names the highest LSN that was durable when it was written.  If such a
@@ -245,7 +277,7 @@ def examine_tail(read: Read, size: int, segment: SegmentHeader, position: Positi
     end = position.offset
     covering: FrameHeader | None = None
     durable_lsn = 0
-    for offset in range(position.offset, size, WINDOW):
+    for offset in stretches(position.offset, size, next_data):
         window = read(WINDOW + FRAME_HEADER_SIZE - 1, offset)
         if window == _ZEROS[: len(window)]:
             continue

@@ -523,14 +523,16 @@ class _SegmentCheck:
         pointer = self._segment.pointer
         if pointer is not None and pointer.offset > end.offset:
             return True
-        tail = _scan.examine_tail(self._read, self._segment.size, self._header, end)
+        tail = _scan.examine_tail(
+            self._read, self._segment.size, self._header, end, self._file.next_data
+        )
         start = _scan.torn_start(self._read, self._header, pointer, end, tail.torn_end)
         self.result.torn_bytes = tail.torn_end - start
         return tail.covering is not None
 
     def _next_frame(self, start: int) -> FrameHeader | None:
         """The first frame header at or behind an offset."""
-        for offset in range(start, self._segment.size, WINDOW):
+        for offset in _scan.stretches(start, self._segment.size, self._file.next_data):
             window = self._read(WINDOW, offset)
             at = window.find(FRAME_MAGIC)
             while at >= 0:
@@ -582,7 +584,9 @@ class _SegmentCheck:
             pointer is None or (pointer.kind, pointer.crc) != (Kind.SEAL, seal.crc)
         ):
             self._find(POINTER_OFFSET, "the pointer to the segment's footer is damaged")
-        behind = _scan.examine_tail(self._read, self._segment.size, self._header, scanner.position)
+        behind = _scan.examine_tail(
+            self._read, self._segment.size, self._header, scanner.position, self._file.next_data
+        )
         if behind.torn_end > seal.end:
             self._find(seal.end, "bytes behind the segment's footer")
         result.end = Position(seal.end, seal.next_lsn, seal.crc, time_us=seal.time_us)

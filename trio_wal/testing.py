@@ -575,6 +575,14 @@ class MemoryFile:
         self._files._begin("pread", self.path)
         return bytes(self._inode.data[offset : offset + length])
 
+    def next_data(self, offset: int) -> int:
+        """As file systems know holes: by sectors, not by bytes."""
+        while sector := self._inode.data[offset : (offset // SECTOR + 1) * SECTOR]:
+            if sector.count(0) != len(sector):
+                return offset
+            offset += len(sector)
+        return offset
+
     def pwrite(self, pieces: Sequence[bytes], offset: int) -> None:
         data = b"".join(pieces)
         fault = self._files._due("pwrite", self.path)

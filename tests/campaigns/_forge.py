@@ -593,6 +593,7 @@ NAMES: Final = (
     "wal-" + "1" * 21 + ".log", "wal-" + "\u0661" * 20 + ".log", "wal-+0000000000000000001.log",
     "wal-00000000000000000001.log\n", "wal-00000000000000000001.log.tmp", "wal-\udcff.log",
     "wal-..", "wal-0000000000000000000\udcff.log", "wal-" + "a" * 200,
+    "wal-\x1b]0;x\x07\x1b[2J\nOK: 1 segment", "wal-\x9b31m\u202e\u2028.log",
 )  # fmt: skip
 """Names that are not a segment's, or of one that cannot be."""
 

@@ -34,6 +34,9 @@ class _File:
     def pread(self, length: int, offset: int) -> bytes:
         return self._content[offset : offset + length]
 
+    def next_data(self, offset: int) -> int:
+        return offset
+
     def size(self) -> int:
         return len(self._content)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -58,10 +59,12 @@ from ._forge import Contents
 
 MEMORY_BYTES: Final = 512 * MiB
 """What a process may take for the inputs, beyond what it has before the first."""
-BOMB_MEMORY_BYTES: Final = 8 << 30
-"""Address space for the largest frames that the format allows: a body of 1 GiB, decompressed,
-taken apart, and printed as text.  Some 3 GiB of it are touched."""
-BOMB_AVAILABLE_BYTES: Final = 5 << 30
+BOMB_MEMORY_BYTES: Final = 3 * FRAME_BODY_MAX
+"""For the largest frames that the format allows, in address space beyond what the process has: a
+body of 1 GiB, decompressed, taken apart, and printed as text.  It is there twice at a time."""
+BOMB_AVAILABLE_BYTES: Final = 4 << 30
+BOMB_SECONDS_MAX: Final = 300
+"""Each NUL of 1 GiB is printed as six bytes."""
 SECONDS_MAX: Final = 30
 """Of one input, with room for a machine that does other things."""
 COUNT: Final = 100_000
@@ -192,15 +195,19 @@ def _command(name: str) -> Any:
 def _dump(records: list[trio_wal.Record], database: bool) -> None:
     command = _command("dump")
     if command is not None:
-        line_of = partial(command._transaction, LOG) if database else command._line
+        pieces_of = partial(command.transaction_pieces, LOG) if database else command.pieces
         for record in records[:1000]:
-            line_of(record)
+            sink = Sink()
+            for piece in pieces_of(record):
+                sink.write(piece)
+            sink.check_end()
 
 
 def _inspect(directory: Any) -> None:
     command = _command("inspect")
     if command is not None:
-        msgspec.json.encode(msgspec.to_builtins(attrs.asdict(command._look(directory))))
+        log = msgspec.to_builtins(attrs.asdict(command._look(directory)))
+        Sink().write(_command("_output").to_json(log))
 
 
 async def _open_database(outcomes: Outcomes, contents: Contents) -> None:
@@ -227,6 +234,34 @@ async def _open_database(outcomes: Outcomes, contents: Contents) -> None:
 # -- the same on real files, through the command line -------------------------------
 
 
+class Sink(io.RawIOBase):
+    """Takes what a command writes, keeps nothing, and looks for what a terminal would obey.
+
+    Every line must be printable; what it says is not its business.
+    """
+
+    _CONTROLS = bytes(code for code in (*range(32), 127) if code != 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        piece = bytes(data)
+        clean = len(piece.translate(None, self._CONTROLS)) == len(piece)
+        check(clean, "a control character is printed")
+        text = self._decode(piece)
+        if not piece.isascii():
+            check(text.replace("\n", "").isprintable(), "what is not printable is printed")
+        return len(piece)
+
+    def check_end(self) -> None:
+        self._decode(b"", True)
+
+
 def examine_real(contents: Contents, database: bool, folder: Path) -> Outcomes:
     outcomes = Outcomes()
     path = folder / "log"
@@ -248,9 +283,16 @@ def look_at_real(outcomes: Outcomes, path: Path) -> None:
         return
     run_command = importlib.import_module("trio_wal._cli").run
     for arguments in (["verify"], ["inspect", "--json"], ["inspect"], ["dump"]):
-        stdout = io.TextIOWrapper(io.BytesIO())
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(io.StringIO()):
+        sinks = Sink(), Sink()
+        out, err = (
+            io.TextIOWrapper(io.BufferedWriter(sink), encoding="utf-8", write_through=True)
+            for sink in sinks
+        )
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run_command([arguments[0], str(path), *arguments[1:]])
+        for stream, sink in zip((out, err), sinks, strict=True):
+            stream.flush()
+            sink.check_end()
         check(code in (0, 1, 3), f"{arguments[0]} exits with {code}")
         outcomes.counts[f"trio-wal {arguments[0]}: {code}"] += 1
 
@@ -473,8 +515,8 @@ PIECE_BYTES: Final = 64 * MiB
 
 
 def _large_record(log: _forge.Log) -> None:
-    """One record of 1 GiB, in a file of some KiB."""
-    piece = b"a" * PIECE_BYTES
+    """One record of 1 GiB, in a file of some KiB: of NULs, which take most room as text."""
+    piece = bytes(PIECE_BYTES)
     size = FRAME_BODY_MAX
     pieces = [struct.pack("<I", size - 4) + piece[4:], *[piece] * (size // PIECE_BYTES - 1)]
     _bomb(log, pieces, size, 1)
@@ -657,7 +699,7 @@ def is_real(case: str) -> bool:
 
 
 def run_case(part: str, case: str) -> Outcomes:
-    with limited_time():
+    with limited_time(BOMB_SECONDS_MAX if part == "bombs" else SECONDS_MAX):
         if part == "inputs":
             return run_input(random.Random(int(case)), real=is_real(case))
         with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:

@@ -226,7 +226,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_directory", "simulator:cut",
-        "self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))", "pass",
+        "                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))\n",
+        "                pass\n",
     ),
     mutant(
         "what stays behind a cut is not synced", "_directory", "simulator:cut",

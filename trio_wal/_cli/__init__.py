@@ -8,19 +8,19 @@ Needs the ``cli`` extra; the library never imports this package.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO, cast
 
 from cyclopts import App, CycloptsError
 from rich.console import Console
 
 from trio_wal import __version__
-from trio_wal._exceptions import WalError
+from trio_wal._exceptions import WalError, WrongDirectoryError
 
-from ._output import CommandError, ExitCode, UsageError, complain
+from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
 from .demo import demo
 from .dump import dump
@@ -41,32 +41,68 @@ for _command in (demo, append, dump, inspect, verify):
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code and raises nothing."""
-    for stream in (sys.stdout, sys.stderr):
+    _occupy_closed_streams()
+    stdout = cast("TextIO | None", sys.stdout)
+    if stdout is None:
+        complain("standard output is closed, so there is no place for a result; nothing was done")
+        return ExitCode.FAILED
+    for stream in (stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A file name that the terminal cannot show is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
+    code = _run_and_explain(list(arguments))
     try:
-        code = _run(list(arguments))
-        sys.stdout.flush()
-        return code
+        stdout.flush()
+    except (OSError, ValueError) as exc:
+        forget(stdout)
+        if isinstance(exc, BrokenPipeError):
+            return ExitCode.PIPE_CLOSED
+        if code != ExitCode.FAILED:
+            complain(f"standard output: {exc}")
+        return ExitCode.FAILED
+    return code
+
+
+def _occupy_closed_streams() -> None:
+    """No file may get the number of a standard stream that is closed: what is printed to that
+    would be written into it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # It gets the lowest number that is free: this one.
+            os.open(os.devnull, os.O_RDWR)
+    if cast("TextIO | None", sys.stderr) is None:
+        # For whoever writes there without a look.
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def _run_and_explain(arguments: list[str]) -> int:
+    """The exit code; whatever is raised is one line on standard error."""
+    try:
+        return _run(arguments)
     except KeyboardInterrupt:
-        _forget_stdout()
+        forget(sys.stdout)
         return ExitCode.INTERRUPTED
     except (BrokenPipeError, SystemExit):
         # SystemExit: rich, while it shows the help.
-        _forget_stdout()
+        forget(sys.stdout)
         return ExitCode.PIPE_CLOSED
-    except UsageError as exc:
+    except (UsageError, ModuleNotFoundError) as exc:
         complain(str(exc))
         return ExitCode.USAGE
-    except ModuleNotFoundError as exc:
-        complain(str(exc))
-        return ExitCode.USAGE
-    except OSError as exc:
-        complain(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+    except WrongDirectoryError as exc:
+        # What to call instead is for programs.
+        complain(f"{exc.path}: this is {exc.found}")
         return ExitCode.FAILED
     except (WalError, CommandError) as exc:
         complain(str(exc))
+        return ExitCode.FAILED
+    except OSError as exc:
+        complain(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+        return ExitCode.FAILED
+    except Exception as exc:  # noqa: BLE001  (the last line of defence: code 1 would say "findings")
+        complain(f"{type(exc).__name__}: {exc}")
         return ExitCode.FAILED
 
 
@@ -75,23 +111,8 @@ def _run(arguments: list[str]) -> int:
         app.help_print([], console=Console(stderr=True))
         return ExitCode.USAGE
     try:
-        code = app(
-            arguments,
-            exit_on_error=False,
-            print_error=True,
-            error_console=Console(stderr=True),
-            result_action="return_value",
-        )
-    except CycloptsError:
-        return ExitCode.USAGE
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as exc:
+        raise UsageError(f"{exc} See trio-wal --help.") from exc
     # --help and --version give None.
     return code if isinstance(code, int) else ExitCode.OK
-
-
-def _forget_stdout() -> None:
-    """Whoever read the output has left or does not keep up: nothing is to be flushed into
-    it at exit."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)

@@ -2,7 +2,8 @@
 
 Law: standard output has the result and nothing else; with ``--json`` that is JSON.
 Everything for people on the way there goes to standard error, and progress bars only
-where that is a terminal.
+where that is a terminal.  Whatever a file name or a record holds, what is written is
+printable, and a line stays one line.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, TextIO, TypeAlias, cast
 
 import msgspec
 from cyclopts import Parameter
@@ -32,6 +33,7 @@ from rich.table import Table
 from trio_wal._chain import LOG_NAME, META_NAME, STORE_NAME
 from trio_wal._files import Directory, OsFiles, close_quietly
 from trio_wal._frame import FEATURE_DATABASE, FEATURE_ZSTD
+from trio_wal._text import encodable, plain_json, printable
 
 
 class ExitCode(enum.IntEnum):
@@ -42,7 +44,8 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     """The command line is wrong, or cannot be run as it is installed."""
     FAILED = 3
-    """An I/O error, or a log that cannot be read or written."""
+    """An I/O error (a standard stream that is closed is one), or what is no log, or one that
+    cannot be read or written."""
     INTERRUPTED = 130
     """Ctrl-C: 128 + SIGINT, as shells count."""
     PIPE_CLOSED = 141
@@ -57,10 +60,13 @@ class CommandError(Exception):
     """It cannot be done, and no error of the library says so; the text does."""
 
 
-NOT_A_TERMINAL_WIDTH: Final = 200
-"""Columns for tables that go into a file or a pipe: nothing is cut off."""
+TABLE_WIDTH: Final = 200
+"""Columns that a table may take: far more than it needs, so that nothing is cut off."""
 
-Dir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The log's directory.")]
+Dir: TypeAlias = Annotated[
+    Path, Parameter(name="DIR", help="The directory of a log, or of a database.")
+]
+LogDir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The directory of a log.")]
 Json: TypeAlias = Annotated[
     bool,
     Parameter(name="--json", negative=(), show_default=False, help="Machine-readable output."),
@@ -70,15 +76,49 @@ Json: TypeAlias = Annotated[
 def write_json(value: object) -> None:
     """One JSON document, on a line of its own, in UTF-8 whatever the locale."""
     sys.stdout.flush()
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    sys.stdout.buffer.write(to_json(value) + b"\n")
+
+
+def to_json(value: object) -> bytes:
+    """In which every line is one document, and nothing but JSON."""
+    return plain_json(msgspec.json.encode(_encodable(value)))
+
+
+def _encodable(value: object) -> object:
+    """The same, where a path may be none that UTF-8 can hold."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).items()
+        return {_encodable(key): _encodable(inner) for key, inner in items}
+    if isinstance(value, (list, tuple)):
+        return list(map(_encodable, cast("list[object]", value)))
+    return value
 
 
 def say(text: str) -> None:
-    print(text)
+    """A line of the result."""
+    print(printable(text))
 
 
 def complain(text: str) -> None:
-    print(f"trio-wal: {text}", file=sys.stderr)
+    """A line on standard error; nobody is told where that cannot be written."""
+    stream = cast("TextIO | None", sys.stderr)
+    if stream is None:
+        return
+    try:
+        print(f"trio-wal: {printable(text)}", file=stream, flush=True)
+    except (OSError, ValueError):
+        forget(stream)
+
+
+def forget(stream: TextIO) -> None:
+    """Whoever read it has left or does not keep up, or it cannot be written: nothing is to be
+    flushed into it at exit."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def count(number: int, noun: str) -> str:
@@ -91,21 +131,21 @@ def feature_names(features: int) -> list[str]:
     return [name for flag, name in names.items() if features & flag]
 
 
-def new_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    table = Table()
+def new_table(*columns: str, numbers: tuple[str, ...] = (), plain: bool = False) -> Table:
+    """``plain``: without lines, so that more fits into 80 columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False) if plain else Table()
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
     return table
 
 
 def show(table: Table) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = NOT_A_TERMINAL_WIDTH
+    console = Console(highlight=False, markup=False, emoji=False, width=TABLE_WIDTH)
     # Not written by rich itself, which ends the program where nobody reads any more.
     with console.capture() as shown:
         console.print(table)
-    print(shown.get(), end="")
+    for line in shown.get().splitlines():
+        print(line.rstrip())
 
 
 class Bar:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+import select
+import stat
 import sys
-from typing import Final
+from time import monotonic
+from typing import Annotated, Final, TextIO, cast
 
 import attrs
 import trio
+from cyclopts import Parameter
 
 from trio_wal._util import MiB
-from trio_wal._wal import open_wal
+from trio_wal._wal import WriteAheadLog, open_wal
 
-from ._output import CommandError, Dir, ExitCode, Json, count, say, write_json
+from ._output import CommandError, ExitCode, Json, LogDir, complain, count, say, write_json
 
 READ_BYTES: Final = 1 * MiB
 """At most so much is read, and made durable as one unit, at a time."""
 LINE_BYTES_MAX: Final = 16 * MiB
 """`open_wal`'s default for a record."""
+PROGRESS_SECONDS: Final = 1.0
 
 
 @attrs.define
 class _Done:
-    """What is durable so far."""
+    """What has become durable since the last report, or at all."""
 
     path: str
     first_lsn: int | None = None
@@ -30,54 +35,117 @@ class _Done:
     records: int = 0
     bytes: int = 0
 
+    def add(self, lsns: range, size: int) -> None:
+        self.first_lsn = self.first_lsn or lsns[0]
+        self.last_lsn = lsns[-1]
+        self.records += len(lsns)
+        self.bytes += size
 
-async def append(directory: Dir, /, *, json: Json = False) -> int:
+    def __str__(self) -> str:
+        return (
+            f"LSN {self.first_lsn} to {self.last_lsn}: {count(self.records, 'record')}, "
+            f"{count(self.bytes, 'byte')}, durable in {self.path}"
+        )
+
+
+async def append(
+    directory: LogDir,
+    /,
+    *,
+    progress: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            show_default=False,
+            help="Say every second on standard error how much is durable.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> int:
     """Append each line of standard input as one record, without its newline.
 
     The log is created if it is missing. Input is taken as fast as the disk makes it
-    durable, and the LSNs are printed when all of it is.
+    durable. The LSNs are printed when all of it is, and also whenever a pipe or a
+    terminal has no more input for now: one line for what has come since the last.
+
+    Example: `printf 'one\\ntwo\\n' | trio-wal append orders.wal`
     """
-    done = _Done(str(directory))
+    source = _Input()
+    reporter = _Reporter(_Done(str(directory)), json=json, progress=progress)
     try:
         async with open_wal(directory) as wal:
-            done.path = wal.path
-            source = _Input()
-            while lines := await source.lines():
-                lsns = await wal.append_many(lines)
-                done.first_lsn = done.first_lsn or lsns[0]
-                done.last_lsn = lsns[-1]
-                done.records += len(lines)
-                done.bytes += sum(map(len, lines))
+            await _append(wal, source, reporter)
     except Exception:
-        if done.records:
-            _report(done, json=json)
+        if reporter.unsaid.records:
+            reporter.report()
         raise
-    _report(done, json=json)
+    if reporter.unsaid.records or not reporter.total.records:
+        reporter.report()
     return ExitCode.OK
 
 
-def _report(done: _Done, *, json: bool) -> None:
-    if json:
-        write_json(attrs.asdict(done))
-    elif done.records:
-        say(
-            f"LSN {done.first_lsn} to {done.last_lsn}: {count(done.records, 'record')}, "
-            f"{count(done.bytes, 'byte')}, durable in {done.path}"
-        )
-    else:
-        say(f"no input, nothing appended to {done.path}")
+async def _append(wal: WriteAheadLog, source: _Input, reporter: _Reporter) -> None:
+    reporter.unsaid.path = reporter.total.path = wal.path
+    while lines := await source.lines():
+        reporter.add(await wal.append_many(lines), sum(map(len, lines)))
+        if source.is_idle():
+            reporter.report()
+
+
+class _Reporter:
+    """Says what is durable: every record once."""
+
+    def __init__(self, done: _Done, *, json: bool, progress: bool) -> None:
+        self.total = done
+        self.unsaid = attrs.evolve(done)
+        self._json = json
+        self._progress = progress
+        self._next = monotonic() + PROGRESS_SECONDS
+
+    def add(self, lsns: range, size: int) -> None:
+        self.unsaid.add(lsns, size)
+        self.total.add(lsns, size)
+        if self._progress and monotonic() >= self._next:
+            self._next = monotonic() + PROGRESS_SECONDS
+            complain(f"{self.total} so far")
+
+    def report(self) -> None:
+        done = self.unsaid
+        self.unsaid = _Done(done.path)
+        try:
+            if self._json:
+                write_json(attrs.asdict(done))
+            elif done.records:
+                say(str(done))
+            else:
+                say(f"no input, nothing appended to {done.path}")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            # Whoever only sees the exit code would append them again.
+            raise CommandError(f"standard output: {exc}; {done}") from exc
 
 
 class _Input:
     """Standard input, line by line."""
 
     def __init__(self) -> None:
+        stdin = cast("TextIO | None", sys.stdin)
+        if stdin is None:
+            raise CommandError("standard input is closed: there is nothing to append")
         # The descriptor, not sys.stdin: Ctrl-C leaves the thread that waits in a read
         # behind, and it must not hold a lock that the interpreter wants at its end.
-        self._fd = sys.stdin.fileno()
+        self._fd = stdin.fileno()
+        # select() takes nothing but sockets there.
+        self._may_be_idle = sys.platform != "win32" and not stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._rest: list[bytes] = []
         self._size = 0
         self._lines_taken = 0
+
+    def is_idle(self) -> bool:
+        """Whether there is neither more input now nor its end."""
+        return self._may_be_idle and not select.select([self._fd], [], [], 0)[0]
 
     async def lines(self) -> list[bytes]:
         """The lines that have come, without their newlines; none at the end."""

@@ -1,9 +1,15 @@
-"""`trio-wal dump`: the records of a log as JSON lines."""
+"""`trio-wal dump`: the records of a log as JSON lines.
+
+Law: memory does not grow with a record.  What is larger than `LARGE_BYTES` is written in
+slices: a byte of text may take six in JSON, and an encoder that grows its buffer copies it.
+"""
 
 from __future__ import annotations
 
+import base64
+import codecs
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Final
 
@@ -12,16 +18,22 @@ from cyclopts import Parameter
 
 from trio_wal._chain import read_meta
 from trio_wal._cursor import Record
-from trio_wal._database import decode_record
+from trio_wal._database import decode_record, operations_in
+from trio_wal._exceptions import CorruptLogError, LogDivergedError
 from trio_wal._frame import FEATURE_DATABASE
-from trio_wal._reader import open_reader
+from trio_wal._reader import LogReader, open_reader
 from trio_wal._stream import RecordStream
-from trio_wal._util import KiB
+from trio_wal._text import plain_json
+from trio_wal._util import KiB, MiB
 
-from ._output import Dir, ExitCode, Json, UsageError, log_of, opened
+from ._output import Dir, ExitCode, Json, UsageError, complain, log_of, opened
 
 WRITE_BYTES: Final = 256 * KiB
 """Lines are written in pieces of about this size."""
+LARGE_BYTES: Final = 1 * MiB
+"""Bytes of a record, or a value, from which on it is encoded in slices."""
+SLICE_BYTES: Final = 48 * KiB
+"""A multiple of 3, so that slices in base64 can stand one after the other."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -48,54 +60,88 @@ async def dump(
 ) -> int:
     """Print durable records, one JSON object a line: lsn, timestamp, and text or base64.
 
-    A record that is valid UTF-8 is given as "text", any other as "base64". Reads only and
-    takes no lock; the log may be written meanwhile.
+    A record that is valid UTF-8 is given as "text", any other as "base64"; of a database
+    the "operations" of each transaction. Reads only and takes no lock; the log may be
+    written meanwhile. Exits with 1 if it meets damage, after all that is whole before it,
+    and if --from is beyond the end.
+
+    Example: `trio-wal dump orders.wal --from 17 | jq .text`
     """
     for name, lsn in (("--from", from_), ("--to", to)):
         if lsn is not None and lsn < 1:
             raise UsageError(f"{name} must be an LSN, 1 or more, not {lsn}")
     if from_ is not None and to is not None and to < from_:
         raise UsageError(f"--to {to} is before --from {from_}")
-    with opened(directory) as files:
-        meta = read_meta(files)
-    is_database = meta is not None and bool(meta.features & FEATURE_DATABASE)
-    async with open_reader(log_of(directory)) as reader:
-        stop = None if to is None else to + 1
-        stream = reader.follow(from_) if follow else reader.read(from_, stop)
-        async with stream as records:
-            line_of = partial(_transaction, reader.path) if is_database else _line
-            await _dump(records, to, line_of)
+    try:
+        with opened(directory) as files:
+            meta = read_meta(files)
+        is_database = meta is not None and bool(meta.features & FEATURE_DATABASE)
+        async with open_reader(log_of(directory)) as reader:
+            if from_ is not None and not follow and from_ > reader.durable_lsn + 1:
+                return _beyond(reader, from_)
+            stop = None if to is None else to + 1
+            stream = reader.follow(from_) if follow else reader.read(from_, stop)
+            async with stream as records:
+                pieces_of = partial(transaction_pieces, reader.path) if is_database else pieces
+                await _dump(records, to, pieces_of)
+    except (CorruptLogError, LogDivergedError) as exc:
+        complain(str(exc))
+        return ExitCode.FINDINGS
     return ExitCode.OK
 
 
-async def _dump(records: RecordStream, to: int | None, line_of: Callable[[Record], bytes]) -> None:
-    lines: list[bytes] = []
+def _beyond(reader: LogReader, lsn: int) -> int:
+    last = reader.durable_lsn
+    complain(
+        f"{reader.path}: --from {lsn} is beyond the end: the newest durable record is LSN {last}"
+    )
+    return ExitCode.FINDINGS
+
+
+async def _dump(
+    records: RecordStream, to: int | None, pieces_of: Callable[[Record], Iterable[bytes]]
+) -> None:
+    ready: list[bytes] = []
     size = 0
-    async for record in records:
-        if to is not None and record.lsn > to:
-            break
-        line = line_of(record)
-        lines.append(line)
-        size += len(line)
-        # Nothing is held back while the stream reads on: it may have to wait, or to fail.
-        if size >= WRITE_BYTES or not records._ready:
-            _write(lines)
-            size = 0
-        if record.lsn == to:
-            break
-    _write(lines)
+    try:
+        async for record in records:
+            if to is not None and record.lsn > to:
+                break
+            for piece in pieces_of(record):
+                ready.append(piece)
+                size += len(piece)
+                if size >= WRITE_BYTES:
+                    _write(ready)
+                    size = 0
+            # Nothing is held back while the stream reads on: it may have to wait.
+            if not records._ready:
+                _write(ready)
+                size = 0
+            if record.lsn == to:
+                break
+    except Exception:
+        # What is whole is given first.
+        _write(ready)
+        raise
+    _write(ready)
 
 
-def _write(lines: list[bytes]) -> None:
-    """Write the lines out, and forget them."""
-    sys.stdout.buffer.write(b"\n".join((*lines, b"")))
-    lines.clear()
+def _write(pieces: list[bytes]) -> None:
+    """Write the pieces out, and forget them."""
+    sys.stdout.buffer.write(b"".join(pieces))
+    pieces.clear()
     sys.stdout.buffer.flush()
 
 
-def _line(record: Record) -> bytes:
+def pieces(record: Record) -> Iterator[bytes]:
+    """The line of a record."""
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
-    return _encode(fields | _data(record.data))
+    if len(record.data) <= LARGE_BYTES:
+        yield plain_json(_encode(fields | _data(record.data))) + b"\n"
+        return
+    yield _encode(fields)[:-1] + b","
+    yield from _slices(record.data)
+    yield b"}\n"
 
 
 def _data(data: bytes) -> dict[str, object]:
@@ -105,11 +151,55 @@ def _data(data: bytes) -> dict[str, object]:
         return {"base64": data}
 
 
-def _transaction(path: str, record: Record) -> bytes:
-    """A record of a database's log: what it did to each key; null is a deletion."""
-    operations = [
-        {"key": _data(key), "value": None if value is None else _data(value)}
-        for key, value in decode_record(path, record.lsn, record.data).items()
-    ]
+def _slices(data: bytes) -> Iterator[bytes]:
+    """What JSON has for `_data`, without the braces."""
+    slices = [memoryview(data)[at : at + SLICE_BYTES] for at in range(0, len(data), SLICE_BYTES)]
+    if _is_text(slices):
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        yield b'"text":"'
+        for piece in slices:
+            yield plain_json(_encode(decode(bytes(piece)))[1:-1])
+    else:
+        yield b'"base64":"'
+        yield from map(base64.b64encode, slices)
+    yield b'"'
+
+
+def _is_text(slices: list[memoryview]) -> bool:
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    try:
+        for piece in slices:
+            decode(bytes(piece))
+        decode(b"", True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def transaction_pieces(path: str, record: Record) -> Iterator[bytes]:
+    """The line of a record of a database's log: what it did to each key; null is a deletion."""
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
-    return _encode({**fields, "operations": operations})
+    if len(record.data) <= LARGE_BYTES:
+        operations = [
+            {"key": _data(key), "value": None if value is None else _data(value)}
+            for key, value in decode_record(path, record.lsn, record.data).items()
+        ]
+        yield plain_json(_encode({**fields, "operations": operations})) + b"\n"
+        return
+    # All of it is looked at before a part is given: half a line would be none.
+    for _ in operations_in(path, record.lsn, record.data):
+        pass
+    yield _encode(fields)[:-1] + b',"operations":['
+    comma = b""
+    for key, value in operations_in(path, record.lsn, record.data):
+        yield comma + b'{"key":' + plain_json(_encode(_data(key))) + b',"value":'
+        if value is None:
+            yield b"null}"
+        elif len(value) <= LARGE_BYTES:
+            yield plain_json(_encode(_data(value))) + b"}"
+        else:
+            yield b"{"
+            yield from _slices(value)
+            yield b"}}"
+        comma = b","
+    yield b"]}\n"

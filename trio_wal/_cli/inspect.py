@@ -9,18 +9,26 @@ from typing import Literal
 import attrs
 from msgspec import to_builtins
 
-from trio_wal import _scan
-from trio_wal._chain import FoundSegment
-from trio_wal._files import Directory
-from trio_wal._frame import FORMAT_VERSION, TIME_US_MAX, Kind, to_datetime
-from trio_wal._reader import WatchSource
-from trio_wal._scan import FrameScanner, start_of
-from trio_wal._worker import Blocking
+from trio_wal import _scan, _verify
+from trio_wal._chain import judge_end
+from trio_wal._files import Directory, File
+from trio_wal._frame import (
+    FORMAT_VERSION,
+    TIME_US_MAX,
+    FrameHeader,
+    Kind,
+    Meta,
+    to_datetime,
+)
+from trio_wal._scan import FrameScanner, Position, start_of
+from trio_wal._util import KiB, MiB
+from trio_wal._verify import LOOK_TRIES, Finding
 
 from ._output import (
     Dir,
     ExitCode,
     Json,
+    complain,
     count,
     feature_names,
     new_table,
@@ -59,9 +67,15 @@ class _Log:
     features: list[str]
     first_lsn: int
     last_lsn: int
+    """The newest record in the files."""
+    durable_lsn: int
     """The newest record that is known to be durable."""
+    records: int
+    """Of all segments."""
     bytes: int
     segments: tuple[_Segment, ...]
+    findings: tuple[Finding, ...]
+    """Damage that was met; what is whole is in the rest."""
 
 
 def inspect(directory: Dir, /, *, json: Json = False) -> int:
@@ -69,7 +83,10 @@ def inspect(directory: Dir, /, *, json: Json = False) -> int:
 
     Reads only and takes no lock; the log may be written meanwhile. A segment is sealed
     when another follows it; the last one is closed after an orderly close, and else
-    active: it is being written, or its writer was killed.
+    active: it is being written, or its writer was killed. Exits with 1 if it meets damage,
+    after showing what is whole; `trio-wal verify` looks for all of it.
+
+    Example: `trio-wal inspect orders.wal`
     """
     with opened(directory) as files:
         log = _look(files)
@@ -77,95 +94,178 @@ def inspect(directory: Dir, /, *, json: Json = False) -> int:
         write_json(to_builtins(attrs.asdict(log)))
     else:
         _print(log)
-    return ExitCode.OK
+    for finding in log.findings:
+        complain(f"{finding.path}: at offset {finding.offset}: {finding.reason}")
+    return ExitCode.FINDINGS if log.findings else ExitCode.OK
 
 
 def _look(directory: Directory) -> _Log:
-    """A log that is rotated or truncated at this moment is looked at again."""
-    while True:
+    """A log that is written, rotated or truncated at this moment is looked at again: what looks
+    damaged is believed if it is still there, unchanged."""
+    before: _Log | None = None
+    for _ in range(LOOK_TRIES):
         try:
-            return _look_once(directory)
+            log = _look_once(directory)
         except FileNotFoundError:
             continue
+        if not log.findings or (before is not None and before.findings == log.findings):
+            return log
+        before = log
+    return _look_once(directory)
 
 
 def _look_once(directory: Directory) -> _Log:
-    source = WatchSource(directory, Blocking(threaded=False))
-    source.look()
-    meta, found = source.meta, source.segments
-    rows = [_row(directory, *pair) for pair in zip(found, [*found[1:], None], strict=False)]
+    listing = _verify._Verifier(directory, None)._listing
+    meta, found = listing.meta, list(listing.chain.values())
+    findings = list(listing.findings)
+    rows: list[_Segment] = []
+    base_lsn = meta.base_lsn if meta is not None else 1
+    durable_lsn = base_lsn - 1
+    for segment in found:
+        view = listing.view(segment.number)
+        assert view is not None
+        look = _Look(directory, view)
+        file = directory.open(segment.file_name)
+        try:
+            rows.append(look.row(file))
+            # Another segment follows only when all of this one is durable.
+            durable_lsn = look.check_end(file, meta) if view.is_last else rows[-1].last_lsn
+        finally:
+            file.close()
+        findings += look.findings
+    features = meta.features if meta is not None else found[-1].header.features if found else 0
     return _Log(
         path=directory.path,
-        uuid=str(uuid.UUID(bytes=meta.log_uuid)),
+        uuid=str(uuid.UUID(bytes=_verify._uuid_of(meta, found))),
         format_version=FORMAT_VERSION,
-        features=feature_names(meta.features),
-        first_lsn=source.first_lsn,
-        last_lsn=source.durable_lsn,
+        features=feature_names(features),
+        first_lsn=rows[0].first_lsn if rows else base_lsn,
+        last_lsn=rows[-1].last_lsn if rows else base_lsn - 1,
+        durable_lsn=durable_lsn,
+        records=sum(row.records for row in rows),
         bytes=sum(row.bytes for row in rows),
         segments=tuple(rows),
+        findings=tuple(findings),
     )
 
 
-def _row(directory: Directory, segment: FoundSegment, following: FoundSegment | None) -> _Segment:
-    header, pointer = segment.header, segment.pointer
-    state: State = "active" if following is None else "unsealed"
-    frames, used, next_lsn = 0, 0, header.first_lsn
-    file = directory.open(segment.file_name)
-    try:
-        frame = None
-        if pointer is not None:
-            frame = _scan.frame_at(file.pread, header, pointer.offset)
+class _Look:
+    """At one segment: by its footer, where it has one, and otherwise frame by frame."""
+
+    def __init__(self, directory: Directory, view: _verify._View) -> None:
+        self._directory = directory
+        self._view = view
+        self._segment = segment = view.segment
+        self._header = segment.header
+        self._position = start_of(segment.header)
+        self._last: FrameHeader | None = None
+        self._reason = ""
+        self._frames = 0
+        self._watermark = segment.header.first_lsn - 1
+        self.findings: list[Finding] = []
+
+    def row(self, file: File) -> _Segment:
+        header, view, mark = self._header, self._view, self._segment.mark
+        following = view.following
+        state: State = "active" if view.is_last else "unsealed"
         footer = None
-        if pointer is not None and frame is not None and frame.crc == pointer.crc:
-            footer = _scan.read_footer(file.pread, frame)
-        if frame is not None and footer is not None:
-            frames, used, next_lsn = footer.frames, frame.end, frame.next_lsn
-            if (following is None) == (frame.kind is Kind.CLOSE):
-                state = "closed" if following is None else "sealed"
+        if not view.is_last and mark is not None and mark.kind is Kind.SEAL:
+            footer = _scan.read_footer(file.pread, mark)
+        if mark is not None and footer is not None:
+            state = "sealed"
+            self._frames = footer.frames
+            self._position = Position(mark.end, mark.next_lsn, mark.crc)
         else:
-            scanner = FrameScanner(file.pread, header, start_of(header), bodies=False)
-            frames = sum(frame.kind is Kind.DATA for frame, _ in scanner)
-            used, next_lsn = scanner.position.offset, scanner.position.next_lsn
-        if following is not None:
-            next_lsn = following.header.first_lsn
-        size = file.size()
-    finally:
-        file.close()
-    return _Segment(
-        number=header.number,
-        file=segment.file_name,
-        first_lsn=header.first_lsn,
-        last_lsn=next_lsn - 1,
-        records=next_lsn - header.first_lsn,
-        frames=frames,
-        bytes=size,
-        used=used,
-        state=state,
-        created=to_datetime(max(0, min(header.created_us, TIME_US_MAX))),
-    )
+            self._walk(file)
+            if view.is_last and self._last is not None and self._last.kind is Kind.CLOSE:
+                state = "closed"
+        next_lsn = self._position.next_lsn
+        if following is not None and next_lsn != following.first_lsn:
+            lost = next_lsn, following.first_lsn - 1
+            reason = f"the records before LSN {following.first_lsn} are missing"
+            self._find(self._position.offset, self._reason or reason, lost)
+        elif state == "unsealed" and not view.may_be_open:
+            self._find(self._position.offset, "the segment's footer or its pointer is damaged")
+        return _Segment(
+            number=header.number,
+            file=self._segment.file_name,
+            first_lsn=header.first_lsn,
+            last_lsn=next_lsn - 1,
+            records=next_lsn - header.first_lsn,
+            frames=self._frames,
+            bytes=file.size(),
+            used=self._position.offset,
+            state=state,
+            created=to_datetime(max(0, min(header.created_us, TIME_US_MAX))),
+        )
+
+    def _walk(self, file: File) -> None:
+        scanner = FrameScanner(file.pread, self._header, self._position, bodies=False)
+        for frame, _ in scanner:
+            self._last = frame
+            self._frames += frame.kind is Kind.DATA
+            self._watermark = max(self._watermark, frame.durable_lsn)
+        self._position, self._reason = scanner.position, scanner.reason
+
+    def check_end(self, file: File, meta: Meta | None) -> int:
+        """Whether the log ends here; returns the newest record that is known to be durable."""
+        position = self._position
+        word = self._directory.published()
+        told = word.durable_lsn if meta is not None and word.epoch in (None, meta.epoch) else 0
+        judged = judge_end(
+            self._directory.path,
+            file,
+            self._segment,
+            position,
+            reason=self._reason,
+            last_kind=self._last.kind if self._last is not None else None,
+            told_lsn=0 if word.epoch is None else told,
+        )
+        if judged.loss is not None:
+            error = judged.loss.error
+            self.findings.append(Finding(error.path, error.offset, error.reason, position.next_lsn))
+        return max(self._watermark, min(told, position.next_lsn - 1))
+
+    def _find(
+        self, offset: int, reason: str, lost: tuple[int | None, int | None] = (None, None)
+    ) -> None:
+        path = f"{self._directory.path}/{self._segment.file_name}"
+        self.findings.append(Finding(path, offset, reason, *lost))
 
 
 def _print(log: _Log) -> None:
+    say(log.path)
     features = ", ".join(log.features) or "none"
-    say(f"{log.path}: log {log.uuid}, format {log.format_version}, features: {features}")
-    records = max(0, log.last_lsn - log.first_lsn + 1)
-    where = f", LSN {log.first_lsn} to {log.last_lsn}" if records else ""
-    say(
-        f"{count(records, 'durable record')}{where}; "
-        f"{count(len(log.segments), 'segment')}, {count(log.bytes, 'byte')}"
-    )
-    numbers = ("segment", "first LSN", "last LSN", "records", "frames", "bytes", "used")
-    table = new_table(*numbers, "state", "created (UTC)", numbers=numbers)
+    say(f"log {log.uuid}, format {log.format_version}, features: {features}")
+    summary = count(log.records, "record")
+    if log.records:
+        summary += f", LSN {log.first_lsn} to {log.last_lsn}"
+        summary += _durable(log)
+    say(f"{summary}; {count(len(log.segments), 'segment')}, {_size(log.bytes)}")
+    if not log.segments:
+        return
+    numbers = ("segment", "first LSN", "last LSN", "records", "used")
+    table = new_table(*numbers, "state", "created (UTC)", numbers=numbers, plain=True)
     for row in log.segments:
         table.add_row(
             f"{row.number}",
             f"{row.first_lsn}",
             f"{row.last_lsn}" if row.records else "-",
-            f"{row.records:,}",
-            f"{row.frames:,}",
-            f"{row.bytes:,}",
-            f"{row.used:,}",
+            f"{row.records}",
+            _size(row.used),
             row.state,
-            f"{row.created:%Y-%m-%d %H:%M:%S}",
+            f"{row.created:%Y-%m-%d %H:%M}",
         )
     show(table)
+
+
+def _durable(log: _Log) -> str:
+    if log.durable_lsn >= log.last_lsn:
+        return ", all durable"
+    if log.durable_lsn < log.first_lsn:
+        return ", none known to be durable yet"
+    return f", known to be durable up to {log.durable_lsn}"
+
+
+def _size(size: int) -> str:
+    return f"{size / MiB:,.1f} MiB" if size >= MiB else f"{size / KiB:,.1f} KiB"

@@ -7,7 +7,6 @@ pipe, and is checked by reading the log, never by asking the process that wrote 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import subprocess
 import sys
@@ -35,12 +34,10 @@ from .workload import Workload
 from .writer import WORD_BYTES, WORDS, Job
 
 _CHILD: Final = (
-    "import json, sys\n"
-    "sys.path[:] = json.loads(sys.argv[1])\n"
-    "from trio_wal._cli._demo.writer import main\n"
-    "main()\n"
+    "import sys\nsys.path[:] = sys.argv[1:]\nfrom trio_wal._cli._demo.writer import main\nmain()\n"
 )
-"""The child imports from just where its parent did."""
+"""The child imports from just where its parent did, and before that nothing but what is built
+in: ``-c`` puts the working directory first, in which anybody's code may lie; ``-I`` does not."""
 READ_BYTES: Final = 1 * MiB
 KILL_SPREAD: Final = 0.1
 """A kill comes within this share of the whole around its even place."""
@@ -197,7 +194,7 @@ class _Demo:
         self._watcher.describe("appending")
         # Its standard error is this process's: a traceback there is for whoever reads along.
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+            [sys.executable, "-I", "-c", _CHILD, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
