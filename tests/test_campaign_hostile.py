@@ -12,7 +12,7 @@ import pytest
 from campaigns import __main__ as campaigns, _forge, hostile
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from trio_wal import _cursor, _scan
+from trio_wal import _cursor, _files, _scan, _store
 
 ENVIRONMENT = {
     **os.environ,
@@ -50,6 +50,37 @@ def test_so_it_is_on_real_files_and_for_the_command_line() -> None:
 def test_what_is_no_regular_file_harms_nobody(target: str, kind: str, tmp_path: Path) -> None:
     outcomes = hostile.examine_name(target, kind, tmp_path)
     assert outcomes.counts.total() > 5 or outcomes.counts["not permitted here"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs, sockets and links")
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("store", "link to a store"),
+        ("store", "gone"),
+        ("log", "link to a log"),
+        ("store/data.mdb", "link to an empty file"),
+        ("store/data.mdb", "FIFO"),
+        ("store/lock.mdb", "link to a file"),
+        ("store/lock.mdb", "hard link"),
+        ("store/suspect", "link to nothing"),
+        ("store/other", "endless device"),
+    ],
+)
+def test_what_stands_where_a_databases_file_should_harms_nobody(
+    target: str, kind: str, tmp_path: Path
+) -> None:
+    outcomes = hostile.examine_place(target, kind, tmp_path)
+    assert outcomes.counts.total() > 4 or outcomes.counts["not permitted here"]
+
+
+def test_a_link_that_is_followed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def open_directory(path: str) -> _files.OsDirectory:
+        return _files.OsFiles().open_directory(path)
+
+    monkeypatch.setattr(_store, "open_store_directory", open_directory)
+    with pytest.raises(hostile.Finding, match=r"the outside was changed|a link was followed"):
+        hostile.examine_place("store", "link to a store", tmp_path)
 
 
 # -- the oracle ---------------------------------------------------------------------

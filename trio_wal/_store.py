@@ -16,7 +16,7 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter, sleep
 from typing import Any, Final, Literal, Protocol, TypeVar
@@ -182,30 +182,25 @@ class _LmdbRead:
         self, start: bytes | None, stop: bytes | None, reverse: bool
     ) -> Iterator[tuple[bytes, bytes]]:
         try:
-            yield from self._items(start, stop, reverse)
+            cursor = self._txn.cursor()
+            if reverse:
+                if stop is None:
+                    found = cursor.last()
+                else:
+                    found = cursor.prev() if _seek(cursor, stop) else cursor.last()
+                if found:
+                    for key, value in cursor.iterprev():
+                        if start is not None and key < start:
+                            return
+                        yield key, value
+            elif cursor.first() if start is None else _seek(cursor, start):
+                for key, value in cursor.iternext():
+                    if stop is not None and key >= stop:
+                        return
+                    yield key, value
         except self._store.lmdb_error as exc:
             self.explain(exc)
             raise
-
-    def _items(
-        self, start: bytes | None, stop: bytes | None, reverse: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
-        cursor = self._txn.cursor()
-        if reverse:
-            if stop is None:
-                found = cursor.last()
-            else:
-                found = cursor.prev() if _seek(cursor, stop) else cursor.last()
-            if found:
-                for key, value in cursor.iterprev():
-                    if start is not None and key < start:
-                        return
-                    yield key, value
-        elif cursor.first() if start is None else _seek(cursor, start):
-            for key, value in cursor.iternext():
-                if stop is not None and key >= stop:
-                    return
-                yield key, value
 
     def close(self) -> None:
         self._txn.abort()
@@ -278,28 +273,31 @@ class LmdbStore:
         self._suspect = False
 
     def _open_lmdb(self, directory: OsDirectory, map_size: int) -> None:
-        before = [identity(directory, name) for name in (DATA_NAME, LOCK_NAME)]
-        env: Any = None
         try:
-            env = self._lmdb.open(
-                path_below(directory),
-                map_size=map_size,
-                max_dbs=2,
-                mode=0o600,
-                max_readers=READERS_MAX,
-                **_engine(self._lmdb),
-            )
+            self._env, self._data, self._meta = self._opened(directory, map_size)
+        except self.lmdb_error as exc:
+            explained = self.explained(exc, "LMDB says", map_size)
+            assert explained is not None
+            raise explained from exc
+
+    def _opened(self, directory: OsDirectory, map_size: int) -> tuple[Any, Any, Any]:
+        before = [identity(directory, name) for name in (DATA_NAME, LOCK_NAME)]
+        env: Any = self._lmdb.open(
+            path_below(directory),
+            map_size=map_size,
+            max_dbs=2,
+            mode=0o600,
+            max_readers=READERS_MAX,
+            **_engine(self._lmdb),
+        )
+        try:
             data, meta = env.open_db(_DATA), env.open_db(_META)
             if [identity(directory, name) for name in (DATA_NAME, LOCK_NAME)] != before:
                 raise damaged(data_file(self.path), "the file was replaced while it was opened")
-        except BaseException as exc:
-            if env is not None:
-                env.close()
-            explained = self.explained(exc, "LMDB says", map_size)
-            if explained is not None:
-                raise explained from exc
+        except BaseException:
+            env.close()
             raise
-        self._env, self._data, self._meta = env, data, meta
+        return env, data, meta
 
     def explained(
         self, exc: BaseException, what: str, map_size: int | None = None
@@ -478,7 +476,7 @@ def damaged(path: str, reason: str) -> CorruptLogError:
 
 
 @contextmanager
-def _opened_data(path: str) -> Iterator[File | None]:
+def _opened_data(path: str) -> Generator[File | None]:
     """A store's data file, to read; None where there is none yet."""
     try:
         directory = open_store_directory(path)

@@ -138,7 +138,9 @@ def verify_database(
     Raises:
       UnsupportedFormatError, ModuleNotFoundError, OSError: as `verify`.
     """
-    for number in range(LOOK_TRIES):
+    tries = 0
+    while True:
+        tries += 1
         store, findings = _verify_store(store_path, progress)
         try:
             directory = open_log()
@@ -146,23 +148,25 @@ def verify_database(
                 log = verify(directory, progress)
             finally:
                 close_quietly(directory)
-        except CorruptLogError as exc:
-            findings.append(Finding(exc.path, exc.offset, exc.reason))
-            return DatabaseVerification(None, store, tuple(findings))
-        except WrongDirectoryError as exc:
-            findings.append(Finding(exc.path, 0, f"this is {exc.found}"))
-            return DatabaseVerification(None, store, tuple(findings))
-        except FileNotFoundError:
-            findings.append(Finding(log_path, 0, "the database has no log"))
+        except (CorruptLogError, WrongDirectoryError, FileNotFoundError) as exc:
+            findings.append(_no_log_finding(exc, log_path))
             return DatabaseVerification(None, store, tuple(findings))
         wrong = None
         if not findings:
             wrong = misfit(store.state, log.log_uuid, log.first_lsn, log.last_lsn)
-        if wrong is None or number + 1 == LOOK_TRIES or not _goes_on(store_path, store):
+        if wrong is None or tries == LOOK_TRIES or not _goes_on(store_path, store):
             break
     if wrong is not None:
         findings.append(Finding(store.path, 0, wrong))
     return DatabaseVerification(log, store, (*log.findings, *findings))
+
+
+def _no_log_finding(error: Exception, log_path: str) -> Finding:
+    if isinstance(error, CorruptLogError):
+        return Finding(error.path, error.offset, error.reason)
+    if isinstance(error, WrongDirectoryError):
+        return Finding(error.path, 0, f"this is {error.found}")
+    return Finding(log_path, 0, "the database has no log")
 
 
 def _verify_store(path: str, progress: Progress | None) -> tuple[StoreCheck, list[Finding]]:
@@ -198,6 +202,10 @@ class _View:
     a truncation was, or is, at it."""
 
 
+def _numbers_of(listing: _Listing) -> tuple[int, ...]:
+    return tuple(listing.chain)
+
+
 @attrs.frozen
 class _Listing:
     """The directory at one moment."""
@@ -208,12 +216,10 @@ class _Listing:
     """First LSNs, by file name, of segments whose header is damaged; in order."""
     findings: tuple[Finding, ...]
 
-    numbers: list[int] = attrs.field(init=False, eq=False)
+    numbers: tuple[int, ...] = attrs.field(
+        init=False, eq=False, default=attrs.Factory(_numbers_of, takes_self=True)
+    )
     """Of the chain, in order."""
-
-    @numbers.default
-    def _list_numbers(self) -> list[int]:
-        return list(self.chain)
 
     def view(self, number: int) -> _View | None:
         segment = self.chain.get(number)

@@ -415,6 +415,8 @@ PLACES: Final = (
     *(f"log/{name}" for name in (META_NAME, segment_name(1))),
 )
 PLACE_SECONDS_MAX: Final = 10
+PLACES_SHARE: Final = 12
+"""So many where there is only so much time."""
 STORE_KINDS: Final[dict[str, Place]] = {
     **KINDS,
     "link to a directory": lambda path, canary: path.symlink_to(canary / "empty"),
@@ -753,6 +755,9 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
         yield from (Task("names", tuple(cases[n : n + 24])) for n in range(0, len(cases), 24))
     if "places" in parts and sys.platform != "win32":
         cases = [f"{t}|{kind}" for t in PLACES for kind in STORE_KINDS if _fits(t, kind)]
+        if arguments.minutes is not None:
+            # Each takes a second, and the inputs come after them.
+            cases = random.Random(arguments.seed).sample(cases, PLACES_SHARE)
         yield from (Task("places", tuple(cases[n : n + 12])) for n in range(0, len(cases), 12))
     if "inputs" in parts:
         for start in range(0, _count(arguments), CHUNK):

@@ -226,8 +226,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_directory", "simulator:cut",
-        "                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))\n",
-        "                pass\n",
+        "self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))", "pass",
     ),
     mutant(
         "what stays behind a cut is not synced", "_directory", "simulator:cut",
@@ -475,8 +474,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "LMDB's errors of a scan reach the user", "_store", PAGES,
-        "self._items(start, stop, reverse)\n        except self._store.lmdb_error as exc:\n",
-        "self._items(start, stop, reverse)\n        except ZeroDivisionError as exc:\n",
+        "                    yield key, value\n        except self._store.lmdb_error as exc:\n",
+        "                    yield key, value\n        except ZeroDivisionError as exc:\n",
     ),
     mutant(
         "LMDB's errors of a get reach the user", "_database", PAGES,
