@@ -35,6 +35,7 @@ from trio_wal import (
     LogFailedError,
     LogFullError,
     LsnTruncatedError,
+    _order,
 )
 from trio_wal._store import StoreState
 from trio_wal._util import MiB
@@ -314,6 +315,69 @@ async def test_transactions_wait_to_begin_while_checkpoints_are_an_interval_behi
         )
 
 
+async def cancelled_commits(db: Database, count: int) -> None:
+    for number in range(count):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.put(b"key-%d" % (number % 10), bytes(100))
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.delete(b"there")
+        assert scope.cancelled_caught
+
+
+async def test_cancelled_commits_leave_nothing_in_a_quiet_database_and_wake_no_checkpoint(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files, checkpoint_bytes=10_000) as db:
+        await db.put(b"there", b"")
+        await db.checkpoint()
+        await db.put(b"there", b"again")
+        await wait_all_tasks_blocked()
+        active = db.memtable.view.active
+        bytes_before = active.bytes, active.log_bytes
+        await cancelled_commits(db, 500)
+        await wait_all_tasks_blocked()
+        assert (active.bytes, active.log_bytes) == bytes_before
+        assert len(active.versions) == 1
+        assert len(active.keys.fresh) <= 1 + 2 * _order.STALE_MIN
+        assert (len(active._dying), len(active._replacing)) == (0, 0)
+        # As big as an interval.
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.put(b"big", bytes(20_000))
+        await wait_all_tasks_blocked()
+        stats = db.statistics()
+        assert (stats.checkpoints, stats.memtable_keys) == (1, 1)
+        assert db.memtable.view.active is active
+        await check_content(db, {b"there": b"again"})
+
+
+async def test_cancelled_commits_are_no_reason_to_wait_for_a_checkpoint(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files, checkpoint_bytes=10_000) as db:
+        await db.put(b"k", b"1")
+        files.fail("store", times=1000)
+        with pytest.raises(OSError, match="Input/output error"):
+            await db.checkpoint()
+        async with open_tasks(files) as nursery:
+            await hold_with_batch_in_flight(files, nursery, db)
+            pending = Call(nursery, db.put, b"pending", bytes(20_000))
+            await wait_all_tasks_blocked()
+            waiting = Call(nursery, db.put, b"waiting", b"")
+            await wait_all_tasks_blocked()
+            assert db.statistics().tasks_waiting_checkpoint == 1
+            pending.scope.cancel()
+            await wait_all_tasks_blocked()
+            assert pending.state == "cancelled"
+            # There is room again.
+            assert db.statistics().tasks_waiting_checkpoint == 0
+            files.release()
+        assert waiting.state == "returned"
+
+
 async def test_who_waits_for_checkpoints_that_fail_again_and_again_is_told(
     autojump_clock: MockClock, files: MemoryFiles
 ) -> None:
@@ -420,9 +484,8 @@ async def _fail_log_while_a_task_waits_to_begin(files: MemoryFiles, store_fails:
             files.release()
         assert [type(call.error) for call in calls] == [LogFailedError] * 3
         assert dict(db.scan()) == {b"a": b"1"}
-        if not store_fails:
-            # What is durable may still go into the store, for the next open.
-            assert await db.checkpoint() == 1
+        with pytest.raises(LogFailedError):
+            await db.checkpoint()
         raise RuntimeError("end")
 
 
@@ -587,7 +650,7 @@ async def test_closing_does_not_wait_for_a_snapshot_that_a_growing_map_waits_for
     tmp_path: Path,
 ) -> None:
     async with trio.open_nursery() as nursery, Home(tmp_path).open(map_size=1 * MiB) as db:
-        snap = db.snapshot()
+        snap = db.snapshot().__enter__()
         async with db.transaction() as tx:
             for number in range(15):
                 tx.put(b"%02d" % number, bytes(1 * MiB))
@@ -660,7 +723,7 @@ async def test_snapshots_survive_checkpoints_and_overwriting(home: Home) -> None
             await write(db, {b"k": b"%d" % number, b"k%d" % number: b""})
             if number % 2:
                 await write(db, {b"k%d" % (number - 1): None})
-            snapshots.append((db.snapshot(), db.durable_lsn, dict(db.scan())))
+            snapshots.append((db.snapshot().__enter__(), db.durable_lsn, dict(db.scan())))
             if number % 3 == 2:
                 await db.checkpoint()
         await write(db, dict.fromkeys(dict(db.scan()), None))
@@ -742,3 +805,21 @@ async def test_an_open_whose_store_fails_is_refused_and_leaves_no_lock(files: Me
             pytest.fail("opened")
     async with open_memory_database(files, checkpoint_bytes=1000) as db:
         assert db.recovery.transactions_replayed == 5
+
+
+async def test_after_the_log_has_failed_checkpoints_and_backups_are_refused(
+    files: MemoryFiles,
+) -> None:
+    with contextlib.suppress(LogFailedError):
+        async with open_memory_database(files) as db:
+            await db.put(b"a", b"1")
+            files.fail("sync")
+            with pytest.raises(LogFailedError):
+                await db.put(b"b", b"1")
+            for call in (db.checkpoint, lambda: db.backup("/copy")):
+                with pytest.raises(LogFailedError) as caught:
+                    await call()
+                assert caught.value.outcome == "unknown"
+                assert isinstance(caught.value.__cause__, OSError)
+            assert not files.exists("/copy")
+            assert db.get(b"a") == b"1"

@@ -67,6 +67,8 @@ class Checkpointer:
                     while True:
                         await self._wanted.wait()
                         self._wanted = trio.Event()
+                        if not self._db.checkpoint_due():
+                            continue
                         try:
                             await self.checkpoint()
                         except (OSError, LogFullError, CorruptLogError) as exc:
@@ -115,7 +117,8 @@ class Checkpointer:
         memtable = db.memtable
         frozen = memtable.view.frozen
         if frozen is None:
-            if not memtable.view.active.versions:
+            active = memtable.view.active
+            if not active.versions and not active.last_lsn:
                 return self.state.lsn
             frozen = memtable.freeze()
             db.refresh_view()

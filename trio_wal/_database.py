@@ -140,19 +140,26 @@ class DatabaseStatistics:
 class Snapshot(AbstractContextManager["Snapshot"]):
     """A consistent, durable view at one LSN; writers and checkpoints go on.
 
-    Keep it short: while it is open, memory and disk pages that it may need are kept.
+    Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
+    open, memory and disk pages that it may need are kept.
     """
 
     _view: View | None = None
+    _entered = False
+    _seq = 0
+    _lsn = 0
 
-    @enable_ki_protection
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._seq, self._lsn = db.durable_point()
-        self._view = db.pin(self)
 
     @enable_ki_protection
     def __enter__(self) -> Snapshot:
+        if self._entered:
+            raise RuntimeError("a snapshot is for one use")
+        # Here, not when it was made: without the block nobody would let go of what it keeps.
+        self._view = self._db.pin(self)
+        self._seq, self._lsn = self._db.durable_point()
+        self._entered = True
         return self
 
     @enable_ki_protection
@@ -171,18 +178,24 @@ class Snapshot(AbstractContextManager["Snapshot"]):
 
     def _open_view(self) -> View:
         if self._view is None:
+            self._check_entered()
             raise trio.ClosedResourceError("this snapshot is closed")
         return self._view
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise RuntimeError("enter the snapshot first: with db.snapshot() as snap")
 
     @property
     def lsn(self) -> int:
         """The newest transaction that it contains."""
+        self._check_entered()
         return self._lsn
 
     @property
     def bookmark(self) -> Bookmark:
         """`lsn`, with the database's epoch: `Database.changes` continues after this state."""
-        return Bookmark(self._lsn, self._db.epoch)
+        return Bookmark(self.lsn, self._db.epoch)
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -293,9 +306,9 @@ class Database:
         self.max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
-        self._pending: dict[Key, tuple[int, Writes, Layer]] = {}
-        """Commits on their way to the disk, by task and in their order: number, writes, and the
-        layer that has them."""
+        self._pending: dict[Key, tuple[int, Writes, Layer, int]] = {}
+        """Commits on their way to the disk, by task and in their order: number, writes, the
+        layer that has them, and their bytes in the log."""
         self._fates: dict[int, Fate] = {}
         """Of those among them that a transaction has read, by number."""
         self._readers: dict[Transaction | Snapshot, int] = {}
@@ -313,6 +326,7 @@ class Database:
         self.checkpointing: bool = False
         """Whether a layer is on its way into the store."""
         self._closed_store: tuple[int, int] | None = None
+        self._burying = False
         self.refresh_view()
 
     # -- transactions --
@@ -362,9 +376,9 @@ class Database:
         """
         # The fast path of the checks.
         if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
-            check_key(key)
+            key = check_key(key)
         if type(value) is not bytes:
-            check_bytes("value", value)
+            value = check_bytes("value", value)
         size = 1 + OPERATION_OVERHEAD + len(key) + len(value)
         if size > self.max_transaction_bytes:
             self.check_size(size)
@@ -409,6 +423,10 @@ class Database:
         self._active_versions = view.active.versions
         self._base_get = view.base.get
         self.checkpointing = view.frozen is not None
+
+    def _renew_view(self) -> None:
+        self.memtable.renew()
+        self.refresh_view()
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -476,7 +494,10 @@ class Database:
             yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
 
     def snapshot(self) -> Snapshot:
-        """A consistent, durable view at one LSN: ``with db.snapshot() as snap``."""
+        """A consistent, durable view at one LSN: ``with db.snapshot() as snap``.
+
+        Its moment is that of entering the block.
+        """
         self._check_open()
         return Snapshot(self)
 
@@ -486,7 +507,12 @@ class Database:
             async with db.changes(start=17) as commits:
                 async for commit in commits: ...
 
-        Durable ones only.  A bookmark continues after its place; None: from the oldest that
+        Durable ones only.  Where ``durability`` is less than "sync", that is those that a sync
+        has reached: with "none" the checkpoint makes it, and drops the log in the same moment.
+        There a stream needs a ``retention`` that keeps more of it, or is soon told
+        `LsnTruncatedError`.
+
+        A bookmark continues after its place; None: from the oldest that
         the log still has.
 
         Raises:
@@ -512,9 +538,9 @@ class Database:
               transaction that has read, stayed open for several seconds.
           CorruptLogError: the store is damaged; nothing is lost, the log still has it.
           OSError: the store could not be written; nothing is lost, the log still has it.
+          LogFailedError: the log is broken; what was durable is read from it on the next open.
         """
-        self._check_open()
-        await trio.lowlevel.checkpoint()
+        await self._check_usable()
         return await self._checkpointer.checkpoint()
 
     async def backup(self, dest: str | os.PathLike[str]) -> int:
@@ -536,10 +562,10 @@ class Database:
           FileExistsError: ``dest`` exists.
           CorruptLogError: the store is damaged.
           OSError: the copy could not be written; nothing of it is left.
+          LogFailedError: the log is broken.
         """
-        self._check_open()
         path = check_path(dest)
-        await trio.lowlevel.checkpoint()
+        await self._check_usable()
         return await self._checkpointer.backup(path)
 
     # -- what it is --
@@ -606,6 +632,12 @@ class Database:
         if self._closed:
             raise trio.ClosedResourceError(f"{printable(self._path)}: this database is closed")
 
+    async def _check_usable(self) -> None:
+        """A checkpoint; raises where the database is closed or its log has failed."""
+        self._check_open()
+        await trio.lowlevel.checkpoint()
+        self._queue.check_open(self._queue.loss)
+
     def __repr__(self) -> str:
         return f"<Database {self._path!r} durable_lsn={self._durable_lsn}>"
 
@@ -622,7 +654,8 @@ class Database:
         self._check_open()
         view = self._view
         view.base.pin()
-        self._readers[reader] = self.last_seq
+        # A transaction reads as of later; but so they stand in order.
+        self._readers[reader] = self.settled_seq
         return view
 
     def unpin(self, reader: Transaction | Snapshot, view: View) -> None:
@@ -672,6 +705,12 @@ class Database:
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
+    def checkpoint_due(self) -> bool:
+        """Whether the checkpointer was woken for something: what woke it may have been
+        withdrawn."""
+        view = self._view
+        return view.frozen is not None or view.active.log_bytes >= self._checkpoint_bytes
+
     def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
         """Hand over to the log, in one stretch with the validation of the task that calls, and
         wait.
@@ -684,9 +723,11 @@ class Database:
         payload = encode_transaction(writes)
         layer = self._view.active
         self.last_seq = seq = self.last_seq + 1
-        self._pending[task] = (seq, writes, layer)
-        layer.add(writes, seq, self.settled_seq, bool(self._readers))
-        layer.log_bytes += len(payload)
+        size = len(payload)
+        self._pending[task] = (seq, writes, layer, size)
+        if layer.add(writes, seq, self.settled_seq, bool(self._readers)):
+            self._renew_view()
+        layer.log_bytes += size
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
         return self._append(payload, task)
@@ -722,8 +763,12 @@ class Database:
     def withdrawn(self, task: Task) -> None:
         commit = self._pending.pop(task, None)
         if commit is not None:
-            seq, writes, layer = commit
-            layer.remove(writes, seq)
+            seq, writes, layer, size = commit
+            layer.log_bytes -= size
+            if self._waiting_for_room and not self.behind():
+                self.wake_waiting_for_room()
+            if layer.remove(writes, seq, self.settled_seq):
+                self._renew_view()
             fate = self._fates.pop(seq, None)
             if fate is not None:
                 fate.lost = True
@@ -741,7 +786,7 @@ class Database:
             commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
         if not commits:
             return
-        seq, _, layer = commits[-1]
+        seq, _, layer, _ = commits[-1]
         lsn = self._durable_lsn = batch.first_lsn + len(commits) - 1
         self.settled_seq = seq
         self._transactions += len(commits)
@@ -750,14 +795,39 @@ class Database:
             # A checkpoint froze the layer in between.
             frozen = [c for c in commits if c[2] is not layer]
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
-        keep_older = bool(self._readers)
-        for above in self._view.layers():
-            above.settle(seq, keep_older)
+        if self._settle_layers(seq) and not self._burying and self._dead():
+            self._burying = True
+            self._wal._nursery.start_soon(self._bury)
         if self._fates:
             for number in [number for number in self._fates if number <= seq]:
                 fate = self._fates.pop(number)
                 fate.settled = True
                 fate.wake()
+
+    def _settle_layers(self, seq: int) -> bool:
+        """Returns whether a view was made anew."""
+        oldest = next(iter(self._readers.values())) if self._readers else None
+        below = self.memtable.below
+        renew = False
+        for layer in reversed(self._view.layers()):
+            if layer.settle(seq, oldest, below):
+                renew = True
+        if renew:
+            self._renew_view()
+        return renew
+
+    def _dead(self) -> bool:
+        return any(layer.dead(self.settled_seq) for layer in self._view.layers())
+
+    @enable_ki_protection
+    async def _bury(self) -> None:
+        """A task: deal with the many deletions of a large transaction bit by bit."""
+        try:
+            while self._dead():
+                await trio.lowlevel.checkpoint()
+                self._settle_layers(self.settled_seq)
+        finally:
+            self._burying = False
 
     # -- for the checkpointer --
 
@@ -789,8 +859,10 @@ class Database:
                 writes = decode_record(self._wal.path, record.lsn, record.data)
                 seq = self.settled_seq = self.last_seq = self.last_seq + 1
                 layer = self._view.active
-                layer.add(writes, seq, seq, keep_older=False)
-                layer.settle(seq, keep_older=False)
+                if layer.add(writes, seq, seq, keep_older=False):
+                    self._renew_view()
+                while self._settle_layers(seq) and self._dead():
+                    await trio.lowlevel.checkpoint()
                 layer.last_lsn = record.lsn
                 layer.log_bytes += len(record.data)
                 count += 1
@@ -910,7 +982,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 
     def _check_store_trusted(self) -> None:
         try:
-            directory = self._files.open_directory(self._store_path)
+            directory = self._files.open_directory(self._store_path, follow=False)
         except (OSError, CorruptLogError):
             # Whatever it is: for those to say who open it.
             return
