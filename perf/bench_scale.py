@@ -1,4 +1,4 @@
-"""How cost grows with size: tasks, keys, bytes of log, records in one unit.
+"""How cost grows with size: tasks, keys, bytes of log, records in one unit, deleted keys.
 
 Law: one kind of thing grows and everything else stays as it is.  What can be repeated is
 measured in turns (`harness.compare`), in a process of its own where memory counts; what
@@ -20,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
+import job_queue
 import load
 import trio
 import trio.testing
@@ -49,6 +50,7 @@ def run(setting: Setting) -> Report:
     _keys(setting, report)
     _logs(setting, report)
     _units(setting, report)
+    job_queue.run(setting, report)
     return report
 
 

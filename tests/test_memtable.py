@@ -6,14 +6,10 @@ import gc
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 
-import attrs
 import pytest
 import trio
 from databases import (
-    Session,
-    State,
     check_content,
     hold_with_batch_in_flight,
     open_memory_database,
@@ -21,172 +17,14 @@ from databases import (
     write,
 )
 from helpers import Call, open_tasks
+from models import Model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import Database, Snapshot, _memtable
+from trio_wal import _memtable
 from trio_wal._memtable import Layer
 from trio_wal.testing import MemoryFiles
 
-KEYS = [b"%02d" % n for n in range(10)] + [b"03\0", b"03\0\0", b"03!", b"07 "]
-
-
 # -- a model beside it -------------------------------------------------------------
-
-
-@attrs.define(eq=False)
-class Written:
-    """A commit, as the model knows it."""
-
-    seq: int
-    items: dict[bytes, bytes | None]
-    call: Call
-    durable: bool = False
-
-
-@attrs.define(eq=False)
-class Reading:
-    """An open transaction: it sees every commit up to ``seq`` that was not withdrawn."""
-
-    seq: int
-    session: Session
-
-
-@attrs.define(eq=False)
-class Model:
-    """A database on a disk that only moves when told to, and what must be seen of it."""
-
-    db: Database
-    files: MemoryFiles
-    nursery: trio.Nursery
-    rng: random.Random
-    sessions: Iterator[Session]
-    durable: State = attrs.Factory(dict)
-    written: list[Written] = attrs.Factory(list)
-    """Pending and durable ones since the start, without those withdrawn."""
-    commits: int = 0
-    readings: list[Reading] = attrs.Factory(list)
-    snapshots: list[tuple[Snapshot, State]] = attrs.Factory(list)
-    checkpoint: Call | None = None
-    seen: set[str] = attrs.Factory(set)
-    """What happened, to be sure that the interesting did."""
-
-    def state(self, seq: int) -> State:
-        state: State = {}
-        for commit in self.written:
-            if commit.seq <= seq:
-                _apply(state, commit.items)
-        return state
-
-    async def put(self) -> None:
-        count = self.rng.randint(1, 4)
-        tag = b"%d" % self.commits
-        now = self.state(self.commits)
-        items: dict[bytes, bytes | None] = {}
-        for key in self.rng.sample(KEYS, count):
-            items[key] = None if key in now and self.rng.random() < 0.3 else tag
-        if any(value is None for value in items.values()):
-            # Deleting is reading: such a commit makes others that are pending stay.
-            items = dict.fromkeys(items, tag) if self.rng.random() < 0.5 else items
-        self.commits += 1
-        call = Call(self.nursery, write, self.db, items)
-        self.written.append(Written(self.commits, items, call))
-        await wait_all_tasks_blocked()
-
-    async def cancel(self) -> None:
-        pending = [commit for commit in self.written if commit.call.state == "waiting"]
-        if not pending:
-            return
-        commit = self.rng.choice(pending)
-        commit.call.scope.cancel()
-        await wait_all_tasks_blocked()
-        if commit.call.state == "cancelled":
-            self.written.remove(commit)
-            self.seen.add("withdrawn")
-
-    async def move(self) -> None:
-        """Let the disk do what there is to do, and stall again."""
-        self.files.release()
-        await wait_all_tasks_blocked()
-        self.files.hold()
-        for commit in self.written:
-            if not commit.durable and commit.call.state == "returned":
-                commit.durable = True
-                _apply(self.durable, commit.items)
-        assert all(commit.durable for commit in self.written)
-
-    async def freeze(self) -> None:
-        if self.checkpoint is None or self.checkpoint.state != "waiting":
-            self.checkpoint = Call(self.nursery, self.db.checkpoint)
-            await wait_all_tasks_blocked()
-            if self.checkpoint.state == "waiting":
-                self.seen.add("frozen with pending commits")
-
-    async def begin(self) -> None:
-        if len(self.readings) < 4:
-            session = next(self.sessions)
-            await session.get(self.rng.choice(KEYS))
-            self.readings.append(Reading(self.commits, session))
-
-    async def end(self) -> None:
-        if self.readings:
-            reading = self.readings.pop(self.rng.randrange(len(self.readings)))
-            await reading.session.abort()
-
-    async def open_snapshot(self) -> None:
-        if len(self.snapshots) < 4:
-            self.snapshots.append((self.db.snapshot(), dict(self.durable)))
-
-    async def close_snapshot(self) -> None:
-        if self.snapshots:
-            snap, _ = self.snapshots.pop(self.rng.randrange(len(self.snapshots)))
-            snap.close()
-
-    async def look(self) -> None:
-        """Everybody sees what he must see."""
-        start, stop = sorted(self.rng.choices([None, *KEYS, b"\xff"], k=2), key=lambda k: k or b"")
-        reverse = self.rng.random() < 0.5
-        assert list(self.db.scan(start, stop, reverse=reverse)) == _range(
-            self.durable, start, stop, reverse
-        )
-        assert {key: self.db.get(key) for key in KEYS} == {
-            key: self.durable.get(key) for key in KEYS
-        }
-        for snap, state in self.snapshots:
-            found = list(snap.scan(start, stop, reverse=reverse))
-            assert found == _range(state, start, stop, reverse)
-            assert {key: snap.get(key) for key in KEYS} == {key: state.get(key) for key in KEYS}
-        if self.readings:
-            reading = self.rng.choice(self.readings)
-            expected = self.state(reading.seq)
-            if self.rng.random() < 0.5:
-                key = self.rng.choice(KEYS)
-                assert await reading.session.get(key) == expected.get(key)
-            else:
-                scanned = await reading.session.do(
-                    lambda tx: list(tx.scan(start, stop, reverse=reverse))
-                )
-                assert scanned == _range(expected, start, stop, reverse)
-
-
-def _apply(state: State, items: dict[bytes, bytes | None]) -> None:
-    for key, value in items.items():
-        if value is None:
-            state.pop(key, None)
-        else:
-            state[key] = value
-
-
-def _range(
-    state: State, start: bytes | None, stop: bytes | None, reverse: bool
-) -> list[tuple[bytes, bytes]]:
-    return sorted(
-        (
-            (key, value)
-            for key, value in state.items()
-            if (start is None or key >= start) and (stop is None or key < stop)
-        ),
-        reverse=reverse,
-    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 128])
@@ -424,7 +262,7 @@ from trio_wal._memtable import Layer
 layer = Layer()
 for number in range(1, 500_001):
     layer.add({b"hot": b"%d" % number}, number, number, keep_older=True)
-    layer.settle(number, keep_older=True)
+    layer.settle(number, 0, None)
 assert layer.bytes > 500_000 * 200
 if FORGET:
     layer.forget_older(layer.versions[b"hot"])

@@ -287,3 +287,21 @@ def test_a_unit_is_appended_as_a_whole(perf: Import, tmp_path: Path) -> None:
 def test_a_follower_is_timed_from_durable_to_given(perf: Import, tmp_path: Path) -> None:
     found = perf("apart").apart(perf("bench_follow").trial, str(tmp_path / "log"), 0.1)
     assert 0 <= found["median"] <= found["p99"] <= found["slowest"]
+
+
+@linux
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_first_key_behind_few_deleted_ones_is_timed_at_every_moment(
+    perf: Import, tmp_path: Path, stored: bool
+) -> None:
+    queue: Any = perf("job_queue")
+    found = perf("apart").apart(queue.heads, str(tmp_path / "db"), 3_000, stored, True)
+    assert set(found) == {"empty", *queue.MOMENTS}
+    assert all(set(times) == set(queue.READERS) for times in found.values())
+
+
+@linux
+@pytest.mark.parametrize("kind", ["ours", "sqlite"])
+def test_a_queue_of_jobs_gives_each_of_them_once(perf: Import, tmp_path: Path, kind: str) -> None:
+    queue: Any = perf("job_queue")
+    assert perf("apart").apart(queue.jobs, str(tmp_path / "db"), kind, 0.2)["rates"]

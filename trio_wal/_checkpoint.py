@@ -115,7 +115,8 @@ class Checkpointer:
         memtable = db.memtable
         frozen = memtable.view.frozen
         if frozen is None:
-            if not memtable.view.active.versions:
+            active = memtable.view.active
+            if not active.versions and not active.last_lsn:
                 return self.state.lsn
             frozen = memtable.freeze()
             db.refresh_view()

@@ -313,6 +313,7 @@ class Database:
         self.checkpointing: bool = False
         """Whether a layer is on its way into the store."""
         self._closed_store: tuple[int, int] | None = None
+        self._burying = False
         self.refresh_view()
 
     # -- transactions --
@@ -409,6 +410,10 @@ class Database:
         self._active_versions = view.active.versions
         self._base_get = view.base.get
         self.checkpointing = view.frozen is not None
+
+    def _renew_view(self) -> None:
+        self.memtable.renew()
+        self.refresh_view()
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -622,7 +627,8 @@ class Database:
         self._check_open()
         view = self._view
         view.base.pin()
-        self._readers[reader] = self.last_seq
+        # A transaction reads as of later; but so they stand in order.
+        self._readers[reader] = self.settled_seq
         return view
 
     def unpin(self, reader: Transaction | Snapshot, view: View) -> None:
@@ -685,7 +691,8 @@ class Database:
         layer = self._view.active
         self.last_seq = seq = self.last_seq + 1
         self._pending[task] = (seq, writes, layer)
-        layer.add(writes, seq, self.settled_seq, bool(self._readers))
+        if layer.add(writes, seq, self.settled_seq, bool(self._readers)):
+            self._renew_view()
         layer.log_bytes += len(payload)
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
@@ -723,7 +730,8 @@ class Database:
         commit = self._pending.pop(task, None)
         if commit is not None:
             seq, writes, layer = commit
-            layer.remove(writes, seq)
+            if layer.remove(writes, seq, self.settled_seq):
+                self._renew_view()
             fate = self._fates.pop(seq, None)
             if fate is not None:
                 fate.lost = True
@@ -750,14 +758,39 @@ class Database:
             # A checkpoint froze the layer in between.
             frozen = [c for c in commits if c[2] is not layer]
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
-        keep_older = bool(self._readers)
-        for above in self._view.layers():
-            above.settle(seq, keep_older)
+        if self._settle_layers(seq) and not self._burying and self._dead():
+            self._burying = True
+            self._wal._nursery.start_soon(self._bury)
         if self._fates:
             for number in [number for number in self._fates if number <= seq]:
                 fate = self._fates.pop(number)
                 fate.settled = True
                 fate.wake()
+
+    def _settle_layers(self, seq: int) -> bool:
+        """Returns whether a view was made anew."""
+        oldest = next(iter(self._readers.values())) if self._readers else None
+        below = self.memtable.below
+        renew = False
+        for layer in reversed(self._view.layers()):
+            if layer.settle(seq, oldest, below):
+                renew = True
+        if renew:
+            self._renew_view()
+        return renew
+
+    def _dead(self) -> bool:
+        return any(layer.dead(self.settled_seq) for layer in self._view.layers())
+
+    @enable_ki_protection
+    async def _bury(self) -> None:
+        """A task: deal with the many deletions of a large transaction bit by bit."""
+        try:
+            while self._dead():
+                await trio.lowlevel.checkpoint()
+                self._settle_layers(self.settled_seq)
+        finally:
+            self._burying = False
 
     # -- for the checkpointer --
 
@@ -789,8 +822,10 @@ class Database:
                 writes = decode_record(self._wal.path, record.lsn, record.data)
                 seq = self.settled_seq = self.last_seq = self.last_seq + 1
                 layer = self._view.active
-                layer.add(writes, seq, seq, keep_older=False)
-                layer.settle(seq, keep_older=False)
+                if layer.add(writes, seq, seq, keep_older=False):
+                    self._renew_view()
+                while self._settle_layers(seq) and self._dead():
+                    await trio.lowlevel.checkpoint()
                 layer.last_lsn = record.lsn
                 layer.log_bytes += len(record.data)
                 count += 1

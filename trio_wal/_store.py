@@ -112,6 +112,10 @@ class ReadTransaction(Protocol):
         """Raises what an error of `get` means; returns where that is no error of the store."""
         ...
 
+    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        """The key before, whether this one is there, and the key after it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -171,6 +175,7 @@ class _LmdbRead:
     def __init__(self, store: LmdbStore) -> None:
         self._store = store
         self._txn = store._env.begin(db=store._data)
+        self._cursor = self._txn.cursor()
         self.get = self._txn.get
 
     def explain(self, exc: BaseException) -> None:
@@ -202,6 +207,24 @@ class _LmdbRead:
             self.explain(exc)
             raise
 
+    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        try:
+            return self._neighbours(key)
+        except self._store.lmdb_error as exc:
+            self.explain(exc)
+            raise
+
+    def _neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        cursor = self._cursor
+        if not cursor.set_range(key):
+            return cursor.key() if cursor.last() else None, False, None
+        after = cursor.key()
+        before = cursor.key() if cursor.prev() else None
+        if after != key:
+            return before, False, after
+        cursor.set_key(key)
+        return before, True, cursor.key() if cursor.next() else None
+
     def close(self) -> None:
         self._txn.abort()
 
@@ -224,6 +247,10 @@ class Unreadable:
 
     def explain(self, exc: BaseException) -> None:
         pass
+
+    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        """Raises `OSError` or `CorruptLogError`."""
+        raise type(self._cause)(*self._cause.args) from self._cause
 
     def close(self) -> None:
         pass

@@ -517,6 +517,15 @@ class _MemoryRead:
     def explain(self, exc: BaseException) -> None:
         pass
 
+    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        before = next(self.items(None, key, True), None)
+        after = next(self.items(key + b"\0", None, False), None)
+        return (
+            None if before is None else before[0],
+            key in self._items,
+            None if after is None else after[0],
+        )
+
     def close(self) -> None:
         pass
 
