@@ -35,6 +35,7 @@ from trio_wal import (
     LogFailedError,
     LogFullError,
     LsnTruncatedError,
+    _order,
 )
 from trio_wal._store import StoreState
 from trio_wal._util import MiB
@@ -312,6 +313,69 @@ async def test_transactions_wait_to_begin_while_checkpoints_are_an_interval_behi
         await check_content(
             db, {b"%02d" % number: bytes(1000) for number in range(30)} | {b"b": b""}
         )
+
+
+async def cancelled_commits(db: Database, count: int) -> None:
+    for number in range(count):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.put(b"key-%d" % (number % 10), bytes(100))
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.delete(b"there")
+        assert scope.cancelled_caught
+
+
+async def test_cancelled_commits_leave_nothing_in_a_quiet_database_and_wake_no_checkpoint(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files, checkpoint_bytes=10_000) as db:
+        await db.put(b"there", b"")
+        await db.checkpoint()
+        await db.put(b"there", b"again")
+        await wait_all_tasks_blocked()
+        active = db.memtable.view.active
+        bytes_before = active.bytes, active.log_bytes
+        await cancelled_commits(db, 500)
+        await wait_all_tasks_blocked()
+        assert (active.bytes, active.log_bytes) == bytes_before
+        assert len(active.versions) == 1
+        assert len(active.keys.fresh) <= 1 + 2 * _order.STALE_MIN
+        assert (len(active._dying), len(active._replacing)) == (0, 0)
+        # As big as an interval.
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.put(b"big", bytes(20_000))
+        await wait_all_tasks_blocked()
+        stats = db.statistics()
+        assert (stats.checkpoints, stats.memtable_keys) == (1, 1)
+        assert db.memtable.view.active is active
+        await check_content(db, {b"there": b"again"})
+
+
+async def test_cancelled_commits_are_no_reason_to_wait_for_a_checkpoint(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files, checkpoint_bytes=10_000) as db:
+        await db.put(b"k", b"1")
+        files.fail("store", times=1000)
+        with pytest.raises(OSError, match="Input/output error"):
+            await db.checkpoint()
+        async with open_tasks(files) as nursery:
+            await hold_with_batch_in_flight(files, nursery, db)
+            pending = Call(nursery, db.put, b"pending", bytes(20_000))
+            await wait_all_tasks_blocked()
+            waiting = Call(nursery, db.put, b"waiting", b"")
+            await wait_all_tasks_blocked()
+            assert db.statistics().tasks_waiting_checkpoint == 1
+            pending.scope.cancel()
+            await wait_all_tasks_blocked()
+            assert pending.state == "cancelled"
+            # There is room again.
+            assert db.statistics().tasks_waiting_checkpoint == 0
+            files.release()
+        assert waiting.state == "returned"
 
 
 async def test_who_waits_for_checkpoints_that_fail_again_and_again_is_told(

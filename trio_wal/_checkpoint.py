@@ -67,6 +67,8 @@ class Checkpointer:
                     while True:
                         await self._wanted.wait()
                         self._wanted = trio.Event()
+                        if not self._db.checkpoint_due():
+                            continue
                         try:
                             await self.checkpoint()
                         except (OSError, LogFullError, CorruptLogError) as exc:

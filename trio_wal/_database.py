@@ -293,9 +293,9 @@ class Database:
         self.max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
-        self._pending: dict[Key, tuple[int, Writes, Layer]] = {}
-        """Commits on their way to the disk, by task and in their order: number, writes, and the
-        layer that has them."""
+        self._pending: dict[Key, tuple[int, Writes, Layer, int]] = {}
+        """Commits on their way to the disk, by task and in their order: number, writes, the
+        layer that has them, and their bytes in the log."""
         self._fates: dict[int, Fate] = {}
         """Of those among them that a transaction has read, by number."""
         self._readers: dict[Transaction | Snapshot, int] = {}
@@ -678,6 +678,12 @@ class Database:
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
+    def checkpoint_due(self) -> bool:
+        """Whether the checkpointer was woken for something: what woke it may have been
+        withdrawn."""
+        view = self._view
+        return view.frozen is not None or view.active.log_bytes >= self._checkpoint_bytes
+
     def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
         """Hand over to the log, in one stretch with the validation of the task that calls, and
         wait.
@@ -690,10 +696,11 @@ class Database:
         payload = encode_transaction(writes)
         layer = self._view.active
         self.last_seq = seq = self.last_seq + 1
-        self._pending[task] = (seq, writes, layer)
+        size = len(payload)
+        self._pending[task] = (seq, writes, layer, size)
         if layer.add(writes, seq, self.settled_seq, bool(self._readers)):
             self._renew_view()
-        layer.log_bytes += len(payload)
+        layer.log_bytes += size
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
         return self._append(payload, task)
@@ -729,7 +736,10 @@ class Database:
     def withdrawn(self, task: Task) -> None:
         commit = self._pending.pop(task, None)
         if commit is not None:
-            seq, writes, layer = commit
+            seq, writes, layer, size = commit
+            layer.log_bytes -= size
+            if self._waiting_for_room and not self.behind():
+                self.wake_waiting_for_room()
             if layer.remove(writes, seq, self.settled_seq):
                 self._renew_view()
             fate = self._fates.pop(seq, None)
@@ -749,7 +759,7 @@ class Database:
             commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
         if not commits:
             return
-        seq, _, layer = commits[-1]
+        seq, _, layer, _ = commits[-1]
         lsn = self._durable_lsn = batch.first_lsn + len(commits) - 1
         self.settled_seq = seq
         self._transactions += len(commits)

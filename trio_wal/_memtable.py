@@ -232,7 +232,7 @@ class Layer:
     def _bury(self, seq: int, reading: bool, below: Below) -> bool:
         """Deletions are settled: scans shall not meet them any more."""
         versions, dying = self.versions, self._dying
-        found = set()
+        found: set[bytes] = set()
         for _ in range(BURIED_AT_ONCE):
             if not dying or dying[0][0] > seq:
                 break
@@ -275,7 +275,7 @@ class Layer:
     def _widen_gaps(self, keys: list[bytes], below: Below) -> list[bytes]:
         """Make gaps of those keys, which are sorted, that hide something; returns these."""
         gaps = self._gaps
-        hiding = []
+        hiding: list[bytes] = []
         place, count = 0, len(keys)
         while place < count:
             first = last = keys[place]
@@ -359,7 +359,7 @@ class Layer:
     def remove(self, writes: Writes, seq: int, settled_seq: int) -> bool:
         """A pending commit was withdrawn: its versions are gone.  Returns whether views must
         be made anew."""
-        gone = []
+        gone: list[bytes] = []
         for key in writes:
             removed = self.versions[key]
             if removed.seq == seq:
@@ -385,10 +385,19 @@ class Layer:
         # The others stand before one that is still pending: no more of them than of those.
         while self._replacing and self._replacing[-1].before is None:
             self._replacing.pop()
+        while self._dying and not self._has(*self._dying[-1]):
+            self._dying.pop()
         if gone:
             self.keys.discard(sorted(gone))
             self._level = None
         return bool(gone)
+
+    def _has(self, seq: int, key: bytes) -> bool:
+        """Whether a key has a version of this number."""
+        version = self.versions.get(key)
+        while version is not None and version.seq > seq:
+            version = version.older
+        return version is not None and version.seq == seq
 
     def forget_older(self, version: Version) -> None:
         """Nobody needs any more what a version replaced."""
