@@ -235,7 +235,7 @@ class Model:
 
     async def open_snapshot(self) -> None:
         if len(self.snapshots) < 4:
-            self.snapshots.append((self.db.snapshot(), dict(self.durable)))
+            self.snapshots.append((self.db.snapshot().__enter__(), dict(self.durable)))
 
     async def close_snapshot(self) -> None:
         if self.snapshots:

@@ -484,9 +484,8 @@ async def _fail_log_while_a_task_waits_to_begin(files: MemoryFiles, store_fails:
             files.release()
         assert [type(call.error) for call in calls] == [LogFailedError] * 3
         assert dict(db.scan()) == {b"a": b"1"}
-        if not store_fails:
-            # What is durable may still go into the store, for the next open.
-            assert await db.checkpoint() == 1
+        with pytest.raises(LogFailedError):
+            await db.checkpoint()
         raise RuntimeError("end")
 
 
@@ -651,7 +650,7 @@ async def test_closing_does_not_wait_for_a_snapshot_that_a_growing_map_waits_for
     tmp_path: Path,
 ) -> None:
     async with trio.open_nursery() as nursery, Home(tmp_path).open(map_size=1 * MiB) as db:
-        snap = db.snapshot()
+        snap = db.snapshot().__enter__()
         async with db.transaction() as tx:
             for number in range(15):
                 tx.put(b"%02d" % number, bytes(1 * MiB))
@@ -724,7 +723,7 @@ async def test_snapshots_survive_checkpoints_and_overwriting(home: Home) -> None
             await write(db, {b"k": b"%d" % number, b"k%d" % number: b""})
             if number % 2:
                 await write(db, {b"k%d" % (number - 1): None})
-            snapshots.append((db.snapshot(), db.durable_lsn, dict(db.scan())))
+            snapshots.append((db.snapshot().__enter__(), db.durable_lsn, dict(db.scan())))
             if number % 3 == 2:
                 await db.checkpoint()
         await write(db, dict.fromkeys(dict(db.scan()), None))
@@ -806,3 +805,21 @@ async def test_an_open_whose_store_fails_is_refused_and_leaves_no_lock(files: Me
             pytest.fail("opened")
     async with open_memory_database(files, checkpoint_bytes=1000) as db:
         assert db.recovery.transactions_replayed == 5
+
+
+async def test_after_the_log_has_failed_checkpoints_and_backups_are_refused(
+    files: MemoryFiles,
+) -> None:
+    with contextlib.suppress(LogFailedError):
+        async with open_memory_database(files) as db:
+            await db.put(b"a", b"1")
+            files.fail("sync")
+            with pytest.raises(LogFailedError):
+                await db.put(b"b", b"1")
+            for call in (db.checkpoint, lambda: db.backup("/copy")):
+                with pytest.raises(LogFailedError) as caught:
+                    await call()
+                assert caught.value.outcome == "unknown"
+                assert isinstance(caught.value.__cause__, OSError)
+            assert not files.exists("/copy")
+            assert db.get(b"a") == b"1"

@@ -119,7 +119,7 @@ async def test_keys_and_values_are_checked_by_name(home: Home) -> None:
         with pytest.raises(RecordTooLargeError, match=r"^data of 1018 bytes is over max_record_si"):
             await db.put(b"k", bytes(1000))
         await db.put(b"k" * 511, b"longest")
-        for where in (db, db.snapshot()):
+        for where in (db, db.snapshot().__enter__()):
             for bad in (b"", b"k" * 512):
                 with pytest.raises(ValueError, match=r"^key must have 1 to 511 bytes"):
                     where.get(bad)
@@ -420,7 +420,7 @@ async def test_statistics_count_what_happens(files: MemoryFiles) -> None:
             await hold_with_batch_in_flight(files, nursery, db)
             nursery.start_soon(db.put, b"c", b"")
             await wait_all_tasks_blocked()
-            snapshots = [db.snapshot(), db.snapshot()]
+            snapshots = [db.snapshot().__enter__(), db.snapshot().__enter__()]
             async with open_sessions(db, 2) as (reader, _):
                 await reader.get(b"a")
                 stats = db.statistics()
@@ -493,9 +493,9 @@ async def test_what_is_open_when_the_database_closes_is_closed_with_it(home: Hom
         await write(db, {b"a": b"1", b"b": b"1"})
         await db.checkpoint()
         await write(db, {b"c": b"1"})
-        old = db.snapshot()
+        old = db.snapshot().__enter__()
         await db.checkpoint()
-        snap, items = db.snapshot(), db.scan()
+        snap, items = db.snapshot().__enter__(), db.scan()
         own = snap.scan()
         next(items)
         next(own)
@@ -562,7 +562,7 @@ async def test_an_exception_of_the_body_passes_through_unwrapped(home: Home) -> 
     async def body() -> None:
         async with home.open() as db:
             await db.put(b"a", b"1")
-            db.snapshot()
+            db.snapshot().__enter__()
             raise error
 
     with pytest.raises(RuntimeError, match=r"^mine$") as caught:
@@ -597,7 +597,7 @@ async def test_it_opens_and_closes_many_times_without_leaving_anything(home: Hom
             await db.put(b"n", b"%d" % number)
             if number % 3 == 0:
                 await db.checkpoint()
-            db.snapshot()
+            db.snapshot().__enter__()
 
     def resources() -> int:
         gc.collect()
@@ -1110,3 +1110,83 @@ def test_ctrl_c_at_every_line_leaves_the_database_whole(monkeypatch: pytest.Monk
         except BaseException as exc:
             raise AssertionError(interrupter.lines[number - 1]) from exc
         trio.run(look)
+
+
+# -- snapshots that are not entered --------------------------------------------------
+
+
+async def test_a_snapshot_keeps_nothing_before_it_is_entered_and_says_so(
+    files: MemoryFiles,
+) -> None:
+    async with open_memory_database(files) as db:
+        await db.put(b"k", b"1")
+        snap = db.snapshot()
+        uses: list[Callable[[], object]] = [
+            lambda: snap.get(b"k"),
+            snap.scan,
+            lambda: snap.lsn,
+            lambda: snap.bookmark,
+        ]
+        for use in uses:
+            with pytest.raises(RuntimeError, match=r"^enter the snapshot first: with db\.snapsho"):
+                use()
+        assert db.statistics().open_readers == 0
+        await db.put(b"k", b"2")
+        # Its moment is this one.
+        with snap as entered:
+            assert entered is snap
+            assert (snap.lsn, snap.get(b"k")) == (2, b"2")
+            assert db.statistics().open_readers == 1
+        with pytest.raises(RuntimeError, match=r"^a snapshot is for one use$"), snap:
+            pass
+        for use in uses[:2]:
+            with pytest.raises(trio.ClosedResourceError, match=r"^this snapshot is closed$"):
+                use()
+        late = db.snapshot()
+    with pytest.raises(trio.ClosedResourceError, match=r"this database is closed$"), late:
+        pass
+
+
+# -- subclasses of bytes ---------------------------------------------------------------
+
+
+class Text(bytes):
+    """As numpy has one."""
+
+
+async def test_a_subclass_of_bytes_is_stored_as_the_bytes_that_it_is(home: Home) -> None:
+    async with home.open() as db:
+        await db.put(Text(b"put"), Text(b"1"))
+        async with db.transaction() as tx:
+            tx.put(Text(b"tx"), Text(b"1"))
+            tx.insert(Text(b"insert"), Text(b"1"))
+            tx.update(Text(b"put"), Text(b"2"))
+            assert tx.get(Text(b"tx")) == b"1"
+            assert Text(b"insert") in tx
+            assert len(list(tx.scan(Text(b"i"), Text(b"z")))) == 3
+            assert len(list(tx.scan(prefix=Text(b"in")))) == 1
+        async with db.transaction() as tx:
+            tx.delete(Text(b"tx"))
+        await db.delete(Text(b"insert"))
+        assert db.get(Text(b"put")) == b"2"
+        with db.snapshot() as snap:
+            found = [*snap.scan(Text(b"p")), (b"put", snap.get(Text(b"put")))]
+        assert found == [(b"put", b"2")] * 2
+        assert {type(part) for item in db.scan() for part in item} == {bytes}
+        await db.checkpoint()
+        await check_content(db, {b"put": b"2"})
+    async with home.open() as db:
+        await check_content(db, {b"put": b"2"})
+
+
+async def test_a_log_stores_a_subclass_of_bytes_as_the_bytes_that_it_is(files: MemoryFiles) -> None:
+    async with trio_wal.open_wal("/log", files=files) as wal:
+        await wal.append(Text(b"1"))
+        await wal.append_many([b"2", Text(b"3")])
+        await wal.send(Text(b"4"))
+        wal.send_nowait(Text(b"5"))
+        await wal.flush()
+        async with wal.read() as records:
+            found = [record.data async for record in records]
+    assert found == [b"1", b"2", b"3", b"4", b"5"]
+    assert {type(data) for data in found} == {bytes}

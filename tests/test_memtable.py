@@ -309,7 +309,7 @@ async def test_a_checkpoint_lets_go_of_the_old_base_once_nobody_reads_from_it(
         await db.put(b"k", b"1")
         await db.checkpoint()
         first = db.memtable.view.base
-        snap = db.snapshot()
+        snap = db.snapshot().__enter__()
         await db.put(b"k", b"2")
         await db.checkpoint()
         assert db.memtable.view.base is not first

@@ -140,19 +140,26 @@ class DatabaseStatistics:
 class Snapshot(AbstractContextManager["Snapshot"]):
     """A consistent, durable view at one LSN; writers and checkpoints go on.
 
-    Keep it short: while it is open, memory and disk pages that it may need are kept.
+    Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
+    open, memory and disk pages that it may need are kept.
     """
 
     _view: View | None = None
+    _entered = False
+    _seq = 0
+    _lsn = 0
 
-    @enable_ki_protection
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._seq, self._lsn = db.durable_point()
-        self._view = db.pin(self)
 
     @enable_ki_protection
     def __enter__(self) -> Snapshot:
+        if self._entered:
+            raise RuntimeError("a snapshot is for one use")
+        # Here, not when it was made: without the block nobody would let go of what it keeps.
+        self._view = self._db.pin(self)
+        self._seq, self._lsn = self._db.durable_point()
+        self._entered = True
         return self
 
     @enable_ki_protection
@@ -171,18 +178,24 @@ class Snapshot(AbstractContextManager["Snapshot"]):
 
     def _open_view(self) -> View:
         if self._view is None:
+            self._check_entered()
             raise trio.ClosedResourceError("this snapshot is closed")
         return self._view
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise RuntimeError("enter the snapshot first: with db.snapshot() as snap")
 
     @property
     def lsn(self) -> int:
         """The newest transaction that it contains."""
+        self._check_entered()
         return self._lsn
 
     @property
     def bookmark(self) -> Bookmark:
         """`lsn`, with the database's epoch: `Database.changes` continues after this state."""
-        return Bookmark(self._lsn, self._db.epoch)
+        return Bookmark(self.lsn, self._db.epoch)
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -363,9 +376,9 @@ class Database:
         """
         # The fast path of the checks.
         if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
-            check_key(key)
+            key = check_key(key)
         if type(value) is not bytes:
-            check_bytes("value", value)
+            value = check_bytes("value", value)
         size = 1 + OPERATION_OVERHEAD + len(key) + len(value)
         if size > self.max_transaction_bytes:
             self.check_size(size)
@@ -481,7 +494,10 @@ class Database:
             yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
 
     def snapshot(self) -> Snapshot:
-        """A consistent, durable view at one LSN: ``with db.snapshot() as snap``."""
+        """A consistent, durable view at one LSN: ``with db.snapshot() as snap``.
+
+        Its moment is that of entering the block.
+        """
         self._check_open()
         return Snapshot(self)
 
@@ -491,7 +507,12 @@ class Database:
             async with db.changes(start=17) as commits:
                 async for commit in commits: ...
 
-        Durable ones only.  A bookmark continues after its place; None: from the oldest that
+        Durable ones only.  Where ``durability`` is less than "sync", that is those that a sync
+        has reached: with "none" the checkpoint makes it, and drops the log in the same moment.
+        There a stream needs a ``retention`` that keeps more of it, or is soon told
+        `LsnTruncatedError`.
+
+        A bookmark continues after its place; None: from the oldest that
         the log still has.
 
         Raises:
@@ -517,9 +538,9 @@ class Database:
               transaction that has read, stayed open for several seconds.
           CorruptLogError: the store is damaged; nothing is lost, the log still has it.
           OSError: the store could not be written; nothing is lost, the log still has it.
+          LogFailedError: the log is broken; what was durable is read from it on the next open.
         """
-        self._check_open()
-        await trio.lowlevel.checkpoint()
+        await self._check_usable()
         return await self._checkpointer.checkpoint()
 
     async def backup(self, dest: str | os.PathLike[str]) -> int:
@@ -541,10 +562,10 @@ class Database:
           FileExistsError: ``dest`` exists.
           CorruptLogError: the store is damaged.
           OSError: the copy could not be written; nothing of it is left.
+          LogFailedError: the log is broken.
         """
-        self._check_open()
         path = check_path(dest)
-        await trio.lowlevel.checkpoint()
+        await self._check_usable()
         return await self._checkpointer.backup(path)
 
     # -- what it is --
@@ -610,6 +631,12 @@ class Database:
     def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError(f"{printable(self._path)}: this database is closed")
+
+    async def _check_usable(self) -> None:
+        """A checkpoint; raises where the database is closed or its log has failed."""
+        self._check_open()
+        await trio.lowlevel.checkpoint()
+        self._queue.check_open(self._queue.loss)
 
     def __repr__(self) -> str:
         return f"<Database {self._path!r} durable_lsn={self._durable_lsn}>"

@@ -39,14 +39,14 @@ def check_range(
 ) -> tuple[bytes | None, bytes | None]:
     """The (start, stop) of a scan's arguments."""
     if start is not None:
-        check_bytes("start", start)
+        start = check_bytes("start", start)
     if stop is not None:
-        check_bytes("stop", stop)
+        stop = check_bytes("stop", stop)
     if limit is not None:
         check_int("limit", limit, 0)
     if prefix is None:
         return start, stop
-    check_bytes("prefix", prefix)
+    prefix = check_bytes("prefix", prefix)
     if start is not None or stop is not None:
         raise ValueError("prefix cannot be combined with start or stop")
     trimmed = prefix.rstrip(b"\xff")
@@ -181,8 +181,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def get(self, key: bytes, default: object = None) -> object:
         """The value of ``key``, or ``default``; sees its own writes."""
         self._check()
-        check_key(key)
-        value = self._read(key)
+        value = self._read(check_key(key))
         return default if value is None else value
 
     def __contains__(self, key: bytes) -> bool:
@@ -273,9 +272,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if self._ended or self._task is not current_task():
             self._check()
         if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
-            check_key(key)
+            key = check_key(key)
         if type(value) is not bytes:
-            check_bytes("value", value)
+            value = check_bytes("value", value)
         # As `_write`, for the common case.
         size = self._bytes + OPERATION_OVERHEAD + len(key) + len(value)
         if key in self._writes or size > self._db.max_transaction_bytes:
@@ -297,21 +296,24 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def insert(self, key: bytes, value: bytes) -> None:
         """Like `put`; `KeyExistsError` if the key is there."""
         self._check()
-        if self._read(check_key(key)) is not None:
+        key = check_key(key)
+        if self._read(key) is not None:
             raise KeyExistsError(key)
         self._write(key, check_bytes("value", value))
 
     def update(self, key: bytes, value: bytes) -> None:
         """Like `put`; `KeyError` if the key is absent."""
         self._check()
-        if self._read(check_key(key)) is None:
+        key = check_key(key)
+        if self._read(key) is None:
             raise KeyError(key)
         self._write(key, check_bytes("value", value))
 
     def delete(self, key: bytes) -> None:
         """Remove ``key``; `KeyError` if it is absent."""
         self._check()
-        if self._read(check_key(key)) is None:
+        key = check_key(key)
+        if self._read(key) is None:
             raise KeyError(key)
         self._write(key, None)
 

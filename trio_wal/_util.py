@@ -72,10 +72,15 @@ def check_seconds(name: str, value: object, low: float = 0.0) -> float:
 
 
 def check_bytes(name: str, value: object) -> bytes:
-    """``value`` if it is `bytes`: a mutable buffer could change while it waits."""
+    """``value`` as `bytes`, not as a subclass, which not every encoder takes.
+
+    A mutable buffer is refused: it could change while it waits.
+    """
+    if type(value) is bytes:
+        return value
     if not isinstance(value, bytes):
         raise TypeError(f"{name} must be bytes, not {type(value).__name__}")
-    return value
+    return bytes(value)
 
 
 def check_path(path: str | PathLike[str]) -> str:

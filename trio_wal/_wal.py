@@ -216,7 +216,7 @@ class WriteAheadLog:
           trio.ClosedResourceError: the log is closed.
         """
         if type(data) is not bytes:
-            check_bytes("data", data)
+            data = check_bytes("data", data)
         if len(data) > self._max_record_size:
             self._check_size(len(data))
         return await self._queue.append(data, current_task())
@@ -252,8 +252,10 @@ class WriteAheadLog:
         total = 0
         while chunk := list(islice(iterator, UNIT_SLICE)):
             if set(map(type, chunk)) != {bytes}:
-                for number, record in enumerate(chunk, len(unit)):
+                chunk = [
                     check_bytes(f"records[{number}]", record)
+                    for number, record in enumerate(chunk, len(unit))
+                ]
             self._check_size(max(map(len, chunk)))
             total += sum(map(len, chunk))
             unit += chunk
@@ -286,7 +288,8 @@ class WriteAheadLog:
           TypeError, RecordTooLargeError, LogFullError, LogFailedError,
           trio.ClosedResourceError: as for `append`.
         """
-        self._check_size(len(check_bytes("data", data)))
+        data = check_bytes("data", data)
+        self._check_size(len(data))
         await self._queue.accept(data)
 
     @enable_ki_protection
@@ -298,7 +301,8 @@ class WriteAheadLog:
           TypeError, RecordTooLargeError, LogFullError, LogFailedError,
           trio.ClosedResourceError: as for `append`.
         """
-        self._check_size(len(check_bytes("data", data)))
+        data = check_bytes("data", data)
+        self._check_size(len(data))
         self._queue.accept_nowait(data)
 
     @enable_ki_protection
