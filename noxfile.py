@@ -196,12 +196,15 @@ FLAKE8_ASYNC_DISABLED = {
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """mypy --strict for three platforms, pyright, and how complete the public types are."""
+    """mypy --strict for three platforms, pyright, how complete the public types are, and what
+    a user's programs are told."""
     session.install(".[cli,zstd]", *_group("typing"))
     for platform in ("linux", "darwin", "win32"):
         session.run("mypy", "--strict", "--platform", platform, *session.posargs)
     session.run("pyright")
     session.run("pyright", "--verifytypes", "trio_wal", "--ignoreexternal")
+    # What both find in a user's program: nothing in one, and a mistake on each line of another.
+    session.run("python", "tests/typing/compare.py")
 
 
 @nox.session(default=False)

@@ -35,5 +35,5 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|trio|types|typing)\..*"),
     # Names in signatures are shown by where they are defined.
     (r"py:.*", r"trio_wal\._.*"),
-    (r"py:.*", r"(trio_wal\.\w+\.)?(D|T)"),
+    (r"py:.*", r"(trio_wal\.\w+\.)?(D|T|Ts)"),
 ]

@@ -236,3 +236,18 @@ async def test_options_may_change_from_session_to_session(files: MemoryFiles) ->
             assert await read_all(wal) == {n: b"%d" % n for n in range(1, number + 1)}
             assert await wal.append(b"%d" % (number + 1)) == number + 1
     assert files.exists(LOG)
+
+
+def test_a_database_takes_every_option_of_a_log_by_its_name_and_default() -> None:
+    """They are spelt out, so that checkers and `help` know them."""
+    log = inspect.signature(trio_wal.open_wal).parameters
+    database = inspect.signature(trio_wal.open_database).parameters
+    assert set(log) <= set(database)
+    for name, parameter in log.items():
+        assert database[name] == parameter, name
+    assert {parameter.kind for parameter in database.values()} == {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    }
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'max_queue_sise'"):
+        trio_wal.open_database("it", max_queue_sise=5)  # type: ignore[call-arg]

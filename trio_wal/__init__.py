@@ -12,6 +12,7 @@ from ._database import (
     Database as Database,
     DatabaseStatistics as DatabaseStatistics,
     Snapshot as Snapshot,
+    VerifyStore as VerifyStore,
     open_database as open_database,
 )
 from ._exceptions import (
@@ -29,6 +30,8 @@ from ._exceptions import (
     WalError as WalError,
     WrongDirectoryError as WrongDirectoryError,
 )
+from ._files import Files as Files
+from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader

@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, TypeVar, cast, final, overload
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, cast, final, overload
 
 import attrs
 import trio
@@ -35,6 +35,7 @@ from ._exceptions import (
     WrongDirectoryError,
 )
 from ._files import Files, OsFiles
+from ._flusher import Durability
 from ._identity import Bookmark
 from ._memtable import Layer, Memtable, View
 from ._operations import (
@@ -48,7 +49,7 @@ from ._operations import (
     encode_transaction,
 )
 from ._queue import Batch, Key, State
-from ._recovery import Plan, RecoveryReport
+from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
 from ._store import Progress, Store, StoreState, damaged, data_file, misfit
 from ._stream import RecordStream
@@ -58,9 +59,16 @@ from ._util import MiB, check_bytes, check_int, check_one_of, check_path
 from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
 from ._worker import Blocking, require_trio
 
+if TYPE_CHECKING:
+    # Only checkers need it, and they bring it along; Python has it from 3.11 on.
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Ts = TypeVarTuple("Ts")
+
 D = TypeVar("D")
 T = TypeVar("T")
 VerifyStore = Literal["auto", "child", "none"]
+"""What `open_database` takes as ``verify_store``: ``"auto"``, ``"child"`` or ``"none"``."""
 
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, not of disk: the file grows as it is needed."""
@@ -343,6 +351,17 @@ class Database:
             self._check_open()
         return Transaction(self)
 
+    @overload
+    async def run(
+        self,
+        fn: Callable[[Transaction, Unpack[Ts]], Awaitable[T]],
+        *args: Unpack[Ts],
+        retries: int = 10,
+    ) -> T: ...
+    @overload
+    async def run(
+        self, fn: Callable[[Transaction, Unpack[Ts]], T], *args: Unpack[Ts], retries: int = 10
+    ) -> T: ...
     async def run(self, fn: Callable[..., Awaitable[T] | T], *args: object, retries: int = 10) -> T:
         """Call ``fn(tx, *args)`` in a transaction and commit; again on a conflict.
 
@@ -1063,8 +1082,17 @@ def open_database(
     verify_store: VerifyStore = "auto",
     on_verify_progress: Callable[[int, int], None] | None = None,
     retention: Retention | None = None,
+    max_queue_size: float = 10_000,
+    max_queue_bytes: float = 64 * MiB,
+    max_record_size: int = 16 * MiB,
+    max_batch_bytes: int = 8 * MiB,
+    flush_interval: float = 0.010,
+    segment_size: int = 64 * MiB,
+    durability: Durability = "sync",
+    compression: Literal["none", "zstd"] | None = None,
+    verify_bytes: float = VERIFY_BYTES,
+    trust_directory: bool = False,
     files: Files | None = None,
-    **wal_options: Any,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
 
@@ -1091,8 +1119,10 @@ def open_database(
           the bytes that there are.
       retention: how much of the log to keep beyond what the store does not hold yet, for
           `Database.changes`; None: nothing.
+      max_queue_size, max_queue_bytes, max_record_size, max_batch_bytes: as for `open_wal`.
+      flush_interval, segment_size, durability, compression: as for `open_wal`.
+      verify_bytes, trust_directory: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
-      wal_options: as for `open_wal`.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -1114,8 +1144,17 @@ def open_database(
     log = open_wal(
         f"{name}/{LOG_NAME}",
         retention=KeepSegments(1) if retention is None else retention,
+        max_queue_size=max_queue_size,
+        max_queue_bytes=max_queue_bytes,
+        max_record_size=max_record_size,
+        max_batch_bytes=max_batch_bytes,
+        flush_interval=flush_interval,
+        segment_size=segment_size,
+        durability=durability,
+        compression=compression,
+        verify_bytes=verify_bytes,
+        trust_directory=trust_directory,
         files=used,
-        **wal_options,
     )
     assert isinstance(log, _OpenWal)
     opened = _OpenDatabase(used.absolute(name), checkpoint_bytes, map_size, used, log)

@@ -34,6 +34,7 @@ from ._queue import Barrier, Batch, State, WriteQueue
 from ._worker import Forked, Worker
 
 Durability = Literal["sync", "interval", "none"]
+"""What `open_wal` takes as ``durability``: ``"sync"``, ``"interval"`` or ``"none"``."""
 
 FULL_RETRY_SECONDS: Final = 0.25
 """How often a full disk is looked at again when nobody asks."""

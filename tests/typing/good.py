@@ -1,0 +1,93 @@
+"""A user's program. It is type-checked, not run: no checker may find anything in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from typing_extensions import assert_type
+
+import trio_wal
+from trio_wal import Commit, Database, Snapshot, Transaction
+from trio_wal.testing import MemoryFiles
+
+
+async def add(tx: Transaction, key: bytes, amount: int) -> int:
+    total = int(tx.get(key, b"0")) + amount
+    tx.put(key, b"%d" % total)
+    return total
+
+
+def move(tx: Transaction, source: bytes, dest: bytes) -> bytes | None:
+    value = tx.get(source)
+    if value is not None:
+        tx.delete(source)
+        tx.put(dest, value)
+    return value
+
+
+def clear(tx: Transaction) -> None:
+    for key, _ in tx.scan(prefix=b"temporary:", limit=10):
+        tx.delete(key)
+
+
+class Counter:
+    async def increase(self, tx: Transaction, by: int = 1) -> bool:
+        return bool(await add(tx, b"counter", by))
+
+
+async def transactions(db: Database) -> None:
+    n = await db.run(add, b"hits", 1)
+    assert_type(n, int)
+    assert_type(await db.run(add, b"hits", 1, retries=3), int)
+    moved = await db.run(move, b"one", b"two")
+    assert_type(moved, "bytes | None")
+    await db.run(clear)
+    assert_type(await db.run(Counter().increase, 2), bool)
+    assert_type(await db.run(lambda tx: tx.get(b"key", 0)), "bytes | int")
+    async with db.transaction() as tx:
+        assert_type(tx, Transaction)
+        tx.insert(b"key", b"value")
+        assert_type(b"key" in tx, bool)
+        assert_type(tx.scan(b"a", b"b", reverse=True), Iterator[tuple[bytes, bytes]])
+    assert_type(tx.lsn, "int | None")
+
+
+async def reading(db: Database) -> None:
+    assert_type(db.get(b"key"), "bytes | None")
+    assert_type(db.get(b"key", b""), bytes)
+    assert_type(await db.put(b"key", b"value"), int)
+    with db.snapshot() as snap:
+        assert_type(snap, Snapshot)
+        assert_type(snap.get(b"key", 0), "bytes | int")
+        assert_type(dict(snap.scan()), dict[bytes, bytes])
+    async with db.changes(snap.bookmark) as commits:
+        async for commit in commits:
+            assert_type(commit, Commit)
+            break
+
+
+def durability(careful: bool) -> trio_wal.Durability:
+    return "sync" if careful else "interval"
+
+
+def files(real: bool) -> trio_wal.Files | None:
+    return None if real else MemoryFiles()
+
+
+async def opening(directory: Path) -> None:
+    async with trio_wal.open_database(
+        directory,
+        checkpoint_bytes=1 << 20,
+        max_queue_size=math.inf,
+        durability=durability(True),
+        compression="zstd",
+        verify_store="none",
+        retention=trio_wal.KeepSegments(2) | trio_wal.KeepFor(60),
+        files=files(True),
+    ) as db:
+        assert_type(db, Database)
+        assert_type(db.wal, trio_wal.WriteAheadLog)
+        await transactions(db)
+        await reading(db)
