@@ -58,7 +58,7 @@ class Onlooker:
     seed: int
     report: str
     role: str
-    """"readers", "tools"."""
+    """"readers", "streams": those on one reader only, "tools"."""
     command: int = -1
     """Descriptors of the pipes by which it is asked, and answers."""
     answer: int = -1
@@ -143,12 +143,13 @@ class _Readers:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.many_streams, nursery)
-            nursery.start_soon(self.one_follower)
-            nursery.start_soon(self.again_and_again)
             nursery.start_soon(self.asked)
+            nursery.start_soon(self.many_streams)
+            if self.onlooker.role == "readers":
+                nursery.start_soon(self.one_follower)
+                nursery.start_soon(self.again_and_again)
 
-    async def many_streams(self, nursery: trio.Nursery) -> None:
+    async def many_streams(self) -> None:
         """Eight streams on one reader that stays open."""
         async with trio_wal.open_reader(self.onlooker.path) as reader:
             async with trio.open_nursery() as streams:
@@ -317,7 +318,7 @@ def report_tool(
             end = ["truncated", 0, chain.next_lsn] if truncated else ["error", complained]
     except (Wrong, ValueError, KeyError) as exc:
         end = ["wrong", f"{exc!r}"]
-    tell("stream", begun, begun, now(), "dump", "read", None, chain.told(), end)
+    tell("stream", begun, 0, now(), "dump", "read", None, chain.told(), end)
 
 
 def _dumped(line: dict[str, Any]) -> tuple[int, bytes]:

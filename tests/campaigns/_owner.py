@@ -28,7 +28,18 @@ import trio_wal
 from trio_wal import Database, KeepSegments, LsnTruncatedError, WriteAheadLog
 from trio_wal._operations import decode_transaction
 
-from ._chain import CUTS_MAX, EMPTY_SHARE, SIZE_MAX, Chain, Mark, Runs, Wrong, mark_of, record, runs_of
+from ._chain import (
+    CUTS_MAX,
+    EMPTY_SHARE,
+    SIZE_MAX,
+    Chain,
+    Mark,
+    Runs,
+    Wrong,
+    mark_of,
+    record,
+    runs_of,
+)
 from ._program import BROKEN, KillAtStep, Tell, leaves, teller
 
 HEAD: Final = b"head"
@@ -43,7 +54,7 @@ class Owner:
     """One life."""
 
     kind: str
-    """"log" or "database"."""
+    """"log", "database", or "streams": a log."""
     path: str
     seed: int
     life: int = 0
@@ -57,6 +68,8 @@ class Owner:
     """Of its own readers."""
     runs: list[list[int]] = attrs.Factory(lambda: [[], []])
     """`_chain.Runs` of what the lives before have written."""
+    drops: bool = True
+    """Whether `truncate_before` is among what it does."""
     cuts: bool = True
     """Whether `truncate_after` is among what it does."""
     keep: int = 0
@@ -68,7 +81,7 @@ class Owner:
 
     def open(self) -> Any:
         retention = KeepSegments(self.keep) if self.keep else None
-        opening = trio_wal.open_wal if self.kind == "log" else trio_wal.open_database
+        opening = trio_wal.open_database if self.kind == "database" else trio_wal.open_wal
         return opening(self.path, retention=retention, **self.options)
 
 
@@ -330,7 +343,9 @@ class _LogLife(_Life):
     async def run(self, wal: WriteAheadLog) -> None:
         await self.look(wal)
         if self.owner.operations:
-            await self.tasks(self.drop, *((self.cut,) if self.owner.cuts else ()))
+            owner = self.owner
+            beside = [self.drop] * owner.drops + [self.cut] * owner.cuts
+            await self.tasks(*beside)
 
     async def act(self, rng: Random) -> None:
         wal, writer = self.wal, self.writer
@@ -402,7 +417,7 @@ class _DatabaseLife(_Life):
         self.db = db
         await self.look(db.wal)
         if self.owner.operations:
-            await self.tasks(self.checkpoint)
+            await self.tasks(self.checkpoint, self.put)
 
     async def find_runs(self) -> Runs:
         seed = self.owner.seed
@@ -427,18 +442,23 @@ class _DatabaseLife(_Life):
 
     async def act(self, rng: Random) -> None:
         db, writer = self.db, self.writer
-        # No reads, so no conflicts, and the order of commits is that of the calls.
-        if rng.random() < 0.3:
-            data = writer.record(rng, empty=False)
-            last, seen = writer.next_lsn - 1, db.durable_lsn
-            self.acknowledge(await db.put(HEAD, data), last, seen)
-            return
+        # No reads, so no conflicts; and what waits for a checkpoint does so on entering: the
+        # order of commits is that of the calls.
         async with db.transaction() as tx:
             for _ in range(rng.randrange(4)):
                 tx.put(b"key/%d" % rng.randrange(50), rng.randbytes(rng.randrange(300)))
             tx.put(HEAD, writer.record(rng, empty=False))
             last, seen = writer.next_lsn - 1, db.durable_lsn
         self.acknowledge(tx.lsn or 0, last, seen)
+
+    async def put(self, rng: Random) -> None:
+        """Alone: it may have to wait for a checkpoint after its record was made."""
+        db, writer = self.db, self.writer
+        async with self.gate.alone():
+            data = writer.record(rng, empty=False)
+            last, seen = writer.next_lsn - 1, db.durable_lsn
+            with trio.CancelScope(shield=True):
+                self.acknowledge(await db.put(HEAD, data), last, seen)
 
     async def checkpoint(self, rng: Random) -> None:
         await self.db.checkpoint()
@@ -460,7 +480,7 @@ async def live(owner: Owner, tell: Tell) -> None:
     life: _LogLife | _DatabaseLife
     tell("life", owner.life)
     async with owner.open() as opened:
-        life = _LogLife(owner, tell) if owner.kind == "log" else _DatabaseLife(owner, tell)
+        life = (_DatabaseLife if owner.kind == "database" else _LogLife)(owner, tell)
         await life.run(opened)
         tell("closing")
         if owner.ending == "exit":

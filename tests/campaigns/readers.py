@@ -46,14 +46,17 @@ LIVES: Final = 45
 ORDERLY: Final = 9
 """After so many kills one life ends in order, and the followers must come to the log's end."""
 FINDINGS_MAX: Final = 10
-OPERATIONS: Final = 30
-STEPS: Final = 400
-MESSAGES: Final = 150
+OPERATIONS: Final = 20
+STEPS: Final = 300
+MESSAGES: Final = 100
 OPENING_SECONDS: Final = 0.02
 CLOSING_SECONDS: Final = 0.004
+STREAMS: Final = "streams"
+ENDLESS: Final = 1 << 40
 STREAMS_SEGMENT: Final = 12_000
 STREAMS_KEEP: Final = 6
 STREAMS_CASE_SECONDS: Final = 15.0
+STREAMS_MINUTES: Final = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +84,8 @@ class Task:
     directory: str
     keep: str
     lives: int = LIVES
+    seconds: float = STREAMS_CASE_SECONDS
+    """Of the life beside which streams are read."""
 
 
 @attrs.define
@@ -228,8 +233,10 @@ def lives_of(task: Task) -> Outcome:
     rng = Random(task.seed)
     options = _lives.options(task.kind, rng)
     keep = rng.choice((0, 0, 3, 8)) if task.kind == "database" else 0
+    if task.kind == STREAMS:
+        options, keep = {"segment_size": STREAMS_SEGMENT, "flush_interval": 0}, STREAMS_KEEP
     outcome = Outcome(task.kind, task.seed)
-    judge = Judge(History(drops_by_itself=task.kind == "database"), outcome)
+    judge = Judge(History(drops_by_itself=task.kind != "log"), outcome)
     folder = Path(tempfile.mkdtemp(dir=task.directory))
     place = folder / "files"
     reports = Reports(folder / _onlookers.REPORT)
@@ -238,7 +245,8 @@ def lives_of(task: Task) -> Outcome:
         path=str(place / "log" if task.kind == "database" else place),
         seed=task.seed,
         report=str(reports.path),
-        role="readers",
+        role=STREAMS if task.kind == STREAMS else "readers",
+        pause=0.0 if task.kind == STREAMS else _onlookers.PAUSE_SECONDS,
     )
     handles: list[_onlookers.Handle] = []
     try:
@@ -248,7 +256,8 @@ def lives_of(task: Task) -> Outcome:
             _count(outcome, life)
             if not handles:
                 handles.append(_onlookers.start(onlooker))
-                handles.append(_onlookers.start(attrs.evolve(onlooker, role="tools")))
+                if task.kind != STREAMS:
+                    handles.append(_onlookers.start(attrs.evolve(onlooker, role="tools")))
             elif owner.ending == "close" and kill is None:
                 judge.hear(life, reports.new())
                 if life.says("closed"):
@@ -287,6 +296,9 @@ def plan(
     ending, step, operations = "close", 0, OPERATIONS
     orderly = number % (ORDERLY + 1) == 0 or number == task.lives - 1
     match rng.choices(("opening", "closing", "message", "step"), (3, 2, 4, 4))[0]:
+        case _ if task.kind == STREAMS:
+            operations = ENDLESS if number == 1 else 0
+            kill = Kill(name="open", delay=task.seconds) if number == 1 else None
         case _ if orderly:
             operations = rng.choice((0, OPERATIONS))
         case "opening":
@@ -307,7 +319,9 @@ def plan(
         ending=ending,
         kill_at=step,
         runs=history.runs.told(),
-        cuts=bool(task.seed % 2),
+        drops=task.kind != STREAMS,
+        cuts=task.kind != STREAMS and bool(task.seed % 2),
+        streams=0 if task.kind == STREAMS else 2,
         keep=keep,
         options=options,
     )
@@ -347,14 +361,17 @@ def run(arguments: argparse.Namespace) -> int:
         return run_again(arguments)
     code = 0
     for part in arguments.parts or PARTS:
-        if part == "live":
-            code = max(code, run_live(arguments))
+        code = max(code, run_part(part, arguments))
     return code
 
 
-def run_live(arguments: argparse.Namespace) -> int:
+def run_part(part: str, arguments: argparse.Namespace) -> int:
+    minutes, kills = arguments.minutes, arguments.count
+    kinds = list(dict.fromkeys(KINDS))
+    if part == STREAMS:
+        minutes, kills, kinds = minutes or STREAMS_MINUTES, None, [STREAMS]
     report = Report(
-        "readers",
+        f"readers, {part}",
         arguments,
         {
             "kind": "of a",
@@ -369,14 +386,13 @@ def run_live(arguments: argparse.Namespace) -> int:
             "bound": "bound",
         },
     )
-    kinds = dict.fromkeys(KINDS)
     totals = {kind: Outcome(kind, arguments.seed) for kind in kinds}
     wrong: Counter[str] = Counter()
     with (
         _lives.scratch("readers", arguments.directory) as folder,
-        progress_bar("readers", minutes=arguments.minutes, count=arguments.count) as bar,
+        progress_bar(f"readers, {part}", minutes=minutes, count=kills) as bar,
     ):
-        tasks = _tasks(arguments.seed, folder, str(arguments.keep))
+        tasks = _tasks(part, arguments.seed, folder, str(arguments.keep))
         for outcome in in_processes(lives_of, tasks, arguments.workers, bar.over):
             _add(totals[outcome.kind], outcome)
             if outcome.problems:
@@ -416,19 +432,22 @@ def _add(total: Outcome, outcome: Outcome) -> None:
     total.tools += outcome.tools
 
 
-def _tasks(seed: int, directory: str, keep: str) -> Iterator[Task]:
+def _tasks(part: str, seed: int, directory: str, keep: str) -> Iterator[Task]:
     for number in count():
-        yield Task(KINDS[number % len(KINDS)], seed * 1_000_003 + number, directory, keep)
+        kind = STREAMS if part == STREAMS else KINDS[number % len(KINDS)]
+        lives = 3 if part == STREAMS else LIVES
+        yield Task(kind, seed * 1_000_003 + number, directory, keep, lives)
 
 
 def run_again(arguments: argparse.Namespace) -> int:
     """The same plan; when what happens is the machine's to say, so it is tried again."""
     kind, _, seed = arguments.case.partition(":")
-    if kind not in KINDS or not seed.isdigit():
+    if kind not in (*KINDS, STREAMS) or not seed.isdigit():
         return fail_usage(f"--case {arguments.case} is not KIND:SEED")
     with _lives.scratch("readers", arguments.directory) as folder:
         for number in range(arguments.tries):
-            outcome = lives_of(Task(kind, int(seed), folder, str(arguments.keep)))
+            lives = 3 if kind == STREAMS else LIVES
+            outcome = lives_of(Task(kind, int(seed), folder, str(arguments.keep), lives))
             for text in outcome.problems:
                 print(text)
             if outcome.problems:
