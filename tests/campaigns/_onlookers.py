@@ -39,7 +39,8 @@ FOLLOWERS: Final = 3
 READERS: Final = 5
 """Streams of the first reader: eight together."""
 NEWEST: Final = 40
-PAUSE_SECONDS: Final = 0.03
+PAUSES_SECONDS: Final = (0.003, 0.01, 0.03)
+"""One of them is an onlooker's: how eagerly it reads."""
 SLOW_SHARE: Final = 0.02
 """Of the records that a follower is slow with."""
 SETTLE_SECONDS: Final = 20.0
@@ -62,7 +63,7 @@ class Onlooker:
     command: int = -1
     """Descriptors of the pipes by which it is asked, and answers."""
     answer: int = -1
-    pause: float = PAUSE_SECONDS
+    pause: float
 
 
 @attrs.frozen

@@ -246,7 +246,7 @@ def lives_of(task: Task) -> Outcome:
         seed=task.seed,
         report=str(reports.path),
         role=STREAMS if task.kind == STREAMS else "readers",
-        pause=0.0 if task.kind == STREAMS else _onlookers.PAUSE_SECONDS,
+        pause=0.0 if task.kind == STREAMS else rng.choice(_onlookers.PAUSES_SECONDS),
     )
     handles: list[_onlookers.Handle] = []
     try:
