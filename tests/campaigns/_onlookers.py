@@ -1,6 +1,6 @@
 """Processes that read a log while its owner works, is killed, and opens it again.
 
-Law: they judge only what one stream can tell (`_chain.Chain`), and report the rest: each
+Law: they judge only what one stream can tell (`_marks.Chain`), and report the rest: each
 stream with the times at which it was begun, entered and ended.  They take no lock and never
 stop because of an error: the next stream is begun.
 
@@ -32,7 +32,7 @@ import trio
 import trio_wal
 
 from . import _program
-from ._chain import Chain, Wrong
+from ._marks import Chain, Wrong
 from ._owner import HEAD, Stream, now
 
 FOLLOWERS: Final = 3

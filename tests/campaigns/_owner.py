@@ -1,10 +1,10 @@
 """The owner of a log that others read: appends, rotates, cuts, is killed, opens again.
 
 Law: what it tells is true when it is told: an acknowledgement after the call has returned, a
-truncation before it is asked for.  It writes one history (`_chain`): which record has which
+truncation before it is asked for.  It writes one history (`_marks`): which record has which
 LSN is known before it is accepted, as records are accepted in the order of the calls.
 
-One message is one line of JSON: a name, the time, then what `_chain.History` says there.
+One message is one line of JSON: a name, the time, then what `_marks.History` says there.
 Its own streams tell as those of `_onlookers` do.
 """
 
@@ -25,10 +25,10 @@ import attrs
 import trio
 
 import trio_wal
-from trio_wal import Database, KeepSegments, LsnTruncatedError, WriteAheadLog
+from trio_wal import Database, KeepSegments, LogDivergedError, LsnTruncatedError, WriteAheadLog
 from trio_wal._operations import decode_transaction
 
-from ._chain import (
+from ._marks import (
     CUTS_MAX,
     EMPTY_SHARE,
     SIZE_MAX,
@@ -67,7 +67,7 @@ class Owner:
     streams: int = 2
     """Of its own readers."""
     runs: list[list[int]] = attrs.Factory(lambda: [[], []])
-    """`_chain.Runs` of what the lives before have written."""
+    """`_marks.Runs` of what the lives before have written."""
     drops: bool = True
     """Whether `truncate_before` is among what it does."""
     cuts: bool = True
@@ -151,10 +151,12 @@ class Stream:
         each: Callable[[int], None] | None = None,
         pause: Callable[[], float | None] | None = None,
     ) -> str:
-        """Gives how it ended: "end", "left", "truncated", "closed", "error"."""
+        """Gives how it ended: "end", "left", "truncated", "diverged", "closed", "error"."""
         end: list[Any] = ["error", "cancelled"]
         try:
             end = await self._read(open_stream, first_lsn, count, each, pause)
+        except LogDivergedError as exc:
+            end = ["diverged", exc.parted_after, exc.bookmark.lsn]
         except LsnTruncatedError as exc:
             end = ["truncated", exc.first_lsn, exc.lsn]
         except trio.ClosedResourceError:

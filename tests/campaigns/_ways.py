@@ -83,7 +83,7 @@ async def _reader_read(files: MemoryFiles, place: Place, seen: Seen) -> None:
 
 async def _no_word(files: MemoryFiles, place: Place, seen: Seen) -> None:
     """Without the owner's word: the file with it was unlinked."""
-    files.open_directory(place.path).publish(0)
+    files.open_directory(place.path).publish(0, 0)
     await _reader_read(files, place, seen)
 
 

@@ -635,7 +635,7 @@ def proven_lsn(subject: Subject, damage: Damage, *, word: bool) -> int:
     """Up to here what was not hit, and the owner's word, says that all was durable."""
     hit = _parts_hit(subject, damage)
     gone = [name for name, data in damage.files.items() if damage.must_refuse or data is None]
-    proven = subject.files.open_directory(subject.path).published() if word else 0
+    proven = subject.files.open_directory(subject.path).published().durable_lsn if word else 0
     for name, parts in subject.parts.items():
         if name not in gone:
             proven = max([proven, *(part.proves for part in parts if (name, part) not in hit)])

@@ -24,7 +24,7 @@ from typing import Any, Final
 import attrs
 
 from . import _lives, _onlookers, _owner, _program
-from ._chain import History
+from ._marks import History
 from ._lives import Kill, Life
 from ._onlookers import Onlooker, Reports
 from ._owner import Owner, now
@@ -194,8 +194,11 @@ class Judge:
             case ["closed"]:
                 if not who.startswith("life"):
                     self._wrong(f"{name}: it was closed")
-            case ["truncated", lowest, lsn]:
-                self._truncated(name, ended, first, last, start, max(lowest, lsn))
+            case ["truncated", _, _]:
+                self._truncated(name, ended, first, last, start)
+            case ["diverged", _, lsn]:
+                if not self.history.was_cut(max(last, start or 0, lsn), ended):
+                    self._wrong(f"{name}: it was told of another history, and nothing was cut")
             case [_, text]:
                 self._wrong(f"{name}: {text}")
 
@@ -214,14 +217,13 @@ class Judge:
             self._wrong(f"{name}: it ended, and LSN {must} was acknowledged")
 
     def _truncated(
-        self, name: str, ended: int, first: int, last: int, start: int | None, lsn: int
+        self, name: str, ended: int, first: int, last: int, start: int | None
     ) -> None:
         """Right where records were dropped that were due, or given."""
         due = last + 1 if first else start
         high = self.history.may_start(ended, ended)[1]
-        if (due is None or high > due) or self.history.was_cut(max(last, start or 0), ended):
-            return
-        self._wrong(f"{name}: it was told of a truncation, and there was none")
+        if due is not None and high <= due:
+            self._wrong(f"{name}: it was told of a truncation, and there was none")
 
 
 # -- the lives of one directory ------------------------------------------------------------
@@ -380,6 +382,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> int:
             "streams": "streams",
             "records": "records given",
             "truncated": "told of truncation",
+            "diverged": "told of another history",
             "tools": "tools",
             "wrong": "wrong",
             "per_minute": "kills/min",
@@ -415,6 +418,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> int:
             streams=total.streams.total(),
             records=total.records,
             truncated=total.streams["truncated"],
+            diverged=total.streams["diverged"],
             tools=total.tools,
             wrong=wrong[kind],
             per_minute=per_minute(total.kills, seconds),
