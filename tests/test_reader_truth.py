@@ -123,6 +123,16 @@ async def test_a_later_frame_proves_a_loss_without_the_owners_word(
         assert f"says that LSN {lsn} had been durable" in error.reason or lsn == 7
 
 
+async def test_a_pointer_proves_what_is_before_the_mark_of_a_close() -> None:
+    """The mark itself is damaged, and nobody's word has survived."""
+    files = log_of(8, close=True, segment_size=1 << 20)
+    flip_header(files, 9)
+    files = files.crash_image()
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 8
+        assert await read(reader) == list(numbered(payloads(8)))
+
+
 async def test_an_unfinished_batch_is_the_end_and_no_damage() -> None:
     files = log_of(8, close=False, segment_size=1 << 20)
     flip_header(files, 8)

@@ -302,6 +302,9 @@ class WatchSource:
             # An epoch begins with what is durable; its owner has yet to say so.
             begun = meta.history[-1].after_lsn
             told, proof = max(told, begun), max(proof, begun)
+        if last.pointer is not None:
+            # Also where the frame that it tells of is damaged: what stands before is durable.
+            told = max(told, last.pointer.last_lsn)
         damage, proven = seen.chain_damage, seen.beyond_lsn
         if damage is not None:
             # Others come after it: it was whole, and durable.
