@@ -91,8 +91,9 @@ def live(
 ) -> Life:
     """Run one life to its end.
 
-    ``main`` is the program; ``job`` is its.  ``before`` is given the process id, and the life begins when it has returned; what it gives
-    is called at the end.  ``inside`` is called in the process itself, first.
+    ``main`` is the program, which is given ``job``.  ``before`` is given the process id, and the
+    life begins when it has returned; what it gives is called at the end.  ``inside`` is called in
+    the process itself, first.
     """
     reader, writer = os.pipe()
     waiting, go = os.pipe()

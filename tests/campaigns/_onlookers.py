@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -152,12 +151,14 @@ class _Readers:
 
     async def many_streams(self) -> None:
         """Eight streams on one reader that stays open."""
-        async with trio_wal.open_reader(self.onlooker.path) as reader:
-            async with trio.open_nursery() as streams:
-                for place in range(FOLLOWERS):
-                    streams.start_soon(self.follow, reader, f"follower {place} of eight")
-                for place in range(READERS):
-                    streams.start_soon(self.read, reader, f"reader {place} of eight")
+        async with (
+            trio_wal.open_reader(self.onlooker.path) as reader,
+            trio.open_nursery() as streams,
+        ):
+            for place in range(FOLLOWERS):
+                streams.start_soon(self.follow, reader, f"follower {place} of eight")
+            for place in range(READERS):
+                streams.start_soon(self.read, reader, f"reader {place} of eight")
 
     async def one_follower(self) -> None:
         """One that has its reader to itself, which looks only when it does."""
@@ -240,7 +241,7 @@ class _Readers:
             )
 
         with trio.move_on_after(SETTLE_SECONDS):
-            while not all(map(is_there, self.followers.values())):
+            while not all(map(is_there, self.followers.values())):  # noqa: ASYNC110  (no event)
                 await trio.sleep(0.002)
             for stream in self.followers.values():
                 stream._tell_given()

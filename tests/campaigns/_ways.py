@@ -20,9 +20,8 @@ from databases import open_memory_database
 from logs import TINY
 
 import trio_wal
-from trio_wal import CorruptLogError, KeepAll, Record, UnsupportedFormatError
+from trio_wal import CorruptLogError, KeepAll, Record, UnsupportedFormatError, _reader
 from trio_wal._cli.dump import _dump, _line, _transaction
-from trio_wal._cli.inspect import _look
 from trio_wal.testing import MemoryFiles
 
 IDLE_SECONDS: Final = 0.05
@@ -52,15 +51,11 @@ class Seen:
     records: list[Record] = attrs.Factory(list)
     durable_lsn: int | None = None
     """That the reader said was durable, at its end."""
-    lsns: range | None = None
-    """Instead of records: their LSNs only."""
     error: Exception | None = None
     opened: bool = False
 
     @property
     def last_lsn(self) -> int:
-        if self.lsns is not None:
-            return self.lsns.stop - 1
         return self.records[-1].lsn if self.records else self.start - 1
 
 
@@ -122,16 +117,18 @@ async def _under_a_reader(files: MemoryFiles, place: Place, seen: Seen) -> None:
 
 async def _under_a_follower(files: MemoryFiles, place: Place, seen: Seen) -> None:
     """Damaged when a follower had been given all up to the middle."""
-    async with trio_wal.open_reader(place.path, files=files) as reader:
-        async with reader.follow() as records:
-            while seen.last_lsn < place.middle_lsn:
+    async with (
+        trio_wal.open_reader(place.path, files=files) as reader,
+        reader.follow() as records,
+    ):
+        while seen.last_lsn < place.middle_lsn:
+            seen.records.append(await records.__anext__())
+        place.damage(files)
+        seen.opened = True
+        with trio.CancelScope() as scope:
+            while True:
+                scope.deadline = trio.current_time() + IDLE_SECONDS
                 seen.records.append(await records.__anext__())
-            place.damage(files)
-            seen.opened = True
-            with trio.CancelScope() as scope:
-                while True:
-                    scope.deadline = trio.current_time() + IDLE_SECONDS
-                    seen.records.append(await records.__anext__())
 
 
 async def _owner(files: MemoryFiles, place: Place, seen: Seen) -> None:
@@ -175,16 +172,6 @@ def _no_output() -> Iterator[None]:
         sys.stdout = before
 
 
-async def _inspect_all(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """`trio-wal inspect`: the LSNs that it shows."""
-    place.damage(files)
-    directory = files.open_directory(place.path)
-    seen.opened = True
-    log = _look(directory)
-    last = min(log.last_lsn, log.segments[-1].last_lsn if log.segments else 0)
-    seen.lsns = range(log.first_lsn, last + 1)
-
-
 READ: Final = "read"
 NO_WORD: Final = "read, no word"
 OWNER: Final = "owner"
@@ -197,8 +184,18 @@ WAYS: Final[dict[str, Way]] = {
     "under a follower": _under_a_follower,
     OWNER: _owner,
     "dump": _dump_all,
-    "inspect": _inspect_all,
 }
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Nobody writes here: what looks wrong need not be given time."""
+    before = _reader.RETRY_SECONDS
+    setattr(_reader, "RETRY_SECONDS", 0)  # noqa: B010  (a constant)
+    try:
+        yield
+    finally:
+        setattr(_reader, "RETRY_SECONDS", before)  # noqa: B010
 
 
 class Endless(Exception):

@@ -24,10 +24,10 @@ from typing import Any, Final
 import attrs
 
 from . import _lives, _onlookers, _owner, _program
-from ._marks import History
 from ._lives import Kill, Life
+from ._marks import History
 from ._onlookers import Onlooker, Reports
-from ._owner import Owner, now
+from ._owner import Owner
 from ._report import (
     Report,
     add_common_arguments,
@@ -216,9 +216,7 @@ class Judge:
         if last < must and not (not first and lowest > must):
             self._wrong(f"{name}: it ended, and LSN {must} was acknowledged")
 
-    def _truncated(
-        self, name: str, ended: int, first: int, last: int, start: int | None
-    ) -> None:
+    def _truncated(self, name: str, ended: int, first: int, last: int, start: int | None) -> None:
         """Right where records were dropped that were due, or given."""
         due = last + 1 if first else start
         high = self.history.may_start(ended, ended)[1]
@@ -264,9 +262,7 @@ def lives_of(task: Task) -> Outcome:
                 judge.hear(life, reports.new())
                 if life.says("closed"):
                     history = judge.history
-                    wrong = handles[0].ask(
-                        history.last_lsn, history.runs.of(history.last_lsn)
-                    )
+                    wrong = handles[0].ask(history.last_lsn, history.runs.of(history.last_lsn))
                     outcome.problems += [wrong] if wrong else []
                     judge.hear(None, reports.new())
                     judge.settled()
