@@ -1115,7 +1115,7 @@ async def test_a_reader_is_told_where_a_segment_ends_before_the_next_one_begins(
     files, other = copies
     name = segments(files)[0]
     files.write_file(LOG, name, other.read_file(LOG, name))
-    async with trio_wal.open_reader(LOG, files=files) as reader, reader.read() as records:
-        assert (await records.__anext__()).data == b"1"
-        with pytest.raises(CorruptLogError, match=r": this segment does not continue wal-0+1\.log"):
-            await records.__anext__()
+    with pytest.raises(CorruptLogError, match=r": this segment does not continue wal-0+1\.log"):
+        # Which of the two is the odd one nobody can tell.
+        async with trio_wal.open_reader(LOG, files=files):
+            pass

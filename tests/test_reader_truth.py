@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
@@ -20,11 +21,13 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
+from trio_wal._chain import find_segments
 from trio_wal._cursor import Cursor
 from trio_wal._directory import open_log_directory
-from trio_wal._files import OsFiles
+from trio_wal._files import OsFiles, Word
 from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._reader import WatchSource
+from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
 Pairs = list[tuple[int, bytes]]
@@ -118,6 +121,16 @@ async def test_a_later_frame_proves_a_loss_without_the_owners_word(
         found, error = await read_to_damage(reader.read())
         assert found == list(numbered(payloads(lsn - 1)))
         assert f"says that LSN {lsn} had been durable" in error.reason or lsn == 7
+
+
+async def test_a_pointer_proves_what_is_before_the_mark_of_a_close() -> None:
+    """The mark itself is damaged, and nobody's word has survived."""
+    files = log_of(8, close=True, segment_size=1 << 20)
+    flip_header(files, 9)
+    files = files.crash_image()
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 8
+        assert await read(reader) == list(numbered(payloads(8)))
 
 
 async def test_an_unfinished_batch_is_the_end_and_no_damage() -> None:
@@ -322,9 +335,184 @@ async def test_segments_without_a_footer_are_checked_where_they_join(
         assert await read(reader, stop=2) == [(1, b"record 1")]
     files.remove_file(LOG, segments(files)[1])
     files.write_file(LOG, stale_name, stale)
+    with pytest.raises(CorruptLogError, match="does not continue"):
+        # Which of the two is the odd one nobody can tell.
+        async with trio_wal.open_reader(LOG, files=files):
+            pass
+
+
+def a_stale_end(frames: int, *, sealed: bool) -> MemoryFiles:
+    """A log in which a segment is of the time before a truncation to just before it: it begins
+    as the right one does."""
+    files = MemoryFiles(seed=7)
+    log = open_log(files)
+    for data in payloads(2 + frames):
+        append(log, data)
+    name = segments(files)[-1]
+    if sealed:
+        log.rotate()
+    stale = files.read_file(LOG, name)
+    log.truncate_after(2)
+    for lsn in range(3, 10):
+        append(log, b"another %d" % lsn)
+    log.close()
+    assert segments(files)[1] == name
+    files.write_file(LOG, name, stale)
+    return files
+
+
+@pytest.mark.parametrize("way", ["read", "follow"])
+@pytest.mark.parametrize(
+    ("frames", "sealed"), [(1, False), (2, False), (2, True)], ids=["one", "all", "sealed"]
+)
+async def test_what_does_not_come_to_the_next_segment_is_not_given(
+    frames: int, sealed: bool, way: str, autojump_clock: MockClock
+) -> None:
+    files = a_stale_end(frames, sealed=sealed)
+    with pytest.raises(CorruptLogError):
+        open_log(copy_of(files), verify_bytes=0)
     async with trio_wal.open_reader(LOG, files=files) as reader:
-        found, _ = await read_to_damage(reader.read())
-        assert found == [(1, b"record 1")]
+        found, error = await read_to_damage(getattr(reader, way)())
+        assert found == list(numbered(payloads(2)))
+        assert "does not continue" in error.reason
+
+
+async def test_the_last_records_of_a_segment_are_given_only_when_it_joins_the_next(
+    autojump_clock: MockClock,
+) -> None:
+    """Whoever has taken them begins in the next one, and sees no more that they do not fit."""
+    files = a_stale_end(2, sealed=False)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        source = reader._source
+        chain = find_segments(files.open_directory(LOG), source.meta)
+        # As if the look had not seen it.
+        source._seen = attrs.evolve(source._seen, segments=tuple(chain.segments), damage=None)
+        cursor = Cursor(source, 1)
+        found: Pairs = []
+        error: CorruptLogError | None = None
+        try:
+            while cursor.next_lsn < 10:
+                found += [(record.lsn, record.data) for record in cursor.chunk(10)]
+        except CorruptLogError as exc:
+            error = exc
+        cursor.leave()
+        assert error is not None
+        assert [lsn for lsn, _ in found] == [1, 2, 3]
+
+
+async def test_damage_in_a_segment_that_has_no_footer_yet_is_told_where_it_is(
+    autojump_clock: MockClock,
+) -> None:
+    files = log_of(8, close=True)
+    name = segments(files)[-2]
+    data = bytearray(files.read_file(LOG, name))
+    data[POINTER_OFFSET : POINTER_OFFSET + BLOCK] = bytes(BLOCK)
+    data[DATA_OFFSET + BLOCK + 20] ^= 1
+    files.write_file(LOG, name, bytes(data))
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        found, error = await read_to_damage(reader.read())
+        assert found == list(numbered(payloads(5)))
+        assert (error.path, error.offset) == (f"{LOG}/{name}", DATA_OFFSET + BLOCK)
+
+
+async def test_a_segment_that_is_replaced_when_others_go_is_damage(
+    autojump_clock: MockClock,
+) -> None:
+    """The new last segment is one that was looked at long ago."""
+    files = log_of(10, close=True)
+    names = segments(files)
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        for _ in range(10):
+            await records.__anext__()
+        data = bytearray(files.read_file(LOG, names[1]))
+        header = trio_wal._frame.decode_segment_header(bytes(data))
+        data[:BLOCK] = attrs.evolve(header, salt=bytes(16)).encode()
+        files.write_file(LOG, names[1], bytes(data))
+        for name in names[2:]:
+            files.remove_file(LOG, name)
+        with trio.fail_after(60), pytest.raises(CorruptLogError):
+            await records.__anext__()
+
+
+@pytest.mark.parametrize("start", [7, Bookmark(6, 0)], ids=["lsn", "bookmark"])
+async def test_what_is_beyond_damage_is_not_another_history(
+    start: Any, autojump_clock: MockClock
+) -> None:
+    """Whoever asks must not be told to go back."""
+    files = log_of(8, close=True)
+    first, second = segments(files)[:2]
+    data = files.read_file(LOG, second)
+    files.write_file(LOG, second, files.read_file(LOG, first))
+    files.write_file(LOG, first, data)
+    files.write_file(LOG, first, files.read_file(LOG, second))
+    for name in segments(files)[2:]:
+        files.remove_file(LOG, name)
+    folder = files._folder(LOG)
+    folder.published = folder.published._replace(durable_lsn=0, epoch=None)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn < 6
+        _, error = await read_to_damage(reader.read(start))
+        assert error.path == f"{LOG}/{second}"
+
+
+async def test_a_stray_name_that_comes_and_goes_is_damage_while_it_is_there(
+    autojump_clock: MockClock,
+) -> None:
+    files = log_of(4, close=True)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert await read(reader) == list(numbered(payloads(4)))
+        files.write_file(LOG, "wal-7.log", b"")
+        found, error = await read_to_damage(reader.read())
+        assert found == list(numbered(payloads(4)))
+        assert error.path == f"{LOG}/wal-7.log"
+        files.remove_file(LOG, "wal-7.log")
+        assert await read(reader) == list(numbered(payloads(4)))
+
+
+# -- the end was cut, and the owner has not yet said so -----------------------------------------
+
+
+async def test_what_a_cut_leaves_is_durable_before_the_owner_says_so(
+    autojump_clock: MockClock,
+) -> None:
+    files = MemoryFiles(seed=7)
+    log = open_log(files, segment_size=1 << 20)
+    append(log, b"1")
+    append(log, b"2", b"3", b"4", b"5")
+    append(log, b"6")
+    folder = files._folder(LOG)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 6
+        log.truncate_after(4)
+        assert (folder.published.durable_lsn, folder.published.epoch) == (6, 0)
+        assert reader.durable_lsn == 4
+        assert [lsn for lsn, _ in await read(reader)] == [1, 2, 3, 4]
+        async with reader.follow(Bookmark(4, 0)) as records:
+            append(log, b"another 5")
+            assert (await records.__anext__()).data == b"another 5"
+    log.close(orderly=False)
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        assert reader.durable_lsn == 5
+
+
+async def test_a_cut_between_the_look_at_the_history_and_the_owners_word_is_seen() -> None:
+    files = MemoryFiles(seed=7)
+    log = open_log(files, segment_size=1 << 20)
+    for data in payloads(6):
+        append(log, data)
+    directory = files.open_directory(LOG)
+    source = WatchSource(directory, Blocking(threaded=False))
+    whole, cuts = directory.published, [4]
+
+    def published() -> Word:
+        if cuts:
+            log.truncate_after(cuts.pop())
+            log.publish()
+        return whole()
+
+    directory.published = published  # type: ignore[method-assign]
+    source.look()
+    assert (source.durable_lsn, source.history) == (4, log.history)
 
 
 @pytest.mark.parametrize("other", [0, 2])

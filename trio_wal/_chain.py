@@ -48,7 +48,7 @@ from ._frame import (
     segment_name,
     segment_name_lsn,
 )
-from ._scan import Position
+from ._scan import FrameScanner, Position, start_of
 from ._segment import NEW_NAME, SPARE_PREFIX
 
 META_NAME: Final = "log.meta"
@@ -310,24 +310,80 @@ def place_before(frame: FrameHeader) -> Position:
     return Position(frame.offset, frame.first_lsn, frame.previous)
 
 
-def check_joins(directory: Directory, meta: Meta, chain: Chain, report: Report) -> Chain:
-    """The chain up to the first segment that does not continue what the SEAL frame before it
-    ends, as far as SEAL frames can tell."""
-    cut = meta.truncation
+def check_joins(
+    directory: Directory,
+    meta: Meta,
+    chain: Chain,
+    report: Report,
+    known: Mapping[SegmentHeader, Position] | None = None,
+) -> Chain:
+    """The chain up to the first place where what follows does not continue what is before it.
+
+    A SEAL frame tells where its segment ends; where there is none yet, the frames do.  Of two
+    that do not join either may be of another history, and no record of such a one may be read:
+    the first of them stays only where the second does not join the third.
+
+    Args:
+      known: places up to which the frames of a segment were followed before.
+
+    Raises:
+      FileNotFoundError: a file went away meanwhile.
+    """
     segments = chain.segments
     for index, (segment, after) in enumerate(pairwise(segments), 1):
-        mark = segment.mark
-        if mark is None or mark.kind is not Kind.SEAL:
+        end = _end_before(directory, meta, segment, after.header, known or {})
+        if end is None:
             continue
-        if cut is not None and segment.number == cut.keep_number:
-            # Its SEAL is of the time before the truncation.
-            continue
-        if not joins(place_before(mark), after.header):
-            path = f"{directory.path}/{after.file_name}"
-            reason = f"this segment does not continue {segment.file_name}, which is before it"
-            report(CorruptLogError(path, 0, reason))
-            return Chain(segments[:index], [*segments[index:], *chain.beyond], chain.leftovers)
+        path, offset = f"{directory.path}/{after.file_name}", 0
+        reason = f"this segment does not continue {segment.file_name}, which is before it"
+        if end.reason:
+            path, offset, reason = f"{directory.path}/{segment.file_name}", end.offset, end.reason
+            whole = index
+        else:
+            third = segments[index + 1] if index + 1 < len(segments) else None
+            odd = third and _end_before(directory, meta, after, third.header, {})
+            whole = index if odd else index - 1
+        report(CorruptLogError(path, offset, reason))
+        return Chain(segments[:whole], [*segments[whole:], *chain.beyond], chain.leftovers)
     return chain
+
+
+@attrs.frozen
+class _Break:
+    """Where a segment ends that does not come to the next one."""
+
+    offset: int
+    reason: str
+    """What is wrong there; "": nothing, it ends as segments do."""
+
+
+def _end_before(
+    directory: Directory,
+    meta: Meta,
+    segment: FoundSegment,
+    following: SegmentHeader,
+    known: Mapping[SegmentHeader, Position],
+) -> _Break | None:
+    """None where the segment's frames lead to the one after it."""
+    cut, mark = meta.truncation, segment.mark
+    # A SEAL may be of the time before a truncation that is not yet carried out.
+    is_cut = cut is not None and segment.number == cut.keep_number
+    if mark is not None and mark.kind is Kind.SEAL and not is_cut:
+        return None if joins(place_before(mark), following) else _Break(mark.offset, "")
+    file = directory.open(segment.file_name)
+    try:
+        for start in (known.get(segment.header), start_of(segment.header)):
+            if start is None:
+                continue
+            if joins(start, following):
+                return None
+            scanner = FrameScanner(file.pread, segment.header, start, bodies=False, skim=True)
+            for _ in scanner:
+                if joins(scanner.position, following):
+                    return None
+        return _Break(scanner.position.offset, scanner.reason)
+    finally:
+        file.close()
 
 
 # -- where the log ends -----------------------------------------------------------------

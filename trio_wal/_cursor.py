@@ -146,6 +146,9 @@ class Cursor:
                 self.leave()
             if frame.kind is not Kind.DATA or frame.next_lsn <= self.next_lsn:
                 continue
+            if place.following is not None and frame.next_lsn >= place.following.first_lsn:
+                # Or it may be of another history; and who begins after it sees only what follows.
+                self._check_join(place, scanner, place.following)
             try:
                 data = _scan.payloads(frame, body)
             except FrameError as exc:

@@ -182,7 +182,7 @@ class WatchSource:
                 try:
                     seen = self._look_once(*print_before)
                     wrong = seen.damage
-                except (CorruptLogError, WrongDirectoryError, FileNotFoundError) as exc:
+                except (CorruptLogError, WrongDirectoryError, FileNotFoundError, Moved) as exc:
                     wrong = exc
                 if seen is not None and (wrong is None or wrong is self._seen.damage):
                     self._seen, self._surprises_seen = seen, surprises
@@ -195,6 +195,8 @@ class WatchSource:
                         self._seen, self._surprises_seen = seen, surprises
                         return
                     assert wrong is not None
+                    if isinstance(wrong, Moved):
+                        raise CorruptLogError(wrong.path, wrong.offset, wrong.reason)
                     raise wrong
                 believed = doubt
                 time.sleep(RETRY_SECONDS)
@@ -224,6 +226,8 @@ class WatchSource:
             return attrs.evolve(seen, meta=meta)
         # Before the files are scanned: what it speaks of is in them then.
         word = self._directory.published()
+        if word.epoch not in (None, meta.epoch) and read_meta(self._directory) != meta:
+            raise Moved(f"{self.path}/{META_NAME}", "its history is not the one of the lock file")
         if seen.segments and names == seen.names and meta == known and not self._surprised:
             last = seen.segments[-1]
             file = self._directory.open(last.file_name)
@@ -239,7 +243,9 @@ class WatchSource:
         try:
             fresh = look_at(file, seen.segments[-1].file_name)
             if fresh.header != seen.segments[-1].header:
-                raise FileNotFoundError(2, "the segment was replaced", file.path)
+                # What is known of the others may be as old.
+                self._surprises += 1
+                raise Moved(file.path, "another segment stands in the place of this one")
             seen = attrs.evolve(seen, segments=(*seen.segments[:-1], fresh))
             return self._judge(seen, file, word)
         finally:
@@ -256,7 +262,8 @@ class WatchSource:
             cached = {found.file_name: found for found in seen.segments[:-2]}
         problems: list[CorruptLogError] = []
         chain = find_segments(self._directory, meta, problems.append, cached)
-        chain = check_joins(self._directory, meta, chain, problems.append)
+        followed = {} if seen.tail is None else {seen.tail.header: seen.tail.position}
+        chain = check_joins(self._directory, meta, chain, problems.append, followed)
         if not chain.segments:
             raise problems[0]
         beyond = [found.header.first_lsn - 1 for found in chain.beyond]
@@ -286,15 +293,23 @@ class WatchSource:
         tail, block = self._scan(file, tail)
         end = tail.position
         evidence = _Evidence(block, last.pointer, last.size, word)
-        if not first_look and seen.tail == tail and seen.evidence == evidence:
+        as_before = seen.tail == tail and seen.evidence == evidence
+        if as_before and not first_look and seen.shape == self._seen.shape:
             return seen
         told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0
         proof = 0 if word.epoch is None else told
+        if meta.history:
+            # An epoch begins with what is durable; its owner has yet to say so.
+            begun = meta.history[-1].after_lsn
+            told, proof = max(told, begun), max(proof, begun)
+        if last.pointer is not None:
+            # Also where the frame that it tells of is damaged: what stands before is durable.
+            told = max(told, last.pointer.last_lsn)
         damage, proven = seen.chain_damage, seen.beyond_lsn
         if damage is not None:
             # Others come after it: it was whole, and durable.
             proven = max(proven, end.next_lsn - 1)
-        elif first_look or _suspicious(tail, evidence, proof):
+        elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):
             judged = judge_end(
                 self.path,
                 file,

@@ -315,6 +315,8 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
             return first
         if isinstance(place, Bookmark):
             common = common_lsn(history, place.epoch)
+            if common is not None and last < place.lsn <= common:
+                self._check_damage(source)
             if common is None or place.lsn > min(common, last):
                 parted = None if common is None else min(common, last)
                 raise LogDivergedError(source.path, place, parted)
@@ -323,11 +325,18 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
             # LSN 0 never was: to start there is to start at the beginning.
             start = max(place, 1)
             if start > last + 1:
+                self._check_damage(source)
                 ahead = Bookmark(start - 1, epoch_of(history))
                 raise LogDivergedError(source.path, ahead, last)
         if start < first:
             raise LsnTruncatedError(first, start)
         return start
+
+    def _check_damage(self, source: Source) -> None:
+        """Where the log is known to be damaged, its end is not where it seems to be."""
+        known = source.damage
+        if known is not None:
+            raise CorruptLogError(known.path, known.offset, known.reason)
 
     async def __aexit__(
         self,

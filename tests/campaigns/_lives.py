@@ -81,17 +81,19 @@ class Act:
 
 
 def live(
-    job: Job,
+    job: Any,
     kill: Kill | None = None,
     *,
+    main: Callable[[Any, int], int] = _program.run,
     act: Act | None = None,
     before: Callable[[int], Callable[[], object]] | None = None,
     inside: Callable[[], None] | None = None,
 ) -> Life:
     """Run one life to its end.
 
-    ``before`` is given the process id, and the life begins when it has returned; what it gives
-    is called at the end.  ``inside`` is called in the process itself, first.
+    ``main`` is the program, which is given ``job``.  ``before`` is given the process id, and the
+    life begins when it has returned; what it gives is called at the end.  ``inside`` is called in
+    the process itself, first.
     """
     reader, writer = os.pipe()
     waiting, go = os.pipe()
@@ -104,7 +106,7 @@ def live(
         os.read(waiting, 1)
         os.close(waiting)
 
-    pid = _program.fork(job, writer, begin)
+    pid = _program.fork(job, writer, begin, main)
     os.close(writer)
     os.close(waiting)
     ended: Callable[[], object] = bool

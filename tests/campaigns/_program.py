@@ -671,7 +671,7 @@ def _end(job: Job, tell: Tell) -> None:
         os._exit(0)
 
 
-class _KillAtStep(trio.abc.Instrument):
+class KillAtStep(trio.abc.Instrument):
     def __init__(self, step: int) -> None:
         self._left = step
 
@@ -735,7 +735,7 @@ def run(job: Job, fd: int) -> int:
 
     if job.faulty:
         tell_syncs(tell)
-    instruments = [_KillAtStep(job.kill_at)] if job.ending == "kill" else []
+    instruments = [KillAtStep(job.kill_at)] if job.ending == "kill" else []
     try:
         trio.run(live, job, tell_and_see, instruments=instruments)
         if job.faulty and "error" in said and os.path.exists(job.path):
@@ -743,15 +743,15 @@ def run(job: Job, fd: int) -> int:
     except BrokenPipeError:
         return 1
     except Exception as exc:  # noqa: BLE001  (told, and a finding)
-        tell("strange", f"{_leaves(exc)}\n{traceback.format_exc()}")
+        tell("strange", f"{leaves(exc)}\n{traceback.format_exc()}")
         return BROKEN
     return FAILED if {"error", "refused"} & set(said) else 0
 
 
-def _leaves(exc: BaseException) -> str:
+def leaves(exc: BaseException) -> str:
     """What is in a group, without the group."""
     inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
-    return ", ".join(map(_leaves, inner)) if inner else repr(exc)
+    return ", ".join(map(leaves, inner)) if inner else repr(exc)
 
 
 def ignore_interrupts() -> None:
@@ -769,10 +769,16 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def fork(job: Job, fd: int, keep: Callable[[], None] | None = None) -> int:
+def fork(
+    job: Any,
+    fd: int,
+    keep: Callable[[], None] | None = None,
+    main: Callable[[Any, int], int] = run,
+) -> int:
     """A life in a forked process, which tells into ``fd``; gives its process id.
 
-    This process must have no other threads.  ``keep`` is called in the child first.
+    This process must have no other threads.  ``keep`` is called in the child first, then
+    ``main``, whose result is the exit code.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -786,7 +792,7 @@ def fork(job: Job, fd: int, keep: Callable[[], None] | None = None) -> int:
         signal.alarm(HANG_SECONDS)
         if keep is not None:
             keep()
-        code = run(job, fd)
+        code = main(job, fd)
     except Exception:  # noqa: BLE001  (the process ends here)
         traceback.print_exc()
     finally:

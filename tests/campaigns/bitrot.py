@@ -26,6 +26,7 @@ from typing import Any, Final
 
 import attrs
 import trio
+import trio.testing
 from databases import DB, after as after_commits, check_content, commits_of, open_memory_database
 from logs import LOG, TINY, append, copy_of, make_log, open_log
 
@@ -37,6 +38,7 @@ from trio_wal._frame import (
     BLOCK,
     DATA_OFFSET,
     POINTER_OFFSET,
+    FrameHeader,
     Kind,
     crc32c,
     decode_segment_header,
@@ -44,13 +46,14 @@ from trio_wal._frame import (
 )
 from trio_wal._local import LocalSource
 from trio_wal._recovery import VERIFY_BYTES
-from trio_wal._scan import FrameScanner, start_of
+from trio_wal._scan import FrameScanner, frame_at, read_pointer, start_of
 from trio_wal._util import KiB
 from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
-from . import _report
+from . import _report, _ways
 from ._remembered import Memory
+from ._ways import NO_WORD, OWNER, WAYS, Place, Seen, look
 
 SMALL_BYTES: Final = 16 * KiB
 """Bytes of the segment files of each log whose every bit is flipped."""
@@ -64,15 +67,17 @@ ELSEWHERE: Final = "other place"
 READ: Final = "when read"
 HARMLESS: Final = "harmless"
 TORN: Final = "looks torn"
+BEFORE: Final = "as before"
+"""A stale copy of the log's end, which nothing that is left contradicts."""
 SILENT: Final = "SILENT"
-OUTCOMES: Final = (REFUSED, ELSEWHERE, READ, HARMLESS, TORN, SILENT)
+OUTCOMES: Final = (REFUSED, ELSEWHERE, READ, HARMLESS, TORN, BEFORE, SILENT)
 
 MODES: Final = {"all": math.inf, "default": VERIFY_BYTES, "least": 0}
 """How much is checked on opening, as ``verify_bytes``: everything, what a program that does
 not say gets (of a small log everything too), only headers, footers and the log's end."""
 OFFLINE: Final = "offline"
 """What ``trio-wal verify`` says, instead of an open."""
-PARTS: Final = ("flips", "verify", "files", "random")
+PARTS: Final = ("flips", "verify", "files", "random", "ways", "stale")
 
 Contents = dict[str, bytes]
 """The files of a log's directory."""
@@ -91,6 +96,8 @@ class Part:
     """header, pointer, reserved, frame, mark (of a close), footer, unused"""
     first_lsn: int = 0
     """Of a frame."""
+    proves: int = 0
+    """While it is whole it says that all up to this LSN was durable."""
 
 
 @attrs.frozen
@@ -106,6 +113,7 @@ class Subject:
     """Of each file, in order and without gaps."""
     commits: tuple[Commit, ...] = ()
     """Of a database."""
+    past: Past | None = None
 
     @property
     def contents(self) -> Contents:
@@ -140,21 +148,28 @@ def parts_of(contents: Contents) -> dict[str, list[Part]]:
             found[name] = [Part(0, len(data), "header")]
             continue
         header = decode_segment_header(data)
+        read = functools.partial(_slice, data)
+        pointer, _ = read_pointer(read, header)
+        pointed = None if pointer is None else frame_at(read, header, pointer.offset)
+        before = 0 if pointed is None else pointed.next_lsn - 1
         parts = [
-            Part(0, POINTER_OFFSET, "header"),
-            Part(POINTER_OFFSET, POINTER_OFFSET + POINTER_BYTES, "pointer"),
+            Part(0, POINTER_OFFSET, "header", proves=header.first_lsn - 1),
+            Part(POINTER_OFFSET, POINTER_OFFSET + POINTER_BYTES, "pointer", proves=before),
             Part(POINTER_OFFSET + POINTER_BYTES, POINTER_OFFSET + BLOCK, "unused"),
             Part(POINTER_OFFSET + BLOCK, DATA_OFFSET, "reserved"),
         ]
-        read = functools.partial(_slice, data)
         parts += [
-            Part(frame.offset, frame.end, kinds[frame.kind], frame.first_lsn)
+            Part(frame.offset, frame.end, kinds[frame.kind], frame.first_lsn, _proven_by(frame))
             for frame, _ in FrameScanner(read, header, start_of(header))
         ]
         if parts[-1].end < len(data):
             parts.append(Part(parts[-1].end, len(data), "unused"))
         found[name] = parts
     return found
+
+
+def _proven_by(frame: FrameHeader) -> int:
+    return frame.durable_lsn if frame.kind is Kind.DATA else frame.next_lsn - 1
 
 
 def _slice(data: bytes, length: int, offset: int) -> bytes:
@@ -234,6 +249,50 @@ def _large(*, closed: bool, **options: Any) -> MemoryFiles:
     return make_log(*batches, close=closed, segment_size=256 * KiB, **options)
 
 
+@functools.cache
+def _log_with_a_past(kind: str, *, closed: bool) -> Past:
+    """A log whose end was cut and written anew, and what it was before."""
+    files = MemoryFiles(seed=5)
+    log = open_log(files)
+    moments: list[Contents] = []
+    states: list[dict[int, bytes]] = []
+    now: dict[int, bytes] = {}
+
+    def write(data: bytes) -> None:
+        now[append(log, data)] = data
+        moments.append(files.contents(LOG))
+        states.append(dict(now))
+
+    for number in range(8):
+        write(b"old %d" % number * (800 if kind == "wide" and number % 2 else 1))
+    for lsn in CUTS_OF[kind]:
+        log.truncate_after(lsn)
+        now = {place: data for place, data in now.items() if place <= lsn}
+        for number in range(lsn, 9):
+            write(b"new %d after %d" % (number, lsn))
+    if kind == "dropped":
+        log.drop_before(5)
+    if closed:
+        log.close()
+    else:
+        files = files.crash_image(kind="kill")
+    return Past(files, moments, states)
+
+
+@attrs.frozen
+class Past:
+    files: MemoryFiles
+    moments: list[Contents]
+    states: list[dict[int, bytes]]
+    """What each moment's log held."""
+
+    def had(self, records: Iterable[Record]) -> bool:
+        """Whether the log once held just these, at these LSNs."""
+        return any(
+            all(state.get(record.lsn) == record.data for record in records) for state in self.states
+        )
+
+
 Make = tuple[Callable[[], MemoryFiles], bool]
 """How a log is made, and whether it is then closed in order."""
 
@@ -253,6 +312,22 @@ SHORT: Final[dict[str, Make]] = {
     ),
 }
 """Of one segment: no other one vouches for it."""
+
+
+def _past_files(kind: str, *, closed: bool) -> MemoryFiles:
+    return copy_of(_log_with_a_past(kind, closed=closed).files)
+
+
+CUTS_OF: Final = {"once": (2,), "through": (3,), "twice": (2, 4), "wide": (2,), "dropped": (4,)}
+"""Where a log's end was cut; two frames are in a segment."""
+PAST: Final[dict[str, Make]] = {
+    f"{kind} cut, {how}": (
+        functools.partial(_past_files, kind, closed=how == "closed"),
+        how == "closed",
+    )
+    for kind in CUTS_OF
+    for how in ("closed", "crashed")
+}
 LARGE: Final[dict[str, Make]] = {
     "large log, closed": (functools.partial(_large, closed=True), True),
     "large log, crashed": (functools.partial(_large, closed=False), False),
@@ -261,7 +336,7 @@ LARGE: Final[dict[str, Make]] = {
 
 @functools.cache
 def subject(name: str) -> Subject:
-    make, closed = (SMALL | SHORT | LARGE)[name]
+    make, closed = (SMALL | SHORT | PAST | LARGE)[name]
     files = make()
     database = name.startswith("database")
     path = f"{DB}/log" if database else LOG
@@ -277,7 +352,8 @@ def subject(name: str) -> Subject:
     commits: tuple[Commit, ...] = ()
     if database:
         commits = trio.run(_commits_in, files)
-    made = Subject(files, path, closed, records, parts_of(contents), commits)
+    past = past_of(name) if name in PAST else None
+    made = Subject(files, path, closed, records, parts_of(contents), commits, past)
     if name in SMALL:
         sizes = [len(contents[segment]) for segment in segments_of(contents)]
         assert sum(sizes) == SMALL_BYTES, sizes
@@ -332,12 +408,15 @@ class Damage:
 
     def apply(self, subject: Subject) -> MemoryFiles:
         image = copy_of(subject.files)
+        self.put_into(subject, image)
+        return image
+
+    def put_into(self, subject: Subject, image: MemoryFiles) -> None:
         for name, data in self.files.items():
             if data is not None:
                 image.write_file(subject.path, name, data)
             elif name in image.names(subject.path):
                 image.remove_file(subject.path, name)
-        return image
 
 
 @attrs.frozen
@@ -390,6 +469,8 @@ async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory:
     if damage.must_refuse:
         return Found(SILENT, "taken as if it were the log's own")
     lost = subject.records[len(records) :]
+    if subject.past is not None and subject.past.had(records):
+        return Found(BEFORE)
     if records != subject.records[: len(records)]:
         return Found(SILENT, f"{len(records)} records, not those that were written")
     if not _all_hit(subject, damage, lost[0].lsn):
@@ -495,6 +576,76 @@ async def examine_offline(subject: Subject, damage: Damage, memory: Memory) -> F
     return Found(SILENT, f"no finding: {covered or 'and yet it cannot be opened'}")
 
 
+# -- every way to read ----------------------------------------------------------------
+
+
+async def examine_way(subject: Subject, damage: Damage, way: str) -> Found:
+    """The same damage, seen by one of the ways to read."""
+    image = copy_of(subject.files)
+    place = Place(
+        subject.path,
+        bool(subject.commits),
+        subject.records[len(subject.records) // 2].lsn,
+        functools.partial(damage.put_into, subject),
+    )
+    try:
+        seen = await look(way, image, place)
+    except Exception as exc:  # noqa: BLE001  (anything else is nobody's to expect)
+        return Found(SILENT, f"no typed error: {exc!r}")
+    if way != OWNER and not set(image.operations) <= {"open", "pread"}:
+        return Found(SILENT, f"it has written: {image.operations}")
+    return judge_way(subject, damage, way, seen)
+
+
+def judge_way(subject: Subject, damage: Damage, way: str, seen: Seen) -> Found:
+    """Everything, or what is whole and then an error; or what a crash could have left."""
+    expected = [record for record in subject.records if record.lsn >= seen.start]
+    if seen.records != expected[: len(seen.records)]:
+        if _is_as_before(subject, damage, seen):
+            return Found(BEFORE)
+        return Found(SILENT, f"{len(seen.records)} records, not those that were written")
+    if seen.error is not None:
+        return Found(READ if seen.opened else REFUSED, str(seen.error))
+    last = subject.records[-1].lsn
+    if seen.last_lsn >= last:
+        return Found(HARMLESS)
+    proven = last if way == OWNER else proven_lsn(subject, damage, word=way != NO_WORD)
+    if damage.must_refuse or seen.last_lsn < proven:
+        return Found(
+            SILENT,
+            f"ends after LSN {seen.last_lsn} of {last} without an error, "
+            f"though what is left proves {proven}",
+        )
+    if seen.durable_lsn is not None and seen.durable_lsn < proven:
+        return Found(SILENT, f"durable_lsn is {seen.durable_lsn}, proven is {proven}")
+    return Found(TORN)
+
+
+def _is_as_before(subject: Subject, damage: Damage, seen: Seen) -> bool:
+    """Whether it is what the log once held, and its owner would take it too; or several stale
+    files, which are a chain among themselves, and then an error."""
+    if subject.past is None or not subject.past.had(seen.records):
+        return False
+    if seen.error is not None and len(damage.files) > 1:
+        return True
+    try:
+        open_log(damage.apply(subject), subject.path, verify_bytes=math.inf)
+    except CorruptLogError:
+        return False
+    return True
+
+
+def proven_lsn(subject: Subject, damage: Damage, *, word: bool) -> int:
+    """Up to here what was not hit, and the owner's word, says that all was durable."""
+    hit = _parts_hit(subject, damage)
+    gone = [name for name, data in damage.files.items() if damage.must_refuse or data is None]
+    proven = subject.files.open_directory(subject.path).published().durable_lsn if word else 0
+    for name, parts in subject.parts.items():
+        if name not in gone:
+            proven = max([proven, *(part.proves for part in parts if (name, part) not in hit)])
+    return proven
+
+
 def _parts_hit(subject: Subject, damage: Damage) -> list[tuple[str, Part]]:
     return [
         (name, part)
@@ -594,6 +745,35 @@ def _foreign(subject: Subject) -> Contents:
     }
 
 
+def stale_damages(name: str, subject: Subject) -> Iterator[Damage]:
+    """Segments as they once were, put over those that are, or beside them; one, or all that
+    there were at a moment; also under the name of another."""
+    now = subject.contents
+    tried: set[bytes] = set()
+    for moment, contents in enumerate(past_of(name).moments):
+        old = {n: d for n, d in contents.items() if n.startswith("wal-") and now.get(n) != d}
+        for file, data in old.items():
+            if data in tried:
+                continue
+            tried.add(data)
+            yield _stale(subject, f"{file} as it was at {moment}", {file: data})
+            for other in segments_of(now):
+                if other != file:
+                    yield _stale(subject, f"{other} is {file} of {moment}", {other: data})
+        if old:
+            yield _stale(subject, f"all as they were at {moment}", dict(old))
+
+
+def past_of(name: str) -> Past:
+    kind, _, how = name.partition(" cut, ")
+    return _log_with_a_past(kind, closed=how == "closed")
+
+
+def _stale(subject: Subject, what: str, files: dict[str, bytes | None]) -> Damage:
+    hit = tuple((name, 0, subject.parts[name][-1].end) for name in files if name in subject.parts)
+    return Damage(what, files, hit)
+
+
 def _future(data: bytes) -> bytes:
     """The same header of format version 2."""
     fields = data[:8] + b"\2\0" + data[10 : BLOCK - 4]
@@ -664,7 +844,8 @@ class Answer:
 
 def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, Found]:
     subject(name)  # is made by a run of its own
-    return trio.run(_run_case, part, name, mode, case, Memory())
+    with _ways.quick():
+        return trio.run(_run_case, part, name, mode, case, Memory(), clock=_clock())
 
 
 async def _run_case(
@@ -673,10 +854,14 @@ async def _run_case(
     made = subject(name)
     if part == "files":
         damage = next(islice(file_damages(made), case, None))
+    elif part == "stale":
+        damage = next(islice(stale_damages(name, made), case, None))
     elif part == "random":
         damage = random_damage(made, case)
     else:
         damage = flip(made, case)
+    if mode in WAYS:
+        return damage, await examine_way(made, damage, mode)
     if mode == OFFLINE:
         return damage, await examine_offline(made, damage, memory)
     return damage, await examine(made, damage, MODES[mode], memory)
@@ -684,7 +869,13 @@ async def _run_case(
 
 def run_task(task: Task) -> Answer:
     subject(task.subject)
-    return trio.run(_run_cases, task)
+    with _ways.quick():
+        return trio.run(_run_cases, task, clock=_clock())
+
+
+def _clock() -> trio.testing.MockClock:
+    """Nobody waits for anything but time."""
+    return trio.testing.MockClock(autojump_threshold=0)
 
 
 async def _run_cases(task: Task) -> Answer:
@@ -709,30 +900,40 @@ def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
     step = arguments.stride
     wanted: dict[tuple[str, str, str], range] = {}
     small = [name for name in SMALL if usable(name)]
+    ways = arguments.ways or WAYS
     for part in arguments.parts or PARTS:
-        subjects = {"random": list(LARGE), "files": [*small, *SHORT]}.get(part, small)
+        subjects = {"random": list(LARGE), "files": [*small, *SHORT], "stale": list(PAST)}.get(
+            part, small
+        )
         for name in subjects:
             made = subject(name)
             bits = range(arguments.seed % step, made.bits(), step)
-            everything = range(sum(1 for _ in file_damages(made)) if part == "files" else 0)
-            for mode in MODES:
-                if part == "flips":
-                    wanted[part, name, mode] = bits
-                elif part == "files" and not made.commits and mode != "default":
-                    wanted[part, name, mode] = everything
-                elif part == "random":
-                    count = arguments.count // (len(LARGE) * len(MODES))
-                    wanted[part, name, mode] = range(arguments.seed, arguments.seed + count)
-            if part == "verify":
-                wanted[part, name, OFFLINE] = bits
-            elif part == "files" and not made.commits:
-                wanted[part, name, OFFLINE] = everything
+            modes: list[str] = []
+            match part:
+                case "flips":
+                    modes, cases = [*MODES], bits
+                case "verify":
+                    modes, cases = [OFFLINE], bits
+                case "ways":
+                    modes, cases = [*ways], bits
+                case "files":
+                    cases = range(sum(1 for _ in file_damages(made)))
+                    modes = [*ways] if made.commits else ["all", "least", OFFLINE, *ways]
+                case "stale":
+                    cases = range(sum(1 for _ in stale_damages(name, made)))
+                    modes = ["all", "least", OFFLINE, *ways]
+                case _:
+                    modes = [*MODES, *ways]
+                    count = arguments.count // (len(LARGE) * len(modes))
+                    cases = range(arguments.seed, arguments.seed + count)
+            for mode in modes:
+                wanted[part, name, mode] = cases
     return wanted
 
 
 def tasks_of(wanted: dict[tuple[str, str, str], range]) -> Iterator[Task]:
     for (part, name, mode), cases in wanted.items():
-        size = CHUNK if part in ("flips", "verify") else 64
+        size = CHUNK if part in ("flips", "verify", "ways") else 64
         for start in range(0, len(cases), size):
             yield Task(part, name, mode, cases[start : start + size])
 
@@ -741,6 +942,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="flip every N-th bit only (%(default)s)"
+    )
+    parser.add_argument(
+        "--ways",
+        action="append",
+        choices=WAYS,
+        metavar="WAY",
+        help=f"to read: {', '.join(WAYS)}; all",
     )
     parser.add_argument("--replay", metavar="PART:SUBJECT:MODE:CASE", help="one case again")
     _report.add_common_arguments(parser, count=60_000)

@@ -1,0 +1,505 @@
+"""The owner of a log that others read: appends, rotates, cuts, is killed, opens again.
+
+Law: what it tells is true when it is told: an acknowledgement after the call has returned, a
+truncation before it is asked for.  It writes one history (`_marks`): which record has which
+LSN is known before it is accepted, as records are accepted in the order of the calls.
+
+One message is one line of JSON: a name, the time, then what `_marks.History` says there.
+Its own streams tell as those of `_onlookers` do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any, Final
+
+import attrs
+import trio
+
+import trio_wal
+from trio_wal import Database, KeepSegments, LogDivergedError, LsnTruncatedError, WriteAheadLog
+from trio_wal._operations import decode_transaction
+
+from ._marks import (
+    CUTS_MAX,
+    EMPTY_SHARE,
+    SIZE_MAX,
+    Chain,
+    Mark,
+    Runs,
+    Wrong,
+    mark_of,
+    record,
+    runs_of,
+)
+from ._program import BROKEN, KillAtStep, Tell, leaves, teller
+
+HEAD: Final = b"head"
+"""The key of a database that has the record of its newest transaction."""
+PAUSE_SECONDS_MAX: Final = 0.02
+TELL_RECORDS: Final = 8
+"""A stream tells what it has been given so often, and at its end."""
+
+
+@attrs.frozen(kw_only=True)
+class Owner:
+    """One life."""
+
+    kind: str
+    """"log", "database", or "streams": a log."""
+    path: str
+    seed: int
+    life: int = 0
+    tasks: int = 4
+    operations: int = 20
+    """Of each task."""
+    ending: str = "close"
+    """"close": in order; "exit": the process ends when its tasks have; "kill": at a step."""
+    kill_at: int = 0
+    streams: int = 2
+    """Of its own readers."""
+    runs: list[list[int]] = attrs.Factory(lambda: [[], []])
+    """`_marks.Runs` of what the lives before have written."""
+    drops: bool = True
+    """Whether `truncate_before` is among what it does."""
+    cuts: bool = True
+    """Whether `truncate_after` is among what it does."""
+    keep: int = 0
+    """Segments that retention keeps; 0: all, of a database what its store has not."""
+    options: dict[str, Any] = attrs.Factory(dict)
+
+    def json(self) -> str:
+        return json.dumps(attrs.asdict(self))
+
+    def open(self) -> Any:
+        retention = KeepSegments(self.keep) if self.keep else None
+        opening = trio_wal.open_database if self.kind == "database" else trio_wal.open_wal
+        return opening(self.path, retention=retention, **self.options)
+
+
+def size_of(rng: Random) -> int:
+    return rng.choice((0, 20, rng.randrange(300), rng.randrange(300), rng.randrange(SIZE_MAX + 1)))
+
+
+@attrs.define(eq=False)
+class Writer:
+    """Gives each record its place in the history, in the order of the calls."""
+
+    seed: int
+    history: int
+    runs: Runs
+    next_lsn: int
+    base_lsn: int = 0
+    """Of the history; 0: it has no record yet."""
+    parent: int = 0
+
+    def record(self, rng: Random, *, empty: bool = True) -> bytes:
+        lsn = self.next_lsn
+        self.next_lsn += 1
+        if not self.base_lsn:
+            self.base_lsn, self.parent = lsn, self.runs.of(lsn - 1)
+            self.runs.begin(lsn, self.history)
+        elif empty and rng.random() < EMPTY_SHARE:
+            return b""
+        return record(self.seed, Mark(lsn, self.history, self.base_lsn, self.parent), size_of(rng))
+
+    def cut(self, lsn: int) -> None:
+        """What is above an LSN is gone, and others will take its place."""
+        self.runs.cut(lsn)
+        self.history += 1
+        self.next_lsn, self.base_lsn = lsn + 1, 0
+
+
+# -- streams -------------------------------------------------------------------------------
+
+
+def now() -> int:
+    return time.monotonic_ns()
+
+
+@attrs.define(eq=False)
+class Stream:
+    """Reads one stream to its end, and tells what became of it."""
+
+    tell: Tell
+    who: str
+    kind: str
+    seed: int
+    start: int | None = None
+    database: bool = False
+    chain: Chain = attrs.Factory(lambda self: Chain(self.seed), takes_self=True)
+    begun: int = attrs.Factory(now)
+    entered: int = 0
+    position: int = 0
+    """The last LSN that it is beyond."""
+    running: bool = True
+
+    async def run(
+        self,
+        open_stream: Callable[[int | None], Any],
+        *,
+        first_lsn: Callable[[], int],
+        count: float = math.inf,
+        each: Callable[[int], None] | None = None,
+        pause: Callable[[], float | None] | None = None,
+    ) -> str:
+        """Gives how it ended: "end", "left", "truncated", "diverged", "closed", "error"."""
+        end: list[Any] = ["error", "cancelled"]
+        try:
+            end = await self._read(open_stream, first_lsn, count, each, pause)
+        except LogDivergedError as exc:
+            end = ["diverged", exc.parted_after, exc.bookmark.lsn]
+        except LsnTruncatedError as exc:
+            end = ["truncated", exc.first_lsn, exc.lsn]
+        except trio.ClosedResourceError:
+            end = ["closed"]
+        except Wrong as exc:
+            end = ["wrong", str(exc)]
+        except trio.Cancelled:
+            end = ["left"]
+            raise
+        except Exception as exc:  # noqa: BLE001  (told, and a finding)
+            end = ["error", f"{leaves(exc)}"]
+        finally:
+            self.running = False
+            times = (self.begun, self.entered, now())
+            self.tell("stream", *times, self.who, self.kind, self.start, self.chain.told(), end)
+        return str(end[0])
+
+    async def _read(
+        self,
+        open_stream: Callable[[int | None], Any],
+        first_lsn: Callable[[], int],
+        count: float,
+        each: Callable[[int], None] | None,
+        pause: Callable[[], float | None] | None,
+    ) -> list[Any]:
+        if self.start is not None:
+            self.chain.next_lsn = max(1, self.start)
+        given = 0
+        async with open_stream(self.start) as records:
+            self.entered = now()
+            self.position = (first_lsn() if self.start is None else max(1, self.start)) - 1
+            async for item in records:
+                data = payload(item) if self.database else item.data
+                self.chain.give(item.lsn, data)
+                self.position = item.lsn
+                if each is not None:
+                    each(item.lsn)
+                given += 1
+                if given % TELL_RECORDS == 0:
+                    self._tell_given()
+                if given >= count:
+                    return ["left"]
+                if pause is not None and (seconds := pause()) is not None:
+                    self._tell_given()
+                    await trio.sleep(seconds)
+        return ["end"]
+
+    def _tell_given(self) -> None:
+        if self.kind == "follow" and self.chain.known is not None:
+            known = self.chain.known
+            self.tell("gave", now(), self.who, known.lsn, known.history)
+
+
+def payload(item: Any) -> bytes:
+    """The head of a database's transaction: of a commit, or of a record of its log."""
+    if hasattr(item, "operations"):
+        writes = {operation.key: operation.value for operation in item.operations}
+    else:
+        writes = decode_transaction(item.data)
+    value = writes.get(HEAD)
+    if value is None:
+        raise Wrong(f"LSN {item.lsn} is nobody's transaction")
+    return value
+
+
+# -- the lives -----------------------------------------------------------------------------
+
+
+class _Gate:
+    """Operations beside each other, or one call alone."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._shut = False
+        self._lot = trio.lowlevel.ParkingLot()
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        while self._shut:
+            await self._lot.park()
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._lot.unpark_all()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        while self._shut:
+            await self._lot.park()
+        self._shut = True
+        try:
+            while self._running:
+                await self._lot.park()
+            yield
+        finally:
+            self._shut = False
+            self._lot.unpark_all()
+
+
+class _Life:
+    def __init__(self, owner: Owner, tell: Tell) -> None:
+        self.owner = owner
+        self.tell = tell
+        self.gate = _Gate()
+        self.writer: Writer
+        self.wal: WriteAheadLog
+        self.durable_max = 0
+        self.is_sync = owner.options.get("durability", "sync") == "sync"
+
+    def rng(self, who: object) -> Random:
+        return Random(f"{self.owner.seed} {self.owner.life} {who}")
+
+    def say(self, name: str, *words: object) -> None:
+        self.tell(name, now(), *words)
+
+    async def look(self, wal: WriteAheadLog) -> None:
+        """What is there."""
+        self.wal = wal
+        known = Runs(*self.owner.runs)
+        runs = await self.find_runs()
+        last = wal.last_lsn
+        if not runs.histories and last:
+            # Nothing that speaks is left: it is as it was when it was dropped.
+            known.cut(last)
+            runs = known
+        self.writer = Writer(self.owner.seed, self.owner.life * CUTS_MAX, runs, last + 1)
+        self.durable_max = last
+        self.say("open", wal.first_lsn, last, *runs.told())
+
+    async def find_runs(self) -> Runs:
+        async with self.wal.read() as records:
+            return runs_of(self.owner.seed, [(item.lsn, item.data) async for item in records])
+
+    async def tasks(self, *beside: Callable[[Random], Awaitable[None]]) -> None:
+        async def task(index: int) -> None:
+            rng = self.rng(index)
+            for _ in range(self.owner.operations):
+                async with self.gate.shared():
+                    await self.act(rng)
+
+        async def other(function: Callable[[Random], Awaitable[None]], rng: Random) -> None:
+            while True:
+                await trio.sleep(rng.uniform(0, PAUSE_SECONDS_MAX))
+                await function(rng)
+
+        async with trio.open_nursery() as aside:
+            for place, function in enumerate(beside):
+                aside.start_soon(other, function, self.rng(f"beside {place}"))
+            for place in range(self.owner.streams):
+                aside.start_soon(self.read_on, place, self.rng(f"stream {place}"))
+            async with trio.open_nursery() as nursery:
+                for index in range(self.owner.tasks):
+                    nursery.start_soon(task, index)
+            aside.cancel_scope.cancel()
+
+    async def act(self, rng: Random) -> None:
+        raise NotImplementedError
+
+    async def read_on(self, place: int, rng: Random) -> None:
+        """One stream after the other, in the owner's process."""
+        who = f"life {self.owner.life}, own stream {place}"
+        number = 0
+        while True:
+            number += 1
+            await self.read_once(f"{who}.{number}", place, rng)
+            await trio.sleep(rng.uniform(0, PAUSE_SECONDS_MAX))
+
+    async def read_once(self, who: str, place: int, rng: Random) -> None:
+        raise NotImplementedError
+
+    def check_durable(self, lsn: int) -> None:
+        self.durable_max = max(self.durable_max, self.wal.durable_lsn)
+        if lsn > self.durable_max:
+            raise Wrong(f"LSN {lsn} was given, durable is {self.durable_max}")
+
+    def acknowledge(self, last: int, expected: int, seen: int) -> None:
+        if last != expected:
+            self.tell("strange", f"LSN {last} was given to the record of LSN {expected}")
+        if self.is_sync:
+            self.say("ack", last, self.writer.runs.of(last), seen)
+
+
+class _LogLife(_Life):
+    async def run(self, wal: WriteAheadLog) -> None:
+        await self.look(wal)
+        if self.owner.operations:
+            owner = self.owner
+            beside = [self.drop] * owner.drops + [self.cut] * owner.cuts
+            await self.tasks(*beside)
+
+    async def act(self, rng: Random) -> None:
+        wal, writer = self.wal, self.writer
+        kind = rng.choices(("append", "many", "send"), (5, 2, 2))[0]
+        unit = [writer.record(rng) for _ in range(1 if kind == "append" else rng.randint(2, 5))]
+        last, seen = writer.next_lsn - 1, wal.durable_lsn
+        if kind == "append":
+            self.acknowledge(await wal.append(unit[0]), last, seen)
+        elif kind == "many":
+            self.acknowledge((await wal.append_many(unit))[-1], last, seen)
+        else:
+            for data in unit:
+                wal.send_nowait(data)
+            await wal.flush()
+
+    async def drop(self, rng: Random) -> None:
+        wal, runs = self.wal, self.writer.runs
+        if rng.random() < 0.04:
+            # To nothing: nobody may append meanwhile, or it would not be all.
+            async with self.gate.alone():
+                await wal.flush()
+                self.say("drop", wal.last_lsn + 1, *runs.told())
+                await wal.truncate_before(wal.last_lsn + 1)
+                self.say("dropped", wal.first_lsn)
+            return
+        lsn = rng.randint(wal.first_lsn, wal.durable_lsn + 1)
+        lsn = max(wal.first_lsn, lsn - rng.randrange(100))
+        async with self.gate.shared():
+            self.say("drop", lsn, *runs.told())
+            try:
+                await wal.truncate_before(lsn)
+            except (ValueError, LsnTruncatedError):
+                return
+            self.say("dropped", wal.first_lsn)
+
+    async def cut(self, rng: Random) -> None:
+        wal, writer = self.wal, self.writer
+        if rng.random() < 0.5:
+            return
+        async with self.gate.alone():
+            with trio.CancelScope(shield=True):
+                await wal.flush()
+                low = max(wal.first_lsn - 1, wal.last_lsn - rng.randrange(1, 40))
+                lsn = rng.randint(low, wal.last_lsn)
+                if lsn == wal.last_lsn:
+                    return
+                self.say("cut", lsn, wal.last_lsn, *writer.runs.told())
+                await wal.truncate_after(lsn)
+                writer.cut(lsn)
+                self.say("cut done", lsn)
+
+    async def read_once(self, who: str, place: int, rng: Random) -> None:
+        wal = self.wal
+        if place == 0:
+            stream = Stream(self.tell, who, "follow", self.owner.seed)
+            await stream.run(wal.follow, first_lsn=lambda: wal.first_lsn, each=self.check_durable)
+            return
+        start: int | None = None
+        if rng.random() < 0.6:
+            start = rng.randint(wal.first_lsn, wal.durable_lsn + 1)
+        stream = Stream(self.tell, who, "read", self.owner.seed, start)
+        await stream.run(wal.read, first_lsn=lambda: wal.first_lsn, each=self.check_durable)
+
+
+class _DatabaseLife(_Life):
+    db: Database
+
+    async def run(self, db: Database) -> None:
+        self.db = db
+        await self.look(db.wal)
+        if self.owner.operations:
+            await self.tasks(self.checkpoint, self.put)
+
+    async def find_runs(self) -> Runs:
+        seed = self.owner.seed
+        while True:
+            try:
+                async with self.db.wal.read() as records:
+                    items = [(item.lsn, payload(item)) async for item in records]
+                break
+            except LsnTruncatedError:
+                continue
+        head = self.db.get(HEAD)
+        mark = None if head is None else mark_of(seed, head)
+        if head is not None and mark is None:
+            self.tell("strange", "the head has other bytes than were written")
+        runs = runs_of(seed, items)
+        if mark is not None:
+            if mark.lsn != self.db.durable_lsn:
+                self.tell("strange", f"the head is of LSN {mark.lsn} of {self.db.durable_lsn}")
+            if not runs.histories:
+                runs.begin(mark.base_lsn, mark.history)
+        return runs
+
+    async def act(self, rng: Random) -> None:
+        db, writer = self.db, self.writer
+        # No reads, so no conflicts; and what waits for a checkpoint does so on entering: the
+        # order of commits is that of the calls.
+        async with db.transaction() as tx:
+            for _ in range(rng.randrange(4)):
+                tx.put(b"key/%d" % rng.randrange(50), rng.randbytes(rng.randrange(300)))
+            tx.put(HEAD, writer.record(rng, empty=False))
+            last, seen = writer.next_lsn - 1, db.durable_lsn
+        self.acknowledge(tx.lsn or 0, last, seen)
+
+    async def put(self, rng: Random) -> None:
+        """Alone: it may have to wait for a checkpoint after its record was made."""
+        db, writer = self.db, self.writer
+        async with self.gate.alone():
+            data = writer.record(rng, empty=False)
+            last, seen = writer.next_lsn - 1, db.durable_lsn
+            with trio.CancelScope(shield=True):
+                self.acknowledge(await db.put(HEAD, data), last, seen)
+
+    async def checkpoint(self, rng: Random) -> None:
+        await self.db.checkpoint()
+
+    async def read_once(self, who: str, place: int, rng: Random) -> None:
+        db = self.db
+        tell, seed = self.tell, self.owner.seed
+        if place == 0:
+            stream = Stream(tell, who, "follow", seed, database=True)
+            await stream.run(
+                db.changes, first_lsn=lambda: db.wal.first_lsn, each=self.check_durable
+            )
+            return
+        stream = Stream(tell, who, "read", seed, database=True)
+        await stream.run(db.wal.read, first_lsn=lambda: db.wal.first_lsn, each=self.check_durable)
+
+
+async def live(owner: Owner, tell: Tell) -> None:
+    life: _LogLife | _DatabaseLife
+    tell("life", owner.life)
+    async with owner.open() as opened:
+        life = (_DatabaseLife if owner.kind == "database" else _LogLife)(owner, tell)
+        await life.run(opened)
+        tell("closing")
+        if owner.ending == "exit":
+            os._exit(0)
+    life.say("closed", life.writer.next_lsn - 1, *life.writer.runs.told())
+
+
+def run(owner: Owner, fd: int) -> int:
+    """A life in this process, which is to end with it; gives its exit code."""
+    tell = teller(fd)
+    logging.disable()
+    instruments = [KillAtStep(owner.kill_at)] if owner.ending == "kill" else []
+    try:
+        trio.run(live, owner, tell, instruments=instruments)
+    except BrokenPipeError:
+        return 1
+    except Exception as exc:  # noqa: BLE001  (told, and a finding)
+        tell("strange", f"{leaves(exc)}\n{traceback.format_exc()}")
+        return BROKEN
+    return 0

@@ -1,0 +1,457 @@
+"""Processes that read while the owner rotates, cuts, is killed and opens the log again.
+
+Parts: ``live`` (``--count`` is of kills): readers of every kind stay attached to a log, or a
+database's, over many lives of its owner.  ``streams``: eight streams on one reader beside a
+writer that rotates and drops all the time, for ``--minutes``.
+
+A sound log must never be called damaged; nothing may be missing, altered, or of two
+histories; what was given must last, and what was acknowledged must be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import attrs
+
+from . import _lives, _onlookers, _owner, _program
+from ._lives import Kill, Life
+from ._marks import History
+from ._onlookers import Onlooker, Reports
+from ._owner import Owner
+from ._report import (
+    Report,
+    add_common_arguments,
+    bound,
+    fail_usage,
+    in_processes,
+    per_minute,
+    progress_bar,
+    replay_command,
+)
+
+PARTS: Final = ("live", "streams")
+KINDS: Final = ("log", "log", "log", "database")
+LIVES: Final = 45
+"""Of one directory."""
+ORDERLY: Final = 9
+"""After so many kills one life ends in order, and the followers must come to the log's end."""
+FINDINGS_MAX: Final = 10
+OPERATIONS: Final = 20
+STEPS: Final = 300
+MESSAGES: Final = 100
+OPENING_SECONDS: Final = 0.02
+CLOSING_SECONDS: Final = 0.004
+STREAMS: Final = "streams"
+ENDLESS: Final = 1 << 40
+STREAMS_SEGMENT: Final = 12_000
+STREAMS_KEEP: Final = 6
+STREAMS_CASE_SECONDS: Final = 15.0
+STREAMS_MINUTES: Final = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
+    add_common_arguments(parser, count=1000)
+    parser.add_argument("--directory", type=Path, help="where the files go (a temporary folder)")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("readers-failures"),
+        help="for what failing cases said (%(default)s)",
+    )
+    parser.add_argument("--case", metavar="KIND:SEED", help="the lives of one directory again")
+    parser.add_argument(
+        "--tries", type=int, default=20, help="of --case, until it is found (%(default)s)"
+    )
+
+
+@attrs.frozen
+class Task:
+    """The lives of one directory."""
+
+    kind: str
+    seed: int
+    directory: str
+    keep: str
+    lives: int = LIVES
+    seconds: float = STREAMS_CASE_SECONDS
+    """Of the life beside which streams are read."""
+
+
+@attrs.define
+class Outcome:
+    kind: str
+    seed: int
+    lives: int = 0
+    kills: int = 0
+    moments: Counter[str] = attrs.Factory(Counter)
+    streams: Counter[str] = attrs.Factory(Counter)
+    """By how they ended."""
+    records: int = 0
+    """That streams were given."""
+    tools: int = 0
+    problems: list[str] = attrs.Factory(list)
+    kept: str = ""
+
+
+# -- the judge -----------------------------------------------------------------------------
+
+
+@attrs.define
+class Judge:
+    """What the owner and the onlookers of one directory have said, and what is wrong with it."""
+
+    history: History
+    outcome: Outcome
+    log: list[str] = attrs.Factory(list)
+
+    def hear(self, life: Life | None, reports: list[list[Any]]) -> None:
+        """A life has ended, or only readers have gone on."""
+        said: list[list[Any]] = []
+        for line in life.lines if life is not None else ():
+            words = json.loads(line)
+            self.log.append(line)
+            match words[0]:
+                case "stream" | "gave" | "strange":
+                    said.append(words)
+                case "life" | "closing":
+                    pass
+                case name:
+                    self.history.hear(name, words[1], words[2:])
+        for words in [*said, *reports]:
+            self.log.append(json.dumps(words))
+            self._report(*words)
+        self.outcome.problems += self.history.problems
+        self.history.problems.clear()
+
+    def settled(self) -> None:
+        """Everything has a fate: what was given must be in the log, or was cut."""
+        self.outcome.problems += self.history.lost()
+
+    def _wrong(self, text: str) -> None:
+        self.outcome.problems.append(text)
+
+    def _report(self, name: str, *words: Any) -> None:
+        match name:
+            case "stream":
+                self._stream(*words)
+            case "gave":
+                self.history.note(words[1], words[2], words[3])
+            case "looked":
+                self._looked(*words)
+            case "tool":
+                self.outcome.tools += 1
+            case "wrong":
+                self._wrong(f"{words[1]}: {words[2]}")
+            case "strange":
+                self._wrong(str(words[0]))
+            case _:
+                raise AssertionError(name)
+
+    def _looked(self, begun: int, ended: int, who: str, first: int, last: int) -> None:
+        low, high = self.history.may_start(begun, ended)
+        if not low <= first <= high:
+            self._wrong(f"{who}: the log starts at LSN {first}; truncations allow {low} to {high}")
+        must = self.history.must_reach(begun, ended)
+        if last < must:
+            self._wrong(f"{who}: durable_lsn is {last}, and {must} was acknowledged")
+
+    def _stream(
+        self,
+        begun: int,
+        entered: int,
+        ended: int,
+        who: str,
+        kind: str,
+        start: int | None,
+        told: list[int],
+        end: list[Any],
+    ) -> None:
+        first, last, known, history = told
+        outcome = self.outcome
+        outcome.streams[end[0]] += 1
+        outcome.records += last - first + 1 if first else 0
+        self.history.note(who, known, history)
+        name = f"{who} ({kind} from {start}, gave {first} to {last})"
+        low, high = self.history.may_start(begun, entered or ended)
+        if first and start is None and not low <= first <= high:
+            self._wrong(f"{name}: it begins at LSN {first}; truncations allow {low} to {high}")
+        match end:
+            case ["end"]:
+                self._ended(name, begun, ended, kind, start, first, last)
+            case ["left"]:
+                pass
+            case ["closed"]:
+                if not who.startswith("life"):
+                    self._wrong(f"{name}: it was closed")
+            case ["truncated", _, _]:
+                self._truncated(name, ended, first, last, start)
+            case ["diverged", _, lsn]:
+                if not self.history.was_cut(max(last, start or 0, lsn), ended):
+                    self._wrong(f"{name}: it was told of another history, and nothing was cut")
+            case [_, text]:
+                self._wrong(f"{name}: {text}")
+
+    def _ended(
+        self, name: str, begun: int, ended: int, kind: str, start: int | None, first: int, last: int
+    ) -> None:
+        if kind == "follow":
+            if not name.startswith("life"):
+                self._wrong(f"{name}: it ended")
+            return
+        must = self.history.must_reach(begun, ended)
+        lowest = start
+        if lowest is None:
+            lowest = self.history.may_start(begun, ended)[1]
+        if last < must and not (not first and lowest > must):
+            self._wrong(f"{name}: it ended, and LSN {must} was acknowledged")
+
+    def _truncated(self, name: str, ended: int, first: int, last: int, start: int | None) -> None:
+        """Right where records were dropped that were due, or given."""
+        due = last + 1 if first else start
+        high = self.history.may_start(ended, ended)[1]
+        if due is not None and high <= due:
+            self._wrong(f"{name}: it was told of a truncation, and there was none")
+
+
+# -- the lives of one directory ------------------------------------------------------------
+
+
+def lives_of(task: Task) -> Outcome:
+    """All lives of one directory; ends with the first problem."""
+    _program.end_with_campaign()
+    rng = Random(task.seed)
+    options = _lives.options(task.kind, rng)
+    keep = rng.choice((0, 0, 3, 8)) if task.kind == "database" else 0
+    if task.kind == STREAMS:
+        options, keep = {"segment_size": STREAMS_SEGMENT, "flush_interval": 0}, STREAMS_KEEP
+    outcome = Outcome(task.kind, task.seed)
+    judge = Judge(History(drops_by_itself=task.kind != "log"), outcome)
+    folder = Path(tempfile.mkdtemp(dir=task.directory))
+    place = folder / "files"
+    reports = Reports(folder / _onlookers.REPORT)
+    onlooker = Onlooker(
+        kind=task.kind,
+        path=str(place / "log" if task.kind == "database" else place),
+        seed=task.seed,
+        report=str(reports.path),
+        role=STREAMS if task.kind == STREAMS else "readers",
+        pause=0.0 if task.kind == STREAMS else rng.choice(_onlookers.PAUSES_SECONDS),
+    )
+    handles: list[_onlookers.Handle] = []
+    try:
+        for number in range(task.lives):
+            owner, kill = plan(task, number, str(place), options, keep, judge.history, rng)
+            life = _lives.live(owner, kill, main=_owner.run)
+            _count(outcome, life)
+            if not handles:
+                handles.append(_onlookers.start(onlooker))
+                if task.kind != STREAMS:
+                    handles.append(_onlookers.start(attrs.evolve(onlooker, role="tools")))
+            elif owner.ending == "close" and kill is None:
+                judge.hear(life, reports.new())
+                if life.says("closed"):
+                    history = judge.history
+                    wrong = handles[0].ask(history.last_lsn, history.runs.of(history.last_lsn))
+                    outcome.problems += [wrong] if wrong else []
+                    judge.hear(None, reports.new())
+                    judge.settled()
+                life = attrs.evolve(life, lines=[])
+            judge.hear(life, reports.new())
+            if life.code == -14:
+                outcome.problems.append("the owner hung")
+            if outcome.problems:
+                outcome.kept = _keep(task, judge, owner, place)
+                break
+    finally:
+        for handle in handles:
+            handle.end()
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def plan(
+    task: Task,
+    number: int,
+    path: str,
+    options: dict[str, Any],
+    keep: int,
+    history: History,
+    rng: Random,
+) -> tuple[Owner, Kill | None]:
+    """The next life, and how it is to end."""
+    kill: Kill | None = None
+    ending, step, operations = "close", 0, OPERATIONS
+    orderly = number % (ORDERLY + 1) == 0 or number == task.lives - 1
+    match rng.choices(("opening", "closing", "message", "step"), (3, 2, 4, 4))[0]:
+        case _ if task.kind == STREAMS:
+            operations = ENDLESS if number == 1 else 0
+            kill = Kill(name="open", delay=task.seconds) if number == 1 else None
+        case _ if orderly:
+            operations = rng.choice((0, OPERATIONS))
+        case "opening":
+            kill = Kill(delay=rng.uniform(0, OPENING_SECONDS))
+        case "closing":
+            kill = Kill(name="closing", delay=rng.uniform(0, CLOSING_SECONDS))
+            operations = rng.randint(1, OPERATIONS)
+        case "message":
+            kill = Kill(messages=rng.randint(1, MESSAGES), delay=rng.uniform(0, 0.002))
+        case _:
+            ending, step = "kill", rng.randint(1, STEPS)
+    owner = Owner(
+        kind=task.kind,
+        path=path,
+        seed=task.seed,
+        life=number,
+        operations=operations,
+        ending=ending,
+        kill_at=step,
+        runs=history.runs.told(),
+        drops=task.kind != STREAMS,
+        cuts=task.kind != STREAMS and bool(task.seed % 2),
+        streams=0 if task.kind == STREAMS else 2,
+        keep=keep,
+        options=options,
+    )
+    return owner, kill
+
+
+def _count(outcome: Outcome, life: Life) -> None:
+    outcome.lives += 1
+    if life.killed:
+        outcome.kills += 1
+        outcome.moments[life.moment] += 1
+
+
+def _keep(task: Task, judge: Judge, owner: Owner, place: Path) -> str:
+    """All that was said, by time; and the files."""
+    where = Path(task.keep).absolute() / f"{task.kind}-{task.seed}"
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir(parents=True)
+    (where / "said").write_text("".join(line + "\n" for line in judge.log), encoding="utf-8")
+    found = "".join(text + "\n" for text in judge.outcome.problems)
+    (where / "found").write_text(found, encoding="utf-8")
+    (where / "owner.json").write_text(owner.json() + "\n", encoding="utf-8")
+    if place.exists():
+        shutil.copytree(place, where / "files")
+    return str(where)
+
+
+# -- the campaign --------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if unknown := set(arguments.parts) - set(PARTS):
+        return fail_usage(f"no such part: {', '.join(sorted(unknown))}")
+    if arguments.directory is not None and not arguments.directory.is_dir():
+        return fail_usage(f"--directory {arguments.directory} is no folder")
+    if arguments.case is not None:
+        return run_again(arguments)
+    code = 0
+    for part in arguments.parts or PARTS:
+        code = max(code, run_part(part, arguments))
+    return code
+
+
+def run_part(part: str, arguments: argparse.Namespace) -> int:
+    minutes, kills = arguments.minutes, arguments.count
+    kinds = list(dict.fromkeys(KINDS))
+    if part == STREAMS:
+        minutes, kills, kinds = minutes or STREAMS_MINUTES, None, [STREAMS]
+    report = Report(
+        f"readers, {part}",
+        arguments,
+        {
+            "kind": "of a",
+            "lives": "lives",
+            "kills": "kills",
+            "streams": "streams",
+            "records": "records given",
+            "truncated": "told of truncation",
+            "diverged": "told of another history",
+            "tools": "tools",
+            "wrong": "wrong",
+            "per_minute": "kills/min",
+            "bound": "bound",
+        },
+    )
+    totals = {kind: Outcome(kind, arguments.seed) for kind in kinds}
+    wrong: Counter[str] = Counter()
+    with (
+        _lives.scratch("readers", arguments.directory) as folder,
+        progress_bar(f"readers, {part}", minutes=minutes, count=kills) as bar,
+    ):
+        tasks = _tasks(part, arguments.seed, folder, str(arguments.keep))
+        for outcome in in_processes(lives_of, tasks, arguments.workers, bar.over):
+            _add(totals[outcome.kind], outcome)
+            if outcome.problems:
+                wrong[outcome.kind] += 1
+                case = f"{outcome.kind}:{outcome.seed}"
+                report.find(
+                    f"{case}: {outcome.problems[0].splitlines()[0]} (log: {outcome.kept}/said)",
+                    replay_command("readers", "--case", case),
+                )
+            bar.advance(outcome.kills, f"{sum(t.kills for t in totals.values()):,} kills")
+            if len(report.findings) >= FINDINGS_MAX:
+                break
+        seconds = bar.seconds
+    for kind, total in totals.items():
+        report.add(
+            kind=kind,
+            lives=total.lives,
+            kills=total.kills,
+            **{name: total.moments[name] for name in ("opening", "working", "closing")},
+            streams=total.streams.total(),
+            records=total.records,
+            truncated=total.streams["truncated"],
+            diverged=total.streams["diverged"],
+            tools=total.tools,
+            wrong=wrong[kind],
+            per_minute=per_minute(total.kills, seconds),
+            bound=bound(total.kills),
+        )
+    return report.finish()
+
+
+def _add(total: Outcome, outcome: Outcome) -> None:
+    total.lives += outcome.lives
+    total.kills += outcome.kills
+    total.moments += outcome.moments
+    total.streams += outcome.streams
+    total.records += outcome.records
+    total.tools += outcome.tools
+
+
+def _tasks(part: str, seed: int, directory: str, keep: str) -> Iterator[Task]:
+    for number in count():
+        kind = STREAMS if part == STREAMS else KINDS[number % len(KINDS)]
+        lives = 3 if part == STREAMS else LIVES
+        yield Task(kind, seed * 1_000_003 + number, directory, keep, lives)
+
+
+def run_again(arguments: argparse.Namespace) -> int:
+    """The same plan; when what happens is the machine's to say, so it is tried again."""
+    kind, _, seed = arguments.case.partition(":")
+    if kind not in (*KINDS, STREAMS) or not seed.isdigit():
+        return fail_usage(f"--case {arguments.case} is not KIND:SEED")
+    with _lives.scratch("readers", arguments.directory) as folder:
+        for number in range(arguments.tries):
+            lives = 3 if kind == STREAMS else LIVES
+            outcome = lives_of(Task(kind, int(seed), folder, str(arguments.keep), lives))
+            for text in outcome.problems:
+                print(text)
+            if outcome.problems:
+                print(f"try {number + 1}; what was said: {outcome.kept}/said")
+                return 1
+    print(f"nothing found in {arguments.tries} tries")
+    return 0
