@@ -43,7 +43,7 @@ import trio
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, WalError, _store
+from trio_wal import CorruptLogError, WalError, _pages, _store
 from trio_wal._files import OsFiles
 from trio_wal._verify import Verification, verify
 
@@ -310,6 +310,22 @@ def _tree_record(content: bytearray, rng: random.Random) -> None:
         struct.pack_into("=I", content, at + 4 * rng.randrange(12), value)
 
 
+def _free_list(content: bytearray, rng: random.Random) -> None:
+    """Another page is called free; the list stays in order."""
+    header = _pages.read_header(lambda length, at: bytes(content[at : at + length]), len(content))
+    page = header.free.root * PAGE
+    if page + PAGE > len(content):
+        return
+    count = (struct.unpack_from("=H", content, page + 12)[0] - 16) // 2
+    node = page + struct.unpack_from("=H", content, page + 16 + 2 * rng.randrange(count))[0]
+    length = struct.unpack_from("=Q", content, node + 16)[0]
+    numbers = [header.last_page + 1, *struct.unpack_from(f"={length}Q", content, node + 24), 1]
+    at = rng.randrange(1, length + 1)
+    if numbers[at - 1] - numbers[at + 1] > 2:
+        value = rng.randrange(numbers[at + 1] + 1, numbers[at - 1])
+        struct.pack_into("=Q", content, node + 16 + 8 * at, value)
+
+
 DAMAGES: Final[dict[str, Damage]] = {
     "bit": _bit,
     "header byte": _header_byte,
@@ -329,6 +345,7 @@ DAMAGES: Final[dict[str, Damage]] = {
     "older header": _old_header,
     "field of a header": _header_field,
     "record of a tree": _tree_record,
+    "list of free pages": _free_list,
 }
 
 
@@ -340,7 +357,8 @@ def damaged(case: int) -> tuple[str, str, bytes]:
     content = bytearray(subject(name).content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if len(content) >= 2 * PAGE:
-            DAMAGES[kind](content, rng)
+            with contextlib.suppress(_pages.PagesError, struct.error):
+                DAMAGES[kind](content, rng)
     return name, kind, bytes(content)
 
 
