@@ -345,6 +345,12 @@ def kill(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def readers(session: nox.Session) -> None:
+    """Readers of logs whose owners are killed: `nox -s readers -- [PART...] [--count KILLS]`."""
+    _campaign(session, "readers", *session.posargs)
+
+
+@nox.session(default=False)
 def powercut(session: nox.Session) -> None:
     """Power cuts on real file systems (root): `nox -s powercut -- [PART...] [--count CUTS]`."""
     _campaign(session, "powercut", *session.posargs)

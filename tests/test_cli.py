@@ -420,6 +420,13 @@ def test_inspect_sees_a_rotation_that_a_crash_cut_short(cli: CommandLine, long_l
     assert cli("verify", long_log) == 0
 
 
+def test_inspect_misses_the_segments_of_a_log_that_has_none(cli: CommandLine, log: Path) -> None:
+    (segment,) = segment_files(log)
+    segment.unlink()
+    assert cli("inspect", log) == 1
+    assert f"{segment}: at offset 0: the log's segments are missing" in cli.err
+
+
 def test_a_segment_that_was_closed_and_then_rotated_away_is_unsealed_until_it_is_sealed(
     cli: CommandLine, log: Path
 ) -> None:

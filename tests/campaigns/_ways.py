@@ -21,7 +21,8 @@ from logs import TINY
 
 import trio_wal
 from trio_wal import CorruptLogError, KeepAll, Record, UnsupportedFormatError, _reader
-from trio_wal._cli.dump import _dump, _line, _transaction
+from trio_wal._cli.dump import _dump, pieces, transaction_pieces
+from trio_wal._cli.inspect import _look
 from trio_wal.testing import MemoryFiles
 
 IDLE_SECONDS: Final = 0.05
@@ -51,11 +52,15 @@ class Seen:
     records: list[Record] = attrs.Factory(list)
     durable_lsn: int | None = None
     """That the reader said was durable, at its end."""
+    lsns: range | None = None
+    """Instead of records: their LSNs only."""
     error: Exception | None = None
     opened: bool = False
 
     @property
     def last_lsn(self) -> int:
+        if self.lsns is not None:
+            return self.lsns.stop - 1
         return self.records[-1].lsn if self.records else self.start - 1
 
 
@@ -152,15 +157,15 @@ async def _dump_all(files: MemoryFiles, place: Place, seen: Seen) -> None:
     """`trio-wal dump`: what stands behind the command, with its output thrown away."""
     place.damage(files)
 
-    def line_of(record: Record) -> bytes:
+    def pieces_of(record: Record) -> Iterator[bytes]:
         seen.records.append(record)
-        return _transaction(place.path, record) if place.database else _line(record)
+        return transaction_pieces(place.path, record) if place.database else pieces(record)
 
     with _no_output():
         async with trio_wal.open_reader(place.path, files=files) as reader:
             seen.opened = True
             async with reader.read() as records:
-                await _dump(records, None, line_of)
+                await _dump(records, None, pieces_of)
 
 
 @contextmanager
@@ -170,6 +175,17 @@ def _no_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout = before
+
+
+async def _inspect_all(files: MemoryFiles, place: Place, seen: Seen) -> None:
+    """`trio-wal inspect`: the LSNs that it shows."""
+    place.damage(files)
+    log = _look(files.open_directory(place.path))
+    seen.lsns = range(log.first_lsn, log.last_lsn + 1)
+    seen.durable_lsn = log.durable_lsn
+    seen.opened = True
+    for finding in log.findings[:1]:
+        seen.error = CorruptLogError(finding.path, finding.offset, finding.reason)
 
 
 READ: Final = "read"
@@ -184,6 +200,7 @@ WAYS: Final[dict[str, Way]] = {
     "under a follower": _under_a_follower,
     OWNER: _owner,
     "dump": _dump_all,
+    "inspect": _inspect_all,
 }
 
 

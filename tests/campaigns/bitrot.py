@@ -600,24 +600,24 @@ async def examine_way(subject: Subject, damage: Damage, way: str) -> Found:
 def judge_way(subject: Subject, damage: Damage, way: str, seen: Seen) -> Found:
     """Everything, or what is whole and then an error; or what a crash could have left."""
     expected = [record for record in subject.records if record.lsn >= seen.start]
-    if seen.records != expected[: len(seen.records)]:
+    if seen.lsns is None and seen.records != expected[: len(seen.records)]:
         if _is_as_before(subject, damage, seen):
             return Found(BEFORE)
         return Found(SILENT, f"{len(seen.records)} records, not those that were written")
     if seen.error is not None:
         return Found(READ if seen.opened else REFUSED, str(seen.error))
     last = subject.records[-1].lsn
+    proven = last if way == OWNER else proven_lsn(subject, damage, word=way != NO_WORD)
+    if seen.durable_lsn is not None and seen.durable_lsn < proven:
+        return Found(SILENT, f"durable_lsn is {seen.durable_lsn}, proven is {proven}")
     if seen.last_lsn >= last:
         return Found(HARMLESS)
-    proven = last if way == OWNER else proven_lsn(subject, damage, word=way != NO_WORD)
     if damage.must_refuse or seen.last_lsn < proven:
         return Found(
             SILENT,
             f"ends after LSN {seen.last_lsn} of {last} without an error, "
             f"though what is left proves {proven}",
         )
-    if seen.durable_lsn is not None and seen.durable_lsn < proven:
-        return Found(SILENT, f"durable_lsn is {seen.durable_lsn}, proven is {proven}")
     return Found(TORN)
 
 

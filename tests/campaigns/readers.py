@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("readers-failures"),
         help="for what failing cases said (%(default)s)",
     )
+    parser.add_argument("--lives", type=int, default=LIVES, help="of one directory (%(default)s)")
     parser.add_argument("--case", metavar="KIND:SEED", help="the lives of one directory again")
     parser.add_argument(
         "--tries", type=int, default=20, help="of --case, until it is found (%(default)s)"
@@ -391,7 +392,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> int:
         _lives.scratch("readers", arguments.directory) as folder,
         progress_bar(f"readers, {part}", minutes=minutes, count=kills) as bar,
     ):
-        tasks = _tasks(part, arguments.seed, folder, str(arguments.keep))
+        tasks = _tasks(part, arguments, folder)
         for outcome in in_processes(lives_of, tasks, arguments.workers, bar.over):
             _add(totals[outcome.kind], outcome)
             if outcome.problems:
@@ -432,11 +433,12 @@ def _add(total: Outcome, outcome: Outcome) -> None:
     total.tools += outcome.tools
 
 
-def _tasks(part: str, seed: int, directory: str, keep: str) -> Iterator[Task]:
+def _tasks(part: str, arguments: argparse.Namespace, folder: str) -> Iterator[Task]:
     for number in count():
         kind = STREAMS if part == STREAMS else KINDS[number % len(KINDS)]
-        lives = 3 if part == STREAMS else LIVES
-        yield Task(kind, seed * 1_000_003 + number, directory, keep, lives)
+        lives = 3 if part == STREAMS else arguments.lives
+        seed = arguments.seed * 1_000_003 + number
+        yield Task(kind, seed, folder, str(arguments.keep), lives)
 
 
 def run_again(arguments: argparse.Namespace) -> int:
@@ -446,7 +448,7 @@ def run_again(arguments: argparse.Namespace) -> int:
         return fail_usage(f"--case {arguments.case} is not KIND:SEED")
     with _lives.scratch("readers", arguments.directory) as folder:
         for number in range(arguments.tries):
-            lives = 3 if kind == STREAMS else LIVES
+            lives = 3 if kind == STREAMS else arguments.lives
             outcome = lives_of(Task(kind, int(seed), folder, str(arguments.keep), lives))
             for text in outcome.problems:
                 print(text)

@@ -18,6 +18,7 @@ from trio_wal._frame import (
     FrameHeader,
     Kind,
     Meta,
+    segment_name,
     to_datetime,
 )
 from trio_wal._scan import FrameScanner, Position, start_of
@@ -120,6 +121,9 @@ def _look_once(directory: Directory) -> _Log:
     findings = list(listing.findings)
     rows: list[_Segment] = []
     base_lsn = meta.base_lsn if meta is not None else 1
+    if meta is not None and meta.live and not found and not listing.unreadable:
+        path = f"{directory.path}/{segment_name(base_lsn)}"
+        findings.append(Finding(path, 0, "the log's segments are missing", base_lsn))
     durable_lsn = base_lsn - 1
     for segment in found:
         view = listing.view(segment.number)
