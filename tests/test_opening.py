@@ -295,8 +295,8 @@ async def test_an_open_that_waits_for_one_that_fails_makes_the_log_anew(
     opened = [late]
     original = OsFiles.open_directory
 
-    def open_directory(self: OsFiles, path: str, *, create: bool = False) -> OsDirectory:
-        return opened.pop() if opened else original(self, path, create=create)
+    def open_directory(self: OsFiles, path: str, **options: bool) -> OsDirectory:
+        return opened.pop() if opened else original(self, path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(OsFiles, "open_directory", open_directory)
