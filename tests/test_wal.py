@@ -247,7 +247,7 @@ async def test_append_many_refuses_one_record(files: MemoryFiles, bad: object) -
     async with open_memory(files) as wal:
         with pytest.raises(TypeError, match=r"^records must be an iterable of bytes, not one "):
             await wal.append_many(bad)
-        with pytest.raises(TypeError, match=r"^'int' object is not iterable$"):
+        with pytest.raises(TypeError, match=r"^records must be an iterable of bytes, not int$"):
             await wal.append_many(17)
         assert wal.last_lsn == 0
 

@@ -251,7 +251,7 @@ class Flusher:
                 logging.WARNING,
                 "backpressure_began",
                 self._directory.path,
-                f"writers wait for room in the queue (now {blocked}): the disk is slower than they",
+                f"writers wait for room in the queue, {blocked} at the moment",
                 tasks=blocked,
                 records=queue.records_waiting,
                 bytes=queue.bytes_waiting,

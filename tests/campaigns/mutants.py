@@ -500,7 +500,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a database's log may be a link", "_directory", "hostile:places",
-        "path, follow=not database, trust", "path, follow=True, trust",
+        "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
         "a backup starts at the wrong record", "_checkpoint", "errors:database",
