@@ -221,7 +221,7 @@ async def test_deletions_leave_no_memory(files: MemoryFiles) -> None:
         stats = db.statistics()
         assert stats.memtable_keys < _memtable.BURIED_TOGETHER
         assert stats.memtable_bytes < 10_000
-        active = db.memtable.view.active
+        active = db._memtable.view.active
         assert sum(run.size for run in active.keys.order.runs) + len(active.keys.fresh) < 2000
         # They are forgotten once nobody reads any more who was reading then.
         with db.snapshot():
@@ -262,7 +262,7 @@ async def test_where_the_store_cannot_be_read_deletions_stay_and_hide_what_it_ho
     async with open_memory_database(files) as db:
         await write(db, {b"a": b"", b"b": b""})
         await db.checkpoint()
-        monkeypatch.setattr(db.memtable, "below", unreadable)
+        monkeypatch.setattr(db._memtable, "below", unreadable)
         await db.delete(b"a")
         monkeypatch.undo()
         await check_content(db, {b"b": b""})

@@ -410,7 +410,7 @@ async def main(path, kind, how):
             await handle.append(b"record")
         if kind == "database":
             await handle.put(b"key", b"value")
-            snapshot = handle.snapshot()
+            snapshot = handle.snapshot().__enter__()
             scan = handle.scan()
             next(scan)
         # As it is in trio, a thread that answers at this moment has a lock that the child needs.

@@ -402,7 +402,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(3):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -429,7 +429,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
         assert db.get(b"none") is None
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"other")
-        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(2):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -442,7 +442,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path: Path) -> None:
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db.store._env = _Refusing(db.store._env)  # type: ignore[attr-defined]
+        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="checkpoint failed"):
             await db.checkpoint()
         assert db.get(b"key") == b"value"

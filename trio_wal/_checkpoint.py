@@ -67,7 +67,7 @@ class Checkpointer:
                     while True:
                         await self._wanted.wait()
                         self._wanted = trio.Event()
-                        if not self._db.checkpoint_due():
+                        if not self._db._checkpoint_due():
                             continue
                         try:
                             await self.checkpoint()
@@ -77,15 +77,15 @@ class Checkpointer:
                             tell(logging.WARNING, "checkpoint_failed", path, text, error=repr(exc))
                             self.wake()
                             # The log may be broken too: who waits for room must hear of it.
-                            self._db.wake_waiting_for_room()
+                            self._db._wake_waiting_for_room()
                             await trio.sleep(RETRY_SECONDS)
             except Forked:
                 pass
             except (LogFailedError, trio.ClosedResourceError):
                 # The writers are told; here there is nothing more to do.
-                self._db.wake_waiting_for_room()
+                self._db._wake_waiting_for_room()
             finally:
-                if not self._db.disowned:
+                if not self._db._disowned:
                     self.done.set()
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -107,22 +107,22 @@ class Checkpointer:
             return await self._everything()
 
     async def _everything(self) -> int:
-        if self._db.memtable.view.frozen is not None:
+        if self._db._memtable.view.frozen is not None:
             # One that was interrupted; what was committed since comes after it.
             await self._checkpoint()
         return await self._checkpoint()
 
     async def _checkpoint(self) -> int:
         db = self._db
-        memtable = db.memtable
+        memtable = db._memtable
         frozen = memtable.view.frozen
         if frozen is None:
             active = memtable.view.active
             if not active.versions and not active.last_lsn:
                 return self.state.lsn
             frozen = memtable.freeze()
-            db.refresh_view()
-        await db.wait_settled(frozen.last_seq)
+            db._refresh_view()
+        await db._wait_settled(frozen.last_seq)
         if db.wal.durable_lsn < frozen.last_lsn:
             # Where durability is less than "sync": the store must never be ahead of the log.
             await db.wal.flush()
@@ -149,19 +149,19 @@ class Checkpointer:
         )
         self.count += 1
         self.state = state
-        db.checkpointed(frozen, lsn)
+        db._checkpointed(frozen, lsn)
         return lsn
 
     async def _store(self, frozen: Layer, state: StoreState) -> None:
         db = self._db
         if self._stuck is not None:
             await self._wait_unread(frozen)
-        if not db.reading and db.store.crowded(frozen.log_bytes):
+        if not db._reading and db._store.crowded(frozen.log_bytes):
             # Early, while nobody reads: later it may have to wait for that.
             self._grow(frozen)
         while True:
             try:
-                await db.blocking(self._apply, frozen, state)
+                await db._blocking(self._apply, frozen, state)
                 return
             except MapFull:
                 await self._wait_unread(frozen)
@@ -175,7 +175,7 @@ class Checkpointer:
         seconds = now - self._failing_since
         if seconds >= DISK_PATIENCE_SECONDS:
             self._failing = LogFullError(
-                self._db.store.path,
+                self._db._store.path,
                 frozen.log_bytes,
                 f"checkpoints have been failing for {seconds:.0f} seconds, and are tried again: "
                 f"{exc}",
@@ -187,16 +187,16 @@ class Checkpointer:
         """A copy of the store as of now, and an empty log that goes on behind it."""
         async with self._one:
             await self._everything()
-            await self._db.blocking(self._copy, path, self.state)
+            await self._db._blocking(self._copy, path, self.state)
             return self.state.lsn
 
     def _copy(self, path: str, state: StoreState) -> None:
         """Under another name, so that nothing is ever there half, and what failed can be tried
         again."""
-        files = self._db.files
+        files = self._db._files
         temporary = files.begin_directory(path)
         try:
-            self._db.store.copy(f"{temporary}/store")
+            self._db._store.copy(f"{temporary}/store")
             directory = files.open_directory(f"{temporary}/log", create=True)
             try:
                 create_empty(
@@ -231,10 +231,10 @@ class Checkpointer:
             values.append(value)
             size += len(key) + (0 if value is None else len(value))
             if size >= PIECE_BYTES:
-                self._db.store.apply(zip(keys, values, strict=True), None)
+                self._db._store.apply(zip(keys, values, strict=True), None)
                 keys, values = [], []
                 size = 0
-        self._db.store.apply(zip(keys, values, strict=True), state)
+        self._db._store.apply(zip(keys, values, strict=True), state)
 
     async def _wait_unread(self, frozen: Layer) -> None:
         """LMDB's map grows only while nobody reads.
@@ -244,15 +244,15 @@ class Checkpointer:
         """
         db = self._db
         with trio.move_on_after(READERS_PATIENCE_SECONDS) as scope:
-            await db.wait_unread()
+            await db._wait_unread()
         if scope.cancelled_caught:
             self._stuck = LogFullError(
-                db.store.path,
+                db._store.path,
                 frozen.log_bytes,
                 "the store's map is full and cannot grow while snapshots or transactions that "
                 "have read are open; end them, or open the database with a larger map_size",
             )
-            db.wake_waiting_for_room()  # to be told
+            db._wake_waiting_for_room()  # to be told
             raise self._stuck.again()
         self._stuck = None
 
@@ -261,12 +261,12 @@ class Checkpointer:
         the disk is mended."""
         if self._failing is not None:
             raise self._failing.again()
-        if self._stuck is not None and self._db.reading:
+        if self._stuck is not None and self._db._reading:
             raise self._stuck.again()
 
     def _grow(self, frozen: Layer) -> None:
         """Nobody reads, and nothing else runs: no await in here."""
-        store = self._db.store
+        store = self._db._store
 
         def grow() -> None:
             store.grow()
@@ -274,13 +274,13 @@ class Checkpointer:
                 store.grow()
 
         try:
-            self._db.memtable.reopen_base(grow)
+            self._db._memtable.reopen_base(grow)
         except (OSError, CorruptLogError):
             # The store may be closed: it must be tried again, whoever asked for this.
             self.wake()
             raise
         finally:
-            self._db.refresh_view()
+            self._db._refresh_view()
 
 
 async def settle_quietly(db: Database) -> None:

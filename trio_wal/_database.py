@@ -165,8 +165,8 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         if self._entered:
             raise RuntimeError("a snapshot is for one use")
         # Here, not when it was made: without the block nobody would let go of what it keeps.
-        self._view = self._db.pin(self)
-        self._seq, self._lsn = self._db.durable_point()
+        self._view = self._db._pin(self)
+        self._seq, self._lsn = self._db._durable_point()
         self._entered = True
         return self
 
@@ -179,9 +179,9 @@ class Snapshot(AbstractContextManager["Snapshot"]):
         """Let go of the view; idempotent."""
         view, self._view = self._view, None
         if view is not None:
-            self._db.unpin(self, view)
+            self._db._unpin(self, view)
 
-    def database_closed(self) -> None:
+    def _database_closed(self) -> None:
         self.close()
 
     def _open_view(self) -> View:
@@ -307,11 +307,11 @@ class Database:
         self._wal = wal
         self._queue = wal._queue
         self._append = wal._own(self)
-        self.store: Final = store
-        self.memtable: Final = Memtable(store)
-        self.blocking: Final = wal._blocking
-        self.files: Final = wal._files
-        self.max_transaction_bytes: Final[int] = wal._max_record_size
+        self._store: Final = store
+        self._memtable: Final = Memtable(store)
+        self._blocking: Final = wal._blocking
+        self._files: Final = wal._files
+        self._max_transaction_bytes: Final[int] = wal._max_record_size
         self._checkpoint_bytes = checkpoint_bytes
         self._checkpointer = Checkpointer(self, state)
         self._pending: dict[Key, tuple[int, Writes, Layer, int]] = {}
@@ -320,22 +320,22 @@ class Database:
         self._fates: dict[int, Fate] = {}
         """Of those among them that a transaction has read, by number."""
         self._readers: dict[Transaction | Snapshot, int] = {}
-        self.last_seq: int = 0
-        self.settled_seq: int = 0
+        self._last_seq: int = 0
+        self._settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
         self._durable_lsn = wal.durable_lsn
-        self.readers_gone: Final = trio.lowlevel.ParkingLot()
+        self._readers_gone: Final = trio.lowlevel.ParkingLot()
         self._room = trio.Event()
         self._waiting_for_room = 0
         self._transactions = 0
         self._conflicts = 0
         self._recovery = wal.recovery
         self._closed = False
-        self.checkpointing: bool = False
+        self._checkpointing: bool = False
         """Whether a layer is on its way into the store."""
         self._closed_store: tuple[int, int] | None = None
         self._burying = False
-        self.refresh_view()
+        self._refresh_view()
 
     # -- transactions --
 
@@ -399,18 +399,18 @@ class Database:
         if type(value) is not bytes:
             value = check_bytes("value", value)
         size = 1 + OPERATION_OVERHEAD + len(key) + len(value)
-        if size > self.max_transaction_bytes:
-            self.check_size(size)
+        if size > self._max_transaction_bytes:
+            self._check_size(size)
         if self._closed:
             self._check_open()
-        if self.checkpointing and self.behind():
-            await self.wait_for_memtable()
+        if self._checkpointing and self._behind():
+            await self._wait_for_memtable()
         task = current_task()
         if self._readers and (passed := self._transaction_of(task)) is not None:
-            lsn = await self.commit({key: value}, task)
-            passed.changed_past(key)
+            lsn = await self._commit({key: value}, task)
+            passed._changed_past(key)
             return lsn
-        return await self.commit({key: value}, task)
+        return await self._commit({key: value}, task)
 
     def _transaction_of(self, task: Task) -> Transaction | None:
         """The transaction whose block a task is most likely in: the newest that reads, if it
@@ -430,22 +430,22 @@ class Database:
         async with tx:
             tx.delete(key)
         if passed is not None:
-            passed.changed_past(key)
+            passed._changed_past(key)
         return cast(int, tx.lsn)
 
     # -- reading what is durable --
 
-    def refresh_view(self) -> None:
+    def _refresh_view(self) -> None:
         """Remember the parts of the current view that `get` needs."""
-        view = self.memtable.view
+        view = self._memtable.view
         self._view = view
         self._active_versions = view.active.versions
         self._base_get = view.base.get
-        self.checkpointing = view.frozen is not None
+        self._checkpointing = view.frozen is not None
 
     def _renew_view(self) -> None:
-        self.memtable.renew()
-        self.refresh_view()
+        self._memtable.renew()
+        self._refresh_view()
 
     @overload
     def get(self, key: bytes) -> bytes | None: ...
@@ -461,7 +461,7 @@ class Database:
             if key not in self._active_versions and self._view.frozen is None:
                 value = self._base_get(key)
             else:
-                value = self._view.get(key, self.settled_seq)
+                value = self._view.get(key, self._settled_seq)
         except BaseException as exc:
             check_key(key)
             self._check_open()
@@ -622,14 +622,14 @@ class Database:
 
     def statistics(self) -> DatabaseStatistics:
         """A look at log, memtable and store.  Cheap; no checkpoint."""
-        store_keys, store_bytes = self._closed_store or self.store.statistics()
+        store_keys, store_bytes = self._closed_store or self._store.statistics()
         return DatabaseStatistics(
             wal=self._wal.statistics(),
             transactions=self._transactions,
             conflicts=self._conflicts,
             pending=len(self._pending),
             memtable_keys=sum(len(layer.versions) for layer in self._view.layers()),
-            memtable_bytes=self.memtable.bytes,
+            memtable_bytes=self._memtable.bytes,
             tasks_waiting_checkpoint=self._waiting_for_room,
             open_readers=len(self._readers),
             checkpoint_lsn=self._checkpointer.state.lsn,
@@ -662,46 +662,46 @@ class Database:
 
     # -- for transactions and snapshots --
 
-    def durable_point(self) -> tuple[int, int]:
-        return self.settled_seq, self._durable_lsn
+    def _durable_point(self) -> tuple[int, int]:
+        return self._settled_seq, self._durable_lsn
 
-    def layers(self) -> tuple[Layer, ...]:
+    def _layers(self) -> tuple[Layer, ...]:
         return self._view.layers()
 
-    def pin(self, reader: Transaction | Snapshot) -> View:
+    def _pin(self, reader: Transaction | Snapshot) -> View:
         """Somebody begins to read: what it may need is kept until `unpin`."""
         self._check_open()
         view = self._view
         view.base.pin()
         # A transaction reads as of later; but so they stand in order.
-        self._readers[reader] = self.settled_seq
+        self._readers[reader] = self._settled_seq
         return view
 
-    def unpin(self, reader: Transaction | Snapshot, view: View) -> None:
+    def _unpin(self, reader: Transaction | Snapshot, view: View) -> None:
         del self._readers[reader]
         view.base.unpin()
-        if self.readers_gone and not self._readers:
-            self.readers_gone.unpark_all()
+        if self._readers_gone and not self._readers:
+            self._readers_gone.unpark_all()
 
     @property
-    def disowned(self) -> bool:
+    def _disowned(self) -> bool:
         """Whether this is a forked child, where all of it is dead."""
         return self._queue.disowned
 
     @property
-    def reading(self) -> bool:
+    def _reading(self) -> bool:
         """Whether a snapshot or transaction holds a view."""
         return bool(self._readers)
 
-    async def wait_unread(self) -> None:
+    async def _wait_unread(self) -> None:
         """Until no snapshot and no transaction holds a view."""
         while self._readers:
-            await self.readers_gone.park()
+            await self._readers_gone.park()
 
     @enable_ki_protection
-    async def wait_for_memtable(self) -> None:
+    async def _wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
-        while self.behind():
+        while self._behind():
             self._queue.check_open()
             self._checkpointer.check_room()
             self._waiting_for_room += 1
@@ -710,27 +710,27 @@ class Database:
             finally:
                 self._waiting_for_room -= 1
 
-    def wake_waiting_for_room(self) -> None:
+    def _wake_waiting_for_room(self) -> None:
         room, self._room = self._room, trio.Event()
         room.set()
 
-    def check_size(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
         """Raises `RecordTooLargeError` where a transaction would not fit into a record."""
-        if size > self.max_transaction_bytes:
-            raise RecordTooLargeError(size, self.max_transaction_bytes)
+        if size > self._max_transaction_bytes:
+            raise RecordTooLargeError(size, self._max_transaction_bytes)
 
-    def behind(self) -> bool:
+    def _behind(self) -> bool:
         """Whether checkpoints are a whole interval behind."""
         view = self._view
         return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
 
-    def checkpoint_due(self) -> bool:
+    def _checkpoint_due(self) -> bool:
         """Whether the checkpointer was woken for something: what woke it may have been
         withdrawn."""
         view = self._view
         return view.frozen is not None or view.active.log_bytes >= self._checkpoint_bytes
 
-    def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
+    def _commit(self, writes: Writes, task: Task) -> Awaitable[int]:
         """Hand over to the log, in one stretch with the validation of the task that calls, and
         wait.
 
@@ -741,24 +741,24 @@ class Database:
             self._queue.check_open()
         payload = encode_transaction(writes)
         layer = self._view.active
-        self.last_seq = seq = self.last_seq + 1
+        self._last_seq = seq = self._last_seq + 1
         size = len(payload)
         self._pending[task] = (seq, writes, layer, size)
-        if layer.add(writes, seq, self.settled_seq, bool(self._readers)):
+        if layer.add(writes, seq, self._settled_seq, bool(self._readers)):
             self._renew_view()
         layer.log_bytes += size
         if layer.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
         return self._append(payload, task)
 
-    def observe(self, key: bytes, seq: int) -> Fate:
+    def _observe(self, key: bytes, seq: int) -> Fate:
         """A transaction has read a pending commit: it cannot be taken back any more."""
         fate = self._fates.get(seq)
         if fate is None:
             fate = self._fates[seq] = Fate(key, seq)
         return fate
 
-    async def wait_observed(self, fate: Fate | None) -> int:
+    async def _wait_observed(self, fate: Fate | None) -> int:
         """Wait until what was read is durable; returns the newest durable LSN."""
         if fate is None or fate.settled:
             await trio.lowlevel.checkpoint()
@@ -766,34 +766,34 @@ class Database:
             await fate.wait()
         if fate is not None and fate.lost:
             self._queue.check_open()
-            self.note_conflict()
+            self._note_conflict()
             raise TransactionConflict(fate.key)
         return self._durable_lsn
 
-    def note_conflict(self) -> None:
+    def _note_conflict(self) -> None:
         self._conflicts += 1
 
     # -- the log tells what becomes of commits --
 
-    def may_withdraw(self, task: Task) -> bool:
+    def _may_withdraw(self, task: Task) -> bool:
         commit = self._pending.get(task)
         return commit is None or commit[0] not in self._fates
 
-    def withdrawn(self, task: Task) -> None:
+    def _withdrawn(self, task: Task) -> None:
         commit = self._pending.pop(task, None)
         if commit is not None:
             seq, writes, layer, size = commit
             layer.log_bytes -= size
-            if self._waiting_for_room and not self.behind():
-                self.wake_waiting_for_room()
-            if layer.remove(writes, seq, self.settled_seq):
+            if self._waiting_for_room and not self._behind():
+                self._wake_waiting_for_room()
+            if layer.remove(writes, seq, self._settled_seq):
                 self._renew_view()
             fate = self._fates.pop(seq, None)
             if fate is not None:
                 fate.lost = True
                 fate.wake()
 
-    def settled(self, batch: Batch) -> None:
+    def _settled(self, batch: Batch) -> None:
         pending = self._pending
         if not batch.mixed and len(pending) == len(batch.entries):
             # The usual: whoever commits waits for this batch.
@@ -807,7 +807,7 @@ class Database:
             return
         seq, _, layer, _ = commits[-1]
         lsn = self._durable_lsn = batch.first_lsn + len(commits) - 1
-        self.settled_seq = seq
+        self._settled_seq = seq
         self._transactions += len(commits)
         layer.last_lsn = lsn
         if commits[0][2] is not layer:
@@ -826,7 +826,7 @@ class Database:
     def _settle_layers(self, seq: int) -> bool:
         """Returns whether a view was made anew."""
         oldest = next(iter(self._readers.values())) if self._readers else None
-        below = self.memtable.below
+        below = self._memtable.below
         renew = False
         for layer in reversed(self._view.layers()):
             if layer.settle(seq, oldest, below):
@@ -836,7 +836,7 @@ class Database:
         return renew
 
     def _dead(self) -> bool:
-        return any(layer.dead(self.settled_seq) for layer in self._view.layers())
+        return any(layer.dead(self._settled_seq) for layer in self._view.layers())
 
     @enable_ki_protection
     async def _bury(self) -> None:
@@ -844,26 +844,26 @@ class Database:
         try:
             while self._dead():
                 await trio.lowlevel.checkpoint()
-                self._settle_layers(self.settled_seq)
+                self._settle_layers(self._settled_seq)
         finally:
             self._burying = False
 
     # -- for the checkpointer --
 
-    async def wait_settled(self, seq: int) -> None:
+    async def _wait_settled(self, seq: int) -> None:
         """Until no commit up to ``seq`` is pending."""
         while self._pending and next(iter(self._pending.values()))[0] <= seq:
             await settle_quietly(self)
 
-    def checkpointed(self, frozen: Layer, lsn: int) -> None:
+    def _checkpointed(self, frozen: Layer, lsn: int) -> None:
         """The store holds the frozen layer, durably."""
         for reader in self._readers:
             if isinstance(reader, Transaction):
-                reader.layer_dropped(frozen)
-        self.memtable.drop_frozen()
-        self.refresh_view()
+                reader._layer_dropped(frozen)
+        self._memtable.drop_frozen()
+        self._refresh_view()
         self._wal._keep_from(lsn + 1)
-        self.wake_waiting_for_room()
+        self._wake_waiting_for_room()
         if self._view.active.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
 
@@ -876,7 +876,7 @@ class Database:
         async with self._wal.read(state.lsn + 1) as records:
             async for record in records:
                 writes = decode_record(self._wal.path, record.lsn, record.data)
-                seq = self.settled_seq = self.last_seq = self.last_seq + 1
+                seq = self._settled_seq = self._last_seq = self._last_seq + 1
                 layer = self._view.active
                 if layer.add(writes, seq, seq, keep_older=False):
                     self._renew_view()
@@ -905,9 +905,9 @@ class Database:
             if view is not None:
                 view.base.pin()
         for reader in list(self._readers):
-            reader.database_closed()
-        self.memtable.close()
-        self.refresh_view()
+            reader._database_closed()
+        self._memtable.close()
+        self._refresh_view()
         self._base_get = self._get_closed
         self._closed_store = (0, 0)
 
@@ -917,17 +917,17 @@ class Database:
         # LMDB must not be closed while somebody reads; nor may a checkpoint wait for them.
         try:
             for reader in list(self._readers):
-                reader.database_closed()
+                reader._database_closed()
         finally:
             await self._checkpointer.stop()
-        self.wake_waiting_for_room()
-        self.memtable.close()
-        self.refresh_view()
+        self._wake_waiting_for_room()
+        self._memtable.close()
+        self._refresh_view()
         self._base_get = self._get_closed
         try:
-            self._closed_store = self.store.statistics()
+            self._closed_store = self._store.statistics()
         finally:
-            self.store.close()
+            self._store.close()
 
     def _get_closed(self, key: bytes) -> bytes | None:
         check_key(key)

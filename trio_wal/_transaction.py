@@ -98,8 +98,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if self._task is not None:
             raise RuntimeError("a transaction is for one use")
         db = self._db
-        if db.checkpointing and db.behind():
-            await db.wait_for_memtable()
+        if db._checkpointing and db._behind():
+            await db._wait_for_memtable()
         self._task = current_task()
         return self
 
@@ -124,7 +124,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             if self._task is not task:
                 self._check()
             self._ended = True
-            self._lsn = await self._db.commit(self._writes, task)
+            self._lsn = await self._db._commit(self._writes, task)
         else:
             await self.commit()
 
@@ -142,8 +142,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def _begin_reading(self) -> View:
         view = self._view
         if view is None:
-            view = self._view = self._db.pin(self)
-            self._seq = self._db.last_seq
+            view = self._view = self._db._pin(self)
+            self._seq = self._db._last_seq
         return view
 
     def _read(self, key: bytes) -> bytes | None:
@@ -164,13 +164,13 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             except Exception as exc:
                 view.base.explain(exc)
                 raise
-        if version.seq > self._db.settled_seq:
+        if version.seq > self._db._settled_seq:
             self._observe(key, version.seq)
         return version.value
 
     def _observe(self, key: bytes, seq: int) -> None:
-        if seq > self._db.settled_seq:
-            fate = self._db.observe(key, seq)
+        if seq > self._db._settled_seq:
+            fate = self._db._observe(key, seq)
             if self._observed is None or seq > self._observed.seq:
                 self._observed = fate
 
@@ -277,7 +277,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
             value = check_bytes("value", value)
         # As `_write`, for the common case.
         size = self._bytes + OPERATION_OVERHEAD + len(key) + len(value)
-        if key in self._writes or size > self._db.max_transaction_bytes:
+        if key in self._writes or size > self._db._max_transaction_bytes:
             self._write(key, value)
             return
         self._bytes = size
@@ -288,8 +288,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if key in self._writes:
             before = self._writes[key]
             size -= OPERATION_OVERHEAD + len(key) + (0 if before is None else len(before))
-        if size > self._db.max_transaction_bytes:
-            self._db.check_size(size)
+        if size > self._db._max_transaction_bytes:
+            self._db._check_size(size)
         self._bytes = size
         self._writes[key] = value
 
@@ -319,7 +319,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
 
     # -- the end --
 
-    def conflict_in(self, layer: Layer) -> bytes | None:
+    def _conflict_in(self, layer: Layer) -> bytes | None:
         """A key that was read and has a version newer than this transaction's view."""
         seq = self._seq
         if layer.last_seq <= seq:
@@ -335,7 +335,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
                 return changed
         return None
 
-    def layer_dropped(self, layer: Layer) -> None:
+    def _layer_dropped(self, layer: Layer) -> None:
         """The layer has gone into the store, where versions have no numbers any more.
 
         What is read from here on must still be held against it, so it is kept, up to a
@@ -345,17 +345,17 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if layer.last_seq <= self._seq:
             return
         if self._doomed is None:
-            self._doomed = self.conflict_in(layer)
+            self._doomed = self._conflict_in(layer)
         if len(self._dropped) < DROPPED_LAYERS_MAX:
             self._dropped += (layer,)
         else:
             self._blind = True
 
-    def changed_past(self, key: bytes) -> None:
+    def _changed_past(self, key: bytes) -> None:
         """Its own task has changed a key by `Database.put` or `Database.delete`."""
         self._past |= {key}
 
-    def database_closed(self) -> None:
+    def _database_closed(self) -> None:
         """Nothing can be read any more, nor committed."""
         self._end()
         self._cut = True
@@ -363,7 +363,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def _end(self) -> None:
         self._ended = True
         if self._view is not None:
-            self._db.unpin(self, self._view)
+            self._db._unpin(self, self._view)
 
     def _conflict(self) -> bytes | None:
         """A key that was read and has changed since, or None."""
@@ -372,9 +372,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         if self._observed is not None and self._observed.lost:
             # What was read will never have been.
             return self._observed.key
-        if self._seq != self._db.last_seq:
-            for layer in (*self._db.layers(), *self._dropped):
-                conflict = self.conflict_in(layer)
+        if self._seq != self._db._last_seq:
+            for layer in (*self._db._layers(), *self._dropped):
+                conflict = self._conflict_in(layer)
                 if conflict is not None:
                     return conflict
         return None
@@ -398,13 +398,13 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
         conflict = self._conflict() if self._view is not None else None
         self._end()
         if conflict is not None:
-            self._db.note_conflict()
+            self._db._note_conflict()
             await trio.lowlevel.checkpoint()
             raise TransactionConflict(conflict, own=conflict in self._past)
         if self._writes:
-            self._lsn = await self._db.commit(self._writes, current_task())
+            self._lsn = await self._db._commit(self._writes, current_task())
         else:
-            self._lsn = await self._db.wait_observed(self._observed)
+            self._lsn = await self._db._wait_observed(self._observed)
         return self._lsn
 
     @enable_ki_protection

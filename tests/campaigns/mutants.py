@@ -368,7 +368,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
-        "        await db.wait_settled(frozen.last_seq)\n", "",
+        "        await db._wait_settled(frozen.last_seq)\n", "",
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
@@ -397,7 +397,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "what a checkpoint took away is no conflict", "_database", "errors:database",
-        "                reader.layer_dropped(frozen)\n", "                pass\n",
+        "                reader._layer_dropped(frozen)\n", "                pass\n",
     ),
     mutant(
         "a commit that was read can be withdrawn", "_database", WHOLE,
@@ -405,7 +405,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
-        "                    self.versions[key] = removed.older\n",
+        "                    self.versions[key] = older\n",
         "                    del self.versions[key]\n",
     ),
     mutant(
