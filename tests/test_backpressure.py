@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import sys
 import threading
 from pathlib import Path
 
@@ -354,24 +355,23 @@ async def test_send_returns_when_accepted_and_blocks_when_full(files: MemoryFile
 # -- a slow disk ------------------------------------------------------------------
 
 
-class Payload(bytes):
-    """Bytes that are counted as long as anything keeps them."""
-
-    alive = 0
-
-    def __init__(self, *_: object) -> None:
-        Payload.alive += 1
-
-    def __del__(self) -> None:
-        Payload.alive -= 1
-
-
 async def test_a_stalled_disk_keeps_no_more_than_the_queue_and_one_batch(
     files: MemoryFiles,
 ) -> None:
+    payloads = [b"number %d" % number for number in range(10_000)]
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(payload) for payload in payloads]
+
+    unused = max(counts())
+
+    def kept() -> int:
+        """How many are kept by others than the list, and than who asks."""
+        return sum(count > unused for count in counts())
+
     async def write_many() -> None:
-        for number in range(10_000):
-            await wal.send(Payload(b"%d" % number))
+        for payload in payloads:
+            await wal.send(payload)
 
     async with open_memory(files, max_queue_size=50, flush_interval=0) as wal:
         async with open_tasks(files) as nursery:
@@ -379,12 +379,12 @@ async def test_a_stalled_disk_keeps_no_more_than_the_queue_and_one_batch(
             nursery.start_soon(write_many)
             await wait_all_tasks_blocked()
             gc.collect()
-            assert Payload.alive == 50 + 1  # the queue, and the argument of the blocked send
+            assert kept() == 50 + 1  # the queue, and the argument of the blocked send
             files.release()
         await wal.flush()
         await wait_all_tasks_blocked()
         gc.collect()
-        assert Payload.alive == 0
+        assert kept() == 0
         assert wal.last_lsn == 10_001
 
 

@@ -306,7 +306,7 @@ class Database:
         self._path = path
         self._wal = wal
         self._queue = wal._queue
-        self._append = wal._own(self)
+        self._append = wal._own(_LogOwner(self))
         self._store: Final = store
         self._memtable: Final = Memtable(store)
         self._blocking: Final = wal._blocking
@@ -933,6 +933,17 @@ class Database:
         check_key(key)
         self._check_open()
         return None
+
+
+class _LogOwner:
+    """Whom the log tells what becomes of each commit; see `_queue.Owner`."""
+
+    __slots__ = ("may_withdraw", "settled", "withdrawn")
+
+    def __init__(self, db: Database) -> None:
+        self.may_withdraw: Callable[[Task], bool] = db._may_withdraw
+        self.withdrawn: Callable[[Task], None] = db._withdrawn
+        self.settled: Callable[[Batch], None] = db._settled
 
 
 @final
