@@ -26,6 +26,7 @@ from trio_wal._verify import verify
 
 OPERATIONS: Final = 400
 """More than a workload of `errors` has."""
+ENDLESS: Final = 1 << 20
 CASE_SECONDS: Final = 15
 """A case that takes longer is taken as one that never ends."""
 
@@ -173,16 +174,18 @@ def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
     from .hostile import MEMORY_BYTES, PLACES, STORE_KINDS, described, limit_once, run_case
 
     def places() -> Cases:
-        for kind in STORE_KINDS:
-            for target in PLACES:
-                try:
-                    run_case("places", f"{target}|{kind}")
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding)
-                    yield described(exc)
-                else:
-                    yield ""
+        first = ("log", "link to a log"), ("store", "link to a store")
+        first += ("store/data.mdb", "link to an empty file"), ("store/lock.mdb", "hard link")
+        every = [(target, kind) for kind in STORE_KINDS for target in PLACES]
+        for target, kind in dict.fromkeys((*first, *every)):
+            try:
+                run_case("places", f"{target}|{kind}")
+            except KeyboardInterrupt:
+                raise
+            except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding)
+                yield described(exc)
+            else:
+                yield ""
 
     def cases() -> Cases:
         limit_once(MEMORY_BYTES)
@@ -221,17 +224,17 @@ def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
 
 def pages(seed: int, seconds: float, only: str = "") -> Judgement:
     """Damaged stores, and what their check says of them; in processes that may end."""
-    from .store import run_task
-
-    step = 20
+    from .store import DEFECTS, _ask
 
     def cases() -> Cases:
-        for start in itertools.count(seed << 32, step):
-            failures = run_task(range(start, start + step)).failures
-            yield failures[0][1] if failures else ""
+        at = seed << 32
+        while True:
+            # One process for as long as it lives: it makes the databases first.
+            for case, found in _ask(range(at, at + ENDLESS)):
+                at = case + 1
+                yield f"{found.outcome}: {found.what}" if found.outcome in DEFECTS else ""
 
-    found = _until_found(cases(), seconds)
-    return attrs.evolve(found, cases=found.cases * step)
+    return _until_found(cases(), seconds)
 
 
 # -- LMDB ---------------------------------------------------------------------------

@@ -444,14 +444,6 @@ MUTANTS: Final = (
         "        self._check_packed(offset, page, spans)\n        counts", "        counts",
     ),
     mutant(
-        "a page may be in two places", "_pages", PAGES,
-        "        if 1 in self._used[number : number + count]:", "        if False:",
-    ),
-    mutant(
-        "a page may be free and in use", "_pages", PAGES,
-        "before or used[number]:", "before:",
-    ),
-    mutant(
         "what a tree counts is believed", "_pages", PAGES,
         "            if is_ != should:", "            if False:",
     ),
