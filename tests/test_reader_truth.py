@@ -471,6 +471,22 @@ async def test_a_stray_name_that_comes_and_goes_is_damage_while_it_is_there(
         assert await read(reader) == list(numbered(payloads(4)))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_a_segment_that_is_put_right_is_read_by_a_reader_that_has_seen_it_damaged(
+    number: int, autojump_clock: MockClock
+) -> None:
+    files = log_of(8, close=True)
+    name = segments(files)[number]
+    sound = files.read_file(LOG, name)
+    data = bytearray(sound)
+    data[24:40] = b"another log's id"
+    files.write_file(LOG, name, bytes(data))
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        await read_to_damage(reader.read())
+        files.write_file(LOG, name, sound)
+        assert await read(reader) == list(numbered(payloads(8)))
+
+
 # -- the end was cut, and the owner has not yet said so -----------------------------------------
 
 
