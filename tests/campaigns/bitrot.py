@@ -639,10 +639,11 @@ def _is_as_before(subject: Subject, damage: Damage, seen: Seen) -> bool:
     past = subject.past
     if past is None:
         return False
-    if seen.error is not None and len(damage.files) > 1:
-        return past.had_each(seen.records)
-    if not past.had(seen.records):
+    several = len(damage.files) > 1
+    if not (past.had_each(seen.records) if several else past.had(seen.records)):
         return False
+    if several and seen.error is not None:
+        return True
     try:
         open_log(damage.apply(subject), subject.path, verify_bytes=math.inf)
     except CorruptLogError:
