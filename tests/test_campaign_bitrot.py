@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import attrs
 import pytest
 from campaigns import __main__ as campaigns, bitrot
-from campaigns.bitrot import HARMLESS, OFFLINE, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
+from campaigns._ways import OWNER, READER, WAYS
+from campaigns.bitrot import HARMLESS, OFFLINE, READ, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
 
-from trio_wal import _frame, _scan
+from trio_wal import _chain, _cursor, _frame, _reader, _scan
 
 NAMES = [name for name in SMALL if bitrot.usable(name)]
 
@@ -16,10 +19,18 @@ NAMES = [name for name in SMALL if bitrot.usable(name)]
 def outcomes(part: str, name: str, mode: str, cases: range) -> Counter[str]:
     counts: Counter[str] = Counter()
     for case in cases:
-        damage, found = run_case(part, name, mode, case)
-        assert found.outcome != SILENT, (damage.what, found.error)
-        counts[found.outcome] += 1
+        damage, goes = run_case(part, name, mode, case)
+        for found in goes:
+            assert found.outcome != SILENT, (damage.what, found.error)
+            counts[found.outcome] += 1
     return counts
+
+
+def seen(part: str, name: str, way: str, cases: range) -> Counter[str]:
+    """The same by a way to read, opened once."""
+    answer = bitrot.run_task(bitrot.Task(part, name, way, cases))
+    assert answer.failures == ()
+    return Counter(answer.counts)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,11 +63,47 @@ def test_random_damage_of_a_large_log_is_never_silent() -> None:
     assert outcomes("random", "large log, crashed", "all", range(25))[REFUSED] > 15
 
 
+# -- every way to read ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_way_to_read_is_silent_about_a_flipped_bit(name: str, way: str) -> None:
+    counts = seen("ways", name, way, range(11, bitrot.subject(name).bits(), 2003))
+    assert counts[READ] > 5
+    assert counts[HARMLESS] + counts[TORN] > 5
+    if way == OWNER:
+        assert not counts[TORN], "it knows how far it had come"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["log, closed", "database, crashed", "short log, crashed"])
+def test_no_way_to_read_is_silent_about_lost_swapped_and_foreign_files(name: str, way: str) -> None:
+    count = sum(1 for _ in bitrot.file_damages(bitrot.subject(name)))
+    counts = seen("files", name, way, range(count))
+    assert counts[READ] + counts[REFUSED] > count // 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["twice cut, crashed", "dropped cut, closed"])
+def test_no_way_to_read_takes_a_stale_segment(name: str, way: str) -> None:
+    count = sum(1 for _ in bitrot.stale_damages(name, bitrot.subject(name)))
+    counts = seen("stale", name, way, range(count))
+    assert counts[READ] + counts[REFUSED] > count // 4
+
+
+@pytest.mark.parametrize("way", [READER, OWNER])
+def test_no_way_to_read_is_silent_about_random_damage(way: str) -> None:
+    counts = seen("random", "large log, closed", way, range(10))
+    assert counts[READ] > 5
+
+
 # -- the oracle ---------------------------------------------------------------------
 
 
 def silent(part: str, name: str, mode: str, cases: range) -> int:
-    return sum(run_case(part, name, mode, case)[1].outcome == SILENT for case in cases)
+    goes = (found for case in cases for found in run_case(part, name, mode, case)[1])
+    return sum(found.outcome == SILENT for found in goes)
 
 
 class Anything(int):
@@ -74,6 +121,28 @@ def test_a_checksum_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPat
     assert silent("flips", "log, closed", "all", range(0, made.bits(), 61)) > 5
 
 
+def test_a_reader_that_takes_damage_for_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the log's files, and of nothing else, is proof of loss made."""
+    sound = _reader.judge_end
+
+    def judge_end(*arguments: Any, **more: Any) -> _chain.End:
+        return attrs.evolve(sound(*arguments, **more), loss=None)
+
+    monkeypatch.setattr(_reader, "judge_end", judge_end)
+    bits = range(0, bitrot.subject("log, closed").bits(), 201)
+    answer = bitrot.run_task(bitrot.Task("ways", "log, closed", READER, bits))
+    assert answer.counts[SILENT] > 5
+
+
+def test_segments_that_need_not_join_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "once cut, closed"
+    cases = range(sum(1 for _ in bitrot.stale_damages(name, bitrot.subject(name))))
+    monkeypatch.setattr(_chain, "joins", lambda *_: True)
+    monkeypatch.setattr(_cursor, "joins", lambda *_: True)
+    answer = bitrot.run_task(bitrot.Task("stale", name, READER, cases))
+    assert answer.counts[SILENT] > 5
+
+
 def test_a_format_from_the_future_that_is_taken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     made = bitrot.subject("short log, closed")
     damages = enumerate(bitrot.file_damages(made))
@@ -86,5 +155,7 @@ def test_a_format_from_the_future_that_is_taken_is_found(monkeypatch: pytest.Mon
 def test_a_finding_can_be_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     assert campaigns.main(["bitrot", "--replay", "flips:log, closed:all:40000"]) == 0
     assert "outcome: " in capsys.readouterr().out
+    assert campaigns.main(["bitrot", "--replay", "ways:log, closed:reader:40000"]) == 0
+    assert capsys.readouterr().out.count("outcome: ") == 3
     assert campaigns.main(["bitrot", "--replay", "flips:no such log:all:1"]) == 2
     assert campaigns.main(["bitrot", "no such part"]) == 2

@@ -21,12 +21,14 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
-from trio_wal._chain import find_segments
+from trio_wal._chain import META_NAME, find_segments, read_meta
+from trio_wal._cli.inspect import _look
 from trio_wal._cursor import Cursor
 from trio_wal._directory import open_log_directory
 from trio_wal._files import OsFiles, Word
 from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._reader import WatchSource
+from trio_wal._verify import verify
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
@@ -469,6 +471,22 @@ async def test_a_stray_name_that_comes_and_goes_is_damage_while_it_is_there(
         assert await read(reader) == list(numbered(payloads(4)))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_a_segment_that_is_put_right_is_read_by_a_reader_that_has_seen_it_damaged(
+    number: int, autojump_clock: MockClock
+) -> None:
+    files = log_of(8, close=True)
+    name = segments(files)[number]
+    sound = files.read_file(LOG, name)
+    data = bytearray(sound)
+    data[24:40] = b"another log's id"
+    files.write_file(LOG, name, bytes(data))
+    async with trio_wal.open_reader(LOG, files=files) as reader:
+        await read_to_damage(reader.read())
+        files.write_file(LOG, name, sound)
+        assert await read(reader) == list(numbered(payloads(8)))
+
+
 # -- the end was cut, and the owner has not yet said so -----------------------------------------
 
 
@@ -542,6 +560,61 @@ async def test_a_follower_that_was_given_the_lost_end_is_told_of_damage(
         files.remove_file(LOG, segments(files)[-1])
         with trio.fail_after(60), pytest.raises(CorruptLogError, match="is sealed"):
             await records.__anext__()
+
+
+# -- what a crash leaves ------------------------------------------------------------------------
+
+
+class _EveryImage:
+    """Looks at what a kill would leave after every operation on the files."""
+
+    def __init__(self, files: MemoryFiles) -> None:
+        self.files = files
+        self.images = 0
+        files.after_operation = lambda operation, path: self.look()
+
+    def look(self) -> None:
+        image = copy_of(self.files)
+        directory = image.open_directory(LOG)
+        meta = read_meta(directory) if META_NAME in directory.names() else None
+        if meta is None or not meta.live:
+            return
+        self.images += 1
+        source = WatchSource(directory, Blocking(threaded=False))
+        source.look()
+        assert source.damage is None
+        verification = verify(directory)
+        assert verification.findings == ()
+        log = _look(directory)
+        assert log.findings == ()
+        assert (log.first_lsn, log.durable_lsn) == (source.first_lsn, source.durable_lsn)
+        cursor = Cursor(source, source.first_lsn)
+        while cursor.next_lsn <= source.durable_lsn:
+            cursor.chunk(source.durable_lsn + 1)
+        cursor.leave()
+
+
+@pytest.mark.parametrize("segment_size", [TINY, 1 << 20])
+@pytest.mark.parametrize("orderly", [True, False])
+def test_no_state_that_a_kill_leaves_is_called_damaged(segment_size: int, orderly: bool) -> None:
+    files = MemoryFiles(seed=7)
+    every = _EveryImage(files)
+    for life in range(3):
+        log = open_log(files, segment_size=segment_size)
+        for lsn in range(log.last_lsn + 1, log.last_lsn + 4):
+            append(log, b"%d" % lsn, b"x" * 100)
+        log.write([b"not synced"], log.synced_lsn, sync=False)
+        log.write([b"nor this"], log.synced_lsn, sync=False)
+        if life == 1:
+            log.truncate_after(log.last_lsn - 3)
+            append(log, b"another")
+        log.rotate()
+        append(log, b"last but one")
+        if life == 2:
+            log.drop_before(log.last_lsn - 3)
+        log.write([b"last"], log.synced_lsn, sync=False)
+        log.close(orderly=orderly)
+    assert every.images > 100
 
 
 # -- another log in the same place -------------------------------------------------------------

@@ -228,7 +228,9 @@ class WatchSource:
         word = self._directory.published()
         if word.epoch not in (None, meta.epoch) and read_meta(self._directory) != meta:
             raise Moved(f"{self.path}/{META_NAME}", "its history is not the one of the lock file")
-        if seen.segments and names == seen.names and meta == known and not self._surprised:
+        same = names == seen.names and meta == known and not self._surprised
+        # What was found wrong may be put right, or have only looked so.
+        if seen.segments and same and seen.chain_damage is None:
             last = seen.segments[-1]
             file = self._directory.open(last.file_name)
             try:
@@ -257,7 +259,7 @@ class WatchSource:
         cut = known is not None and known.history != meta.history
         cached: dict[str, FoundSegment] = {}
         same = known is not None and known.truncation == meta.truncation
-        if same and not cut and not self._surprised:
+        if same and not cut and not self._surprised and seen.chain_damage is None:
             # All but the last two are as they were: nothing writes to them any more.
             cached = {found.file_name: found for found in seen.segments[:-2]}
         problems: list[CorruptLogError] = []
@@ -266,6 +268,10 @@ class WatchSource:
         chain = check_joins(self._directory, meta, chain, problems.append, followed)
         if not chain.segments:
             raise problems[0]
+        damage = problems[0] if problems else None
+        here = [(found.file_name, found.header) for found in chain.segments]
+        moved = here != [(found.file_name, found.header) for found in seen.segments]
+        moved = moved or cut or names != seen.names or repr(damage) != repr(seen.chain_damage)
         beyond = [found.header.first_lsn - 1 for found in chain.beyond]
         beyond += [found.mark.first_lsn - 1 for found in chain.beyond if found.mark is not None]
         return attrs.evolve(
@@ -276,11 +282,11 @@ class WatchSource:
             first_lsn=meta.base_lsn,
             durable_lsn=0 if cut else seen.durable_lsn,
             last_lsn=0 if cut else seen.last_lsn,
-            chain_damage=problems[0] if problems else None,
+            chain_damage=damage,
             beyond_lsn=max(beyond, default=0),
             tail=None if cut else seen.tail,
             cuts=seen.cuts + cut,
-            shape=seen.shape + 1,
+            shape=seen.shape + moved,
         )
 
     def _judge(self, seen: _Seen, file: File, word: Word) -> _Seen:

@@ -137,35 +137,39 @@ def errors(seed: int, seconds: float, only: str = "") -> Judgement:
 
 
 def bitrot(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Damages, drawn; ``only`` is ``PART[/WAY]``."""
     from .bitrot import (
         MODES,
         OFFLINE,
+        PAST,
         SHORT,
-        SILENT,
         SMALL,
-        file_damages,
-        run_case,
+        WAYS,
+        Task,
+        list_of,
+        run_task,
         subject,
         usable,
     )
 
     def cases() -> Cases:
         rng = random.Random(seed)
-        names = [name for name in (*SMALL, *SHORT) if usable(name)]
-        files = {name: sum(1 for _ in file_damages(subject(name))) for name in names}
+        part_only, _, way = only.partition("/")
         while True:
+            part = part_only or rng.choice(("flips", "flips", "files", "random", "ways", "stale"))
+            names = [*PAST] if part == "stale" else [*filter(usable, SMALL), *SHORT]
             name = rng.choice(names)
-            part = only or rng.choice(("flips", "flips", "files", "random"))
-            if subject(name).commits and part == "files":
+            made = subject(name)
+            modes = [*WAYS] if part == "ways" else [*MODES, OFFLINE, *WAYS]
+            mode = way or rng.choice(modes)
+            if made.commits and part == "files" and mode not in WAYS:
                 continue
-            case = {
-                "flips": rng.randrange(subject(name).bits()),
-                "files": rng.randrange(files[name]),
-                "random": rng.getrandbits(32),
-            }[part]
-            mode = rng.choice((*MODES, OFFLINE))
-            _, found = run_case(part, name, mode, case)
-            yield found.error if found.outcome == SILENT else ""
+            if part in ("files", "stale"):
+                case = rng.randrange(len(list_of(part, name)))
+            else:
+                case = rng.getrandbits(32) if part == "random" else rng.randrange(made.bits())
+            failures = run_task(Task(part, name, mode, range(case, case + 1))).failures
+            yield failures[0][0] if failures else ""
 
     return _until_found(cases(), seconds)
 

@@ -1,7 +1,8 @@
 """Every way to read a log, and whether what it gave of a damaged one is honest.
 
-Law: a way is given files and tells what it got: records in order, and the error that ended
-them.  It knows nothing of the damage.  Honest is everything, or a prefix of it and then
+Law: a way is opened on a log that is sound, is then shown one damage after the other, each put
+in and taken out again, and tells what it got: records in order, and the error that ended them.
+It knows nothing of the damage.  Honest is everything, or a prefix of it and then
 `CorruptLogError`; without the error no less than what is left of the log proves to have been
 durable.
 """
@@ -10,8 +11,13 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from typing import Any, Final
 
 import attrs
@@ -20,213 +26,306 @@ from databases import open_memory_database
 from logs import TINY
 
 import trio_wal
-from trio_wal import CorruptLogError, KeepAll, Record, UnsupportedFormatError, _reader
+from trio_wal import (
+    Commit,
+    CorruptLogError,
+    KeepAll,
+    Record,
+    UnsupportedFormatError,
+    _cursor,
+    _reader,
+)
 from trio_wal._cli.dump import _dump, pieces, transaction_pieces
 from trio_wal._cli.inspect import _look
 from trio_wal.testing import MemoryFiles
 
-IDLE_SECONDS: Final = 0.05
+IDLE_SECONDS: Final = 0.03
 """Of a clock that jumps: a follower that has given nothing for so long waits for a writer."""
-ENDLESS_SECONDS: Final = 3.0
+ENDLESS_SECONDS: Final = 30.0
 """Of the same clock: nothing here waits for anybody."""
 
 
-@attrs.frozen
-class Place:
-    """Where the log stands, and what a way needs to know of it."""
+@attrs.frozen(eq=False)
+class Scene:
+    """A log that is sound, but for the moment at which a damage is looked at."""
 
+    files: MemoryFiles
     path: str
     database: bool
     middle_lsn: int
     """A record in the middle."""
-    damage: Callable[[MemoryFiles], None]
-    """Puts it in."""
+
+    @contextmanager
+    def damaged(self, changes: dict[str, bytes | None]) -> Iterator[None]:
+        """With these files changed; None: gone."""
+        files, path = self.files, self.path
+        before = {
+            name: files.read_file(path, name) if name in files.names(path) else None
+            for name in changes
+        }
+        try:
+            self._put(changes)
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, changes: dict[str, bytes | None]) -> None:
+        for name, data in changes.items():
+            if data is not None:
+                self.files.write_file(self.path, name, data)
+            elif name in self.files.names(self.path):
+                self.files.remove_file(self.path, name)
 
 
 @attrs.define
 class Seen:
-    """What a way to read gave."""
+    """What was got in one go."""
 
+    what: str
     start: int = 1
     """It was asked for records from here on."""
     records: list[Record] = attrs.Factory(list)
+    commits: list[Commit] | None = None
+    """Instead of records, of a database."""
     durable_lsn: int | None = None
     """That the reader said was durable, at its end."""
     lsns: range | None = None
     """Instead of records: their LSNs only."""
     error: Exception | None = None
+    strange: str = ""
+    """Another error than there may be."""
     opened: bool = False
 
     @property
     def last_lsn(self) -> int:
         if self.lsns is not None:
             return self.lsns.stop - 1
-        return self.records[-1].lsn if self.records else self.start - 1
+        given: list[Any] = self.records if self.commits is None else self.commits
+        return int(given[-1].lsn) if given else self.start - 1
 
 
-Way = Callable[[MemoryFiles, Place, Seen], Awaitable[None]]
+See = Callable[[dict[str, bytes | None]], Awaitable[list[Seen]]]
+"""Shown one damage, tells what it got."""
+Way = Callable[[Scene], AbstractAsyncContextManager[See]]
 
 
-async def _take(stream: Any, seen: Seen) -> None:
-    async with stream as records:
+@contextmanager
+def _ending(*goes: Seen) -> Iterator[None]:
+    """Whatever ends these is told."""
+    try:
+        yield
+    except (CorruptLogError, UnsupportedFormatError) as exc:
+        for seen in goes:
+            seen.error = exc
+    except Exception as exc:  # noqa: BLE001  (it is a finding)
+        for seen in goes:
+            seen.strange = f"no typed error: {exc!r}"
+
+
+@asynccontextmanager
+async def _one_go(seen: Seen) -> AsyncIterator[trio.CancelScope]:
+    """To its end, or until it comes to none."""
+    with _ending(seen), trio.move_on_after(ENDLESS_SECONDS) as scope:
+        seen.opened = True
+        yield scope
+    if scope.cancelled_caught:
+        seen.strange = f"it tries for ever, after LSN {seen.last_lsn}"
+
+
+async def _read(reader: Any, seen: Seen) -> None:
+    start = seen.start if seen.start > 1 else None
+    async with _one_go(seen), reader.read(start) as records:
         async for record in records:
             seen.records.append(record)
 
 
-async def _reader_read(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    place.damage(files)
-    async with trio_wal.open_reader(place.path, files=files) as reader:
-        seen.opened = True
-        await _take(reader.read(), seen)
-        seen.durable_lsn = reader.durable_lsn
+async def _follow(stream: Any, seen: Seen, given: list[Any]) -> None:
+    """Until nothing more comes."""
+    async with _one_go(seen):
+        with trio.move_on_after(ENDLESS_SECONDS / 2) as idle:
+            async with stream as items:
+                idle.deadline = trio.current_time() + IDLE_SECONDS
+                async for item in items:
+                    given.append(item)
+                    idle.deadline = trio.current_time() + IDLE_SECONDS
 
 
-async def _no_word(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """Without the owner's word: the file with it was unlinked."""
-    files.open_directory(place.path).publish(0, 0)
-    await _reader_read(files, place, seen)
+# -- the ways -------------------------------------------------------------------------------
 
 
-async def _middle(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    place.damage(files)
-    seen.start = place.middle_lsn
-    async with trio_wal.open_reader(place.path, files=files) as reader:
-        seen.opened = True
-        await _take(reader.read(place.middle_lsn), seen)
+@asynccontextmanager
+async def _anew(scene: Scene) -> AsyncIterator[See]:
+    """A reader of its own for each damage."""
+
+    async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+        whole, middle = Seen("dump"), Seen("read from the middle", scene.middle_lsn)
+        follow = Seen("follow")
+        goes = [whole, middle, follow]
+        with scene.damaged(changes), _ending(*goes):
+            async with trio_wal.open_reader(scene.path, files=scene.files) as reader:
+                await _dump_all(scene, reader, whole)
+                if whole.error is None and not whole.strange:
+                    whole.durable_lsn = reader.durable_lsn
+                await _read(reader, middle)
+                await _follow(reader.follow(), follow, follow.records)
+        return goes
+
+    yield see
 
 
-async def _follow(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    place.damage(files)
-    async with trio_wal.open_reader(place.path, files=files) as reader:
-        seen.opened = True
-        await _follow_on(reader, seen)
-
-
-async def _follow_on(reader: Any, seen: Seen) -> None:
-    with trio.CancelScope() as scope:
-        async with reader.follow() as records:
-            scope.deadline = trio.current_time() + IDLE_SECONDS
-            async for record in records:
-                seen.records.append(record)
-                scope.deadline = trio.current_time() + IDLE_SECONDS
-
-
-async def _under_a_reader(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """Damaged after the reader had read all of it."""
-    async with trio_wal.open_reader(place.path, files=files) as reader:
-        await _take(reader.read(), Seen())
-        place.damage(files)
-        seen.opened = True
-        await _take(reader.read(), seen)
-
-
-async def _under_a_follower(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """Damaged when a follower had been given all up to the middle."""
-    async with (
-        trio_wal.open_reader(place.path, files=files) as reader,
-        reader.follow() as records,
-    ):
-        while seen.last_lsn < place.middle_lsn:
-            seen.records.append(await records.__anext__())
-        place.damage(files)
-        seen.opened = True
-        with trio.CancelScope() as scope:
-            while True:
-                scope.deadline = trio.current_time() + IDLE_SECONDS
-                seen.records.append(await records.__anext__())
-
-
-async def _owner(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """Damaged after its owner had opened it; read by the owner."""
-    async with AsyncExitStack() as stack:
-        if place.database:
-            path = place.path.rpartition("/")[0]
-            opening = open_memory_database(
-                files, path, segment_size=TINY, retention=KeepAll(), verify_bytes=0
-            )
-            wal = (await stack.enter_async_context(opening)).wal
-        else:
-            opening = trio_wal.open_wal(place.path, files=files, segment_size=TINY, verify_bytes=0)
-            wal = await stack.enter_async_context(opening)
-        place.damage(files)
-        seen.opened = True
-        await _take(wal.read(), seen)
-
-
-async def _dump_all(files: MemoryFiles, place: Place, seen: Seen) -> None:
-    """`trio-wal dump`: what stands behind the command, with its output thrown away."""
-    place.damage(files)
+async def _dump_all(scene: Scene, reader: Any, seen: Seen) -> None:
+    """Reads all, as the command does, with its output thrown away."""
 
     def pieces_of(record: Record) -> Iterator[bytes]:
         seen.records.append(record)
-        return transaction_pieces(place.path, record) if place.database else pieces(record)
+        return transaction_pieces(scene.path, record) if scene.database else pieces(record)
 
-    with _no_output():
-        async with trio_wal.open_reader(place.path, files=files) as reader:
-            seen.opened = True
-            async with reader.read() as records:
-                await _dump(records, None, pieces_of)
-
-
-@contextmanager
-def _no_output() -> Iterator[None]:
     before, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO())
     try:
-        yield
+        async with _one_go(seen), reader.read() as records:
+            await _dump(records, None, pieces_of)
     finally:
         sys.stdout = before
 
 
-async def _inspect_all(files: MemoryFiles, place: Place, seen: Seen) -> None:
+@asynccontextmanager
+async def _no_word(scene: Scene) -> AsyncIterator[See]:
+    """Without the owner's word: the file with it was unlinked."""
+    scene.files.open_directory(scene.path).publish(0, 0)
+
+    async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+        whole = Seen("read")
+        with scene.damaged(changes), _ending(whole):
+            async with trio_wal.open_reader(scene.path, files=scene.files) as reader:
+                await _read(reader, whole)
+                if whole.error is None and not whole.strange:
+                    whole.durable_lsn = reader.durable_lsn
+        return [whole]
+
+    yield see
+
+
+@asynccontextmanager
+async def _under_a_reader(scene: Scene) -> AsyncIterator[See]:
+    """One that had read all before, and a follower that had come to the middle, a frame at a
+    time; when the damage is gone it must be forgotten."""
+    async with trio_wal.open_reader(scene.path, files=scene.files) as reader:
+
+        async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+            whole = Seen("read under an open reader")
+            middle = Seen("follow, damaged in the middle", scene.middle_lsn)
+            before = Seen("what was damaged before")
+            with _frame_by_frame(), _ending(before):
+                async with reader.follow(scene.middle_lsn) as records:
+                    middle.records.append(await records.__anext__())
+                    with scene.damaged(changes):
+                        await _follow(_Entered(records), middle, middle.records)
+                        await _read(reader, whole)
+                        if whole.error is None and not whole.strange:
+                            whole.durable_lsn = reader.durable_lsn
+            if before.error is not None or before.strange:
+                before.strange = f"it was not forgotten: {before.error or before.strange}"
+            return [middle, whole, *([before] if before.strange else [])]
+
+        yield see
+
+
+@attrs.frozen(eq=False)
+class _Entered:
+    """A stream that is left by somebody else."""
+
+    stream: Any
+
+    async def __aenter__(self) -> Any:
+        return self.stream
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _frame_by_frame() -> Iterator[None]:
+    """A chunk has one frame."""
+    with _changed(_cursor, "CHUNK_BYTES", 1):
+        yield
+
+
+@asynccontextmanager
+async def _owner(scene: Scene) -> AsyncIterator[See]:
+    """Damaged after its owner had opened it; read by the owner."""
+    async with AsyncExitStack() as stack:
+        db: Any = None
+        if scene.database:
+            path = scene.path.rpartition("/")[0]
+            opening = open_memory_database(
+                scene.files, path, segment_size=TINY, retention=KeepAll(), verify_bytes=0
+            )
+            db = await stack.enter_async_context(opening)
+            wal = db.wal
+        else:
+            wal = await stack.enter_async_context(
+                trio_wal.open_wal(scene.path, files=scene.files, segment_size=TINY, verify_bytes=0)
+            )
+
+        async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+            goes = [Seen("owner's read")]
+            with scene.damaged(changes):
+                await _read(wal, goes[0])
+                if db is not None:
+                    commits: list[Commit] = []
+                    goes.append(Seen("changes", commits=commits))
+                    await _follow(db.changes(1), goes[1], commits)
+            return goes
+
+        yield see
+
+
+@asynccontextmanager
+async def _inspect(scene: Scene) -> AsyncIterator[See]:
     """`trio-wal inspect`: the LSNs that it shows."""
-    place.damage(files)
-    log = _look(files.open_directory(place.path))
-    seen.lsns = range(log.first_lsn, log.last_lsn + 1)
-    seen.durable_lsn = log.durable_lsn
-    seen.opened = True
-    for finding in log.findings[:1]:
-        seen.error = CorruptLogError(finding.path, finding.offset, finding.reason)
+
+    async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+        seen = Seen("inspect")
+        with scene.damaged(changes), _ending(seen):
+            log = _look(scene.files.open_directory(scene.path))
+            seen.opened = True
+            seen.lsns = range(log.first_lsn, log.last_lsn + 1)
+            seen.durable_lsn = log.durable_lsn
+            for finding in log.findings[:1]:
+                seen.error = CorruptLogError(finding.path, finding.offset, finding.reason)
+        return [seen]
+
+    yield see
 
 
-READ: Final = "read"
-NO_WORD: Final = "read, no word"
+READER: Final = "reader"
+NO_WORD: Final = "reader, no word"
+OPEN: Final = "open reader"
 OWNER: Final = "owner"
+INSPECT: Final = "inspect"
 WAYS: Final[dict[str, Way]] = {
-    READ: _reader_read,
+    READER: _anew,
     NO_WORD: _no_word,
-    "middle": _middle,
-    "follow": _follow,
-    "under a reader": _under_a_reader,
-    "under a follower": _under_a_follower,
+    OPEN: _under_a_reader,
     OWNER: _owner,
-    "dump": _dump_all,
-    "inspect": _inspect_all,
+    INSPECT: _inspect,
 }
+WRITERS: Final = (OWNER,)
+"""These may write."""
+
+
+@contextmanager
+def _changed(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @contextmanager
 def quick() -> Iterator[None]:
     """Nobody writes here: what looks wrong need not be given time."""
-    before = _reader.RETRY_SECONDS
-    setattr(_reader, "RETRY_SECONDS", 0)  # noqa: B010  (a constant)
-    try:
+    with _changed(_reader, "RETRY_SECONDS", 0):
         yield
-    finally:
-        setattr(_reader, "RETRY_SECONDS", before)  # noqa: B010
-
-
-class Endless(Exception):
-    """A way to read came to no end."""
-
-
-async def look(way: str, files: MemoryFiles, place: Place) -> Seen:
-    """What a way gives of these files, its error included."""
-    seen = Seen()
-    try:
-        with trio.fail_after(ENDLESS_SECONDS):
-            await WAYS[way](files, place, seen)
-    except (CorruptLogError, UnsupportedFormatError) as exc:
-        seen.error = exc
-    except trio.TooSlowError:
-        raise Endless(f"it tries for ever, after LSN {seen.last_lsn}") from None
-    return seen

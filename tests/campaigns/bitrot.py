@@ -20,8 +20,9 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 from typing import Any, Final
 
 import attrs
@@ -53,7 +54,7 @@ from trio_wal.testing import MemoryFiles
 
 from . import _report, _ways
 from ._remembered import Memory
-from ._ways import NO_WORD, OWNER, WAYS, Place, Seen, look
+from ._ways import NO_WORD, OWNER, WAYS, WRITERS, Seen
 
 SMALL_BYTES: Final = 16 * KiB
 """Bytes of the segment files of each log whose every bit is flipped."""
@@ -292,6 +293,12 @@ class Past:
             all(state.get(record.lsn) == record.data for record in records) for state in self.states
         )
 
+    def had_each(self, records: Iterable[Record]) -> bool:
+        """Whether each of these was once there, at its LSN."""
+        return all(
+            any(state.get(record.lsn) == record.data for state in self.states) for record in records
+        )
+
 
 Make = tuple[Callable[[], MemoryFiles], bool]
 """How a log is made, and whether it is then closed in order."""
@@ -408,15 +415,12 @@ class Damage:
 
     def apply(self, subject: Subject) -> MemoryFiles:
         image = copy_of(subject.files)
-        self.put_into(subject, image)
-        return image
-
-    def put_into(self, subject: Subject, image: MemoryFiles) -> None:
         for name, data in self.files.items():
             if data is not None:
                 image.write_file(subject.path, name, data)
             elif name in image.names(subject.path):
                 image.remove_file(subject.path, name)
+        return image
 
 
 @attrs.frozen
@@ -579,43 +583,51 @@ async def examine_offline(subject: Subject, damage: Damage, memory: Memory) -> F
 # -- every way to read ----------------------------------------------------------------
 
 
-async def examine_way(subject: Subject, damage: Damage, way: str) -> Found:
+@asynccontextmanager
+async def shown(subject: Subject, way: str) -> AsyncIterator[_ways.See]:
+    """A way to read, at the undamaged log: to be shown one damage after the other."""
+    middle_lsn = subject.records[len(subject.records) // 2].lsn
+    scene = _ways.Scene(copy_of(subject.files), subject.path, bool(subject.commits), middle_lsn)
+    async with WAYS[way](scene) as look:
+
+        async def see(changes: dict[str, bytes | None]) -> list[Seen]:
+            found = await look(changes)
+            if way not in WRITERS and not set(scene.files.operations) <= {"open", "pread"}:
+                found[0].strange = f"it has written: {scene.files.operations}"
+            return found
+
+        yield see
+
+
+async def examine_way(subject: Subject, damage: Damage, way: str, see: _ways.See) -> list[Found]:
     """The same damage, seen by one of the ways to read."""
-    image = copy_of(subject.files)
-    place = Place(
-        subject.path,
-        bool(subject.commits),
-        subject.records[len(subject.records) // 2].lsn,
-        functools.partial(damage.put_into, subject),
-    )
-    try:
-        seen = await look(way, image, place)
-    except Exception as exc:  # noqa: BLE001  (anything else is nobody's to expect)
-        return Found(SILENT, f"no typed error: {exc!r}")
-    if way != OWNER and not set(image.operations) <= {"open", "pread"}:
-        return Found(SILENT, f"it has written: {image.operations}")
-    return judge_way(subject, damage, way, seen)
+    goes = await see(damage.files)
+    return [judge_way(subject, damage, way, seen) for seen in goes]
 
 
 def judge_way(subject: Subject, damage: Damage, way: str, seen: Seen) -> Found:
     """Everything, or what is whole and then an error; or what a crash could have left."""
-    expected = [record for record in subject.records if record.lsn >= seen.start]
-    if seen.lsns is None and seen.records != expected[: len(seen.records)]:
+    if seen.strange:
+        return Found(SILENT, f"{seen.what}: {seen.strange}")
+    given: Sequence[Any] = seen.records if seen.commits is None else seen.commits
+    whole: Sequence[Any] = subject.records if seen.commits is None else subject.commits
+    expected = tuple(item for item in whole if item.lsn >= seen.start)[: len(given)]
+    if seen.lsns is None and tuple(given) != expected:
         if _is_as_before(subject, damage, seen):
             return Found(BEFORE)
-        return Found(SILENT, f"{len(seen.records)} records, not those that were written")
+        return Found(SILENT, f"{seen.what}: {len(given)}, not those that were written")
     if seen.error is not None:
         return Found(READ if seen.opened else REFUSED, str(seen.error))
     last = subject.records[-1].lsn
     proven = last if way == OWNER else proven_lsn(subject, damage, word=way != NO_WORD)
     if seen.durable_lsn is not None and seen.durable_lsn < proven:
-        return Found(SILENT, f"durable_lsn is {seen.durable_lsn}, proven is {proven}")
+        return Found(SILENT, f"{seen.what}: durable is {seen.durable_lsn}, proven is {proven}")
     if seen.last_lsn >= last:
         return Found(HARMLESS)
     if damage.must_refuse or seen.last_lsn < proven:
         return Found(
             SILENT,
-            f"ends after LSN {seen.last_lsn} of {last} without an error, "
+            f"{seen.what}: ends after LSN {seen.last_lsn} of {last} without an error, "
             f"though what is left proves {proven}",
         )
     return Found(TORN)
@@ -624,9 +636,13 @@ def judge_way(subject: Subject, damage: Damage, way: str, seen: Seen) -> Found:
 def _is_as_before(subject: Subject, damage: Damage, seen: Seen) -> bool:
     """Whether it is what the log once held, and its owner would take it too; or several stale
     files, which are a chain among themselves, and then an error."""
-    if subject.past is None or not subject.past.had(seen.records):
+    past = subject.past
+    if past is None:
         return False
-    if seen.error is not None and len(damage.files) > 1:
+    several = len(damage.files) > 1
+    if not (past.had_each(seen.records) if several else past.had(seen.records)):
+        return False
+    if several and seen.error is not None:
         return True
     try:
         open_log(damage.apply(subject), subject.path, verify_bytes=math.inf)
@@ -842,35 +858,49 @@ class Answer:
     """(what, the case as ``--replay`` wants it)"""
 
 
-def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, Found]:
+def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, list[Found]]:
     subject(name)  # is made by a run of its own
+    told: list[tuple[Damage, list[Found]]] = []
+
+    def each(_: int, damage: Damage, found: list[Found]) -> None:
+        told.append((damage, found))
+
     with _ways.quick():
-        return trio.run(_run_case, part, name, mode, case, Memory(), clock=_clock())
+        trio.run(_run_cases, Task(part, name, mode, range(case, case + 1)), each, clock=_clock())
+    return told[0]
 
 
-async def _run_case(
-    part: str, name: str, mode: str, case: int, memory: Memory
-) -> tuple[Damage, Found]:
+def damage_of(part: str, name: str, made: Subject, case: int) -> Damage:
+    if part in ("files", "stale"):
+        return list_of(part, name)[case]
+    return random_damage(made, case) if part == "random" else flip(made, case)
+
+
+@functools.lru_cache(maxsize=2)  # they hold files
+def list_of(part: str, name: str) -> list[Damage]:
     made = subject(name)
-    if part == "files":
-        damage = next(islice(file_damages(made), case, None))
-    elif part == "stale":
-        damage = next(islice(stale_damages(name, made), case, None))
-    elif part == "random":
-        damage = random_damage(made, case)
-    else:
-        damage = flip(made, case)
-    if mode in WAYS:
-        return damage, await examine_way(made, damage, mode)
-    if mode == OFFLINE:
-        return damage, await examine_offline(made, damage, memory)
-    return damage, await examine(made, damage, MODES[mode], memory)
+    return list(stale_damages(name, made) if part == "stale" else file_damages(made))
+
+
+async def _run_cases(task: Task, each: Callable[[int, Damage, list[Found]], None]) -> None:
+    made, mode = subject(task.subject), task.mode
+    memory = Memory()  # most files of a log are not those that were hit
+    async with AsyncExitStack() as stack:
+        see = await stack.enter_async_context(shown(made, mode)) if mode in WAYS else None
+        for case in task.cases:
+            damage = damage_of(task.part, task.subject, made, case)
+            if see is not None:
+                each(case, damage, await examine_way(made, damage, mode, see))
+            elif mode == OFFLINE:
+                each(case, damage, [await examine_offline(made, damage, memory)])
+            else:
+                each(case, damage, [await examine(made, damage, MODES[mode], memory)])
 
 
 def run_task(task: Task) -> Answer:
     subject(task.subject)
     with _ways.quick():
-        return trio.run(_run_cases, task, clock=_clock())
+        return trio.run(_answer, task, clock=_clock())
 
 
 def _clock() -> trio.testing.MockClock:
@@ -878,20 +908,22 @@ def _clock() -> trio.testing.MockClock:
     return trio.testing.MockClock(autojump_threshold=0)
 
 
-async def _run_cases(task: Task) -> Answer:
-    memory = Memory()  # most files of a log are not those that were hit
+async def _answer(task: Task) -> Answer:
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str]] = []
-    for case in task.cases:
-        damage, found = await _run_case(task.part, task.subject, task.mode, case, memory)
-        counts[found.outcome] += 1
-        if found.outcome == SILENT:
-            failures.append(
-                (
-                    f"{task.subject}, {damage.what}: {found.error}",
-                    f"'{task.part}:{task.subject}:{task.mode}:{case}'",
+
+    def each(case: int, damage: Damage, goes: list[Found]) -> None:
+        for found in goes:
+            counts[found.outcome] += 1
+            if found.outcome == SILENT:
+                failures.append(
+                    (
+                        f"{task.subject}, {damage.what}: {found.error}",
+                        f"'{task.part}:{task.subject}:{task.mode}:{case}'",
+                    )
                 )
-            )
+
+    await _run_cases(task, each)
     return Answer(task, dict(counts), tuple(failures))
 
 
@@ -917,10 +949,10 @@ def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
                 case "ways":
                     modes, cases = [*ways], bits
                 case "files":
-                    cases = range(sum(1 for _ in file_damages(made)))
+                    cases = range(len(list_of(part, name)))
                     modes = [*ways] if made.commits else ["all", "least", OFFLINE, *ways]
                 case "stale":
-                    cases = range(sum(1 for _ in stale_damages(name, made)))
+                    cases = range(len(list_of(part, name)))
                     modes = ["all", "least", OFFLINE, *ways]
                 case _:
                     modes = [*MODES, *ways]
@@ -1008,5 +1040,6 @@ def replay(case: str) -> int:
     except (ValueError, KeyError, IndexError, StopIteration):
         return _report.fail_usage(f"no such case: {case}")
     print(f"{name}: {damage.what}")
-    print(f"checked: {mode}; outcome: {found.outcome}; {found.error}")
-    return 1 if found.outcome == SILENT else 0
+    for one in found:
+        print(f"checked: {mode}; outcome: {one.outcome}; {one.error}")
+    return 1 if any(one.outcome == SILENT for one in found) else 0

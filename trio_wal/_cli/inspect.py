@@ -10,7 +10,7 @@ import attrs
 from msgspec import to_builtins
 
 from trio_wal import _scan, _verify
-from trio_wal._chain import judge_end
+from trio_wal._chain import joins, judge_end, place_before
 from trio_wal._files import Directory, File
 from trio_wal._frame import (
     FORMAT_VERSION,
@@ -18,6 +18,7 @@ from trio_wal._frame import (
     FrameHeader,
     Kind,
     Meta,
+    SegmentHeader,
     segment_name,
     to_datetime,
 )
@@ -173,14 +174,19 @@ class _Look:
         following = view.following
         state: State = "active" if view.is_last else "unsealed"
         footer = None
-        if not view.is_last and mark is not None and mark.kind is Kind.SEAL:
+        if following is None:
+            is_seal = not view.is_last
+        else:
+            # Or it is of the time before a truncation that is not yet carried out.
+            is_seal = mark is not None and joins(place_before(mark), following)
+        if is_seal and mark is not None and mark.kind is Kind.SEAL:
             footer = _scan.read_footer(file.pread, mark)
         if mark is not None and footer is not None:
             state = "sealed"
             self._frames = footer.frames
             self._position = Position(mark.end, mark.next_lsn, mark.crc)
         else:
-            self._walk(file)
+            self._walk(file, following)
             if view.is_last and self._last is not None and self._last.kind is Kind.CLOSE:
                 state = "closed"
         next_lsn = self._position.next_lsn
@@ -203,9 +209,15 @@ class _Look:
             created=to_datetime(max(0, min(header.created_us, TIME_US_MAX))),
         )
 
-    def _walk(self, file: File) -> None:
+    def _walk(self, file: File, following: SegmentHeader | None) -> None:
+        """Over all frames, or to where the next segment goes on: what stands after that was
+        copied or cut."""
         scanner = FrameScanner(file.pread, self._header, self._position, bodies=False)
-        for frame, _ in scanner:
+        frames = iter(scanner)
+        while following is None or not joins(scanner.position, following):
+            frame, _ = next(frames, (None, b""))
+            if frame is None:
+                break
             self._last = frame
             self._frames += frame.kind is Kind.DATA
             self._watermark = max(self._watermark, frame.durable_lsn)
@@ -213,7 +225,7 @@ class _Look:
 
     def check_end(self, file: File, meta: Meta | None) -> int:
         """Whether the log ends here; returns the newest record that is known to be durable."""
-        position = self._position
+        position, pointer = self._position, self._segment.pointer
         word = self._directory.published()
         told = word.durable_lsn if meta is not None and word.epoch in (None, meta.epoch) else 0
         judged = judge_end(
@@ -228,6 +240,10 @@ class _Look:
         if judged.loss is not None:
             error = judged.loss.error
             self.findings.append(Finding(error.path, error.offset, error.reason, position.next_lsn))
+        if meta is not None and meta.history:
+            told = max(told, meta.history[-1].after_lsn)
+        if pointer is not None:
+            told = max(told, pointer.last_lsn)
         return max(self._watermark, min(told, position.next_lsn - 1))
 
     def _find(
