@@ -24,6 +24,7 @@ BANDS: dict[int, set[str]] = {
         "_codec",
         "_events",
         "_exceptions",
+        "_exports",
         "_frame",
         "_identity",
         "_operations",

@@ -5,6 +5,7 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (
 ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
 """
 
+from . import _exports
 from ._cursor import Record as Record
 from ._database import (
     Commit as Commit,
@@ -52,3 +53,5 @@ from ._wal import (
 )
 
 __version__ = "0.1.0"
+
+_exports.say_public(__name__, globals())

@@ -34,6 +34,7 @@ from ._exceptions import (
     TransactionConflict,
     WrongDirectoryError,
 )
+from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._identity import Bookmark
@@ -54,7 +55,7 @@ from ._retention import KeepSegments, Retention
 from ._store import Progress, Store, StoreState, damaged, data_file, misfit
 from ._stream import RecordStream
 from ._text import printable
-from ._transaction import Transaction, check_range
+from ._transaction import Transaction, check_range, new_transaction
 from ._util import MiB, check_bytes, check_int, check_one_of, check_path
 from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
 from ._worker import Blocking, require_trio
@@ -145,7 +146,7 @@ class DatabaseStatistics:
 
 
 @final
-class Snapshot(AbstractContextManager["Snapshot"]):
+class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor):
     """A consistent, durable view at one LSN; writers and checkpoints go on.
 
     Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
@@ -242,7 +243,11 @@ class Snapshot(AbstractContextManager["Snapshot"]):
 
 
 @final
-class CommitStream(AbstractAsyncContextManager["CommitStream"], AsyncIterator[Commit]):
+class CommitStream(
+    AbstractAsyncContextManager["CommitStream"],
+    AsyncIterator[Commit],
+    metaclass=NoPublicConstructor,
+):
     """Committed transactions in order; what `Database.changes` returns."""
 
     def __init__(self, path: str, records: RecordStream) -> None:
@@ -292,8 +297,12 @@ def operations_in(path: str, lsn: int, data: bytes) -> Iterator[tuple[bytes, byt
         raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
 
 
+_new_snapshot = constructor(Snapshot)
+_new_commit_stream = constructor(CommitStream)
+
+
 @final
-class Database:
+class Database(metaclass=NoPublicConstructor):
     """An open database.  There is no public constructor: see `open_database`.
 
     Every async method is a checkpoint; no sync method is.  Methods may be called by any
@@ -349,7 +358,7 @@ class Database:
         """
         if self._closed:
             self._check_open()
-        return Transaction(self)
+        return new_transaction(self)
 
     @overload
     async def run(
@@ -424,7 +433,7 @@ class Database:
         Raises:
           KeyError: the key is absent.
         """
-        tx = Transaction(self)
+        tx = new_transaction(self)
         self._check_open()
         passed = self._transaction_of(current_task())
         async with tx:
@@ -507,7 +516,7 @@ class Database:
         reverse: bool,
         limit: int | None,
     ) -> Iterator[tuple[bytes, bytes]]:
-        with Snapshot(self) as snapshot:
+        with _new_snapshot(self) as snapshot:
             # `scan` takes this: a generator that was never begun would not let go either.
             yield b"", b""
             yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
@@ -518,7 +527,7 @@ class Database:
         Its moment is that of entering the block.
         """
         self._check_open()
-        return Snapshot(self)
+        return _new_snapshot(self)
 
     def changes(self, start: int | Bookmark | None = None) -> CommitStream:
         """Every committed transaction from LSN ``start`` on, in order, then new ones::
@@ -542,7 +551,7 @@ class Database:
         """
         records = self._wal.follow(start)
         records._entering = "db.changes() as commits"
-        return CommitStream(self._wal.path, records)
+        return _new_commit_stream(self._wal.path, records)
 
     # -- into the store --
 
@@ -935,15 +944,23 @@ class Database:
         return None
 
 
+_new_database = constructor(Database)
+
+
 class _LogOwner:
     """Whom the log tells what becomes of each commit; see `_queue.Owner`."""
 
-    __slots__ = ("may_withdraw", "settled", "withdrawn")
-
     def __init__(self, db: Database) -> None:
-        self.may_withdraw: Callable[[Task], bool] = db._may_withdraw
-        self.withdrawn: Callable[[Task], None] = db._withdrawn
-        self.settled: Callable[[Batch], None] = db._settled
+        self._db = db
+
+    def may_withdraw(self, task: Task) -> bool:
+        return self._db._may_withdraw(task)
+
+    def withdrawn(self, task: Task) -> None:
+        self._db._withdrawn(task)
+
+    def settled(self, batch: Batch) -> None:
+        self._db._settled(batch)
 
 
 @final
@@ -1061,11 +1078,11 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 
     async def _open_on(self, wal: WriteAheadLog, blocking: Blocking) -> Database:
         if wal._directory.created:
-            wal.undo_opening = partial(self._files.remove_store, self._store_path)
+            wal._undo_opening = partial(self._files.remove_store, self._store_path)
         store = await blocking(self._open_store)
         try:
             state = self._state or StoreState(wal._directory.log_uuid, 0)
-            db = Database(self._path, wal, store, state, self._checkpoint_bytes)
+            db = _new_database(self._path, wal, store, state, self._checkpoint_bytes)
         except BaseException:
             store.close()
             raise

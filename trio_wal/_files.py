@@ -177,7 +177,9 @@ class Files(Protocol):
     threaded: bool
     """Whether its calls block and so belong in a worker thread."""
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Whether anything stands under the path, be it a link that leads nowhere."""
+        ...
 
     def open_directory(self, path: str, *, create: bool = False, follow: bool = True) -> Directory:
         """``follow``: whether the directory itself may be a symbolic link."""
@@ -211,7 +213,9 @@ class Files(Protocol):
         """For the log's UUID and the salts of its segments."""
         ...
 
-    def absolute(self, path: str) -> str: ...
+    def absolute(self, path: str) -> str:
+        """The path, whatever the working directory becomes."""
+        ...
 
     def inspect_store(self, path: str) -> StoreState | None:
         """What a database's store says of itself, without writing; None: there is none."""
@@ -221,7 +225,9 @@ class Files(Protocol):
         """Raises `CorruptLogError` with the first of a store's defects."""
         ...
 
-    def open_store(self, path: str, map_size: int) -> Store: ...
+    def open_store(self, path: str, map_size: int) -> Store:
+        """Open a database's store, which is created if it is missing."""
+        ...
 
     def remove_store(self, path: str) -> None:
         """Remove a store that nothing was ever committed to."""

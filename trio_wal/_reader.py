@@ -33,11 +33,12 @@ from ._chain import (
 )
 from ._cursor import Moved, Place, place_in
 from ._exceptions import CorruptLogError, WrongDirectoryError
+from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
 from ._frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._identity import Bookmark, History
 from ._scan import FrameScanner, Position, start_of
-from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, Reading, RecordStream
+from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, Reading, RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_path
 from ._worker import Blocking, require_trio
@@ -453,7 +454,7 @@ def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int) -> bool:
 
 
 @final
-class LogReader:
+class LogReader(metaclass=NoPublicConstructor):
     """A look at a log without owning it; what `open_reader` gives.
 
     Takes no lock and writes nothing; the log may be written by another process all the
@@ -515,7 +516,7 @@ class LogReader:
     def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """As `WriteAheadLog.read`."""
         self._check_open()
-        return RecordStream(self._source, start, stop, follow=False)
+        return new_record_stream(self._source, start, stop, follow=False)
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """As `WriteAheadLog.follow`, until it is left: the writer may come and go.
@@ -524,7 +525,7 @@ class LogReader:
         elsewhere, and on file systems that tell of no changes, they are looked at every 20 ms.
         """
         self._check_open()
-        return RecordStream(self._source, start, None, follow=True)
+        return new_record_stream(self._source, start, None, follow=True)
 
     async def aclose(self) -> None:
         """Close the reader; a checkpoint; idempotent.
@@ -544,6 +545,9 @@ class LogReader:
             self._closed = True
             with trio.CancelScope(shield=True):
                 await self._source.aclose()
+
+
+_new_log_reader = constructor(LogReader)
 
 
 @final
@@ -566,7 +570,7 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
         except BaseException:
             close_quietly(directory)
             raise
-        self._reader = LogReader(self._files, source)
+        self._reader = _new_log_reader(self._files, source)
         return self._reader
 
     async def __aexit__(

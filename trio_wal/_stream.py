@@ -18,6 +18,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._cursor import Cursor, Locator, Moved, Record
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError
+from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._util import check_int
 from ._worker import Blocking
@@ -263,7 +264,11 @@ class Reading:
 
 
 @final
-class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Record]):
+class RecordStream(
+    AbstractAsyncContextManager["RecordStream"],
+    AsyncIterator[Record],
+    metaclass=NoPublicConstructor,
+):
     """Records of a log, in LSN order; what ``read()`` and ``follow()`` return.
 
     Enter it with ``async with`` and iterate with ``async for``.  Entering, each chunk of
@@ -383,3 +388,6 @@ class RecordStream(AbstractAsyncContextManager["RecordStream"], AsyncIterator[Re
             return reading.ready.pop()
         finally:
             self._busy = False
+
+
+new_record_stream = constructor(RecordStream)

@@ -20,6 +20,7 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._exceptions import KeyExistsError, TransactionConflict
+from ._exports import NoPublicConstructor, constructor
 from ._memtable import Layer, View
 from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, Writes, check_key
 from ._util import check_bytes, check_int
@@ -55,7 +56,7 @@ def check_range(
 
 
 @final
-class Transaction(AbstractAsyncContextManager["Transaction"]):
+class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublicConstructor):
     """A serializable transaction; what `Database.transaction` gives.
 
     ::
@@ -418,6 +419,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"]):
     def lsn(self) -> int | None:
         """The LSN of the commit; None before."""
         return self._lsn
+
+
+new_transaction = constructor(Transaction)
 
 
 def _reached(

@@ -35,6 +35,7 @@ from ._codec import require_zstd
 from ._directory import LogDirectory, open_log_directory
 from ._events import tell
 from ._exceptions import LogFullError, RecordTooLargeError
+from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
@@ -43,7 +44,7 @@ from ._local import LocalSource
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
-from ._stream import RecordStream
+from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import (
     MiB,
@@ -144,7 +145,7 @@ class _Options:
 
 
 @final
-class WriteAheadLog:
+class WriteAheadLog(metaclass=NoPublicConstructor):
     """An open log.  There is no public constructor: see `open_wal`.
 
     Every async method is a checkpoint, also when it need not wait; no sync method is.
@@ -184,7 +185,7 @@ class WriteAheadLog:
         self._closing = False
         self._handed_out = False
         self._forked = False
-        self.undo_opening: Callable[[], None] | None = None
+        self._undo_opening: Callable[[], None] | None = None
         """What removes whatever an open that fails has made beside the log."""
         self._before_close: Callable[[], Awaitable[None]] | None = None
         self._closed = _Latch()
@@ -366,7 +367,7 @@ class WriteAheadLog:
               that were given are no longer in the log.
           CorruptLogError: damage on disk, with its place; the records before it were given.
         """
-        return RecordStream(self._source(), start, stop, follow=False)
+        return new_record_stream(self._source(), start, stop, follow=False)
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """Like `read`, and then waits for new durable records, until it is left or the
@@ -382,7 +383,7 @@ class WriteAheadLog:
               far the log has grown since.
           LogFailedError: the log is broken, after all that is durable was given.
         """
-        return RecordStream(self._source(), start, None, follow=True)
+        return new_record_stream(self._source(), start, None, follow=True)
 
     def _source(self) -> LocalSource:
         if self._queue.state is State.CLOSED or self._closed.is_set():
@@ -576,7 +577,7 @@ class WriteAheadLog:
                 if self._handed_out:
                     close = partial(self._directory.close, orderly=orderly)
                 else:
-                    close = partial(self._directory.abandon, self.undo_opening)
+                    close = partial(self._directory.abandon, self._undo_opening)
                 await self._worker.call(close)
                 if self._handed_out and orderly:
                     last_lsn = self._flusher.last_lsn
@@ -733,6 +734,9 @@ class _Latch:
             await wait_task_rescheduled(lambda _: Abort.FAILED)
 
 
+_new_log = constructor(WriteAheadLog)
+
+
 @final
 class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
     """What `open_wal` returns.
@@ -783,7 +787,7 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
             if self._keep_from is not None:
                 directory.keep_from = self._keep_from()
             worker = self._make_worker(directory)
-            wal = WriteAheadLog(options, files, directory, blocking, worker)
+            wal = _new_log(options, files, directory, blocking, worker)
             manager = trio.open_nursery()
             nursery = await manager.__aenter__()
         except BaseException:

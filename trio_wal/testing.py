@@ -31,6 +31,7 @@ from typing import Final, Literal, final
 import attrs
 import trio
 
+from . import _exports
 from ._exceptions import LogLockedError
 from ._files import NO_WORD, Watch, Word
 from ._order import SortedKeys
@@ -725,3 +726,5 @@ class MemoryDirectory:
 
 
 __all__ = ["SECTOR", "MemoryFiles"]
+
+_exports.say_public(__name__, {name: globals()[name] for name in __all__ if name != "SECTOR"})

@@ -1,0 +1,46 @@
+"""What public things say of where they are from.
+
+Law: values only.  Tracebacks, ``help()``, pickles and the documentation show a class by its
+module; users know it as ``trio_wal.X``, and so it says that, as trio's own classes do.
+"""
+
+from __future__ import annotations
+
+import types
+from abc import ABCMeta
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
+
+T = TypeVar("T")
+
+
+class NoPublicConstructor(ABCMeta):
+    """The metaclass of classes whose objects are made by calls such as ``open_wal`` only."""
+
+    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{cls.__module__}.{cls.__qualname__} has no public constructor")
+
+
+def constructor(cls: type[T]) -> Callable[..., T]:
+    """What makes an object of a class that has no public constructor; as cheap as one."""
+    return cast("Callable[..., T]", partial(type.__call__, cls))
+
+
+def say_public(module: str, namespace: Mapping[str, object]) -> None:
+    """Have the classes and functions of a public module, and their methods, say that they are
+    that module's."""
+    for name, value in namespace.items():
+        if not name.startswith("_") and isinstance(value, (type, types.FunctionType)):
+            _say(module, value)
+
+
+def _say(module: str, value: Any) -> None:
+    if not value.__module__.startswith("trio_wal."):
+        return
+    value.__module__ = module
+    if isinstance(value, type):
+        for part in list(vars(value).values()):
+            inner = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
+            if isinstance(inner, types.FunctionType):
+                inner.__module__ = module
