@@ -188,8 +188,8 @@ def _dropped_too_far(patch: pytest.MonkeyPatch) -> None:
         original(self, frozen, lsn)
         self._wal._keep_from(lsn + 3)
 
-    original = _database.Database.checkpointed
-    patch.setattr(_database.Database, "checkpointed", checkpointed)
+    original = _database.Database._checkpointed
+    patch.setattr(_database.Database, "_checkpointed", checkpointed)
 
 
 def _never_conflicts(patch: pytest.MonkeyPatch) -> None:
