@@ -268,7 +268,7 @@ class CommitStream(
 
     @property
     def bookmark(self) -> Bookmark:
-        """The place after the last commit that was given: `Database.changes` continues there."""
+        """The place after the last commit that was given, where `Database.changes` continues."""
         return self._records.bookmark
 
     def __aiter__(self) -> CommitStream:
@@ -615,8 +615,9 @@ class Database(metaclass=NoPublicConstructor):
 
     @property
     def epoch(self) -> int:
-        """Grows at the first open of a backup: from then on it and the original may give the
-        same LSN to different transactions."""
+        """Which of the database's histories this is.  It grows at the first open of a backup,
+        because from then on it and the original may give the same LSN to different
+        transactions."""
         return self._wal.epoch
 
     @property
@@ -1156,10 +1157,9 @@ def open_database(
       TypeError, ValueError: an argument is wrong; the message names it.
 
     Raises, on entering; what was there is as it was, and nothing else stays:
-      LogLockedError, WrongDirectoryError, UntrustedDirectoryError, CorruptLogError,
-      UnsupportedFormatError, LogFullError, OSError, RuntimeError: as `open_wal`;
-          `CorruptLogError` also where LMDB's file is damaged, or log and store do not belong
-          together, or the store is ahead of the log.
+      LogLockedError, WrongDirectoryError, UntrustedDirectoryError: as `open_wal`.
+      UnsupportedFormatError, LogFullError, OSError, RuntimeError: as `open_wal`.
+      CorruptLogError: also where LMDB's file is damaged, or log and store do not fit.
 
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.

@@ -363,8 +363,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
         Raises, on entering or iterating:
           LsnTruncatedError: ``start`` is below `first_lsn`, or retention overtook the reader.
-          LogDivergedError: ``start`` is not in this log's history, or after its end; or records
-              that were given are no longer in the log.
+          LogDivergedError: ``start``, or what was given, is not in the log's history, or after it.
           CorruptLogError: damage on disk, with its place; the records before it were given.
         """
         return new_record_stream(self._source(), start, stop, follow=False)
@@ -458,8 +457,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
     @property
     def epoch(self) -> int:
-        """Grows whenever LSNs may be given a second time: at a `truncate_after` that drops
-        something, and at the first open of a backup.  0 until then."""
+        """Which of the log's histories this is.  It grows whenever LSNs may be given a second
+        time, that is at a `truncate_after` that drops something, and at the first open of a
+        backup.  0 until then."""
         return epoch_of(self._flusher.history)
 
     @property
