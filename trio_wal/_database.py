@@ -890,7 +890,10 @@ class Database(metaclass=NoPublicConstructor):
                 layer = self._view.active
                 if layer.add(writes, seq, seq, keep_older=False):
                     self._renew_view()
-                while self._settle_layers(seq) and self._dead():
+                while self._settle_layers(seq):
+                    if not self._dead():
+                        break
+                    # More deletions to be buried than are at once.
                     await trio.lowlevel.checkpoint()
                 layer.last_lsn = record.lsn
                 layer.log_bytes += len(record.data)
