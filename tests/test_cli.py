@@ -427,6 +427,18 @@ def test_inspect_misses_the_segments_of_a_log_that_has_none(cli: CommandLine, lo
     assert f"{segment}: at offset 0: the log's segments are missing" in cli.err
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_inspect_misses_a_segment_as_verify_does(
+    cli: CommandLine, long_log: Path, number: int
+) -> None:
+    lost = segment_files(long_log)[number]
+    lost.unlink()
+    assert cli("inspect", long_log) == 1
+    assert f"{lost}: at offset 0: segment {number + 1} is missing: " in cli.err
+    assert cli("verify", long_log) == 1
+    assert f"{lost}: offset 0: segment {number + 1} is missing: " in cli.out
+
+
 def test_a_segment_that_was_closed_and_then_rotated_away_is_unsealed_until_it_is_sealed(
     cli: CommandLine, log: Path
 ) -> None:

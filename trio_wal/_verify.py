@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import attrs
@@ -665,13 +665,8 @@ class _Verifier:
                 due_number = number + 1
                 continue
             segment, checked = settled
-            missing = first_listing.missing_before(segment, due_number, due_lsn)
-            if missing > 0:
-                findings.append(self._missing(segment, due_number, due_lsn, number == numbers[0]))
-            elif number == numbers[0] and self._starts_elsewhere(segment.header, base, base_lsn):
-                path = f"{self._directory.path}/{META_NAME}"
-                reason = f"it says that the log starts with segment {base} and LSN {base_lsn}"
-                findings.append(Finding(path, 0, f"{reason}, but that is {segment.file_name}"))
+            is_first = number == numbers[0]
+            findings += self._gap_before(first_listing, segment, due_number, due_lsn, is_first)
             findings += checked.findings
             first_lsn = segment.header.first_lsn if first_lsn is None else first_lsn
             due_number, due_lsn = number + 1, checked.end.next_lsn
@@ -698,6 +693,23 @@ class _Verifier:
             torn_bytes=torn,
             clean=clean and torn == 0,
         )
+
+    def _gap_before(
+        self,
+        listing: _Listing,
+        segment: FoundSegment,
+        due_number: int,
+        due_lsn: int,
+        is_first: bool,
+    ) -> Iterator[Finding]:
+        """What is wrong between a place in the chain, or where ``log.meta`` says that the log
+        starts, and the next segment that there is."""
+        if listing.missing_before(segment, due_number, due_lsn) > 0:
+            yield self._missing(segment, due_number, due_lsn, is_first)
+        elif is_first and self._starts_elsewhere(segment.header, due_number, due_lsn):
+            path = f"{self._directory.path}/{META_NAME}"
+            reason = f"it says that the log starts with segment {due_number} and LSN {due_lsn}"
+            yield Finding(path, 0, f"{reason}, but that is {segment.file_name}")
 
     def _starts_elsewhere(self, header: SegmentHeader, base: int, base_lsn: int) -> bool:
         return header.number < base or (header.number == base and header.first_lsn != base_lsn)

@@ -241,6 +241,25 @@ def pages(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(cases(), seconds)
 
 
+def readers(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Short rows of lives; ``only`` is the kind of log.  Each has its own time."""
+    from .readers import KINDS, Task, lives_of
+
+    started = time.monotonic()
+    kinds = [only] if only else list(KINDS)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in itertools.count(1):
+            # Those of odd seeds cut.
+            task = Task(
+                kinds[number % len(kinds)], 2 * (seed + number) - 1, folder, folder, lives=8
+            )
+            outcome = lives_of(task)
+            found = outcome.problems[0].splitlines()[0] if outcome.problems else ""
+            if found or time.monotonic() - started > seconds:
+                return Judgement(number, found, time.monotonic() - started)
+    raise AssertionError("unreachable")
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -339,6 +358,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "errors": errors,
     "leaks": leaks,
     "bitrot": bitrot,
+    "readers": readers,
     "hostile": hostile,
     "bombs": bombs,
     "store": store,

@@ -38,7 +38,8 @@ class Mark:
     base_lsn: int
     """Its history's first record; never an empty one."""
     parent: int
-    """The history that the record before that is of; 0: there is none."""
+    """The history that the record before that is of; 0: there is none, or it is dropped and not
+    known any more."""
 
 
 def record(seed: int, mark: Mark, size: int) -> bytes:
@@ -73,6 +74,8 @@ class Chain:
     """That must be given next; 0: any."""
     known: Mark | None = None
     """The last that was not empty."""
+    _runs: list[Mark] = attrs.Factory(list)
+    """The first of each history."""
 
     def give(self, lsn: int, data: bytes) -> None:
         """Raises `Wrong`."""
@@ -90,6 +93,19 @@ class Chain:
         before, self.known = self.known, mark
         if before is not None:
             _check_next(before, mark)
+        if before is None or before.history != mark.history:
+            self._runs.append(mark)
+
+    def back_to(self, lsn: int) -> None:
+        """What was given after this one is no more: the next is the one after it."""
+        if not self.first_lsn <= lsn < self.next_lsn:
+            self.first_lsn, self.known = 0, None
+            self._runs.clear()
+        self.next_lsn = lsn + 1
+        while self._runs and self._runs[-1].lsn > lsn:
+            self._runs.pop()
+        if self.known is not None and self.known.lsn > lsn:
+            self.known = attrs.evolve(self._runs[-1], lsn=lsn) if self._runs else None
 
     def told(self) -> list[int]:
         """(first LSN, last LSN, the last that was not empty, its history)"""
@@ -103,7 +119,7 @@ def _check_next(before: Mark, mark: Mark) -> None:
     if before.lsn >= mark.base_lsn:
         fits = before.history == mark.history
     else:
-        fits = before.history == mark.parent and mark.lsn == mark.base_lsn
+        fits = mark.parent in (before.history, 0) and mark.lsn == mark.base_lsn
     if not fits:
         raise Wrong(
             f"two histories in one stream: LSN {before.lsn} is of history {before.history}, "
@@ -187,10 +203,25 @@ class History:
     """(time, first LSN) after one was done."""
     given: dict[int, tuple[int, str]] = attrs.Factory(dict)
     """Of each history: the highest LSN that a stream has given, and which one."""
+    _begun: list[tuple[int, int]] = attrs.Factory(list)
+    """(time, number) of each life."""
+    _synced: dict[int, list[tuple[int, int]]] = attrs.Factory(dict)
+    """Of each history: (time, LSN) of each sync in the life that wrote it."""
+    _opened: list[tuple[int, int]] = attrs.Factory(list)
+    """(time at which a life began, last LSN that it found)"""
 
     def hear(self, name: str, at: int, words: Sequence[Any]) -> None:
         """A message of the owner's."""
         match name:
+            case "life":
+                self._begun.append((at, words[0]))
+            case "synced":
+                lsn, history = words
+                if history:
+                    self._synced.setdefault(history, []).append((at, lsn))
+                elif self._begun:
+                    # On opening: what was found, of whatever history.
+                    self._opened.append((self._begun[-1][0], lsn))
             case "open":
                 first, last, starts, histories = words
                 self._settle(Runs(starts, histories), last)
@@ -275,8 +306,21 @@ class History:
             if lsn > self.durable.get(history, 0)
         ]
 
-    def note(self, who: str, lsn: int, history: int) -> None:
+    def was_durable(self, lsn: int, history: int, at: int) -> bool:
+        """Whether a record that was given at a time was durable by then."""
+        mine = self._synced.get(history, [])
+        return any(
+            lsn <= up_to
+            for pairs in (mine, self._opened)
+            for _, up_to in reversed(pairs[: bisect_right(pairs, at, key=lambda pair: pair[0])])
+        )
+
+    def note(self, who: str, at: int, lsn: int, history: int) -> None:
         """A stream has given this record."""
+        if history and not self.was_durable(lsn, history, at):
+            self.problems.append(
+                f"{who} was given LSN {lsn} of history {history} before it was durable"
+            )
         if history and lsn > self.given.get(history, (0, ""))[0]:
             self.given[history] = (lsn, who)
 

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -29,6 +30,7 @@ import attrs
 import trio
 
 import trio_wal
+from trio_wal import Bookmark
 
 from . import _program
 from ._marks import Chain, Wrong
@@ -134,7 +136,7 @@ class _Readers:
     def rng(self, who: object) -> Random:
         return Random(f"{self.onlooker.seed} reading {who}")
 
-    def stream(self, who: str, kind: str, start: int | None = None) -> Stream:
+    def stream(self, who: str, kind: str, start: int | Bookmark | None = None) -> Stream:
         self.numbers += 1
         onlooker = self.onlooker
         database = onlooker.kind == "database"
@@ -182,9 +184,20 @@ class _Readers:
         def pause() -> float | None:
             return rng.uniform(0, 0.01) if rng.random() < SLOW_SHARE else None
 
+        start: int | Bookmark | None = None
+        chain: Chain | None = None
         while True:
-            self.followers[who] = stream = self.stream(who, "follow")
-            await stream.run(reader.follow, first_lsn=lambda: reader.first_lsn, pause=pause)
+            stream = self.stream(who, "follow", start)
+            if start is not None and chain is not None:
+                stream.chain = chain
+            self.followers[who] = stream
+            end = await stream.run(
+                reader.follow,
+                first_lsn=lambda: reader.first_lsn,
+                pause=pause,
+                count=rng.choice((rng.randint(1, 200), math.inf)),
+            )
+            start, chain = stream.again(end), stream.chain
             await trio.sleep(rng.uniform(0, 0.01))
 
     async def read(self, reader: Any, who: str) -> None:

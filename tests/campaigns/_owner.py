@@ -25,7 +25,15 @@ import attrs
 import trio
 
 import trio_wal
-from trio_wal import Database, KeepSegments, LogDivergedError, LsnTruncatedError, WriteAheadLog
+from trio_wal import (
+    Bookmark,
+    Database,
+    KeepSegments,
+    LogDivergedError,
+    LsnTruncatedError,
+    WriteAheadLog,
+)
+from trio_wal._directory import LogDirectory
 from trio_wal._operations import decode_transaction
 
 from ._marks import (
@@ -133,9 +141,13 @@ class Stream:
     who: str
     kind: str
     seed: int
-    start: int | None = None
+    start: int | Bookmark | None = None
     database: bool = False
     chain: Chain = attrs.Factory(lambda self: Chain(self.seed), takes_self=True)
+    bookmark: Bookmark | None = None
+    """Where it was left."""
+    common: Bookmark | None = None
+    """The last place that it shares with the history that took its own's place."""
     begun: int = attrs.Factory(now)
     entered: int = 0
     position: int = 0
@@ -144,7 +156,7 @@ class Stream:
 
     async def run(
         self,
-        open_stream: Callable[[int | None], Any],
+        open_stream: Callable[[int | Bookmark | None], Any],
         *,
         first_lsn: Callable[[], int],
         count: float = math.inf,
@@ -156,6 +168,8 @@ class Stream:
         try:
             end = await self._read(open_stream, first_lsn, count, each, pause)
         except LogDivergedError as exc:
+            if exc.parted_after is not None:
+                self.common = Bookmark(exc.parted_after, exc.bookmark.epoch)
             end = ["diverged", exc.parted_after, exc.bookmark.lsn]
         except LsnTruncatedError as exc:
             end = ["truncated", exc.first_lsn, exc.lsn]
@@ -171,23 +185,38 @@ class Stream:
         finally:
             self.running = False
             times = (self.begun, self.entered, now())
-            self.tell("stream", *times, self.who, self.kind, self.start, self.chain.told(), end)
+            self.tell("stream", *times, self.who, self.kind, self.first, self.chain.told(), end)
         return str(end[0])
+
+    @property
+    def first(self) -> int | None:
+        """The first LSN that it asks for; None: the log's."""
+        return self.start.lsn + 1 if isinstance(self.start, Bookmark) else self.start
+
+    def again(self, end: str) -> int | Bookmark | None:
+        """From where the next one goes on, with the same chain; None: it begins anew."""
+        if end == "left":
+            return self.bookmark
+        if end == "diverged" and self.common is not None:
+            self.chain.back_to(self.common.lsn)
+            return self.common
+        return None
 
     async def _read(
         self,
-        open_stream: Callable[[int | None], Any],
+        open_stream: Callable[[int | Bookmark | None], Any],
         first_lsn: Callable[[], int],
         count: float,
         each: Callable[[int], None] | None,
         pause: Callable[[], float | None] | None,
     ) -> list[Any]:
-        if self.start is not None:
-            self.chain.next_lsn = max(1, self.start)
+        first = self.first
+        if first is not None:
+            self.chain.next_lsn = max(1, first)
         given = 0
         async with open_stream(self.start) as records:
             self.entered = now()
-            self.position = (first_lsn() if self.start is None else max(1, self.start)) - 1
+            self.position = (first_lsn() if first is None else max(1, first)) - 1
             async for item in records:
                 data = payload(item) if self.database else item.data
                 self.chain.give(item.lsn, data)
@@ -198,6 +227,9 @@ class Stream:
                 if given % TELL_RECORDS == 0:
                     self._tell_given()
                 if given >= count:
+                    self.bookmark = records.bookmark
+                    if self.bookmark.lsn != item.lsn:
+                        raise Wrong(f"after LSN {item.lsn} the bookmark is {self.bookmark}")
                     return ["left"]
                 if pause is not None and (seconds := pause()) is not None:
                     self._tell_given()
@@ -478,11 +510,26 @@ class _DatabaseLife(_Life):
         await stream.run(db.wal.read, first_lsn=lambda: db.wal.first_lsn, each=self.check_durable)
 
 
+def tell_syncs(life: _Life) -> None:
+    """From here on, in this process: what is durable, as soon as it is."""
+
+    def get(self: LogDirectory) -> int:
+        return int(vars(self)["synced_lsn"])
+
+    def put(self: LogDirectory, lsn: int) -> None:
+        writer = getattr(life, "writer", None)
+        life.say("synced", lsn, 0 if writer is None else writer.history)
+        vars(self)["synced_lsn"] = lsn
+
+    setattr(LogDirectory, "synced_lsn", property(get, put))  # noqa: B010  (a plain attribute)
+
+
 async def live(owner: Owner, tell: Tell) -> None:
     life: _LogLife | _DatabaseLife
-    tell("life", owner.life)
+    life = (_DatabaseLife if owner.kind == "database" else _LogLife)(owner, tell)
+    life.say("life", owner.life)
+    tell_syncs(life)
     async with owner.open() as opened:
-        life = (_DatabaseLife if owner.kind == "database" else _LogLife)(owner, tell)
         await life.run(opened)
         tell("closing")
         if owner.ending == "exit":

@@ -42,6 +42,7 @@ from trio_wal._frame import (
     FrameHeader,
     Kind,
     crc32c,
+    decode_meta,
     decode_segment_header,
     segment_name,
 )
@@ -54,7 +55,7 @@ from trio_wal.testing import MemoryFiles
 
 from . import _report, _ways
 from ._remembered import Memory
-from ._ways import NO_WORD, OWNER, WAYS, WRITERS, Seen
+from ._ways import NO_WORD, OPEN, OWNER, WAYS, WRITERS, Seen
 
 SMALL_BYTES: Final = 16 * KiB
 """Bytes of the segment files of each log whose every bit is flipped."""
@@ -408,6 +409,8 @@ class Damage:
     """(file, from, to)"""
     must_refuse: bool = False
     """Whole files are missing or foreign: it must be refused, whatever place is named."""
+    only: tuple[str, ...] = ()
+    """Ways to read for which it is one; nothing: all."""
 
     @property
     def bytes(self) -> int:
@@ -622,6 +625,9 @@ def judge_way(subject: Subject, damage: Damage, way: str, seen: Seen) -> Found:
     proven = last if way == OWNER else proven_lsn(subject, damage, word=way != NO_WORD)
     if seen.durable_lsn is not None and seen.durable_lsn < proven:
         return Found(SILENT, f"{seen.what}: durable is {seen.durable_lsn}, proven is {proven}")
+    # What was looked at before, and is not needed any more, is not looked at again.
+    if damage.must_refuse and way != OWNER and (way != OPEN or seen.start == 1):
+        return Found(SILENT, f"{seen.what}: taken as if it were the log's own")
     if seen.last_lsn >= last:
         return Found(HARMLESS)
     if damage.must_refuse or seen.last_lsn < proven:
@@ -742,18 +748,27 @@ def file_damages(subject: Subject) -> Iterator[Damage]:
     )
     yield Damage("log.meta of another log", {META_NAME: other[META_NAME]}, (), must_refuse=True)
     yield Damage("no segment", dict.fromkeys(names), (), must_refuse=True)
+    yield Damage("a stray name", {"wal-7.log": b""}, (), must_refuse=True)
+    anew = _foreign(subject, b"another ")
+    gone: dict[str, bytes | None] = dict.fromkeys(contents)
+    yield Damage("another log", {**gone, **anew}, (), must_refuse=True, only=(OPEN,))
+    meta = decode_meta(anew[META_NAME])
+    empty = attrs.evolve(meta, live=False).encode()
+    yield Damage("a log made anew", {**gone, META_NAME: empty}, (), must_refuse=True, only=(OPEN,))
 
 
-def _foreign(subject: Subject) -> Contents:
-    """The same log with another UUID and other salts."""
+def _foreign(subject: Subject, mark: bytes = b"") -> Contents:
+    """The same log with another UUID and other salts; ``mark`` stands before each record."""
     files = MemoryFiles(seed=99)
     log = open_log(files)
     payloads = {record.lsn: record.data for record in subject.records}
     for part in chain.from_iterable(subject.parts.values()):
         if part.kind == "frame":
-            append(log, payloads[part.first_lsn])
+            append(log, mark + payloads[part.first_lsn])
     log.close()
     foreign = files.contents(LOG)
+    if mark:
+        return foreign
     data = foreign[segments_of(foreign)[0]]
     return {
         name: foreign.get(name, data).ljust(len(content), b"\0")[: len(content)]
@@ -889,6 +904,9 @@ async def _run_cases(task: Task, each: Callable[[int, Damage, list[Found]], None
         see = await stack.enter_async_context(shown(made, mode)) if mode in WAYS else None
         for case in task.cases:
             damage = damage_of(task.part, task.subject, made, case)
+            if damage.only and mode not in damage.only:
+                each(case, damage, [])
+                continue
             if see is not None:
                 each(case, damage, await examine_way(made, damage, mode, see))
             elif mode == OFFLINE:

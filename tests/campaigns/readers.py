@@ -125,7 +125,7 @@ class Judge:
             match words[0]:
                 case "stream" | "gave" | "strange":
                     said.append(words)
-                case "life" | "closing":
+                case "closing":
                     pass
                 case name:
                     self.history.hear(name, words[1], words[2:])
@@ -147,7 +147,8 @@ class Judge:
             case "stream":
                 self._stream(*words)
             case "gave":
-                self.history.note(words[1], words[2], words[3])
+                at, who, lsn, history = words
+                self.history.note(who, at, lsn, history)
             case "looked":
                 self._looked(*words)
             case "tool":
@@ -182,7 +183,7 @@ class Judge:
         outcome = self.outcome
         outcome.streams[end[0]] += 1
         outcome.records += last - first + 1 if first else 0
-        self.history.note(who, known, history)
+        self.history.note(who, ended, known, history)
         name = f"{who} ({kind} from {start}, gave {first} to {last})"
         low, high = self.history.may_start(begun, entered or ended)
         if first and start is None and not low <= first <= high:
@@ -198,7 +199,7 @@ class Judge:
             case ["truncated", _, _]:
                 self._truncated(name, ended, first, last, start)
             case ["diverged", _, lsn]:
-                if not self.history.was_cut(max(last, start or 0, lsn), ended):
+                if not self.history.was_cut(max(last, (start or 1) - 1, lsn), ended):
                     self._wrong(f"{name}: it was told of another history, and nothing was cut")
             case [_, text]:
                 self._wrong(f"{name}: {text}")

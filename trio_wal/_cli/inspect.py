@@ -117,7 +117,8 @@ def _look(directory: Directory) -> _Log:
 
 
 def _look_once(directory: Directory) -> _Log:
-    listing = _verify._Verifier(directory, None)._listing
+    verifier = _verify._Verifier(directory, None)
+    listing = verifier._listing
     meta, found = listing.meta, list(listing.chain.values())
     findings = list(listing.findings)
     rows: list[_Segment] = []
@@ -126,7 +127,10 @@ def _look_once(directory: Directory) -> _Log:
         path = f"{directory.path}/{segment_name(base_lsn)}"
         findings.append(Finding(path, 0, "the log's segments are missing", base_lsn))
     durable_lsn = base_lsn - 1
+    due = (meta.base_number, base_lsn) if meta is not None else None
     for segment in found:
+        if due is not None:
+            findings += verifier._gap_before(listing, segment, *due, not rows)
         view = listing.view(segment.number)
         assert view is not None
         look = _Look(directory, view)
@@ -135,6 +139,7 @@ def _look_once(directory: Directory) -> _Log:
             rows.append(look.row(file))
             # Another segment follows only when all of this one is durable.
             durable_lsn = look.check_end(file, meta) if view.is_last else rows[-1].last_lsn
+            due = segment.number + 1, rows[-1].last_lsn + 1
         finally:
             file.close()
         findings += look.findings
