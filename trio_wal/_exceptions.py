@@ -255,10 +255,13 @@ class LogDivergedError(LsnTruncatedError):
         self, path: str | os.PathLike[str], bookmark: Bookmark, parted_after: int | None
     ) -> None:
         super().__init__(1 if parted_after is None else parted_after + 1, bookmark.lsn)
-        self.args = (path, bookmark, parted_after)
         self.path: str = os.fspath(path)
         self.bookmark = bookmark
         self.parted_after = parted_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Pickled by its own arguments: the base class has others.
+        return type(self), (self.path, self.bookmark, self.parted_after)
 
     def __str__(self) -> str:
         if self.parted_after is None:

@@ -95,10 +95,10 @@ class Reading:
     """
 
     def __init__(self, source: Source, start: int, *, stop: int | None, seen: bool) -> None:
-        self.source = source
+        self.source: Source = source
         self.ready: list[Record] = []
         """The newest stands first."""
-        self.ended = False
+        self.ended: bool = False
         self._cursor = Cursor(source, start)
         self._stop = stop
         self._begin = 0 if seen else start

@@ -643,7 +643,7 @@ class MemoryDirectory:
         self, files: MemoryFiles, path: str, folder: _Folder, made: tuple[str, ...] = ()
     ) -> None:
         self.path = path
-        self.made = made
+        self.made: tuple[str, ...] = made
         self._files = files
         self._folder = folder
 
