@@ -193,7 +193,12 @@ def wrong(told: Judge, *report: Any) -> list[str]:
 
 
 RUNS = ([1], [10])
-LOG = (("open", 100, 1, 5, *RUNS), ("closed", 200, 5, *RUNS))
+LOG = (
+    ("life", 90, 0),
+    ("synced", 92, 5, 0),
+    ("open", 100, 1, 5, *RUNS),
+    ("closed", 200, 5, *RUNS),
+)
 
 
 def stream(
@@ -208,7 +213,7 @@ def test_a_read_gives_all_that_was_acknowledged() -> None:
     assert wrong(told, *stream(["end"], told=[1, 5, 5, 10], start=1)) == []
     (found,) = wrong(told, *stream(["end"], told=[1, 4, 4, 10]))
     assert found.endswith("it ended, and LSN 5 was acknowledged")
-    assert wrong(told, *stream(["end"], told=[1, 4, 4, 10], at=50)) == [], "nobody knew"
+    assert wrong(told, *stream(["end"], told=[1, 4, 4, 10], at=95)) == [], "nobody knew"
     assert wrong(told, *stream(["end"], told=[0, 0, 0, 0], start=6)) == []
     assert wrong(told, *stream(["end"], kind="follow", told=[1, 5, 5, 10])), "followers go on"
 
@@ -258,10 +263,36 @@ def test_what_was_given_and_did_not_last_is_found() -> None:
     assert wrong(told, "gave", 500, "a follower", 5, 10) == []
     told.settled()
     assert told.outcome.problems == []
+    told.history.hear("synced", 450, [6, 10])
     assert wrong(told, "gave", 500, "a follower", 6, 10) == []
     told.settled()
     (found,) = told.outcome.problems
     assert found.startswith("a follower was given LSN 6 of history 10, which is not in the log")
+
+
+def test_what_was_given_before_it_was_durable_is_found() -> None:
+    told = judge(*LOG, ("synced", 450, 7, 20))
+    assert wrong(told, "gave", 451, "a follower", 7, 20) == []
+    (found,) = wrong(told, "gave", 449, "a follower", 6, 20)
+    assert found == "a follower was given LSN 6 of history 20 before it was durable"
+    assert wrong(told, "gave", 500, "a follower", 8, 20)
+    assert wrong(told, "gave", 89, "a follower", 5, 10)
+    # A life makes durable what it finds, before it can say what that is.
+    assert wrong(told, "gave", 91, "a follower", 5, 10) == []
+
+
+def test_a_chain_goes_back_to_where_histories_parted() -> None:
+    chain = give(*OLD, (4, 20, 4, 10), (5, 20, 4, 10))
+    chain.back_to(4)
+    assert chain.told() == [1, 4, 4, 20]
+    chain.back_to(2)
+    assert chain.told() == [1, 2, 2, 10]
+    chain.give(3, record(SEED, Mark(3, 30, 3, 10), 5))
+    with pytest.raises(Wrong, match="two histories"):
+        chain.give(4, record(SEED, Mark(4, 20, 4, 10), 5))
+    chain.back_to(9)
+    assert chain.told() == [0, 0, 0, 0]
+    chain.give(10, b"")
 
 
 def test_an_opening_that_lost_what_was_durable_is_found() -> None:

@@ -44,6 +44,11 @@ PAUSES_SECONDS: Final = (0.003, 0.01, 0.03)
 """One of them is an onlooker's: how eagerly it reads."""
 SLOW_SHARE: Final = 0.02
 """Of the records that a follower is slow with."""
+PROGRAM_SHARE: Final = 0.01
+"""Of tools that are run as programs of their own, which takes long."""
+AWAY_SECONDS_MAX: Final = 0.6
+AWAY_SHARE: Final = 0.15
+"""Of followers that go on where they were left."""
 SETTLE_SECONDS: Final = 20.0
 """So long a follower may take to the end of a log that stands still: that is no measure, only
 what tells slow from never."""
@@ -198,7 +203,9 @@ class _Readers:
                 count=rng.choice((rng.randint(1, 200), math.inf)),
             )
             start, chain = stream.again(end), stream.chain
-            await trio.sleep(rng.uniform(0, 0.01))
+            # Where it stays away for long, the log may have been cut, more than once.
+            away = AWAY_SECONDS_MAX if rng.random() < AWAY_SHARE else 0.01
+            await trio.sleep(rng.uniform(0, away))
 
     async def read(self, reader: Any, who: str) -> None:
         rng = self.rng(who)
@@ -283,6 +290,9 @@ def use_tools(onlooker: Onlooker, tell: _program.Tell) -> None:
     out, err = sys.stdout, sys.stderr
     while True:
         name = rng.choice(("dump", "inspect", "verify"))
+        if rng.random() < PROGRAM_SHARE:
+            use_command(onlooker, tell, name)
+            continue
         begun = now()
         texts = _Output(), _Output()
         sys.stdout, sys.stderr = texts

@@ -53,6 +53,7 @@ def mutant(name: str, file: str, judge: str, *texts: str) -> Mutant:
 SIMULATOR, WHOLE, SCHEDULES = "simulator", "whole", "schedules"
 ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", "store"
 PAGES: Final = "pages"
+READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
 
 MUTANTS: Final = (
@@ -492,6 +493,122 @@ MUTANTS: Final = (
     mutant(
         "a backup starts at the wrong record", "_checkpoint", "errors:database",
         "                first_lsn=state.lsn + 1,", "                first_lsn=state.lsn + 2,",
+    ),
+    # -- who reads --
+    mutant(
+        "readers take damage for the end", "_reader", "bitrot:ways/reader",
+        "elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):",
+        "elif False:",
+    ),
+    mutant(
+        "readers do not take the owner's word as proof", "_reader", "bitrot:ways/reader",
+        "                told_lsn=proof,\n", "                told_lsn=0,\n",
+    ),
+    mutant(
+        "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",
+        "            chain_damage=damage,\n", "            chain_damage=None,\n",
+    ),
+    mutant(
+        "readers go on in another log", "_reader", "bitrot:files/open reader",
+        "            if not meta.live or meta.log_uuid != known.log_uuid:\n",
+        "            if False:\n",
+    ),
+    mutant(
+        "readers do not look again at what was wrong", "_reader", "bitrot:files/open reader",
+        "        if seen.segments and same and seen.chain_damage is None:\n",
+        "        if seen.segments and same:\n",
+    ),
+    mutant(
+        "segments need not join", "_chain", "bitrot:stale/reader",
+        "        if end is None:\n            continue\n        path, offset",
+        "        if True:\n            continue\n        path, offset",
+    ),
+    mutant(
+        "of two segments that do not join the first is always read", "_chain",
+        "bitrot:stale/reader",
+        "            whole = index if odd else index - 1\n", "            whole = index\n",
+    ),
+    mutant(
+        "the owner reads whatever file stands there", "_local", "bitrot:files/owner",
+        "                if found.header != header:\n", "                if False:\n",
+    ),
+    mutant(
+        "the watermark in a frame says nothing", "_reader", "bitrot:ways/reader, no word",
+        "            watermark, kind = max(watermark, frame.durable_lsn), frame.kind\n",
+        "            kind = frame.kind\n",
+    ),
+    mutant(
+        "a pointer says nothing of what is before its frame", "_reader",
+        "bitrot:ways/reader, no word",
+        "            told = max(told, last.pointer.last_lsn)\n", "            pass\n",
+    ),
+    mutant(
+        "a part of a frame is skipped by one", "_cursor", "bitrot:ways/reader",
+        "            skip = self.next_lsn - frame.first_lsn\n",
+        "            skip = max(0, self.next_lsn - frame.first_lsn - 1)\n",
+    ),
+    mutant(
+        "what is written is taken for durable", "_reader", READERS,
+        "max(seen.durable_lsn, tail.watermark, min(told, end.next_lsn - 1), proven)",
+        "max(end.next_lsn - 1, proven)",
+    ),
+    mutant(
+        "what a cut leaves is durable only by the owner's word", "_reader", READERS,
+        "            told, proof = max(told, begun), max(proof, begun)\n", "            pass\n",
+    ),
+    mutant(
+        "the owner's word counts in any history", "_reader", READERS,
+        "        told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0\n",
+        "        told = word.durable_lsn\n",
+    ),
+    mutant(
+        "what looks wrong is believed at the first look", "_reader", READERS,
+        "                stands = doubt == believed and self._fingerprint() == print_before\n",
+        "                stands = True\n",
+    ),
+    mutant(
+        "a stream believes damage at once", "_stream", READERS,
+        "        if self._doubts < (2 if stood else SAME_DAMAGE_TIMES):\n", "        if False:\n",
+    ),
+    mutant(
+        "a stream does not ask for the history", "_stream", READERS,
+        "        if history is not self._history and history != self._history:\n",
+        "        if False:\n",
+    ),
+    mutant(
+        "a stream forgets one record that it has given", "_stream", READERS,
+        "        if lsn is None or next_lsn > max(self._begin, lsn + 1):\n",
+        "        if lsn is None or next_lsn > max(self._begin, lsn + 2):\n",
+    ),
+    mutant(
+        "a bookmark of another history is taken", "_stream", READERS,
+        "            if common is None or place.lsn > min(common, last):\n",
+        "            if place.lsn > last:\n",
+    ),
+    mutant(
+        "only the last parting of histories counts", "_identity", READERS,
+        "min((later.after_lsn for later in known[index + 1 :]), default=UNPARTED)",
+        "known[-1].after_lsn if known[index + 1 :] else UNPARTED",
+    ),
+    mutant(
+        "a cut begins no epoch", "_directory", READERS,
+        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
+        "        history = self._meta.history\n",
+    ),
+    mutant(
+        "an epoch begins one record too late", "_directory", READERS,
+        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
+        "        history = branch(self._meta.history, lsn + 1, self._files.random_bytes(4))\n",
+    ),
+    mutant(
+        "a reader that was overtaken by retention is told of damage", "_stream", READERS,
+        "        if next_lsn < source.first_lsn:\n", "        if False:\n",
+        "        if cursor.next_lsn < source.first_lsn:\n", "        if False:\n",
+    ),
+    mutant(
+        "the owner gives what is not yet synced", "_local", READERS,
+        "        return min(self._flusher.durable_lsn, self._directory.last_lsn)\n",
+        "        return self._directory.last_lsn\n",
     ),
 )  # fmt: skip
 
