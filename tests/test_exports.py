@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import attrs
 import pytest
@@ -213,6 +213,13 @@ def test_every_error_is_among_them() -> None:
 )
 def test_values_are_pickled(value: object) -> None:
     assert pickle.loads(pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize("name", [name for name, cls in CLASSES.items() if attrs.has(cls)])
+def test_the_types_of_fields_can_be_asked_for(name: str) -> None:
+    hints = get_type_hints(CLASSES[name])
+    assert {field.name for field in attrs.fields(CLASSES[name])} <= set(hints)
+    assert not any(isinstance(hint, str) for hint in hints.values())
 
 
 def test_help_lists_classes_and_functions() -> None:

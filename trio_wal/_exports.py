@@ -6,11 +6,12 @@ module; users know it as ``trio_wal.X``, and so it says that, as trio's own clas
 
 from __future__ import annotations
 
+import contextlib
 import types
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 T = TypeVar("T")
 
@@ -38,6 +39,11 @@ def say_public(module: str, namespace: Mapping[str, object]) -> None:
 def _say(module: str, value: Any) -> None:
     if not value.__module__.startswith("trio_wal."):
         return
+    if isinstance(value, type) and "__annotations__" in vars(value):
+        # What they name is known where the class was written, and not in the public module.
+        with contextlib.suppress(NameError):
+            hints = get_type_hints(value, include_extras=True)
+            value.__annotations__ = {name: hints[name] for name in value.__annotations__}
     value.__module__ = module
     if isinstance(value, type):
         for part in list(vars(value).values()):
