@@ -579,12 +579,14 @@ def _ask(cases: range) -> Iterator[tuple[int, Found]]:
     """Up to the first case that ends the process, that one included."""
     command = [sys.executable, "-m", "campaigns", "store", "--child"]
     command += [str(cases.start), str(cases.stop)]
-    tests = Path(__file__).parents[1]
+    # The same package as here, and this campaign, wherever they were found.
+    paths = [*filter(None, sys.path), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     at = cases.start
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
         tempfile.TemporaryDirectory(dir=fast_folder()) as folder,
-        subprocess.Popen(command, cwd=tests, env={**os.environ, FOLDER: folder}, **pipes) as child,
+        subprocess.Popen(command, env={**environment, FOLDER: folder}, **pipes) as child,
     ):
         assert child.stdout is not None
         assert child.stderr is not None
