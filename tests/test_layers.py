@@ -22,6 +22,7 @@ BANDS: dict[int, set[str]] = {
     # Bytes and values: no files, no clock, no threads, no tasks.
     0: {
         "_codec",
+        "_engine",
         "_events",
         "_exceptions",
         "_exports",
@@ -32,6 +33,7 @@ BANDS: dict[int, set[str]] = {
         "_pages",
         "_retention",
         "_scan",
+        "_statistics",
         "_text",
         "_util",
     },

@@ -25,6 +25,7 @@ from trio_wal._chain import META_NAME, find_segments, read_meta
 from trio_wal._cli.inspect import _look
 from trio_wal._cursor import Cursor
 from trio_wal._directory import open_log_directory
+from trio_wal._engine import Moved
 from trio_wal._files import OsFiles, Word
 from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._reader import WatchSource
@@ -683,7 +684,7 @@ def test_threads_that_look_and_locate_do_not_disturb_each_other(tmp_path: Path) 
                     while cursor.next_lsn <= source.durable_lsn:
                         for record in cursor.chunk(source.durable_lsn + 1):
                             assert record.data == b"record %d" % record.lsn
-                except (trio_wal._cursor.Moved, CorruptLogError):
+                except (Moved, CorruptLogError):
                     # To be looked at again, as a stream does; what must not be is below.
                     source.look()
                     assert source.damage is None

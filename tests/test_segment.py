@@ -28,8 +28,8 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._cursor import Moved
 from trio_wal._directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
+from trio_wal._engine import Moved
 from trio_wal._files import OsFiles
 from trio_wal._frame import (
     BLOCK,

@@ -6,7 +6,6 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (
 """
 
 from . import _exports
-from ._cursor import Record as Record
 from ._database import (
     Commit as Commit,
     CommitStream as CommitStream,
@@ -16,6 +15,7 @@ from ._database import (
     VerifyStore as VerifyStore,
     open_database as open_database,
 )
+from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -36,7 +36,6 @@ from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
-from ._recovery import RecoveryReport as RecoveryReport
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,

@@ -23,6 +23,7 @@ import attrs
 from . import _scan
 from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
 from ._codec import require_zstd
+from ._engine import RecoveryReport
 from ._exceptions import (
     CorruptLogError,
     LogFullError,
@@ -46,7 +47,6 @@ from ._identity import History, branch
 from ._recovery import (
     VERIFY_BYTES,
     Plan,
-    RecoveryReport,
     check_records,
     examine,
     reread_tail,

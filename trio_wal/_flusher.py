@@ -27,11 +27,12 @@ import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from ._directory import LogDirectory
+from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._identity import History
 from ._queue import Barrier, Batch, State, WriteQueue
-from ._worker import Forked, Worker
+from ._worker import Worker
 
 Durability = Literal["sync", "interval", "none"]
 """What `open_wal` takes as ``durability``: ``"sync"``, ``"interval"`` or ``"none"``."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import final
 
 from ._chain import look_at
-from ._cursor import Moved, Place, place_in
+from ._cursor import Place, place_in
 from ._directory import LogDirectory
+from ._engine import Moved
 from ._exceptions import CorruptLogError
 from ._files import close_quietly
 from ._flusher import Flusher

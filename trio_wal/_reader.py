@@ -31,7 +31,8 @@ from ._chain import (
     no_log,
     read_meta,
 )
-from ._cursor import Moved, Place, place_in
+from ._cursor import Place, place_in
+from ._engine import Moved
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly

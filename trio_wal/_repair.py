@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import attrs
 
 from ._chain import META_NAME, META_NEW_NAME, FoundSegment, is_temporary, read_meta
+from ._engine import RecoveryReport
 from ._exceptions import LogFullError
 from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from ._frame import (
@@ -29,7 +30,7 @@ from ._frame import (
     segment_name_lsn,
 )
 from ._identity import History, branch
-from ._recovery import Plan, RecoveryReport
+from ._recovery import Plan
 from ._scan import FrameScanner, Position
 from ._segment import (
     FIRST_CAPACITY,

@@ -33,6 +33,7 @@ from trio.lowlevel import (
 
 from ._codec import require_zstd
 from ._directory import LogDirectory, open_log_directory
+from ._engine import Forked, RecoveryReport
 from ._events import tell
 from ._exceptions import LogFullError, RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
@@ -42,7 +43,7 @@ from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
 from ._identity import Bookmark, epoch_of
 from ._local import LocalSource
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
-from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
+from ._recovery import VERIFY_BYTES, Plan
 from ._retention import KeepAll, Retention
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
@@ -56,7 +57,7 @@ from ._util import (
     check_path,
     check_seconds,
 )
-from ._worker import Blocking, Forked, InlineWorker, ThreadWorker, Worker, require_trio
+from ._worker import Blocking, InlineWorker, ThreadWorker, Worker, require_trio
 
 SEGMENT_SIZE_MAX: Final = 1 << 40
 MAINTENANCE_RETRY_SECONDS: Final = 1.0

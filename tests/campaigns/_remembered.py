@@ -15,8 +15,9 @@ from typing import Any, Final, final
 
 from trio_wal import _recovery
 from trio_wal._chain import META_NAME
-from trio_wal._cursor import Cursor, Record
+from trio_wal._cursor import Cursor
 from trio_wal._directory import LogDirectory
+from trio_wal._engine import Record
 from trio_wal._segment import SegmentInfo
 
 REMEMBERED_MAX: Final = 600
