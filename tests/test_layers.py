@@ -50,7 +50,18 @@ BANDS: dict[int, set[str]] = {
         "_verify",
     },
     # Tasks: trio.
-    2: {"_flusher", "_local", "_park", "_queue", "_reader", "_stream", "_wal", "_worker"},
+    2: {
+        "_flusher",
+        "_local",
+        "_log",
+        "_park",
+        "_queue",
+        "_reader",
+        "_state",
+        "_stream",
+        "_wal",
+        "_worker",
+    },
     # The database on top of the log.
     3: {"_checkpoint", "_database", "_memtable", "_transaction"},
     # Edges: they compose, and nobody imports them.

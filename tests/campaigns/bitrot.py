@@ -46,7 +46,7 @@ from trio_wal._frame import (
     decode_segment_header,
     segment_name,
 )
-from trio_wal._local import LocalSource
+from trio_wal._local import DirectoryLocator
 from trio_wal._recovery import VERIFY_BYTES
 from trio_wal._scan import FrameScanner, frame_at, read_pointer, start_of
 from trio_wal._util import KiB
@@ -377,7 +377,7 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
 
 def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
     """The records of an open log, times included."""
-    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    source = DirectoryLocator(log)
     cursor = Cursor(source, log.first_lsn)
     found: list[Record] = []
     try:
