@@ -11,7 +11,7 @@ from campaigns import __main__ as campaigns, errors
 from campaigns.errors import KINDS, MODES, WORKLOADS, Case, Result, run_case
 
 from trio_wal import LogFailedError
-from trio_wal._directory import LogDirectory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._flusher import Flusher
 from trio_wal.testing import MemoryFile
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -22,30 +22,31 @@ BANDS: dict[int, set[str]] = {
     # Bytes and values: no files, no clock, no threads, no tasks.
     0: {
         "_codec",
+        "_disk.__init__",
         "_events",
         "_exceptions",
         "_exports",
-        "_frame",
         "_identity",
         "_operations",
         "_order",
         "_pages",
         "_retention",
-        "_scan",
+        "_disk.frame",
+        "_disk.scan",
         "_text",
         "_util",
     },
     # Files: blocking calls, run in worker threads.
     1: {
-        "_chain",
-        "_cursor",
-        "_directory",
+        "_disk.chain",
+        "_disk.cursor",
+        "_disk.directory",
+        "_disk.recovery",
+        "_disk.repair",
+        "_disk.segment",
+        "_disk.verify",
         "_files",
-        "_recovery",
-        "_repair",
-        "_segment",
         "_store",
-        "_verify",
     },
     # Tasks: trio.
     2: {"_flusher", "_local", "_park", "_queue", "_reader", "_stream", "_wal", "_worker"},
@@ -70,12 +71,17 @@ EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb"}
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 
 
+def module_name(parts: Sequence[str]) -> str:
+    """A module as the bands know it: the command line is one, the folder of a log's files many."""
+    return ".".join(parts[: 2 if parts[0] == "_disk" else 1])
+
+
 @attrs.frozen
 class Import:
     """One name that a module imports."""
 
     module: str
-    """``os.path`` for ``import os.path``; ``_frame`` for ``from ._frame import Codec``."""
+    """``os.path`` for ``import os.path``; ``_disk.frame`` for ``from ._disk.frame import X``."""
     name: str | None
     line: int
     for_types_only: bool
@@ -109,11 +115,10 @@ def imports_of(path: Path, nodes: list[ast.AST]) -> Iterator[Import]:
                     yield Import(absolute, alias.name, node.lineno, types_only, own=False)
                 continue
             for alias in node.names:
-                # `from . import _scan` and `from trio_wal import _scan` name a module.
-                target = module or alias.name
-                yield Import(
-                    target.partition(".")[0], alias.name, node.lineno, types_only, own=True
-                )
+                # `from . import _codec` and `from trio_wal._disk import scan` name a module.
+                target = f"{module}.{alias.name}" if module in ("", "_disk") else module
+                name = module_name(target.strip(".").split("."))
+                yield Import(name, alias.name, node.lineno, types_only, own=True)
 
 
 @attrs.frozen
@@ -149,10 +154,10 @@ class Source:
 def sources() -> list[Source]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
         tree = ast.parse(path.read_text("utf-8"), str(path))
         nodes = list(ast.walk(tree))
-        found.append(Source(first, path, tree, nodes, list(imports_of(path, nodes))))
+        found.append(Source(module_name(parts), path, tree, nodes, list(imports_of(path, nodes))))
     return found
 
 

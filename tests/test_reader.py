@@ -26,10 +26,10 @@ from trio_wal import (
     UnsupportedFormatError,
     WrongDirectoryError,
 )
-from trio_wal._cursor import CHUNK_BYTES, Cursor, Record
-from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._disk.cursor import CHUNK_BYTES, Cursor, Record
+from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
 from trio_wal._files import OsFiles
-from trio_wal._frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
 from trio_wal._reader import POLL_SECONDS
 from trio_wal._util import KiB
 from trio_wal._worker import Blocking

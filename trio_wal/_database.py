@@ -24,8 +24,9 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from . import _operations
-from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
+from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._disk.recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._events import tell
 from ._exceptions import (
     CorruptLogError,
@@ -50,7 +51,6 @@ from ._operations import (
     encode_transaction,
 )
 from ._queue import Batch, Key, State
-from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
 from ._store import Progress, Store, StoreState, damaged, data_file, misfit
 from ._stream import RecordStream

@@ -23,13 +23,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from ._disk.frame import crc32c
 from ._exceptions import (
     CorruptLogError,
     LogLockedError,
     UntrustedDirectoryError,
     WrongDirectoryError,
 )
-from ._frame import crc32c
 from ._util import align_up
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import attrs
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from ._directory import LogDirectory
+from ._disk.directory import LogDirectory
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
 from ._identity import History

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import final
 
-from ._chain import look_at
-from ._cursor import Moved, Place, place_in
-from ._directory import LogDirectory
+from ._disk.chain import look_at
+from ._disk.cursor import Moved, Place, place_in
+from ._disk.directory import LogDirectory
+from ._disk.frame import SegmentHeader
 from ._exceptions import CorruptLogError
 from ._files import close_quietly
 from ._flusher import Flusher
-from ._frame import SegmentHeader
 from ._identity import History
 from ._queue import State, WriteQueue
 from ._stream import Reading

@@ -40,6 +40,7 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
+from ._disk.frame import BATCH_RECORDS_MAX
 from ._exceptions import (
     CorruptLogError,
     LogFailedError,
@@ -47,7 +48,6 @@ from ._exceptions import (
     LsnTruncatedError,
     Outcome,
 )
-from ._frame import BATCH_RECORDS_MAX
 from ._park import REUSES, WOKEN, park, request
 from ._text import printable
 

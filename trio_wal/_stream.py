@@ -16,7 +16,7 @@ from typing import Final, Protocol, final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._cursor import Cursor, Locator, Moved, Record
+from ._disk.cursor import Cursor, Locator, Moved, Record
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark, History, common_lsn, epoch_of

@@ -1,7 +1,7 @@
 """The write-ahead log as a trio program sees it: `open_wal` and `WriteAheadLog`.
 
 Law: this file composes.  Acceptance is `_queue`'s, group commit `_flusher`'s, the
-bytes `_directory`'s, reading `_reader`'s.  What is promised stands here, in the
+bytes `_disk.directory`'s, reading `_reader`'s.  What is promised stands here, in the
 docstrings; the README and the docs quote it.
 """
 
@@ -32,17 +32,17 @@ from trio.lowlevel import (
 )
 
 from ._codec import require_zstd
-from ._directory import LogDirectory, open_log_directory
+from ._disk.directory import LogDirectory, open_log_directory
+from ._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
+from ._disk.recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._events import tell
 from ._exceptions import LogFullError, RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
-from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
 from ._identity import Bookmark, epoch_of
 from ._local import LocalSource
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
-from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
 from ._stream import RecordStream, new_record_stream
 from ._text import printable

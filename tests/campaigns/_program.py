@@ -34,9 +34,9 @@ import trio
 
 import trio_wal
 from trio_wal import Database, Transaction, TransactionConflict, WriteAheadLog
+from trio_wal._disk.segment import SPARE_PREFIX
 from trio_wal._files import Files, OsDirectory, OsFile, OsFiles
 from trio_wal._operations import decode_transaction
-from trio_wal._segment import SPARE_PREFIX
 
 Tell = Callable[..., None]
 Mark = tuple[int, int, int, int, int]

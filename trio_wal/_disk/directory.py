@@ -20,10 +20,8 @@ from typing import Final
 
 import attrs
 
-from . import _scan
-from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
-from ._codec import require_zstd
-from ._exceptions import (
+from trio_wal._codec import require_zstd
+from trio_wal._exceptions import (
     CorruptLogError,
     LogFullError,
     LogLockedError,
@@ -31,8 +29,14 @@ from ._exceptions import (
     UnsupportedFormatError,
     WrongDirectoryError,
 )
-from ._files import NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import (
+from trio_wal._files import NO_SPACE, Directory, File, Files, close_quietly
+from trio_wal._identity import History, branch
+from trio_wal._retention import Retention
+from trio_wal._util import KiB
+
+from . import scan
+from .chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
+from .frame import (
     BLOCK,
     FEATURE_DATABASE,
     FEATURE_ZSTD,
@@ -42,8 +46,7 @@ from ._frame import (
     SegmentHeader,
     Truncation,
 )
-from ._identity import History, branch
-from ._recovery import (
+from .recovery import (
     VERIFY_BYTES,
     Plan,
     RecoveryReport,
@@ -51,10 +54,9 @@ from ._recovery import (
     examine,
     reread_tail,
 )
-from ._repair import repair, reserve_meta, uncreate, write_meta
-from ._retention import Retention
-from ._scan import FrameScanner, Position, start_of
-from ._segment import (
+from .repair import repair, reserve_meta, uncreate, write_meta
+from .scan import FrameScanner, Position, start_of
+from .segment import (
     CAPACITY_GROWTH,
     FIRST_CAPACITY,
     SPARE_PREFIX,
@@ -64,7 +66,6 @@ from ._segment import (
     create_segment,
     encode,
 )
-from ._util import KiB
 
 ZERO_CHUNK: Final = 256 * KiB
 SPARE_RETRY_SECONDS: Final = 1.0
@@ -602,7 +603,7 @@ class LogDirectory:
         counts: tuple[int, int],
         meta: Meta,
     ) -> None:
-        """Carry out what ``log.meta`` now says (`_recovery` does the same after a crash)."""
+        """Carry out what ``log.meta`` now says (`recovery` does the same after a crash)."""
         old = self.active
         keep_number = keep.number if keep is not None else self._meta.base_number - 1
         dropped = [
@@ -706,7 +707,7 @@ class LogDirectory:
 
     def _payloads(self, file: File, frame: FrameHeader, body: bytes) -> list[bytes]:
         try:
-            return _scan.payloads(frame, body)
+            return scan.payloads(frame, body)
         except FrameError as exc:
             raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
 
