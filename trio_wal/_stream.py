@@ -233,11 +233,15 @@ class Reading:
         next_lsn = self._cursor.next_lsn
         if next_lsn < source.first_lsn:
             raise LsnTruncatedError(source.first_lsn, next_lsn) from exc
+        if source.cutting():
+            # However long that takes: what is missed meanwhile says nothing of the log behind it.
+            self._doubt = None
+            return
         doubt = (next_lsn, repr(exc))
         self._doubts = self._doubts + 1 if doubt == self._doubt else 1
         self._doubt = doubt
         stood = (generation, shape) == (source.generation(), source.shape())
-        if source.cutting() or next_lsn > source.durable_lsn:
+        if next_lsn > source.durable_lsn:
             return
         # Once more: what was read may have been written at that moment.
         if self._doubts < (2 if stood else SAME_DAMAGE_TIMES):
