@@ -90,6 +90,8 @@ class _Spare:
     name: str
     file: File
     capacity: int
+    zeroed: int = 0
+    """So many bytes of it have been written, as zeros, and synced."""
 
 
 class LogDirectory:
@@ -227,7 +229,8 @@ class LogDirectory:
         """On return everything written is durable."""
         if self._unsynced:
             started = perf_counter()
-            self.active.file.sync()
+            active = self.active
+            active.file.sync(in_place=active.position.offset <= active.zeroed)
             self.sync_seconds = perf_counter() - started
             self._unsynced = False
         self.synced_lsn = self.last_lsn
@@ -273,6 +276,7 @@ class LogDirectory:
             )
             # The file keeps its temporary name until its header is durable.
             active = create_segment(self._directory, spare.file, spare.name, header, spare.capacity)
+            active.zeroed = spare.zeroed
         except BaseException:
             close_quietly(spare.file)
             raise
@@ -387,7 +391,7 @@ class LogDirectory:
         file = self._directory.open(name, writable=True)
         try:
             capacity = self._next_capacity(0)
-            self._zero(file, 0, min(file.size(), capacity))
+            zeroed = self._zero(file, 0, min(file.size(), capacity))
             if file.size() > capacity:
                 file.truncate(capacity)
             file.allocate(capacity)
@@ -399,7 +403,7 @@ class LogDirectory:
                 self._directory.unlink(name)
             raise
         self._recycled.remove(name)
-        return _Spare(name, file, capacity)
+        return _Spare(name, file, capacity, zeroed)
 
     def _zero(self, file: File, start: int, end: int) -> int:
         """Write zeros from ``start`` on; returns how far it came before a rotation asked
@@ -427,7 +431,8 @@ class LogDirectory:
                 self._spare_lock.wait(PAUSE_SHARE * seconds)
 
     def _write_zeros(self, spare: _Spare) -> None:
-        if self._zero(spare.file, 0, spare.capacity) < spare.capacity:
+        spare.zeroed = self._zero(spare.file, 0, spare.capacity)
+        if spare.zeroed < spare.capacity:
             spare.file.allocate(spare.capacity)
 
     # -- truncation --

@@ -118,6 +118,8 @@ class ActiveSegment:
         self.file = file
         self.header = header
         self.capacity = capacity
+        self.zeroed: int = 0
+        """So many bytes had been written, as zeros, and synced before it became a segment."""
         self.position: Position = position or start_of(header)
         self.records: int = records
         self.frames: int = frames
