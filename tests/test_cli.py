@@ -34,12 +34,12 @@ from command_line import (
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._chain import META_NAME
 from trio_wal._cli import run
 from trio_wal._cli.dump import dump
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal._files import OsFiles
-from trio_wal._frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
@@ -787,7 +787,7 @@ def test_a_start_beyond_the_end_is_said_to_be(cli: CommandLine, log: Path) -> No
 
 @pytest.mark.parametrize("command", READING)
 def test_a_log_from_the_future_is_an_error(cli: CommandLine, command: str, log: Path) -> None:
-    from trio_wal._frame import META_MAGIC, _seal_sector
+    from trio_wal._disk.frame import META_MAGIC, _seal_sector
 
     (log / "log.meta").write_bytes(_seal_sector(META_MAGIC + b"\x02\x00"))
     assert cli(command, log) == 3

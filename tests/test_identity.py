@@ -24,7 +24,7 @@ from trio_wal import (
     LsnTruncatedError,
     UnsupportedFormatError,
 )
-from trio_wal._frame import META_SIZE_MAX, FrameError, Meta, decode_meta
+from trio_wal._disk.frame import META_SIZE_MAX, FrameError, Meta, decode_meta
 from trio_wal._identity import PARTINGS_MAX, UNPARTED, Parting, branch, common_lsn, epoch_of
 from trio_wal.testing import MemoryFiles
 
@@ -585,7 +585,7 @@ def test_a_feature_of_log_meta_is_none_of_a_segment() -> None:
     name = segment_of(files)
     data = bytearray(files.read_file(LOG, name))
     data[12] |= 16
-    data[508:512] = trio_wal._frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
+    data[508:512] = trio_wal._disk.frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
     files.write_file(LOG, name, bytes(data))
     with pytest.raises(UnsupportedFormatError, match=r"feature set 16 is not supported"):
         open_log(files)

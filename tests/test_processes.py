@@ -236,7 +236,7 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.directory import open_log_directory
 from trio_wal._files import OsFiles
 
 path, result = sys.argv[1:]

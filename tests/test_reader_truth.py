@@ -21,15 +21,15 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
-from trio_wal._chain import META_NAME, find_segments, read_meta
 from trio_wal._cli.inspect import _look
-from trio_wal._cursor import Cursor
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.chain import META_NAME, find_segments, read_meta
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
+from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
 from trio_wal._files import OsFiles, Word
-from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._reader import WatchSource
-from trio_wal._verify import verify
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
@@ -194,7 +194,7 @@ async def test_a_segment_that_cannot_be_used_ends_what_is_given(
     else:
         data = bytearray(files.read_file(LOG, name))
         data[24:40] = b"another log's id"
-        data[508:512] = trio_wal._frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
+        data[508:512] = trio_wal._disk.frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
         files.write_file(LOG, name, bytes(data))
     if number == 0:
         with pytest.raises(CorruptLogError):
@@ -326,7 +326,7 @@ async def test_segments_without_a_footer_are_checked_where_they_join(
     append(log, b"another 2")
     log.close(orderly=False)
     assert [int(name[4:24]) for name in segments(files)] == [1, 2]
-    header = trio_wal._frame.decode_segment_header(stale)
+    header = trio_wal._disk.frame.decode_segment_header(stale)
     assert header.number == 2
     # Between a truncation and its footer.
     name = segments(files)[0]
@@ -428,7 +428,7 @@ async def test_a_segment_that_is_replaced_when_others_go_is_damage(
         for _ in range(10):
             await records.__anext__()
         data = bytearray(files.read_file(LOG, names[1]))
-        header = trio_wal._frame.decode_segment_header(bytes(data))
+        header = trio_wal._disk.frame.decode_segment_header(bytes(data))
         data[:BLOCK] = attrs.evolve(header, salt=bytes(16)).encode()
         files.write_file(LOG, names[1], bytes(data))
         for name in names[2:]:
@@ -649,8 +649,8 @@ async def test_a_look_while_the_log_is_made_anew_does_not_confuse_a_reader(
     files = log_of(4, close=True)
     async with trio_wal.open_reader(LOG, files=files) as reader:
         assert reader.durable_lsn == 4
-        meta = trio_wal._frame.decode_meta(files.read_file(LOG, "log.meta"))
-        anew = trio_wal._frame.Meta(b"another log's id", 1, 1)
+        meta = trio_wal._disk.frame.decode_meta(files.read_file(LOG, "log.meta"))
+        anew = trio_wal._disk.frame.Meta(b"another log's id", 1, 1)
         files.write_file(LOG, "log.meta", anew.encode())
         for _ in range(3):
             with pytest.raises(CorruptLogError, match="another log stands here now"):

@@ -193,7 +193,7 @@ def syncs_that_take(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> No
             now += duration
             yield now
 
-    monkeypatch.setattr("trio_wal._directory.perf_counter", clock().__next__)
+    monkeypatch.setattr("trio_wal._disk.directory.perf_counter", clock().__next__)
 
 
 async def test_the_seconds_of_syncs_are_summed_and_sorted_into_the_histogram(

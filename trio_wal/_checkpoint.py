@@ -17,6 +17,7 @@ from trio.lowlevel import enable_ki_protection
 from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
+from ._log import Log
 from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
 
@@ -36,8 +37,9 @@ DISK_PATIENCE_SECONDS: Final = 5.0
 class Checkpointer:
     """The task that checkpoints by itself, and what `Database.checkpoint` calls."""
 
-    def __init__(self, db: Database, state: StoreState) -> None:
+    def __init__(self, db: Database, log: Log, state: StoreState) -> None:
         self._db = db
+        self._log = log
         self.state = state
         """What the store holds, durably."""
         self._one = trio.Lock()
@@ -89,7 +91,7 @@ class Checkpointer:
 
     def start(self) -> None:
         self._started = True
-        self._db._log.start_soon(self.run)
+        self._log.start_soon(self.run)
 
     async def stop(self) -> None:
         """Wait for a checkpoint that is being written; begin no other."""
@@ -122,9 +124,9 @@ class Checkpointer:
             frozen = memtable.freeze()
             db._refresh_view()
         await db._wait_settled(frozen.last_seq)
-        if db._log.durable_lsn < frozen.last_lsn:
+        if self._log.durable_lsn < frozen.last_lsn:
             # Where durability is less than "sync": the store must never be ahead of the log.
-            await db._log.flush()
+            await self._log.flush()
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         started = perf_counter()
@@ -198,7 +200,7 @@ class Checkpointer:
         temporary = await blocking(files.begin_directory, path)
         try:
             await blocking(db._store.copy, f"{temporary}/store")
-            await db._log.engine.branch(f"{temporary}/log", state.lsn)
+            await self._log.engine.branch(f"{temporary}/log", state.lsn)
             await blocking(files.finish_directory, temporary, path)
         except BaseException:
             await blocking(files.discard_directory, temporary)
@@ -273,10 +275,10 @@ class Checkpointer:
             self._db._refresh_view()
 
 
-async def settle_quietly(db: Database) -> None:
+async def settle_quietly(log: Log) -> None:
     """Wait for what is queued; who waits for it is told by others what became of it."""
     try:
-        await db._log.flush()
+        await log.flush()
     except (LogFullError, LogFailedError):
         # What was pending has been withdrawn.
         await trio.lowlevel.checkpoint()

@@ -24,8 +24,9 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from . import _operations
-from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
+from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._disk.recovery import VERIFY_BYTES, Plan
 from ._engine import Engine, RecoveryReport
 from ._events import tell
 from ._exceptions import (
@@ -53,7 +54,6 @@ from ._operations import (
     encode_transaction,
 )
 from ._queue import Batch, Key
-from ._recovery import VERIFY_BYTES, Plan
 from ._retention import KeepSegments, Retention
 from ._state import State
 from ._statistics import WalStatistics
@@ -336,7 +336,7 @@ class Database(metaclass=NoPublicConstructor):
         self._files: Final = files
         self._max_transaction_bytes: Final[int] = log.max_record_size
         self._checkpoint_bytes = checkpoint_bytes
-        self._checkpointer = Checkpointer(self, state)
+        self._checkpointer = Checkpointer(self, log, state)
         self._pending: dict[Key, tuple[int, Writes, Layer, int]] = {}
         """Commits on their way to the disk, by task and in their order: number, writes, the
         layer that has them, and their bytes in the log."""
@@ -876,7 +876,7 @@ class Database(metaclass=NoPublicConstructor):
     async def _wait_settled(self, seq: int) -> None:
         """Until no commit up to ``seq`` is pending."""
         while self._pending and next(iter(self._pending.values()))[0] <= seq:
-            await settle_quietly(self)
+            await settle_quietly(self._log)
 
     def _checkpointed(self, frozen: Layer, lsn: int) -> None:
         """The store holds the frozen layer, durably."""

@@ -19,16 +19,16 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._chain import look_at
-from ._cursor import Cursor, Locator, Place, place_in
-from ._directory import LogDirectory, open_log_directory
+from ._disk.chain import look_at
+from ._disk.cursor import Cursor, Locator, Place, place_in
+from ._disk.directory import LogDirectory, open_log_directory
+from ._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, SegmentHeader
+from ._disk.recovery import Plan
+from ._disk.repair import create_empty
 from ._engine import Forked, Moved, Record, RecoveryReport, Tail
 from ._events import tell
 from ._exceptions import LogFullError
 from ._files import Files, close_quietly
-from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, SegmentHeader
-from ._recovery import Plan
-from ._repair import create_empty
 from ._retention import Retention
 from ._statistics import EngineStatistics, SyncTimes
 from ._worker import Blocking, InlineWorker, ThreadWorker, Worker

@@ -3,7 +3,7 @@
 Law: never writes and takes no lock.  The owner may be doing anything meanwhile: rotating,
 truncating, recovering, dying.  So what looks wrong is looked at again, for as long as the files
 change, and believed when they stand still; and what is taken for the log's end is that only where
-nothing proves that there was more (`_chain.judge_end`).
+nothing proves that there was more (`_disk.chain.judge_end`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from ._chain import (
+from ._disk.chain import (
     LOG_NAME,
     META_NAME,
     TRUNCATE_NAME,
@@ -31,15 +31,15 @@ from ._chain import (
     no_log,
     read_meta,
 )
-from ._cursor import Place, place_in
+from ._disk.cursor import Place, place_in
+from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
+from ._disk.scan import FrameScanner, Position, start_of
 from ._engine import Moved, Reader, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
-from ._frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._identity import Bookmark
 from ._local import FileCursor
-from ._scan import FrameScanner, Position, start_of
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_path

@@ -166,10 +166,14 @@ class Reading:
         tail, next_lsn = source.tail, self._next
         if next_lsn < tail.first_lsn:
             raise LsnTruncatedError(tail.first_lsn, next_lsn) from exc
+        if tail.history != history:
+            # What was missed meanwhile says nothing of the log as it is now.
+            self._doubt = None
+            return
         doubt = (next_lsn, repr(exc))
         self._doubts = self._doubts + 1 if doubt == self._doubt else 1
         self._doubt = doubt
-        stood = (history, changes) == (tail.history, source.changes)
+        stood = changes == source.changes
         if next_lsn > tail.durable_lsn:
             return
         # Once more: what was read may have been written at that moment.

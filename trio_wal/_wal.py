@@ -19,16 +19,16 @@ import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._codec import require_zstd
+from ._disk.frame import FRAME_BODY_MAX
+from ._disk.recovery import VERIFY_BYTES
 from ._engine import RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import Durability
-from ._frame import FRAME_BODY_MAX
 from ._identity import Bookmark
 from ._local import LocalOptions, open_local
 from ._log import Log, LogOptions, OpenLog
-from ._recovery import VERIFY_BYTES
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream

@@ -15,13 +15,13 @@ from typing import Any
 import attrs
 
 import trio_wal
-from trio_wal._chain import LOG_NAME, STORE_NAME
-from trio_wal._cursor import Cursor
-from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._disk.chain import LOG_NAME, STORE_NAME
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.recovery import Plan
 from trio_wal._engine import Record
 from trio_wal._local import DirectoryLocator
 from trio_wal._operations import decode_transaction, encode_transaction
-from trio_wal._recovery import Plan
 from trio_wal.testing import MemoryFiles
 
 from ._oracle import Pair, Wrong
