@@ -90,6 +90,11 @@ MUTANTS: Final = (
         '"unknown" if unsynced else "not written"', '"not written"',
     ),
     mutant(
+        "a batch whose write has failed is called not written", "_flusher", ERRORS,
+        'isinstance(exc, LogFailedError) else "unknown"',
+        'isinstance(exc, LogFailedError) else "not written"',
+    ),
+    mutant(
         "what is being written can be withdrawn", "_queue", WHOLE,
         "        if batch.taken or (self.owner", "        if (self.owner",
     ),
