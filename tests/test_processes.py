@@ -279,7 +279,7 @@ async def test_programs_started_by_the_owner_inherit_nothing(tmp_path: Path) -> 
             await wal.append(b"%d" % n)
         async with wal.read() as records:
             await records.__anext__()
-            log = wal._directory._directory.path
+            log = wal._log.engine._directory._directory.path
             inodes = {entry.stat().st_ino for entry in os.scandir(log)} | {os.stat(log).st_ino}
             found = 0
             for number in range(3, 200):

@@ -15,8 +15,7 @@ from ._database import (
     VerifyStore as VerifyStore,
     open_database as open_database,
 )
-from ._disk.cursor import Record as Record
-from ._disk.recovery import RecoveryReport as RecoveryReport
+from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -44,13 +43,10 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
-from ._wal import (
-    WalStatistics as WalStatistics,
-    WriteAheadLog as WriteAheadLog,
-    open_wal as open_wal,
-)
+from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 
 __version__ = "0.1.0"
 

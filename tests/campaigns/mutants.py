@@ -64,16 +64,16 @@ MUTANTS: Final = (
         "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
     ),
     mutant(
-        "watermark too early: what is written is called durable", "_flusher", "simulator:none",
-        "partial(self._directory.write, records, self.durable_lsn, sync=sync)",
-        "partial(self._directory.write, records, self.last_lsn, sync=sync)",
+        "watermark too early: what is written is called durable", "_local", "simulator:none",
+        "partial(directory.write, records, self._tail.durable_lsn, sync=sync)",
+        "partial(directory.write, records, self._tail.last_lsn, sync=sync)",
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
-        "            self.active.file.sync()\n            self.sync_seconds",
-        "            try:\n                self.active.file.sync()\n"
-        "            except OSError:\n                self.active.file.sync()\n"
-        "            self.sync_seconds",
+        "            active.file.sync(in_place=",
+        "            with contextlib.suppress(OSError):\n"
+        "                active.file.sync()\n"
+        "            active.file.sync(in_place=",
     ),
     mutant(
         "a failed write is taken for a good one", "_disk/directory", ERRORS,
@@ -115,9 +115,9 @@ MUTANTS: Final = (
     ),
     # -- what an open that fails leaves --
     mutant(
-        "an open without a descriptor for its worker keeps the lock", "_wal", "leaks:log/eventfd",
-        "                worker.close()\n            directory.abandon()\n",
-        "                worker.close()\n",
+        "an open without a descriptor for its worker keeps the lock", "_local", "leaks:log/eventfd",
+        "            worker.close()\n        directory.abandon()\n",
+        "            worker.close()\n",
     ),
     mutant(
         "a failed open leaves the files that it has made", "_disk/directory", "leaks:log/fsync",
@@ -371,7 +371,7 @@ MUTANTS: Final = (
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
         "        state = StoreState(self.state.log_uuid, lsn)\n",
         "        state = StoreState(self.state.log_uuid, lsn)\n"
-        "        db.wal._keep_from(lsn + 1)\n",
+        '        self._log.engine.hold("store", lsn + 1)\n',
     ),
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
@@ -386,7 +386,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "replay begins one transaction too late", "_database", "simulator:transactions",
-        "self._wal.read(state.lsn + 1)", "self._wal.read(state.lsn + 2)",
+        "self._log.read(state.lsn + 1)", "self._log.read(state.lsn + 2)",
     ),
     mutant(
         "transactions are not validated", "_transaction", SCHEDULES,
@@ -493,8 +493,8 @@ MUTANTS: Final = (
         "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
-        "a backup starts at the wrong record", "_checkpoint", "errors:database",
-        "                first_lsn=state.lsn + 1,", "                first_lsn=state.lsn + 2,",
+        "a backup starts at the wrong record", "_local", "errors:database",
+        "                first_lsn=after_lsn + 1,", "                first_lsn=after_lsn + 2,",
     ),
     # -- who reads --
     mutant(
@@ -604,13 +604,13 @@ MUTANTS: Final = (
     ),
     mutant(
         "a reader that was overtaken by retention is told of damage", "_stream", READERS,
-        "        if next_lsn < source.first_lsn:\n", "        if False:\n",
-        "        if cursor.next_lsn < source.first_lsn:\n", "        if False:\n",
+        "        if next_lsn < tail.first_lsn:\n", "        if False:\n",
+        "        if self._next < tail.first_lsn:\n", "        if False:\n",
     ),
     mutant(
         "the owner gives what is not yet synced", "_local", READERS,
-        "        return min(self._flusher.durable_lsn, self._directory.last_lsn)\n",
-        "        return self._directory.last_lsn\n",
+        "            directory.synced_lsn if sync else self._tail.durable_lsn,\n",
+        "            directory.last_lsn,\n",
     ),
 )  # fmt: skip
 

@@ -21,6 +21,7 @@ from typing import Final
 import attrs
 
 from trio_wal._codec import require_zstd
+from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import (
     CorruptLogError,
     LogFullError,
@@ -49,7 +50,6 @@ from .frame import (
 from .recovery import (
     VERIFY_BYTES,
     Plan,
-    RecoveryReport,
     check_records,
     examine,
     reread_tail,

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import attrs
 
+from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from trio_wal._identity import History, branch
@@ -30,7 +31,7 @@ from .frame import (
     SegmentHeader,
     segment_name_lsn,
 )
-from .recovery import Plan, RecoveryReport
+from .recovery import Plan
 from .scan import FrameScanner, Position
 from .segment import (
     FIRST_CAPACITY,
