@@ -220,10 +220,15 @@ class Engine(Protocol):
     batch_records_max: int
     """The most records that one `write` takes."""
 
+    last_lsn: int
+    """The newest record written.  Moves only when one of the one writer's calls returns, as
+    `durable_lsn` does: so what has not been awaited is not seen."""
+    durable_lsn: int
+    """The newest record that no crash can take away."""
+
     @property
     def tail(self) -> Tail:
-        """Where the log begins and ends.  Moves only when one of the calls below returns, but
-        for ``first_lsn``, which also retention moves."""
+        """Both, with where the log begins and its history."""
         ...
 
     # -- its life --

@@ -93,13 +93,13 @@ class Flusher:
         return len(self._waiters) + (0 if batch is None else len(batch.entries) - batch.unwaited)
 
     async def wait_durable(self, lsn: int) -> None:
-        if self._engine.tail.durable_lsn >= lsn:
+        if self._engine.durable_lsn >= lsn:
             await trio.lowlevel.checkpoint()
             return
         self._queue.status.check_usable()
         waiter = (lsn, next(self._waiter_numbers), current_task())
         heapq.heappush(self._waiters, waiter)
-        last_lsn = self._engine.tail.last_lsn
+        last_lsn = self._engine.last_lsn
         self._queue.expect(lsn - last_lsn)
         if self._sync_due is not None and lsn <= last_lsn:
             # Written, and to be synced some time.
@@ -111,7 +111,7 @@ class Flusher:
             return Abort.SUCCEEDED
 
         await wait_task_rescheduled(abort)
-        if self._engine.tail.durable_lsn < lsn:
+        if self._engine.durable_lsn < lsn:
             if self._queue.status.state is State.FAILED:
                 self._queue.status.check_usable()
             raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")
@@ -159,8 +159,7 @@ class Flusher:
                 while (batch := await self._next_batch()) is not None:
                     await self._commit(batch)
                     del batch  # its payload must not stay until the next one comes
-                tail = self._engine.tail
-                if tail.durable_lsn < tail.last_lsn:
+                if self._engine.durable_lsn < self._engine.last_lsn:
                     await self._sync()
         except Forked:
             pass
@@ -187,7 +186,7 @@ class Flusher:
             if self._sync_due is None:
                 return await self._receive()
             batch: Batch | None = None
-            if not self._is_awaited(self._engine.tail.last_lsn):
+            if not self._is_awaited(self._engine.last_lsn):
                 with trio.move_on_at(self._sync_due) as self._sync_scope:
                     batch = await self._receive()
                 if not self._sync_scope.cancelled_caught:
@@ -209,7 +208,7 @@ class Flusher:
         if self._flush_interval and self._durability == "sync":
             awaited = math.inf
             if self._waiters:
-                awaited = self._waiters[0][0] - self._engine.tail.last_lsn
+                awaited = self._waiters[0][0] - self._engine.last_lsn
             await queue.doze(batch, self._flush_interval, awaited)
         if queue.blocked or self._pressed:
             self._note_pressure()
@@ -252,7 +251,7 @@ class Flusher:
     async def _write(self, batch: Batch) -> None:
         """One write, one sync, one acknowledgement."""
         engine, barrier = self._engine, batch.barrier
-        before = engine.tail
+        last_lsn = engine.last_lsn
         now = trio.current_time()
         sync = (
             self._durability == "sync"
@@ -260,7 +259,7 @@ class Flusher:
             or (self._sync_due is not None and now >= self._sync_due)
             or (
                 self._durability == "interval"
-                and (not self._flush_interval or self._is_awaited(before.last_lsn + batch.records))
+                and (not self._flush_interval or self._is_awaited(last_lsn + batch.records))
             )
         )
         records = batch.payload()
@@ -271,17 +270,17 @@ class Flusher:
             if not sync and self._sync_due is None and self._durability == "interval":
                 self._sync_due = now + self._flush_interval
             del records
-        elif sync and before.durable_lsn < before.last_lsn:
+        elif sync and engine.durable_lsn < last_lsn:
             await self._sync()
         if barrier is not None and barrier.job is not None:
             await self._run_job(barrier, barrier.job)
         elif self._durability == "sync":
             # The law of this file; a bug here must stop the log, not lose a record.
-            assert before.last_lsn + batch.records <= engine.tail.durable_lsn
+            assert last_lsn + batch.records <= engine.durable_lsn
         if sync:
             self._sync_due = None
-            self._wake_waiters(engine.tail.durable_lsn)
-        self._queue.settle(batch, before.last_lsn + 1)
+            self._wake_waiters(engine.durable_lsn)
+        self._queue.settle(batch, last_lsn + 1)
         self.in_flight = None
         # Let the woken run once: what they append next goes into one batch.
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -319,7 +318,7 @@ class Flusher:
     async def _sync(self) -> None:
         await self._engine.sync()
         self._sync_due = None
-        self._wake_waiters(self._engine.tail.durable_lsn)
+        self._wake_waiters(self._engine.durable_lsn)
 
     # -- trouble --
 
@@ -333,7 +332,7 @@ class Flusher:
             self._engine.name,
             f"the disk is full: {error}",
             needed=error.needed,
-            last_lsn=self._engine.tail.last_lsn,
+            last_lsn=self._engine.last_lsn,
         )
         while True:
             closing = queue.status.state is State.CLOSING

@@ -149,7 +149,9 @@ class LocalEngine:
         self._blocking = blocking
         self._retention = retention
         self._undo = undo
-        self._tail: Tail = self._look()
+        self.last_lsn: int = directory.last_lsn
+        self.durable_lsn: int = directory.synced_lsn
+        self._history = directory.history
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
         self._holds: dict[str, int] = {}
@@ -169,18 +171,8 @@ class LocalEngine:
 
     @property
     def tail(self) -> Tail:
-        tail = self._tail
-        if tail.first_lsn != self._directory.first_lsn:
-            # Retention, in a thread.
-            tail = self._tail = attrs.evolve(tail, first_lsn=self._directory.first_lsn)
-        return tail
-
-    def _look(self) -> Tail:
-        """What the directory says, when nothing is being written."""
-        directory = self._directory
-        return Tail(
-            directory.first_lsn, directory.last_lsn, directory.synced_lsn, directory.history
-        )
+        # Where it begins is moved by retention, in a thread, too.
+        return Tail(self._directory.first_lsn, self.last_lsn, self.durable_lsn, self._history)
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(self._syncs, self._directory.segments, self._directory.disk_bytes)
@@ -258,20 +250,16 @@ class LocalEngine:
 
     async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
         directory = self._directory
-        job = partial(directory.write, records, self._tail.durable_lsn, sync=sync)
+        job = partial(directory.write, records, self.durable_lsn, sync=sync)
         try:
             wants_spare = await self._worker.call(job)
         except OSError:
             self._stop_maintenance()
             raise
-        self._tail = Tail(
-            directory.first_lsn,
-            directory.last_lsn,
-            directory.synced_lsn if sync else self._tail.durable_lsn,
-            directory.history,
-        )
+        self.last_lsn = directory.last_lsn
         if sync:
-            self._count_sync()
+            self.durable_lsn = directory.synced_lsn
+            self._syncs.note(directory.sync_seconds, self._files.time_us())
         if wants_spare and not self._spare_wanted:
             self._spare_wanted = True
             self._due.set()
@@ -280,7 +268,7 @@ class LocalEngine:
 
     async def sync(self) -> None:
         await self._call(self._directory.sync)
-        self._count_sync()
+        self._syncs.note(self._directory.sync_seconds, self._files.time_us())
 
     async def make_room(self) -> None:
         await self._worker.call(self._directory.make_room)
@@ -297,12 +285,10 @@ class LocalEngine:
         except OSError:
             self._stop_maintenance()
             raise
-        self._tail = self._look()
+        self.last_lsn, self.durable_lsn = self._directory.last_lsn, self._directory.synced_lsn
+        self._history = self._directory.history
         if self._directory.active.header.number != self._active_number:
             self._note_rotation()
-
-    def _count_sync(self) -> None:
-        self._syncs.note(self._directory.sync_seconds, self._files.time_us())
 
     def _note_rotation(self) -> None:
         """A segment is finished: retention may apply to it."""

@@ -122,7 +122,7 @@ class Log:
 
     @property
     def durable_lsn(self) -> int:
-        return self.engine.tail.durable_lsn
+        return self.engine.durable_lsn
 
     @property
     def bookmark(self) -> Bookmark:
@@ -177,17 +177,17 @@ class Log:
 
     async def flush(self) -> int:
         """Make everything accepted before the call durable; gives ``durable_lsn``."""
-        queue, tail = self._queue, self.engine.tail
+        queue, engine = self._queue, self.engine
         if (
             self.status.state is State.OPEN
             and self._flusher.in_flight is None
             and not queue.records_waiting
-            and tail.durable_lsn == tail.last_lsn
+            and engine.durable_lsn == engine.last_lsn
         ):
             await trio.lowlevel.checkpoint()
-            return tail.durable_lsn
+            return engine.durable_lsn
         await queue.submit(Barrier())
-        return self.engine.tail.durable_lsn
+        return engine.durable_lsn
 
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)
@@ -302,7 +302,7 @@ class Log:
             else:
                 await self.engine.abandon()
         if self._handed_out and orderly:
-            last_lsn = self.engine.tail.last_lsn
+            last_lsn = self.engine.last_lsn
             text = f"closed at LSN {last_lsn}"
             tell(logging.INFO, "closed", self.name, text, last_lsn=last_lsn)
 

@@ -156,7 +156,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         if not unit:
             self._log.status.check_open()
             await trio.lowlevel.checkpoint()
-            return range(engine.tail.last_lsn + 1, engine.tail.last_lsn + 1)
+            return range(engine.last_lsn + 1, engine.last_lsn + 1)
         first = await self._log.append_unit(unit, total)
         return range(first, first + len(unit))
 
@@ -278,9 +278,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         self._check_not_owned()
         check_int("lsn", lsn, 1)
         log = self._log
-        if lsn > log.tail.last_lsn:
+        if lsn > log.engine.last_lsn:
             await log.flush()
-        behind = log.tail.last_lsn + 1
+        behind = log.engine.last_lsn + 1
         if lsn > behind:
             raise ValueError(f"lsn must be at most {behind}, behind the last record, not {lsn}")
         if lsn == behind:
@@ -342,7 +342,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     @property
     def last_lsn(self) -> int:
         """The newest record written; with ``durability="sync"`` it is durable."""
-        return self._log.tail.last_lsn
+        return self._log.engine.last_lsn
 
     @property
     def durable_lsn(self) -> int:

@@ -65,8 +65,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "watermark too early: what is written is called durable", "_local", "simulator:none",
-        "partial(directory.write, records, self._tail.durable_lsn, sync=sync)",
-        "partial(directory.write, records, self._tail.last_lsn, sync=sync)",
+        "partial(directory.write, records, self.durable_lsn, sync=sync)",
+        "partial(directory.write, records, self.last_lsn, sync=sync)",
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
@@ -609,8 +609,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "the owner gives what is not yet synced", "_local", READERS,
-        "            directory.synced_lsn if sync else self._tail.durable_lsn,\n",
-        "            directory.last_lsn,\n",
+        "        if sync:\n            self.durable_lsn = directory.synced_lsn\n",
+        "        self.durable_lsn = directory.last_lsn\n        if sync:\n",
     ),
 )  # fmt: skip
 
