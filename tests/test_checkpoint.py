@@ -37,7 +37,7 @@ from trio_wal import (
     LsnTruncatedError,
     _order,
 )
-from trio_wal._store import StoreState
+from trio_wal._base import StoreState
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 

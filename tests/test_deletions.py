@@ -15,7 +15,7 @@ from models import Model
 from trio.testing import wait_all_tasks_blocked
 
 from trio_wal import Database, Snapshot, _memtable, _order, _transaction
-from trio_wal._store import Unreadable as _Unreadable
+from trio_wal._base import Unreadable as _Unreadable
 from trio_wal.testing import MemoryFiles
 
 SEEN = {"withdrawn", "frozen with pending commits", "conflict", "no conflict", "scan under way"}

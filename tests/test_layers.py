@@ -21,6 +21,7 @@ PACKAGE = Path(trio_wal.__file__).parent
 BANDS: dict[int, set[str]] = {
     # Bytes and values: no files, no clock, no threads, no tasks.
     0: {
+        "_base",
         "_codec",
         "_events",
         "_exceptions",
@@ -45,6 +46,9 @@ BANDS: dict[int, set[str]] = {
         "_repair",
         "_segment",
         "_store",
+        "_store_check",
+        "_store_files",
+        "_stores",
         "_verify",
     },
     # Tasks: trio.

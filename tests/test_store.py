@@ -21,23 +21,13 @@ import trio
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, _files, _pages, _store
+from trio_wal import CorruptLogError, _files, _pages, _store_check
+from trio_wal._base import MapFull, Store, StoreState
 from trio_wal._files import OsDirectory, OsFiles
 from trio_wal._pages import Contents
-from trio_wal._store import (
-    DATA_NAME,
-    LOOK_TRIES,
-    LmdbStore,
-    MapFull,
-    Store,
-    StoreCheck,
-    StoreState,
-    check_before_open,
-    check_store,
-    data_file,
-    explained,
-    inspect_store,
-)
+from trio_wal._store import LmdbStore, explained
+from trio_wal._store_check import LOOK_TRIES, StoreCheck, check_before_open, check_store
+from trio_wal._store_files import DATA_NAME, data_file, inspect_store
 from trio_wal._util import MiB
 from trio_wal._verify import verify_database
 from trio_wal.testing import MemoryFiles
@@ -829,11 +819,11 @@ def test_findings_count_only_where_the_store_stood_still(
 
     monkeypatch.setattr(_pages, "check", look)
     # As if checkpoints went on all the time.
-    monkeypatch.setattr(_store, "_headers", lambda file: b"%d" % looks)
+    monkeypatch.setattr(_store_check, "_headers", lambda file: b"%d" % looks)
     found = check_store(str(tmp_path / "store"))
     assert (found.findings, looks) == ((), LOOK_TRIES)
     assert found.note == "the store was being written all the time, and could not be judged"
-    monkeypatch.setattr(_store, "_headers", lambda file: b"")
+    monkeypatch.setattr(_store_check, "_headers", lambda file: b"")
     assert check_store(str(tmp_path / "store")).findings == ((0, "as it was for an instant"),)
 
 
@@ -884,7 +874,7 @@ async def test_a_store_can_be_checked_at_every_open(killed: Path) -> None:
 async def test_a_large_store_is_not_checked_unasked(
     killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_store, "AUTO_BYTES_MAX", 4096)
+    monkeypatch.setattr(_store_check, "AUTO_BYTES_MAX", 4096)
     async with trio_wal.open_database(killed):
         pass
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._base import MapFull, StoreState
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._repair import create_empty
-from ._store import MapFull, StoreState, taking_turns
+from ._store import taking_turns
 from ._util import MiB
 from ._worker import Forked
 

@@ -24,6 +24,7 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from . import _operations
+from ._base import Progress, Store, StoreState
 from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
 from ._events import tell
@@ -52,7 +53,8 @@ from ._operations import (
 from ._queue import Batch, Key, State
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepSegments, Retention
-from ._store import Progress, Store, StoreState, damaged, data_file, misfit
+from ._store_files import damaged, data_file, misfit
+from ._stores import stores_of
 from ._stream import RecordStream
 from ._text import printable
 from ._transaction import Transaction, check_range, new_transaction
@@ -978,6 +980,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._checkpoint_bytes = checkpoint_bytes
         self._map_size = map_size
         self._files = files
+        self._stores = stores_of(files)
         self._log = log
         self._state: StoreState | None = None
         self._made: tuple[str, ...] = ()
@@ -996,8 +999,8 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         to replay."""
         if self._verify_store == "child" or (self._verify_store == "auto" and not plan.clean):
             how = self._verify_store
-            self._files.check_store(self._store_path, how, self._on_verify_progress)
-        state = self._state = self._files.inspect_store(self._store_path)
+            self._stores.check_store(self._store_path, how, self._on_verify_progress)
+        state = self._state = self._stores.inspect_store(self._store_path)
         meta = plan.meta
         wrong = misfit(
             state,
@@ -1047,7 +1050,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         self._files.remove_directories(self._made)
 
     def _open_store(self) -> Store:
-        return self._files.open_store(self._store_path, self._map_size)
+        return self._stores.open_store(self._store_path, self._map_size)
 
     @enable_ki_protection
     async def __aenter__(self) -> Database:
@@ -1082,7 +1085,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 
     async def _open_on(self, wal: WriteAheadLog, blocking: Blocking) -> Database:
         if wal._directory.created:
-            wal._undo_opening = partial(self._files.remove_store, self._store_path)
+            wal._undo_opening = partial(self._stores.remove_store, self._store_path)
         store = await blocking(self._open_store)
         try:
             state = self._state or StoreState(wal._directory.log_uuid, 0)

@@ -22,10 +22,10 @@ from typing import Final, Protocol
 
 import msgspec
 
+from ._base import ReadTransaction, Store, Unreadable
 from ._exceptions import CorruptLogError
 from ._operations import Writes
 from ._order import RUN_KEYS, RUN_KEYS_READ, Gaps, Order, SortedKeys
-from ._store import ReadTransaction, Store, Unreadable
 
 VERSION_OVERHEAD: Final = 200
 """Bytes that a version costs beside its key and value: measured, CPython 3.11."""

@@ -53,7 +53,8 @@ from ._frame import (
     segment_name_lsn,
 )
 from ._scan import WINDOW, FrameScanner, Position, Read, start_of
-from ._store import StoreCheck, check_store, data_file, inspect_store, misfit
+from ._store_check import StoreCheck, check_store
+from ._store_files import data_file, inspect_store, misfit
 from ._util import KiB
 
 LOOK_TRIES: Final = 20

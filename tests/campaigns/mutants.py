@@ -424,11 +424,11 @@ MUTANTS: Final = (
         'state.lsn % 2 or txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
     ),
     mutant(
-        "a store of another log is taken", "_store", STORE,
+        "a store of another log is taken", "_store_files", STORE,
         "    elif state.log_uuid != log_uuid:", "    elif False:",
     ),
     mutant(
-        "a store that is missing is passed over", "_store", STORE,
+        "a store that is missing is passed over", "_store_files", STORE,
         "        if base_lsn > 1:", "        if False:",
     ),
     # -- damaged and forged stores --
