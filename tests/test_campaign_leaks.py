@@ -12,9 +12,9 @@ import pytest
 from campaigns import __main__ as campaigns, leaks
 
 from trio_wal import _directory
-from trio_wal._database import _OpenDatabase
 from trio_wal._directory import LogDirectory
 from trio_wal._files import OsDirectory, OsFile
+from trio_wal._opening import _OpenDatabase
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the campaign looks into /proc"

@@ -14,7 +14,7 @@ from helpers import open_tasks
 from models import Model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import Database, Snapshot, _memtable, _order, _transaction
+from trio_wal import Database, Snapshot, _memtable, _order, _readset
 from trio_wal._base import Unreadable as _Unreadable
 from trio_wal.testing import MemoryFiles
 
@@ -46,7 +46,7 @@ async def _random_life(seed: int, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(_order, "STALE_MIN", rng.choice((0, 2, 64)))
     monkeypatch.setattr(_order, "BLOCK_KEYS", rng.choice((2, 4, 512)))
     # Otherwise one that is open for long conflicts because nobody can tell.
-    monkeypatch.setattr(_transaction, "DROPPED_LAYERS_MAX", 1000)
+    monkeypatch.setattr(_readset, "DROPPED_LAYERS_MAX", 1000)
     files = MemoryFiles(seed=seed)
     async with open_memory_database(files) as db, open_tasks(files) as nursery:
         files.hold()
@@ -136,7 +136,7 @@ async def most_steps(db: Database, snapshots: dict[Snapshot, Any], expected: Any
     async with db.transaction() as tx:
         look(tx.scan, expected)
         tx.put(b"other", b"")
-        most = max(most, steps(tx._conflict))
+        most = max(most, steps(tx._reads.conflict))
     return most
 
 
@@ -221,7 +221,7 @@ async def test_deletions_leave_no_memory(files: MemoryFiles) -> None:
         stats = db.statistics()
         assert stats.memtable_keys < _memtable.BURIED_TOGETHER
         assert stats.memtable_bytes < 10_000
-        active = db._memtable.view.active
+        active = db._versions.view.active
         assert sum(run.size for run in active.keys.order.runs) + len(active.keys.fresh) < 2000
         # They are forgotten once nobody reads any more who was reading then.
         with db.snapshot():
@@ -262,7 +262,7 @@ async def test_where_the_store_cannot_be_read_deletions_stay_and_hide_what_it_ho
     async with open_memory_database(files) as db:
         await write(db, {b"a": b"", b"b": b""})
         await db.checkpoint()
-        monkeypatch.setattr(db._memtable, "below", unreadable)
+        monkeypatch.setattr(db._versions._memtable, "below", unreadable)
         await db.delete(b"a")
         monkeypatch.undo()
         await check_content(db, {b"b": b""})

@@ -392,7 +392,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(3):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -419,7 +419,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
         assert db.get(b"none") is None
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"other")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(2):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -432,7 +432,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path: Path) -> None:
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="checkpoint failed"):
             await db.checkpoint()
         assert db.get(b"key") == b"value"
@@ -584,13 +584,13 @@ async def test_a_checkpoint_by_itself_of_a_damaged_store_ends_nothing(
     await damaged_database(tmp_path / "db")
     async with trio_wal.open_database(tmp_path / "db", checkpoint_bytes=1) as db:
         failed = trio.Event()
-        original = db._checkpointer._failed
+        original = db._core.checkpointer._failed
 
         def note(*arguments: Any) -> None:
             original(*arguments)
             failed.set()
 
-        monkeypatch.setattr(db._checkpointer, "_failed", note)
+        monkeypatch.setattr(db._core.checkpointer, "_failed", note)
         await db.put(b"00050", b"new")
         await failed.wait()
         await db.put(b"00051", b"new")

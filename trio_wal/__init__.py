@@ -6,16 +6,9 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (
 """
 
 from . import _exports
+from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._cursor import Record as Record
-from ._database import (
-    Commit as Commit,
-    CommitStream as CommitStream,
-    Database as Database,
-    DatabaseStatistics as DatabaseStatistics,
-    Snapshot as Snapshot,
-    VerifyStore as VerifyStore,
-    open_database as open_database,
-)
+from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -34,6 +27,7 @@ from ._exceptions import (
 from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
+from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._recovery import RecoveryReport as RecoveryReport
@@ -44,6 +38,7 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._snapshot import Snapshot as Snapshot
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
 from ._wal import (

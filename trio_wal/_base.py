@@ -53,12 +53,16 @@ class ReadTransaction(Protocol):
     def close(self) -> None: ...
 
 
-class Store(Protocol):
+class Readable(Protocol):
+    """What can be read as of a moment."""
+
+    def read(self) -> ReadTransaction: ...
+
+
+class Store(Readable, Protocol):
     """Committed state on disk."""
 
     path: str
-
-    def read(self) -> ReadTransaction: ...
 
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         """Write a piece of a checkpoint, durably, all or nothing; ``state`` with the last.

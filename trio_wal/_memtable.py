@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from ._base import ReadTransaction, Store, Unreadable
+from ._base import Readable, ReadTransaction, Unreadable
 from ._exceptions import CorruptLogError
 from ._operations import Writes
 from ._order import RUN_KEYS, RUN_KEYS_READ, Gaps, Order, SortedKeys
@@ -642,7 +642,7 @@ class _BelowActive:
 class Memtable:
     """The current view, and how it changes."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Readable) -> None:
         self._store = store
         self.view: View = View(BaseRead(store.read()), None, Layer())
 

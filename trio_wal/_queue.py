@@ -241,6 +241,10 @@ class Owner(Protocol):
         """The batch is durable and has its LSNs; its tasks have not run yet."""
         ...
 
+    def stopped(self) -> None:
+        """Nothing is accepted any more: `WriteQueue.check_open` says why."""
+        ...
+
 
 class WriteQueue:
     """The bounded queue between the writers and the flusher."""
@@ -402,6 +406,17 @@ class WriteQueue:
             raise self.failed(outcome, self._failure)
         if self.state is not State.OPEN and self.state is not State.FULL:
             raise trio.ClosedResourceError(f"{printable(self._path)}: this log is closed")
+
+    def set_owner(self, owner: Owner) -> None:
+        self.owner = owner
+        if self.state is not State.OPEN and self.state is not State.FULL:
+            owner.stopped()
+
+    def _stop(self, state: State) -> None:
+        """For good."""
+        self.state = state
+        if self.owner is not None:
+            self.owner.stopped()
 
     def failed(self, outcome: Outcome, cause: BaseException) -> LogFailedError:
         """A new error for one caller, who is thereby told."""
@@ -670,8 +685,8 @@ class WriteQueue:
         """The log is broken: tell everybody, take nothing more."""
         self.note_peaks()
         self.loss = loss
-        self.state = State.FAILED
         self._failure = cause
+        self._stop(State.FAILED)
         if in_flight is not None:
             in_flight.failure = ("unknown", cause)
             self._lose(in_flight)
@@ -743,7 +758,7 @@ class WriteQueue:
     def close(self) -> None:
         """Accept nothing more; the flusher ends when it has written what is here."""
         if self.state in (State.OPEN, State.FULL):
-            self.state = State.CLOSING
+            self._stop(State.CLOSING)
             for blocked in self._drain_blocked():
                 blocked.error = trio.ClosedResourceError(f"{self._path}: the log was closed")
             self._set_limits()
@@ -759,6 +774,6 @@ class WriteQueue:
     def disown(self) -> None:
         """In a forked child nothing is accepted, nor waited for, nor written."""
         self.disowned = True
-        self.state = State.CLOSED
+        self._stop(State.CLOSED)
         self._blocked = OrderedDict()
         self._set_limits()

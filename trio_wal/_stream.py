@@ -277,7 +277,13 @@ class RecordStream(
     """
 
     def __init__(
-        self, source: Source, start: int | Bookmark | None, stop: int | None, *, follow: bool
+        self,
+        source: Source,
+        start: int | Bookmark | None,
+        stop: int | None,
+        *,
+        follow: bool,
+        entering: str | None = None,
     ) -> None:
         if start is not None and not isinstance(start, Bookmark):
             check_int("start", start, 0)
@@ -288,7 +294,7 @@ class RecordStream(
         self._stop = stop
         self._follow = follow
         self._to_end = stop is None
-        self._entering = f"log.{'follow' if follow else 'read'}() as records"
+        self._entering = entering or f"log.{'follow' if follow else 'read'}() as records"
         """How it is entered, for who forgets it."""
         self._reading: Reading | None = None
         self._ready: list[Record] = []

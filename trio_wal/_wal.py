@@ -43,6 +43,7 @@ from ._identity import Bookmark, epoch_of
 from ._local import LocalSource
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
+from ._repair import create_empty
 from ._retention import KeepAll, Retention
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
@@ -623,28 +624,6 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
                     reschedule(task, outcome.Error(Forked()))
             await trio.lowlevel.cancel_shielded_checkpoint()
 
-    # -- for a database, which writes all of the log's records --
-
-    def _own(self, owner: Owner) -> Callable[[bytes, Task], Awaitable[int]]:
-        """From here on only the owner appends, with what this returns: `append` without its
-        checks."""
-        self._queue.owner = owner
-        for name in (
-            "append",
-            "append_many",
-            "send",
-            "send_nowait",
-            "truncate_before",
-            "truncate_after",
-        ):
-            setattr(self, name, _refuse)
-        return self._queue.append
-
-    def _keep_from(self, lsn: int) -> None:
-        """What is below may be dropped, as far as retention lets go of it."""
-        self._directory.keep_from = lsn
-        self._flusher.maintenance.set()
-
     def _abandon(self) -> None:
         """Have the tasks end that were started, and let go of the files: nothing was accepted."""
         self._queue.close()
@@ -706,6 +685,112 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             flusher.maintenance = trio.Event()
 
 
+@final
+class OwnedLog:
+    """A log all of whose records one owner writes: what a database may do with its log.
+
+    Law: a database reaches its log by this and by the log's public methods, and by nothing else.
+    """
+
+    def __init__(self, opening: _OpenWal, wal: WriteAheadLog) -> None:
+        self._opening = opening
+        self.wal: Final = wal
+        """To be read, followed and flushed."""
+        self._queue = wal._queue
+        self._directory = wal._directory
+        self.append: Final[Callable[[bytes, Task], Awaitable[int]]] = wal._queue.append
+        """`WriteAheadLog.append` for the current task, without its checks."""
+        self.blocking: Final = wal._blocking
+        """For calls that block; it is closed with the log."""
+        self.max_record_size: Final[int] = wal._max_record_size
+
+    def own(self, owner: Owner) -> None:
+        """From here on only the owner appends, and is told what becomes of its records."""
+        self._queue.set_owner(owner)
+        for name in (
+            "append",
+            "append_many",
+            "send",
+            "send_nowait",
+            "truncate_before",
+            "truncate_after",
+        ):
+            setattr(self.wal, name, _refuse)
+
+    def check_open(self) -> None:
+        """Raises `trio.ClosedResourceError` or `LogFailedError` where nothing is accepted."""
+        self._queue.check_open()
+
+    def check_usable(self) -> None:
+        """The same for whoever asks about what was accepted before."""
+        self._queue.check_open(self._queue.loss)
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child, where all of it is dead."""
+        return self._queue.disowned
+
+    @property
+    def durable_lsn(self) -> int:
+        return self.wal.durable_lsn
+
+    async def flush(self) -> int:
+        return await self.wal.flush()
+
+    def follow(self, start: int | Bookmark | None, entering: str) -> RecordStream:
+        """`WriteAheadLog.follow`, for a stream that is entered in another way."""
+        source = self.wal._source()
+        return new_record_stream(source, start, None, follow=True, entering=entering)
+
+    def hold(self, who: str, lsn: int) -> None:
+        """Keep the record ``lsn`` and what comes after it; what comes before may be dropped, as
+        far as retention lets go of it.  There is one who holds."""
+        self._directory.keep_from = lsn
+        self.wal._flusher.maintenance.set()
+
+    def start_soon(self, job: Callable[[], Awaitable[None]]) -> None:
+        """Run a task in the log's nursery."""
+        self.wal._nursery.start_soon(job)
+
+    def before_close(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Await this when everything is durable, before the files are closed."""
+        self.wal._before_close = hook
+
+    @property
+    def log_uuid(self) -> bytes:
+        return self._directory.log_uuid
+
+    @property
+    def created(self) -> bool:
+        """Whether there was no log before this open."""
+        return self._directory.created
+
+    def undo_opening(self, undo: Callable[[], None]) -> None:
+        """What removes whatever an open that fails has made beside the log."""
+        self.wal._undo_opening = undo
+
+    def hand_out(self) -> None:
+        """The owner's open has succeeded."""
+        self._opening._hand_out()
+
+    def branch(self, path: str, after_lsn: int) -> None:
+        """Make an empty log in a new directory, whose first record comes after ``after_lsn``; it
+        blocks."""
+        files = self.wal._files
+        directory = files.open_directory(path, create=True)
+        try:
+            create_empty(
+                files,
+                directory,
+                log_uuid=self._directory.log_uuid,
+                first_lsn=after_lsn + 1,
+                features=self._directory.features,
+                history=self._directory.history,
+            )
+        finally:
+            directory.close()
+
+
 def _refuse(*_: object, **__: object) -> NoReturn:
     raise TypeError("this log belongs to a database, whose transactions write it")
 
@@ -757,6 +842,8 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         self._options = options
         self._files = files
         self._check = check
+        """Called with what recovery is going to do, before it writes; returns the first LSN
+        that will be read."""
         self._keep_from = keep_from
         self._database = database
         self._entered = False
@@ -947,3 +1034,33 @@ def open_wal(
         trust_directory=check_bool("trust_directory", trust_directory),
     )
     return _OpenWal(options, OsFiles() if files is None else files)
+
+
+@final
+class OpenOwnedLog(AbstractAsyncContextManager[OwnedLog]):
+    """`open_wal` for an owner, who hands it out when the owner's own open has succeeded."""
+
+    def __init__(
+        self,
+        opening: AbstractAsyncContextManager[WriteAheadLog],
+        check: Callable[[Plan], int | None],
+        keep_from: Callable[[], int],
+    ) -> None:
+        assert isinstance(opening, _OpenWal)
+        self._opening = opening
+        opening._database = True
+        opening._check = check
+        opening._keep_from = keep_from
+
+    @enable_ki_protection
+    async def __aenter__(self) -> OwnedLog:
+        return OwnedLog(self._opening, await self._opening.__aenter__())
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._opening.__aexit__(exc_type, exc, traceback)
