@@ -59,6 +59,7 @@ BANDS: dict[int, set[str]] = {
         "_checkpoint",
         "_core",
         "_database",
+        "_layer",
         "_memtable",
         "_mvcc",
         "_opening",

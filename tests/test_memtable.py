@@ -21,7 +21,7 @@ from models import Model
 from trio.testing import wait_all_tasks_blocked
 
 from trio_wal import _memtable
-from trio_wal._memtable import Layer
+from trio_wal._layer import Layer
 from trio_wal.testing import MemoryFiles
 
 # -- a model beside it -------------------------------------------------------------
@@ -258,7 +258,7 @@ async def test_older_versions_stay_while_somebody_reads_and_go_afterwards(
 
 
 LONG_CHAIN = """
-from trio_wal._memtable import Layer
+from trio_wal._layer import Layer
 layer = Layer()
 for number in range(1, 500_001):
     layer.add({b"hot": b"%d" % number}, number, number, keep_older=True)

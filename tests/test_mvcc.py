@@ -514,7 +514,7 @@ async def test_transactions_and_snapshots_need_versions_only(home: Home) -> None
 async def test_every_reader_sees_its_moment_whatever_happens(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trio_wal._memtable.BURIED_TOGETHER", 2)
+    monkeypatch.setattr("trio_wal._layer.BURIED_TOGETHER", 2)
     rng = random.Random(seed)
     home = make_home()
     checkpointer = home.checkpointer()

@@ -19,7 +19,7 @@ from trio.lowlevel import enable_ki_protection
 from ._base import MapFull, Store, StoreState
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
-from ._memtable import Layer
+from ._layer import Layer
 from ._mvcc import Versions
 from ._store import taking_turns
 from ._util import MiB

@@ -195,7 +195,7 @@ class Database(metaclass=NoPublicConstructor):
             if key not in versions.newest and not versions.checkpointing:
                 value = versions.base_get(key)
             else:
-                value = versions.view.get(key, versions.settled_seq)
+                value = versions.get(key)
         except BaseException as exc:
             check_key(key)
             versions.check_open()

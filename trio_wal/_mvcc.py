@@ -23,7 +23,8 @@ from trio.lowlevel import Task, enable_ki_protection
 
 from ._base import Readable
 from ._exceptions import LogFullError, TransactionConflict
-from ._memtable import Layer, Memtable, View
+from ._layer import Layer
+from ._memtable import Memtable, View
 from ._operations import Writes, encode_transaction
 from ._text import printable
 
@@ -144,6 +145,8 @@ class Readers:
     def __init__(self) -> None:
         self.pins: Final[dict[Reader, int]] = {}
         """In the order in which they came, with the newest settled commit of that moment."""
+        self.waited_for: int = 0
+        """Tasks that wait until all have left."""
         self._gone: Final = trio.lowlevel.ParkingLot()
 
     def unpin(self, reader: Reader) -> None:
@@ -151,7 +154,7 @@ class Readers:
         if self.pins.pop(reader, None) is None:
             return
         reader.view.base.unpin()
-        if self._gone and not self.pins:
+        if self.waited_for and not self.pins:
             self._gone.unpark_all()
 
     def of(self, task: Task) -> Reader | None:
@@ -167,13 +170,12 @@ class Readers:
 
     async def wait_unread(self) -> None:
         """Until nobody has a view."""
-        while self.pins:
-            await self._gone.park()
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether somebody waits until they have left."""
-        return bool(self._gone)
+        self.waited_for += 1
+        try:
+            while self.pins:
+                await self._gone.park()
+        finally:
+            self.waited_for -= 1
 
     def let_go(self) -> None:
         """None of them reads any more, whether they know it or not."""
@@ -293,6 +295,13 @@ class Versions:
             raise trio.ClosedResourceError(f"{printable(self.path)}: this database is closed")
 
     # -- readers --
+
+    def get(self, key: bytes) -> bytes | None:
+        """The durable value of a key."""
+        version = self.newest.get(key)
+        if version is not None and version.seq <= self.settled_seq:
+            return version.value
+        return self.view.get(key, self.settled_seq)
 
     def pin(self, reader: Reader) -> View:
         """Somebody begins to read: what it may need is kept until

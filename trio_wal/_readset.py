@@ -13,7 +13,8 @@ from typing import Final, final
 
 from trio.lowlevel import Task
 
-from ._memtable import Layer, View
+from ._layer import Layer
+from ._memtable import View
 from ._mvcc import CommitDependency, Versions
 
 DROPPED_LAYERS_MAX: Final = 2

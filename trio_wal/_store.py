@@ -90,7 +90,7 @@ def taking_turns(items: Iterable[T]) -> Iterator[T]:
 class _LmdbRead:
     def __init__(self, store: LmdbStore) -> None:
         self._store = store
-        self._txn = store._env.begin(db=store._data)
+        self._txn = store.begin()
         self._cursor = self._txn.cursor()
         self.get = self._txn.get
 
@@ -222,6 +222,10 @@ class LmdbStore:
         if not isinstance(exc, self.lmdb_error):
             return None
         return explained(exc, self.path, what, map_size)
+
+    def begin(self) -> Any:
+        """A read transaction of LMDB's."""
+        return self._env.begin(db=self._data)
 
     def read(self) -> ReadTransaction:
         try:

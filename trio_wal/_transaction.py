@@ -124,13 +124,20 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     def get(self, key: bytes, default: D) -> bytes | D: ...
     def get(self, key: bytes, default: object = None) -> object:
         """The value of ``key``, or ``default``; sees its own writes."""
-        self._check()
-        key = check_key(key)
-        # As `_read`.
+        # The fast paths of _check, check_key and _read.
+        reads = self._reads
+        if (
+            self._ended
+            or self._task is not current_task()
+            or (reads is not None and self._versions.closed)
+        ):
+            self._check()
+        if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
+            key = check_key(key)
         if key in self._writes:
             value = self._writes[key]
         else:
-            value = (self._reads or self._begin_reading()).get(key)
+            value = (reads or self._begin_reading()).get(key)
         return default if value is None else value
 
     def __contains__(self, key: bytes) -> bool:

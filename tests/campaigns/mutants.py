@@ -400,7 +400,7 @@ MUTANTS: Final = (
         "return commit is None or commit[0] not in self._dependencies", "return True",
     ),
     mutant(
-        "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
+        "a withdrawn commit takes the version before it along", "_layer", WHOLE,
         "                    self.versions[key] = older\n",
         "                    del self.versions[key]\n",
     ),
