@@ -25,7 +25,8 @@ from campaigns._oracle import Timeline, Wrong
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
-from trio_wal import _directory, _mvcc, _readset, _recovery, _wal
+from trio_wal import _log, _mvcc, _readset
+from trio_wal._disk import directory as _directory, recovery as _recovery
 from trio_wal._queue import WriteQueue
 from trio_wal.testing import MemoryFile, MemoryFiles
 
@@ -187,8 +188,8 @@ def _dropped_too_far(patch: pytest.MonkeyPatch) -> None:
     def hold(self: Any, who: str, lsn: int) -> None:
         original(self, who, lsn + 2)
 
-    original = _wal.OwnedLog.hold
-    patch.setattr(_wal.OwnedLog, "hold", hold)
+    original = _log.Log.hold
+    patch.setattr(_log.Log, "hold", hold)
 
 
 def _never_conflicts(patch: pytest.MonkeyPatch) -> None:

@@ -114,17 +114,29 @@ class Outcome:
         return self.lsn
 
 
+@attrs.define
+class Status:
+    error: Exception | None = None
+    disowned: bool = False
+
+    @property
+    def refuses(self) -> bool:
+        return self.error is not None
+
+    def check_open(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
 class ListLog:
     """Keeps records in a list; makes them durable, or loses them, when it is told to."""
-
-    disowned = False
 
     def __init__(self) -> None:
         self.waiting: dict[Any, tuple[bytes, Outcome]] = {}
         self.durable: list[bytes] = []
         self.jobs: list[Callable[[], Awaitable[None]]] = []
         self.held: list[tuple[str, int]] = []
-        self.error: Exception | None = None
+        self.status = Status()
         self.versions: Versions
 
     def append(self, record: bytes, task: Any) -> Outcome:
@@ -132,12 +144,8 @@ class ListLog:
         self.waiting[task] = record, outcome
         return outcome
 
-    def check_open(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def start_soon(self, job: Callable[[], Awaitable[None]]) -> None:
-        self.jobs.append(job)
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        self.jobs.append(task)
 
     @property
     def durable_lsn(self) -> int:
@@ -338,15 +346,14 @@ async def test_a_lost_commit_of_a_broken_log_is_the_logs_error(home: Home) -> No
     home.commit("a", k=b"1")
     reads = home.reads()
     reads.get(b"k")
-    home.log.error = OSError("broken")
+    home.log.status.error = OSError("broken")
     home.log.lose("a")
     with pytest.raises(OSError, match="broken"):
         await home.versions.wait_for(reads.dependency)
 
 
 def test_a_log_that_has_stopped_gets_nothing_and_nothing_is_seen_of_it(home: Home) -> None:
-    home.log.error = OSError("no more")
-    home.versions.stopped()
+    home.log.status.error = OSError("no more")
     with pytest.raises(OSError, match="no more"):
         home.commit("a", k=b"1")
     assert home.versions.pending == home.versions.last_seq == 0

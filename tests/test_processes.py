@@ -236,7 +236,7 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.directory import open_log_directory
 from trio_wal._files import OsFiles
 
 path, result = sys.argv[1:]
@@ -279,7 +279,7 @@ async def test_programs_started_by_the_owner_inherit_nothing(tmp_path: Path) -> 
             await wal.append(b"%d" % n)
         async with wal.read() as records:
             await records.__anext__()
-            log = wal._directory._directory.path
+            log = wal._log.engine._directory._directory.path
             inodes = {entry.stat().st_ino for entry in os.scandir(log)} | {os.stat(log).st_ino}
             found = 0
             for number in range(3, 200):

@@ -23,13 +23,13 @@ from databases import hash_tree
 import trio_wal
 from trio_wal import CorruptLogError, _files, _pages, _store_check
 from trio_wal._base import MapFull, Store, StoreState
+from trio_wal._disk.verify import verify_database
 from trio_wal._files import OsDirectory, OsFiles
 from trio_wal._pages import Contents
 from trio_wal._store import LmdbStore, explained
 from trio_wal._store_check import LOOK_TRIES, StoreCheck, check_before_open, check_store
 from trio_wal._store_files import DATA_NAME, data_file, inspect_store
 from trio_wal._util import MiB
-from trio_wal._verify import verify_database
 from trio_wal.testing import MemoryFiles
 
 UUID = bytes(range(16))

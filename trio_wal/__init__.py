@@ -1,14 +1,14 @@
 """A write-ahead log for trio: group commit, bounded memory, recovery that tells the truth.
 
-Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (pure),
-``_files`` ``_segment`` ``_recovery`` ``_directory`` (blocking), ``_queue`` ``_flusher``
-``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
+Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_disk`` (blocking),
+``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with
+faults.
 """
 
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
-from ._cursor import Record as Record
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -30,7 +30,6 @@ from ._identity import Bookmark as Bookmark
 from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
-from ._recovery import RecoveryReport as RecoveryReport
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -39,13 +38,10 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
+from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
-from ._wal import (
-    WalStatistics as WalStatistics,
-    WriteAheadLog as WriteAheadLog,
-    open_wal as open_wal,
-)
+from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 
 __version__ = "0.1.0"
 

@@ -17,13 +17,14 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._base import MapFull, Store, StoreState
+from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._layer import Layer
-from ._mvcc import Versions
+from ._mvcc import LogStatus, Versions
 from ._store import taking_turns
 from ._util import MiB
-from ._worker import Blocking, Forked
+from ._worker import Blocking
 
 RETRY_SECONDS: Final = 1.0
 PIECE_BYTES: Final = 4 * MiB
@@ -41,9 +42,7 @@ class CheckpointLog(Protocol):
     def durable_lsn(self) -> int: ...
 
     @property
-    def disowned(self) -> bool:
-        """Whether this is a forked child, where all of it is dead."""
-        ...
+    def status(self) -> LogStatus: ...
 
     async def flush(self) -> int:
         """Make durable what was accepted before the call.
@@ -108,7 +107,7 @@ class Checkpointer:
                 # The writers are told; here there is nothing more to do.
                 self._room.tell()
             finally:
-                if not self._log.disowned:
+                if not self._log.status.disowned:
                     self._done.set()
 
     async def _try(self) -> None:
@@ -226,12 +225,14 @@ class Checkpointer:
             failing.__cause__ = exc
 
     @enable_ki_protection
-    async def checkpoint_for(self, job: Callable[[StoreState], None]) -> int:
-        """As `checkpoint`; and before there is another, ``job`` is called in a thread with
-        what the store holds."""
+    async def checkpoint_for(self, job: Callable[[StoreState], Awaitable[None]]) -> int:
+        """As `checkpoint`; and before there is another, ``job`` is called with what the store
+        holds, and not cut short by cancellation."""
         async with self._one:
             await self._everything()
-            await self._blocking(job, self.state)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            with trio.CancelScope(shield=True):
+                await job(self.state)
             return self.state.lsn
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:

@@ -12,12 +12,14 @@ from typing import Final, final
 from trio.lowlevel import enable_ki_protection
 
 from ._base import Store, StoreState
-from ._chain import LOG_NAME, STORE_NAME
 from ._changes import decode_record
 from ._checkpoint import Checkpointer
+from ._disk.chain import LOG_NAME, STORE_NAME
 from ._files import Files
+from ._log import Log
 from ._mvcc import Versions
-from ._wal import OwnedLog
+from ._wal import new_wal
+from ._worker import Blocking
 
 
 @final
@@ -27,16 +29,18 @@ class Core:
     def __init__(
         self,
         path: str,
-        log: OwnedLog,
+        log: Log,
         store: Store,
         state: StoreState,
         files: Files,
+        blocking: Blocking,
         checkpoint_bytes: int,
     ) -> None:
         self.path: Final = path
         self.log: Final = log
         self._store: Final = store
         self._files: Final = files
+        self._blocking: Final = blocking
         self.versions: Final = Versions(
             path,
             store,
@@ -46,7 +50,8 @@ class Core:
             max_transaction_bytes=log.max_record_size,
         )
         log.own(self.versions)
-        self.checkpointer: Final = Checkpointer(self.versions, store, log, log.blocking, state)
+        self.wal: Final = new_wal(log, owned=True)
+        self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)
         self._closed_store: tuple[int, int] | None = None
 
     async def start(self) -> int:
@@ -62,9 +67,9 @@ class Core:
     async def _replay(self) -> int:
         log, versions = self.log, self.versions
         count = 0
-        async with log.wal.read(self.checkpointer.state.lsn + 1) as records:
+        async with log.read(self.checkpointer.state.lsn + 1) as records:
             async for record in records:
-                writes = decode_record(log.wal.path, record.lsn, record.data)
+                writes = decode_record(log.name, record.lsn, record.data)
                 await versions.replay(record.lsn, writes, len(record.data))
                 count += 1
                 if versions.checkpoint_due():
@@ -75,17 +80,17 @@ class Core:
         """A copy of the store as of now, and an empty log that goes on after it."""
         return await self.checkpointer.checkpoint_for(partial(self._copy, path))
 
-    def _copy(self, path: str, state: StoreState) -> None:
+    async def _copy(self, path: str, state: StoreState) -> None:
         """Under another name, so that nothing is ever there half, and what failed can be tried
         again."""
-        files = self._files
-        temporary = files.begin_directory(path)
+        files, blocking = self._files, self._blocking
+        temporary = await blocking(files.begin_directory, path)
         try:
-            self._store.copy(f"{temporary}/{STORE_NAME}")
-            self.log.branch(f"{temporary}/{LOG_NAME}", state.lsn)
-            files.finish_directory(temporary, path)
+            await blocking(self._store.copy, f"{temporary}/{STORE_NAME}")
+            await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
+            await blocking(files.finish_directory, temporary, path)
         except BaseException:
-            files.discard_directory(temporary)
+            await blocking(files.discard_directory, temporary)
             raise
 
     def store_statistics(self) -> tuple[int, int]:
@@ -100,6 +105,7 @@ class Core:
             versions.let_go()
         finally:
             await self.checkpointer.stop()
+        await self._blocking.close()
         versions.close()
         try:
             self._closed_store = self._store.statistics()
@@ -108,5 +114,6 @@ class Core:
 
     def _disown(self) -> None:
         """In a forked child: the database is the parent's."""
+        self._blocking.disown()
         self.versions.disown()
         self._closed_store = (0, 0)

@@ -20,15 +20,16 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from ._changes import CommitStream, new_commit_stream
 from ._core import Core
+from ._engine import RecoveryReport
 from ._exceptions import TransactionConflict
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
 from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, check_key, check_range, check_size
-from ._recovery import RecoveryReport
 from ._snapshot import Snapshot, new_snapshot
+from ._statistics import WalStatistics
 from ._transaction import Transaction, new_transaction
 from ._util import check_bytes, check_int, check_path
-from ._wal import WalStatistics, WriteAheadLog
+from ._wal import WriteAheadLog
 
 if TYPE_CHECKING:
     # Only checkers need it, and they bring it along; Python has it from 3.11 on.
@@ -83,7 +84,7 @@ class Database(metaclass=NoPublicConstructor):
     def __init__(self, core: Core, recovery: RecoveryReport) -> None:
         self._core = core
         self._versions = core.versions
-        self._epoch = core.log.wal.epoch
+        self._epoch = core.log.tail.epoch
         """For snapshots; only the first open of a backup makes a new one."""
         self._recovery = recovery
 
@@ -274,8 +275,8 @@ class Database(metaclass=NoPublicConstructor):
           LsnTruncatedError: ``start`` is no longer in the log: see ``retention`` of
               `open_database` for how to keep more of it.
         """
-        records = self._core.log.follow(start, "db.changes() as commits")
-        return new_commit_stream(self.wal.path, records)
+        records = self._core.log.follow(start, entering="db.changes() as commits")
+        return new_commit_stream(self._core.log.name, records)
 
     # -- into the store --
 
@@ -330,7 +331,7 @@ class Database(metaclass=NoPublicConstructor):
     @property
     def wal(self) -> WriteAheadLog:
         """The log in front, to read, follow and flush; only transactions write it."""
-        return self._core.log.wal
+        return self._core.wal
 
     @property
     def uuid(self) -> uuid.UUID:
@@ -387,7 +388,7 @@ class Database(metaclass=NoPublicConstructor):
         """A checkpoint; raises where the database is closed or its log has failed."""
         self._versions.check_open()
         await trio.lowlevel.checkpoint()
-        self._core.log.check_usable()
+        self._core.log.status.check_usable()
 
     def __repr__(self) -> str:
         return f"<Database {self.path!r} durable_lsn={self.durable_lsn}>"

@@ -29,13 +29,30 @@ from ._operations import Writes, encode_transaction
 from ._text import printable
 
 
+class LogStatus(Protocol):
+    """Whether a log takes records."""
+
+    @property
+    def refuses(self) -> bool:
+        """Whether nothing is accepted any more."""
+        ...
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child, where all of it is dead."""
+        ...
+
+    def check_open(self) -> None:
+        """Raises where nothing is accepted any more, and says why."""
+        ...
+
+
 class CommitLog(Protocol):
     """The log that makes commits durable: what versions need of it.
 
     Of every record that it was given it says to the versions, in one call each, either
     `Versions.withdrawn` or, for a whole batch, `Versions.settled`, before the task that waits
     for it runs again.  Before it takes a record back for good it asks `Versions.may_withdraw`.
-    When nothing will be accepted any more it calls `Versions.stopped`.
     """
 
     @property
@@ -43,11 +60,10 @@ class CommitLog(Protocol):
         """Gives what the task awaits at once; it returns the record's LSN."""
         ...
 
-    def check_open(self) -> None:
-        """Raises where nothing is accepted any more."""
-        ...
+    @property
+    def status(self) -> LogStatus: ...
 
-    def start_soon(self, job: Callable[[], Awaitable[None]]) -> None:
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run a task beside the log, which does not end before it."""
         ...
 
@@ -250,8 +266,7 @@ class Versions:
         """The database's, for messages."""
         self._log = log
         self._append = log.append
-        self._refused = False
-        """Whether the log accepts nothing any more."""
+        self._status = log.status
         self._memtable: Final = Memtable(store)
         self._pending: dict[Any, tuple[int, Writes, Layer, int]] = {}
         """Commits on their way to the disk, by task and in their order: number, writes, the
@@ -323,8 +338,8 @@ class Versions:
         Not a coroutine function: one frame less to pass through a park and a wake.  What
         it returns must be awaited at once.
         """
-        if self._refused:
-            self._log.check_open()
+        if self._status.refuses:
+            self._status.check_open()
         payload = encode_transaction(writes)
         layer = self.view.active
         self.last_seq = seq = self.last_seq + 1
@@ -364,7 +379,7 @@ class Versions:
         elif not dependency.lost:
             await dependency.wait()
         if dependency is not None and dependency.lost:
-            self._log.check_open()
+            self._status.check_open()
             self.conflicts += 1
             raise TransactionConflict(dependency.key)
         return self.durable_lsn
@@ -423,10 +438,6 @@ class Versions:
             for number in [number for number in self._dependencies if number <= seq]:
                 self._dependencies.pop(number).settle()
 
-    def stopped(self) -> None:
-        """Nothing is accepted any more; why, `CommitLog.check_open` says."""
-        self._refused = True
-
     def _settle_layers(self, seq: int) -> bool:
         """Returns whether a view was made anew."""
         oldest = self.readers.oldest()
@@ -482,7 +493,7 @@ class Versions:
           LogFailedError, trio.ClosedResourceError: as the log says.
         """
         while self.behind():
-            self._log.check_open()
+            self._status.check_open()
             await self.room.wait(reading=bool(self._pins))
 
     # -- for checkpoints --

@@ -18,19 +18,23 @@ import attrs
 from trio.lowlevel import enable_ki_protection
 
 from ._base import Progress, StoreState
-from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._checkpoint import HOLD
 from ._core import Core
 from ._database import Database, new_database
+from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._disk.recovery import VERIFY_BYTES, Plan
+from ._engine import Engine
 from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import Files, OsFiles
 from ._flusher import Durability
-from ._recovery import VERIFY_BYTES, Plan
+from ._local import LocalOptions, open_local
+from ._log import Log, LogOptions, OpenLog
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._util import MiB, check_int, check_one_of, check_path
-from ._wal import OpenOwnedLog, OwnedLog, WriteAheadLog, open_wal
+from ._wal import check_options
 from ._worker import Blocking, require_trio
 
 VerifyStore = Literal["auto", "child", "none"]
@@ -51,7 +55,6 @@ class _Options:
     map_size: int
     verify_store: VerifyStore
     on_verify_progress: Progress | None
-    trust_directory: bool
 
 
 @final
@@ -59,18 +62,20 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     """What `open_database` returns."""
 
     def __init__(
-        self, options: _Options, files: Files, log: AbstractAsyncContextManager[WriteAheadLog]
+        self, options: _Options, files: Files, run: LogOptions, where: LocalOptions
     ) -> None:
         self._options = options
         self._path = options.path
         self._files = files
         self._stores = stores_of(files)
-        self._log = OpenOwnedLog(log, self._check, self._keep_from)
+        self._where = where
+        self._opened = OpenLog("open_database", run, self._open_engine)
         self._state: StoreState | None = None
         self._made: tuple[str, ...] = ()
 
-    def _keep_from(self) -> int:
-        """The first LSN that the store does not have."""
+    @property
+    def _next_lsn(self) -> int:
+        """The first one that the store does not have."""
         return 1 if self._state is None else self._state.lsn + 1
 
     @property
@@ -93,14 +98,14 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         )
         if wrong is not None:
             raise damaged(data_file(self._store_path), wrong)
-        return None if meta is None else self._keep_from()
+        return None if meta is None else self._next_lsn
 
     def _prepare(self) -> None:
         """Create the directory, or see whether it is a database's."""
         directory = self._files.open_directory(self._path, create=True)
         self._made = directory.made
         try:
-            if not self._options.trust_directory:
+            if not self._where.trust_directory:
                 directory.check_trusted()
                 if STORE_NAME in directory.names():
                     self._check_store_trusted()
@@ -130,6 +135,17 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         """After an open that failed: the directories that `_prepare` has made."""
         self._files.remove_directories(self._made)
 
+    async def _open_engine(self) -> Engine:
+        engine = await open_local(
+            self._files,
+            self._where,
+            check=self._check,
+            database=True,
+            undo=partial(self._stores.remove_store, self._store_path),
+        )
+        engine.hold(HOLD, self._next_lsn)
+        return engine
+
     @enable_ki_protection
     async def __aenter__(self) -> Database:
         require_trio("open_database")
@@ -137,13 +153,13 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         try:
             await blocking(self._prepare)
             try:
-                log = await self._log.__aenter__()
+                log = await self._opened.enter()
             except LogLockedError as exc:
                 raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
             try:
                 db = await self._open_on(log, blocking)
             except BaseException as exc:
-                await self._log.__aexit__(type(exc), exc, exc.__traceback__)
+                await self._opened.leave(exc)
                 raise
         except BaseException:
             self._remove_made()
@@ -161,20 +177,18 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         )
         return db
 
-    async def _open_on(self, log: OwnedLog, blocking: Blocking) -> Database:
-        options = self._options
-        if log.created:
-            log.undo_opening(partial(self._stores.remove_store, self._store_path))
+    async def _open_on(self, log: Log, blocking: Blocking) -> Database:
+        options, files = self._options, self._files
         store = await blocking(self._stores.open_store, self._store_path, options.map_size)
         try:
-            state = self._state or StoreState(log.log_uuid, 0)
-            core = Core(self._path, log, store, state, self._files, options.checkpoint_bytes)
+            state = self._state or StoreState(log.engine.uuid.bytes, 0)
+            core = Core(self._path, log, store, state, files, blocking, options.checkpoint_bytes)
         except BaseException:
             store.close()
             raise
         replayed = await core.start()
         recovery = attrs.evolve(
-            log.wal.recovery, transactions_replayed=replayed, checkpoint_lsn=state.lsn
+            log.engine.recovery, transactions_replayed=replayed, checkpoint_lsn=state.lsn
         )
         return new_database(core, recovery)
 
@@ -185,7 +199,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._log.__aexit__(exc_type, exc, traceback)
+        await self._opened.leave(exc)
 
 
 def open_database(
@@ -254,8 +268,8 @@ def open_database(
     check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     check_one_of("verify_store", verify_store, ("auto", "child", "none"))
     used = OsFiles() if files is None else files
-    log = open_wal(
-        f"{name}/{LOG_NAME}",
+    run, where = check_options(
+        path=f"{name}/{LOG_NAME}",
         retention=KeepSegments(1) if retention is None else retention,
         max_queue_size=max_queue_size,
         max_queue_bytes=max_queue_bytes,
@@ -267,7 +281,6 @@ def open_database(
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
-        files=used,
     )
     options = _Options(
         path=used.absolute(name),
@@ -275,6 +288,5 @@ def open_database(
         map_size=map_size,
         verify_store=verify_store,
         on_verify_progress=on_verify_progress,
-        trust_directory=trust_directory,
     )
-    return _OpenDatabase(options, used, log)
+    return _OpenDatabase(options, used, run, where)

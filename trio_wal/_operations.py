@@ -14,8 +14,8 @@ from typing import Final
 import attrs
 import msgspec
 
+from ._disk.frame import FRAME_BODY_MAX
 from ._exceptions import RecordTooLargeError
-from ._frame import FRAME_BODY_MAX
 from ._util import check_bytes, check_int
 
 KEY_BYTES_MAX: Final = 511

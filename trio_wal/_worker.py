@@ -25,6 +25,8 @@ from typing import Any, Final, Protocol, TypeVar, cast
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
+from ._engine import Forked
+
 T = TypeVar("T")
 
 READ_THREADS: Final = 4
@@ -42,10 +44,6 @@ def _no_thread_is_oserror() -> Generator[None, None, None]:
         raise OSError(
             errno.EAGAIN, "no thread can be started: see the limits on processes"
         ) from exc
-
-
-class Forked(BaseException):
-    """Ends the tasks of a handle in a forked child, where it is dead."""
 
 
 class Worker(Protocol):
