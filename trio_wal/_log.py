@@ -189,6 +189,10 @@ class Log:
         await queue.submit(Barrier())
         return engine.durable_lsn
 
+    def hold(self, who: str, lsn: int) -> None:
+        """Keep the record ``lsn`` and all that come after it: see `Engine.hold`."""
+        self.engine.hold(who, lsn)
+
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)
 
