@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar, cast, final
 
 import attrs
 import outcome
-from trio.lowlevel import Abort, RaiseCancelT, wait_task_rescheduled
+from trio.lowlevel import Abort, RaiseCancelT, Task, wait_task_rescheduled
 
 T = TypeVar("T")
 AbortFn = Callable[[RaiseCancelT], Abort]
@@ -84,3 +84,11 @@ park: Final[Callable[[Any], Awaitable[object]]] = _park if REUSES else wait_task
 def request(abort: AbortFn) -> Any:
     """What `park` takes; may be kept, and used whenever it is not in use."""
     return _message(abort) if REUSES else abort
+
+
+def is_parked(task: Task) -> bool:
+    """Whether a task that is not the running one waits to be woken; False: it is about to run.
+
+    For forked children only: nothing else here wakes whom it has not parked.
+    """
+    return getattr(task, "_next_send_fn", True) is None

@@ -41,6 +41,7 @@ from ._flusher import HISTOGRAM_BOUNDS, Durability, Flusher
 from ._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, to_datetime
 from ._identity import Bookmark, epoch_of
 from ._local import LocalSource
+from ._park import is_parked
 from ._queue import Barrier, Owner, State, Unit, WriteQueue
 from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
 from ._retention import KeepAll, Retention
@@ -600,6 +601,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """In a forked child: the log is the parent's, and so are the threads that work for it."""
         self._forked = True
         self._queue.disown()
+        self._directory.disown()
         self._worker.disown()
         self._blocking.disown()
 
@@ -618,8 +620,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             await trio.lowlevel.cancel_shielded_checkpoint()
         while self._nursery.child_tasks:
             for task in self._nursery.child_tasks:
-                # None: it is about to run, and will stand somewhere else.
-                if getattr(task, "_abort_func", None) is not None:
+                # Else it is about to run, and will stand somewhere else.
+                if is_parked(task):
                     reschedule(task, outcome.Error(Forked()))
             await trio.lowlevel.cancel_shielded_checkpoint()
 
@@ -692,6 +694,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
                             await flusher.done.wait()
             except Forked:
                 pass
+            except trio.ClosedResourceError:
+                if not self._forked:
+                    raise
             finally:
                 if not self._forked:
                     self._maintenance_done.set()
