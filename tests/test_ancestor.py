@@ -21,7 +21,13 @@ from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import CorruptLogError, LogFailedError
-from trio_wal._frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c, decode_segment_header
+from trio_wal._disk.frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FRAME_HEADER_SIZE,
+    crc32c,
+    decode_segment_header,
+)
 from trio_wal._util import KiB
 from trio_wal.testing import MemoryFiles
 

@@ -11,7 +11,8 @@ from campaigns import __main__ as campaigns, bitrot
 from campaigns._ways import OWNER, READER, WAYS
 from campaigns.bitrot import HARMLESS, OFFLINE, READ, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
 
-from trio_wal import _chain, _cursor, _frame, _reader, _scan
+from trio_wal import _reader
+from trio_wal._disk import chain as _chain, cursor as _cursor, frame as _frame, scan as _scan
 
 NAMES = [name for name in SMALL if bitrot.usable(name)]
 

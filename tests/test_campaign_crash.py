@@ -25,7 +25,8 @@ from campaigns._oracle import Timeline, Wrong
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
-from trio_wal import _checkpoint, _database, _directory, _recovery, _transaction
+from trio_wal import _checkpoint, _database, _transaction
+from trio_wal._disk import directory as _directory, recovery as _recovery
 from trio_wal._queue import WriteQueue
 from trio_wal.testing import MemoryFile, MemoryFiles
 

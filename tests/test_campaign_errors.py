@@ -11,7 +11,7 @@ from campaigns import __main__ as campaigns, errors
 from campaigns.errors import KINDS, MODES, WORKLOADS, Case, Result, run_case
 
 from trio_wal import LogFailedError
-from trio_wal._directory import LogDirectory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._flusher import Flusher
 from trio_wal.testing import MemoryFile
 
@@ -64,11 +64,11 @@ def first_error(workload: str, kind: str, mode: str) -> str:
 def test_a_sync_that_is_tried_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = MemoryFile.sync
 
-    def sync(self: MemoryFile) -> None:
+    def sync(self: MemoryFile, *, in_place: bool = False) -> None:
         try:
-            original(self)
+            original(self, in_place=in_place)
         except OSError:
-            original(self)
+            original(self, in_place=in_place)
 
     monkeypatch.setattr(MemoryFile, "sync", sync)
     assert first_error("appends", "EIO", "once") != ""
@@ -88,7 +88,7 @@ def test_a_wrong_outcome_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail(self: Flusher, exc: BaseException) -> None:
         original(self, exc)
-        self._queue.loss = "not written"
+        self._queue.status.loss = "not written"
 
     monkeypatch.setattr(Flusher, "_fail", fail)
     assert "was said to be not written" in first_error("appends", "EIO", "once")

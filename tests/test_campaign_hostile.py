@@ -12,7 +12,8 @@ import pytest
 from campaigns import __main__ as campaigns, _forge, hostile
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from trio_wal import _cursor, _files, _scan, _store
+from trio_wal import _files, _store
+from trio_wal._disk import cursor as _cursor, scan as _scan
 
 ENVIRONMENT = {
     **os.environ,

@@ -55,7 +55,7 @@ def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
 
 LOSING = """\
 import itertools, sys
-from trio_wal import _segment
+from trio_wal._disk import segment as _segment
 
 whole = _segment.ActiveSegment._write_frame
 turn = itertools.count(1)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from campaigns import __main__ as campaigns, leaks
 
-from trio_wal import _directory
 from trio_wal._database import _OpenDatabase
-from trio_wal._directory import LogDirectory
+from trio_wal._disk import directory as _directory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._files import OsDirectory, OsFile
 
 pytestmark = pytest.mark.skipif(

@@ -75,7 +75,7 @@ def init(self, *args, **more):
 _stream.Reading.__init__ = init
 """,
     "a record is passed over now and then": """
-from trio_wal import _cursor
+from trio_wal._disk import cursor as _cursor
 whole = _cursor.Cursor.chunk
 def chunk(self, stop):
     records = whole(self, stop)

@@ -34,13 +34,12 @@ from command_line import (
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._chain import META_NAME
 from trio_wal._cli import run
 from trio_wal._cli.dump import dump
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal._files import OsFiles
-from trio_wal._frame import BLOCK, decode_meta, decode_segment_header, segment_name
-from trio_wal._queue import Barrier
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
@@ -447,7 +446,7 @@ def test_a_segment_that_was_closed_and_then_rotated_away_is_unsealed_until_it_is
 
     async def rotate() -> None:
         async with trio_wal.open_wal(log) as wal:
-            await wal._run_job(Barrier(wal._directory.rotate))
+            await wal._log.run_job(wal._log.engine.rotate)
 
     trio.run(rotate)
     closed.write_bytes(before)
@@ -788,7 +787,7 @@ def test_a_start_beyond_the_end_is_said_to_be(cli: CommandLine, log: Path) -> No
 
 @pytest.mark.parametrize("command", READING)
 def test_a_log_from_the_future_is_an_error(cli: CommandLine, command: str, log: Path) -> None:
-    from trio_wal._frame import META_MAGIC, _seal_sector
+    from trio_wal._disk.frame import META_MAGIC, _seal_sector
 
     (log / "log.meta").write_bytes(_seal_sector(META_MAGIC + b"\x02\x00"))
     assert cli(command, log) == 3

@@ -25,7 +25,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
-from trio_wal._frame import (
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     FRAME_HEADER_SIZE,
@@ -34,10 +34,10 @@ from trio_wal._frame import (
     crc32c,
     decode_segment_header,
 )
-from trio_wal._scan import FrameScanner, start_of
-from trio_wal._segment import ActiveSegment
+from trio_wal._disk.scan import FrameScanner, start_of
+from trio_wal._disk.segment import ActiveSegment
+from trio_wal._disk.verify import verify
 from trio_wal._util import KiB
-from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 BATCHES = [[b"first"], [b"second", b"", b"third"], [bytes(600)], [b"last", b"of all"]]

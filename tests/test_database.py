@@ -49,7 +49,7 @@ from trio_wal import (
     RecordTooLargeError,
     Transaction,
     TransactionConflict,
-    _checkpoint,
+    _local,
 )
 from trio_wal._files import finish_directory
 from trio_wal.testing import MemoryFiles
@@ -650,19 +650,23 @@ async def test_every_async_method_is_a_checkpoint_and_no_sync_method_is(home: Ho
 async def test_only_transactions_write_the_log(home: Home) -> None:
     async with home.open() as db:
         await db.put(b"a", b"1")
+
+        async def send_nowait() -> None:
+            db.wal.send_nowait(b"")
+
         calls: list[Callable[[], Any]] = [
             lambda: db.wal.append(b""),
             lambda: db.wal.append_many([b""]),
             lambda: db.wal.send(b""),
-            lambda: db.wal.send_nowait(b""),
             lambda: db.wal.truncate_before(1),
             lambda: db.wal.truncate_after(0),
+            send_nowait,
         ]
         for call in calls:
             with pytest.raises(
                 TypeError, match=r"^this log belongs to a database, whose transactions write it$"
             ):
-                call()
+                await call()
         # What does not write is there for all.
         assert await db.wal.flush() == 1
         await db.wal.wait_durable(1)
@@ -871,7 +875,7 @@ async def test_a_backup_that_fails_leaves_nothing_and_can_be_tried_again(
             if name == "finish":
                 monkeypatch.setattr(db._files, "finish_directory", fail)
             else:
-                monkeypatch.setattr(_checkpoint, name, fail)
+                monkeypatch.setattr(_local, name, fail)
             with pytest.raises(OSError, match="No space left on device"):
                 await db.backup(tmp_path / "copy")
             assert os.listdir(tmp_path) == ["db"]
@@ -991,7 +995,9 @@ async def test_a_backup_keeps_the_features_of_the_log(home: Home) -> None:
         assert copy.wal.statistics().bytes_appended > 100_000
         async with copy.wal.read() as records:
             assert len([record async for record in records]) == 1
-        assert copy.wal._directory.features == db.wal._directory.features != 0
+        assert (
+            copy.wal._log.engine._directory.features == db.wal._log.engine._directory.features != 0
+        )
 
 
 # -- Ctrl-C -------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from trio_wal import (
     TransactionConflict,
     WrongDirectoryError,
 )
-from trio_wal._frame import BLOCK, DATA_OFFSET
+from trio_wal._disk.frame import BLOCK, DATA_OFFSET
 from trio_wal.testing import MemoryFiles
 
 # -- crashes at every operation on the files ---------------------------------------

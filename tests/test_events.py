@@ -234,7 +234,7 @@ def test_the_documentation_has_every_event() -> None:
         pytest.skip("the pages are not here: this is not the source tree")
     table = pages.read_text(encoding="utf-8")
     told = set()
-    for module in (root / "trio_wal").glob("*.py"):
+    for module in (root / "trio_wal").rglob("*.py"):
         text = module.read_text(encoding="utf-8")
         told |= set(re.findall(r'tell\(\s*[^"]*?"([a-z_]+)",', text))
     assert len(told) == 12

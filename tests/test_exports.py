@@ -61,7 +61,7 @@ def class_definitions() -> dict[str, ast.ClassDef]:
     package = Path(trio_wal.__file__).parent
     return {
         node.name: node
-        for path in package.glob("*.py")
+        for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.ClassDef)
     }

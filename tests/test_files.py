@@ -28,7 +28,8 @@ from logs import TINY, append, open_log, records_of
 
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.verify import verify
 from trio_wal._files import (
     FOLIO_MAX,
     NO_WORD,
@@ -41,7 +42,6 @@ from trio_wal._files import (
     watch_directory,
 )
 from trio_wal._util import MiB
-from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 pytestmark = pytest.mark.skipif(

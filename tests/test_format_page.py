@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_wal._files import OsFiles
-from trio_wal._frame import (
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     FORMAT_VERSION,
@@ -26,9 +25,10 @@ from trio_wal._frame import (
     decode_meta,
     decode_segment_header,
 )
+from trio_wal._disk.scan import FrameScanner, payloads, start_of
+from trio_wal._disk.segment import ActiveSegment, encode
+from trio_wal._files import OsFiles
 from trio_wal._identity import Parting
-from trio_wal._scan import FrameScanner, payloads, start_of
-from trio_wal._segment import ActiveSegment, encode
 from trio_wal.testing import MemoryFiles
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text("utf-8")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from trio_wal import _codec
-from trio_wal._frame import (
+from trio_wal._disk.frame import (
     BATCH_RECORDS_MAX,
     BLOCK,
     DATA_OFFSET,
@@ -400,7 +400,7 @@ def test_a_table_is_taken_apart_in_slices_and_comes_out_the_same(
     records = [bytes([n]) * (n % 7) for n in range(50)]
     body = b"".join(encode_body(records))
     for size in (1, 7, 49, 50, 51):
-        monkeypatch.setattr("trio_wal._frame._TABLE_SLICE", size)
+        monkeypatch.setattr("trio_wal._disk.frame._TABLE_SLICE", size)
         assert decode_body(body, len(records)) == records
         with pytest.raises(
             FrameError, match=r"^the lengths add up to \d+ bytes, the body has \d+$"

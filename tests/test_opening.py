@@ -19,7 +19,7 @@ from helpers import LOG
 import trio_wal
 from trio_wal import CorruptLogError, LogFailedError, LogFullError
 from trio_wal._checkpoint import Checkpointer
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.directory import open_log_directory
 from trio_wal._files import OsDirectory, OsFile, OsFiles
 from trio_wal._store import LmdbStore
 from trio_wal._worker import ThreadWorker
@@ -126,12 +126,12 @@ def no_mark_on_disk(monkeypatch: pytest.MonkeyPatch) -> int:
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> int:
     calls = 0
 
-    def sync(self: OsFile) -> None:
+    def sync(self: OsFile, *, in_place: bool = False) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise OSError(errno.EIO, os.strerror(errno.EIO), self.path)
-        original(self)
+        original(self, in_place=in_place)
 
     original = OsFile.sync
     monkeypatch.setattr(OsFile, "sync", sync)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from trio_wal._frame import FRAME_BODY_MAX
+from trio_wal._disk.frame import FRAME_BODY_MAX
 from trio_wal._operations import (
     KEY_BYTES_MAX,
     OPERATION_OVERHEAD,

@@ -236,7 +236,7 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.directory import open_log_directory
 from trio_wal._files import OsFiles
 
 path, result = sys.argv[1:]
@@ -279,7 +279,7 @@ async def test_programs_started_by_the_owner_inherit_nothing(tmp_path: Path) -> 
             await wal.append(b"%d" % n)
         async with wal.read() as records:
             await records.__anext__()
-            log = wal._directory._directory.path
+            log = wal._log.engine._directory._directory.path
             inodes = {entry.stat().st_ino for entry in os.scandir(log)} | {os.stat(log).st_ino}
             found = 0
             for number in range(3, 200):
@@ -452,9 +452,9 @@ async def main(path, kind, how):
 
 MIDDLE = """
 import threading
-from trio_wal import _wal
-from trio_wal._cursor import Cursor
-from trio_wal._directory import LogDirectory
+from trio_wal import _log
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory
 
 stuck = 0
 
@@ -479,11 +479,12 @@ async def main(path, how):
         nursery.start_soon(ignore_closed, records.__anext__)
         LogDirectory.write = stick
         nursery.start_soon(ignore_closed, wal.append, b"record")
-        lock = wal._directory._spare_lock
+        engine = wal._log.engine
+        lock = engine._directory._spare_lock
         threading.Thread(target=hold, args=[lock], daemon=True).start()
         while stuck < 3:
             await trio.sleep(0.001)
-        bell = os.dup(wal._worker._bell._fd) if sys.platform == "linux" else None
+        bell = os.dup(engine._worker._bell._fd) if sys.platform == "linux" else None
         pid = os.fork()
         if pid == 0:
             def wake(*args):
@@ -492,7 +493,7 @@ async def main(path, how):
                 if bell is not None:
                     os.eventfd_write(bell, 1)
 
-            reschedule, _wal.reschedule = _wal.reschedule, wake
+            reschedule, _log.reschedule = _log.reschedule, wake
             if how == "exception":
                 raise Left
             await wal.aclose()

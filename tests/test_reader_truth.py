@@ -21,14 +21,15 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
-from trio_wal._chain import META_NAME, find_segments, read_meta
 from trio_wal._cli.inspect import _look
-from trio_wal._cursor import Cursor
-from trio_wal._directory import open_log_directory
+from trio_wal._disk.chain import META_NAME, find_segments, read_meta
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
+from trio_wal._disk.verify import verify
+from trio_wal._engine import Moved
 from trio_wal._files import OsFiles, Word
-from trio_wal._frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._reader import WatchSource
-from trio_wal._verify import verify
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
@@ -193,7 +194,7 @@ async def test_a_segment_that_cannot_be_used_ends_what_is_given(
     else:
         data = bytearray(files.read_file(LOG, name))
         data[24:40] = b"another log's id"
-        data[508:512] = trio_wal._frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
+        data[508:512] = trio_wal._disk.frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
         files.write_file(LOG, name, bytes(data))
     if number == 0:
         with pytest.raises(CorruptLogError):
@@ -294,8 +295,8 @@ async def test_a_segment_that_is_replaced_under_a_reader_is_not_read(
     async with trio_wal.open_reader(LOG, files=good) as reader, reader.read() as records:
         found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(2)]]
         records._reading.ready.clear()
-        records._reading._cursor.leave()
-        records._reading._cursor.next_lsn = 3
+        records._reading._renew_cursor()
+        records._reading._next = 3
         good.write_file(LOG, name, stale)
         error = None
         try:
@@ -325,7 +326,7 @@ async def test_segments_without_a_footer_are_checked_where_they_join(
     append(log, b"another 2")
     log.close(orderly=False)
     assert [int(name[4:24]) for name in segments(files)] == [1, 2]
-    header = trio_wal._frame.decode_segment_header(stale)
+    header = trio_wal._disk.frame.decode_segment_header(stale)
     assert header.number == 2
     # Between a truncation and its footer.
     name = segments(files)[0]
@@ -427,7 +428,7 @@ async def test_a_segment_that_is_replaced_when_others_go_is_damage(
         for _ in range(10):
             await records.__anext__()
         data = bytearray(files.read_file(LOG, names[1]))
-        header = trio_wal._frame.decode_segment_header(bytes(data))
+        header = trio_wal._disk.frame.decode_segment_header(bytes(data))
         data[:BLOCK] = attrs.evolve(header, salt=bytes(16)).encode()
         files.write_file(LOG, names[1], bytes(data))
         for name in names[2:]:
@@ -530,7 +531,7 @@ async def test_a_cut_between_the_look_at_the_history_and_the_owners_word_is_seen
 
     directory.published = published  # type: ignore[method-assign]
     source.look()
-    assert (source.durable_lsn, source.history) == (4, log.history)
+    assert (source.tail.durable_lsn, source.tail.history) == (4, log.history)
 
 
 @pytest.mark.parametrize("other", [0, 2])
@@ -587,10 +588,10 @@ class _EveryImage:
         assert verification.findings == ()
         log = _look(directory)
         assert log.findings == ()
-        assert (log.first_lsn, log.durable_lsn) == (source.first_lsn, source.durable_lsn)
-        cursor = Cursor(source, source.first_lsn)
-        while cursor.next_lsn <= source.durable_lsn:
-            cursor.chunk(source.durable_lsn + 1)
+        assert (log.first_lsn, log.durable_lsn) == (source.tail.first_lsn, source.tail.durable_lsn)
+        cursor = Cursor(source, source.tail.first_lsn)
+        while cursor.next_lsn <= source.tail.durable_lsn:
+            cursor.chunk(source.tail.durable_lsn + 1)
         cursor.leave()
 
 
@@ -648,8 +649,8 @@ async def test_a_look_while_the_log_is_made_anew_does_not_confuse_a_reader(
     files = log_of(4, close=True)
     async with trio_wal.open_reader(LOG, files=files) as reader:
         assert reader.durable_lsn == 4
-        meta = trio_wal._frame.decode_meta(files.read_file(LOG, "log.meta"))
-        anew = trio_wal._frame.Meta(b"another log's id", 1, 1)
+        meta = trio_wal._disk.frame.decode_meta(files.read_file(LOG, "log.meta"))
+        anew = trio_wal._disk.frame.Meta(b"another log's id", 1, 1)
         files.write_file(LOG, "log.meta", anew.encode())
         for _ in range(3):
             with pytest.raises(CorruptLogError, match="another log stands here now"):
@@ -677,13 +678,13 @@ def test_threads_that_look_and_locate_do_not_disturb_each_other(tmp_path: Path) 
         try:
             while not done.is_set():
                 source.look()
-                first = source.first_lsn
+                first = source.tail.first_lsn
                 cursor = Cursor(source, first)
                 try:
-                    while cursor.next_lsn <= source.durable_lsn:
-                        for record in cursor.chunk(source.durable_lsn + 1):
+                    while cursor.next_lsn <= source.tail.durable_lsn:
+                        for record in cursor.chunk(source.tail.durable_lsn + 1):
                             assert record.data == b"record %d" % record.lsn
-                except (trio_wal._cursor.Moved, CorruptLogError):
+                except (Moved, CorruptLogError):
                     # To be looked at again, as a stream does; what must not be is below.
                     source.look()
                     assert source.damage is None
@@ -742,8 +743,8 @@ async def test_a_tail_that_recovery_copies_away_is_no_damage(
     async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
         found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(given)]]
         records._reading.ready.clear()
-        records._reading._cursor.leave()
-        records._reading._cursor.next_lsn = given + 1
+        records._reading._renew_cursor()
+        records._reading._next = given + 1
         monkeypatch.setattr(target, moment, first_the_owner)
         with trio.fail_after(60):
             while len(found) < 6:

@@ -34,10 +34,9 @@ from logs import (
 
 import trio_wal
 from trio_wal import CorruptLogError, RecoveryReport
-from trio_wal._chain import read_meta
-from trio_wal._directory import open_log_directory
-from trio_wal._files import FOLIO_MAX, OsFiles
-from trio_wal._frame import (
+from trio_wal._disk.chain import read_meta
+from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     FRAME_HEADER_SIZE,
@@ -46,9 +45,10 @@ from trio_wal._frame import (
     Truncation,
     frame_size,
 )
-from trio_wal._recovery import examine
+from trio_wal._disk.recovery import examine
+from trio_wal._disk.verify import verify
+from trio_wal._files import FOLIO_MAX, OsFiles
 from trio_wal._util import KiB
-from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 

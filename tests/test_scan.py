@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from logs import LOG, append, make_log, open_log, segments
 
-from trio_wal import _scan
-from trio_wal._frame import (
+from trio_wal._disk import scan as _scan
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     FRAME_BODY_MAX,
@@ -28,7 +28,7 @@ from trio_wal._frame import (
     decode_segment_header,
     encode_frame_header,
 )
-from trio_wal._scan import FrameScanner, Position, examine_tail, payloads, start_of
+from trio_wal._disk.scan import FrameScanner, Position, examine_tail, payloads, start_of
 from trio_wal.testing import MemoryFiles
 
 settings.register_profile("unhurried", deadline=None)

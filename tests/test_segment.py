@@ -28,10 +28,8 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._cursor import Moved
-from trio_wal._directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
-from trio_wal._files import OsFiles
-from trio_wal._frame import (
+from trio_wal._disk.directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     FEATURE_ZSTD,
@@ -42,8 +40,10 @@ from trio_wal._frame import (
     footer_reserve,
     index_step,
 )
-from trio_wal._scan import FrameScanner, footer_index, payloads, read_pointer, start_of
-from trio_wal._segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_pointer, start_of
+from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._engine import Moved
+from trio_wal._files import OsFiles
 from trio_wal._util import KiB, MiB
 from trio_wal.testing import MemoryFiles
 
@@ -273,7 +273,7 @@ def test_a_full_disk_is_no_error_while_the_next_segment_is_prepared() -> None:
 
 def test_a_full_disk_is_not_asked_again_at_every_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("trio_wal._directory.perf_counter", lambda: now)
+    monkeypatch.setattr("trio_wal._disk.directory.perf_counter", lambda: now)
     files = MemoryFiles()
     log = open_log(files, segment_size=1 * MiB)
     files.free_bytes = 0

@@ -22,6 +22,7 @@ from databases import hash_tree
 
 import trio_wal
 from trio_wal import CorruptLogError, _files, _pages, _store
+from trio_wal._disk.verify import verify_database
 from trio_wal._files import OsDirectory, OsFiles
 from trio_wal._pages import Contents
 from trio_wal._store import (
@@ -39,7 +40,6 @@ from trio_wal._store import (
     inspect_store,
 )
 from trio_wal._util import MiB
-from trio_wal._verify import verify_database
 from trio_wal.testing import MemoryFiles
 
 UUID = bytes(range(16))

@@ -1,4 +1,4 @@
-"""`_verify`: every finding, nothing but findings, and nothing changed."""
+"""`verify`: every finding, nothing but findings, and nothing changed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from helpers import until
 from logs import LOG, append, copy_of, make_log, open_log, segments
 
 import trio_wal
-from trio_wal import _scan, _segment, _verify
-from trio_wal._chain import META_NAME
-from trio_wal._directory import LogDirectory
-from trio_wal._files import OsFiles
-from trio_wal._frame import (
+from trio_wal._disk import scan as _scan, segment as _segment, verify as _verify
+from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.frame import (
     DATA_OFFSET,
     FEATURE_ZSTD,
     FRAME_HEADER_SIZE,
@@ -37,9 +36,9 @@ from trio_wal._frame import (
     encode_frame_header,
     segment_name,
 )
-from trio_wal._recovery import examine
-from trio_wal._scan import FrameScanner, start_of
-from trio_wal._verify import (
+from trio_wal._disk.recovery import examine
+from trio_wal._disk.scan import FrameScanner, start_of
+from trio_wal._disk.verify import (
     LOOK_TRIES,
     DatabaseVerification,
     Finding,
@@ -47,6 +46,7 @@ from trio_wal._verify import (
     verify,
     verify_database,
 )
+from trio_wal._files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))
@@ -353,7 +353,7 @@ def test_a_body_that_does_not_hold_what_it_declares_is_a_finding(
 
 def _refuse_the_second() -> Callable[[bytes, int, int], tuple[int, ...]]:
     """Only a forger makes such a body: its checksum is good."""
-    from trio_wal._frame import FrameError, check_table
+    from trio_wal._disk.frame import FrameError, check_table
 
     def refuse(body: bytes, count: int, length: int) -> tuple[int, ...]:
         if body[4:5] == b"1":

@@ -1,12 +1,11 @@
 """A write-ahead log for trio: group commit, bounded memory, recovery that tells the truth.
 
-Start with `open_wal`.  The modules, from bytes to tasks: ``_frame`` ``_scan`` (pure),
-``_files`` ``_segment`` ``_recovery`` ``_directory`` (blocking), ``_queue`` ``_flusher``
-``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with faults.
+Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_disk`` (blocking),
+``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with
+faults.
 """
 
 from . import _exports
-from ._cursor import Record as Record
 from ._database import (
     Commit as Commit,
     CommitStream as CommitStream,
@@ -16,6 +15,7 @@ from ._database import (
     VerifyStore as VerifyStore,
     open_database as open_database,
 )
+from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -36,7 +36,6 @@ from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
-from ._recovery import RecoveryReport as RecoveryReport
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -44,13 +43,10 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
-from ._wal import (
-    WalStatistics as WalStatistics,
-    WriteAheadLog as WriteAheadLog,
-    open_wal as open_wal,
-)
+from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
-from ._repair import create_empty
+from ._log import Log
 from ._store import MapFull, StoreState, taking_turns
 from ._util import MiB
-from ._worker import Forked
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -37,8 +37,9 @@ DISK_PATIENCE_SECONDS: Final = 5.0
 class Checkpointer:
     """The task that checkpoints by itself, and what `Database.checkpoint` calls."""
 
-    def __init__(self, db: Database, state: StoreState) -> None:
+    def __init__(self, db: Database, log: Log, state: StoreState) -> None:
         self._db = db
+        self._log = log
         self.state = state
         """What the store holds, durably."""
         self._one = trio.Lock()
@@ -88,9 +89,9 @@ class Checkpointer:
                 if not self._db._disowned:
                     self.done.set()
 
-    def start(self, nursery: trio.Nursery) -> None:
+    def start(self) -> None:
         self._started = True
-        nursery.start_soon(self.run)
+        self._log.start_soon(self.run)
 
     async def stop(self) -> None:
         """Wait for a checkpoint that is being written; begin no other."""
@@ -123,9 +124,9 @@ class Checkpointer:
             frozen = memtable.freeze()
             db._refresh_view()
         await db._wait_settled(frozen.last_seq)
-        if db.wal.durable_lsn < frozen.last_lsn:
+        if self._log.durable_lsn < frozen.last_lsn:
             # Where durability is less than "sync": the store must never be ahead of the log.
-            await db.wal.flush()
+            await self._log.flush()
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         started = perf_counter()
@@ -187,31 +188,22 @@ class Checkpointer:
         """A copy of the store as of now, and an empty log that goes on behind it."""
         async with self._one:
             await self._everything()
-            await self._db._blocking(self._copy, path, self.state)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            with trio.CancelScope(shield=True):
+                await self._copy(path, self.state)
             return self.state.lsn
 
-    def _copy(self, path: str, state: StoreState) -> None:
+    async def _copy(self, path: str, state: StoreState) -> None:
         """Under another name, so that nothing is ever there half, and what failed can be tried
         again."""
-        files = self._db._files
-        temporary = files.begin_directory(path)
+        db, files, blocking = self._db, self._db._files, self._db._blocking
+        temporary = await blocking(files.begin_directory, path)
         try:
-            self._db._store.copy(f"{temporary}/store")
-            directory = files.open_directory(f"{temporary}/log", create=True)
-            try:
-                create_empty(
-                    files,
-                    directory,
-                    log_uuid=state.log_uuid,
-                    first_lsn=state.lsn + 1,
-                    features=self._db.wal._directory.features,
-                    history=self._db.wal._directory.history,
-                )
-            finally:
-                directory.close()
-            files.finish_directory(temporary, path)
+            await blocking(db._store.copy, f"{temporary}/store")
+            await self._log.engine.branch(f"{temporary}/log", state.lsn)
+            await blocking(files.finish_directory, temporary, path)
         except BaseException:
-            files.discard_directory(temporary)
+            await blocking(files.discard_directory, temporary)
             raise
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:
@@ -283,10 +275,10 @@ class Checkpointer:
             self._db._refresh_view()
 
 
-async def settle_quietly(db: Database) -> None:
+async def settle_quietly(log: Log) -> None:
     """Wait for what is queued; who waits for it is told by others what became of it."""
     try:
-        await db.wal.flush()
+        await log.flush()
     except (LogFullError, LogFailedError):
         # What was pending has been withdrawn.
         await trio.lowlevel.checkpoint()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ._frame import FRAME_BODY_MAX, Codec, FrameError
+from ._disk.frame import FRAME_BODY_MAX, Codec, FrameError
 
 ZSTD_LEVEL = 1
 """Speed first: the level is paid on every commit."""

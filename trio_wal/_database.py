@@ -24,8 +24,10 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from . import _operations
-from ._chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._checkpoint import Checkpointer, settle_quietly
+from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._disk.recovery import VERIFY_BYTES, Plan
+from ._engine import Engine, RecoveryReport
 from ._events import tell
 from ._exceptions import (
     CorruptLogError,
@@ -38,6 +40,8 @@ from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._identity import Bookmark
+from ._local import LocalOptions, open_local
+from ._log import Log, LogOptions, OpenLog
 from ._memtable import Layer, Memtable, View
 from ._operations import (
     KEY_BYTES_MAX,
@@ -49,15 +53,16 @@ from ._operations import (
     decode_transaction,
     encode_transaction,
 )
-from ._queue import Batch, Key, State
-from ._recovery import VERIFY_BYTES, Plan, RecoveryReport
+from ._queue import Batch, Key
 from ._retention import KeepSegments, Retention
+from ._state import State
+from ._statistics import WalStatistics
 from ._store import Progress, Store, StoreState, damaged, data_file, misfit
 from ._stream import RecordStream
 from ._text import printable
 from ._transaction import Transaction, check_range, new_transaction
 from ._util import MiB, check_bytes, check_int, check_one_of, check_path
-from ._wal import WalStatistics, WriteAheadLog, _OpenWal, open_wal
+from ._wal import WriteAheadLog, check_options, new_wal
 from ._worker import Blocking, require_trio
 
 if TYPE_CHECKING:
@@ -310,19 +315,28 @@ class Database(metaclass=NoPublicConstructor):
     """
 
     def __init__(
-        self, path: str, wal: WriteAheadLog, store: Store, state: StoreState, checkpoint_bytes: int
+        self,
+        path: str,
+        log: Log,
+        store: Store,
+        state: StoreState,
+        checkpoint_bytes: int,
+        files: Files,
+        blocking: Blocking,
     ) -> None:
         self._path = path
-        self._wal = wal
-        self._queue = wal._queue
-        self._append = wal._own(_LogOwner(self))
+        self._log = log
+        self._status = log.status
+        self._append = log.append
+        log.own(_LogOwner(self))
+        self._wal = new_wal(log, owned=True)
         self._store: Final = store
         self._memtable: Final = Memtable(store)
-        self._blocking: Final = wal._blocking
-        self._files: Final = wal._files
-        self._max_transaction_bytes: Final[int] = wal._max_record_size
+        self._blocking: Final = blocking
+        self._files: Final = files
+        self._max_transaction_bytes: Final[int] = log.max_record_size
         self._checkpoint_bytes = checkpoint_bytes
-        self._checkpointer = Checkpointer(self, state)
+        self._checkpointer = Checkpointer(self, log, state)
         self._pending: dict[Key, tuple[int, Writes, Layer, int]] = {}
         """Commits on their way to the disk, by task and in their order: number, writes, the
         layer that has them, and their bytes in the log."""
@@ -332,13 +346,13 @@ class Database(metaclass=NoPublicConstructor):
         self._last_seq: int = 0
         self._settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
-        self._durable_lsn = wal.durable_lsn
+        self._durable_lsn = log.durable_lsn
         self._readers_gone: Final = trio.lowlevel.ParkingLot()
         self._room = trio.Event()
         self._waiting_for_room = 0
         self._transactions = 0
         self._conflicts = 0
-        self._recovery = wal.recovery
+        self._recovery = log.engine.recovery
         self._closed = False
         self._checkpointing: bool = False
         """Whether a layer is on its way into the store."""
@@ -549,9 +563,8 @@ class Database(metaclass=NoPublicConstructor):
           LsnTruncatedError: ``start`` is no longer in the log: see ``retention`` of
               `open_database` for how to keep more of it.
         """
-        records = self._wal.follow(start)
-        records._entering = "db.changes() as commits"
-        return _new_commit_stream(self._wal.path, records)
+        records = self._log.follow(start, entering="db.changes() as commits")
+        return _new_commit_stream(self._log.name, records)
 
     # -- into the store --
 
@@ -665,7 +678,7 @@ class Database(metaclass=NoPublicConstructor):
         """A checkpoint; raises where the database is closed or its log has failed."""
         self._check_open()
         await trio.lowlevel.checkpoint()
-        self._queue.check_open(self._queue.loss)
+        self._status.check_usable()
 
     def __repr__(self) -> str:
         return f"<Database {self._path!r} durable_lsn={self._durable_lsn}>"
@@ -696,7 +709,7 @@ class Database(metaclass=NoPublicConstructor):
     @property
     def _disowned(self) -> bool:
         """Whether this is a forked child, where all of it is dead."""
-        return self._queue.disowned
+        return self._status.disowned
 
     @property
     def _reading(self) -> bool:
@@ -712,7 +725,7 @@ class Database(metaclass=NoPublicConstructor):
     async def _wait_for_memtable(self) -> None:
         """Back-pressure: wait while checkpoints are a whole interval behind."""
         while self._behind():
-            self._queue.check_open()
+            self._status.check_open()
             self._checkpointer.check_room()
             self._waiting_for_room += 1
             try:
@@ -747,8 +760,8 @@ class Database(metaclass=NoPublicConstructor):
         Not a coroutine function: one frame less to pass through a park and a wake.  What
         it returns must be awaited at once.
         """
-        if self._queue.state is not State.OPEN:
-            self._queue.check_open()
+        if self._status.state is not State.OPEN:
+            self._status.check_open()
         payload = encode_transaction(writes)
         layer = self._view.active
         self._last_seq = seq = self._last_seq + 1
@@ -775,7 +788,7 @@ class Database(metaclass=NoPublicConstructor):
         elif not fate.lost:
             await fate.wait()
         if fate is not None and fate.lost:
-            self._queue.check_open()
+            self._status.check_open()
             self._note_conflict()
             raise TransactionConflict(fate.key)
         return self._durable_lsn
@@ -826,7 +839,7 @@ class Database(metaclass=NoPublicConstructor):
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
         if self._settle_layers(seq) and not self._burying and self._dead():
             self._burying = True
-            self._wal._nursery.start_soon(self._bury)
+            self._log.start_soon(self._bury)
         if self._fates:
             for number in [number for number in self._fates if number <= seq]:
                 fate = self._fates.pop(number)
@@ -863,7 +876,7 @@ class Database(metaclass=NoPublicConstructor):
     async def _wait_settled(self, seq: int) -> None:
         """Until no commit up to ``seq`` is pending."""
         while self._pending and next(iter(self._pending.values()))[0] <= seq:
-            await settle_quietly(self)
+            await settle_quietly(self._log)
 
     def _checkpointed(self, frozen: Layer, lsn: int) -> None:
         """The store holds the frozen layer, durably."""
@@ -872,7 +885,7 @@ class Database(metaclass=NoPublicConstructor):
                 reader._layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh_view()
-        self._wal._keep_from(lsn + 1)
+        self._log.engine.hold("store", lsn + 1)
         self._wake_waiting_for_room()
         if self._view.active.log_bytes >= self._checkpoint_bytes:
             self._checkpointer.wake()
@@ -883,9 +896,9 @@ class Database(metaclass=NoPublicConstructor):
         """Bring the log's tail into the memtable."""
         state = self._checkpointer.state
         count = 0
-        async with self._wal.read(state.lsn + 1) as records:
+        async with self._log.read(state.lsn + 1) as records:
             async for record in records:
-                writes = decode_record(self._wal.path, record.lsn, record.data)
+                writes = decode_record(self._log.name, record.lsn, record.data)
                 seq = self._settled_seq = self._last_seq = self._last_seq + 1
                 layer = self._view.active
                 if layer.add(writes, seq, seq, keep_older=False):
@@ -901,11 +914,11 @@ class Database(metaclass=NoPublicConstructor):
                 if layer.log_bytes >= self._checkpoint_bytes:
                     await self._checkpointer.checkpoint()
         self._recovery = attrs.evolve(
-            self._wal.recovery, transactions_replayed=count, checkpoint_lsn=state.lsn
+            self._log.engine.recovery, transactions_replayed=count, checkpoint_lsn=state.lsn
         )
 
-    def _start(self, nursery: trio.Nursery) -> None:
-        self._checkpointer.start(nursery)
+    def _start(self) -> None:
+        self._checkpointer.start()
 
     def _disown(self) -> None:
         """In a forked child: the database is the parent's.
@@ -914,6 +927,7 @@ class Database(metaclass=NoPublicConstructor):
         of readers, which is the parent's too.
         """
         self._closed = True
+        self._blocking.disown()
         for view in (self._view, *(reader._view for reader in self._readers)):
             if view is not None:
                 view.base.pin()
@@ -933,6 +947,7 @@ class Database(metaclass=NoPublicConstructor):
                 reader._database_closed()
         finally:
             await self._checkpointer.stop()
+        await self._blocking.close()
         self._wake_waiting_for_room()
         self._memtable.close()
         self._refresh_view()
@@ -972,20 +987,24 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     """What `open_database` returns."""
 
     def __init__(
-        self, path: str, checkpoint_bytes: int, map_size: int, files: Files, log: _OpenWal
+        self,
+        path: str,
+        checkpoint_bytes: int,
+        map_size: int,
+        files: Files,
+        run: LogOptions,
+        where: LocalOptions,
     ) -> None:
         self._path = path
         self._checkpoint_bytes = checkpoint_bytes
         self._map_size = map_size
         self._files = files
-        self._log = log
+        self._where = where
+        self._opened = OpenLog("open_database", run, self._open_engine)
         self._state: StoreState | None = None
         self._made: tuple[str, ...] = ()
         self._verify_store: VerifyStore = "auto"
         self._on_verify_progress: Progress | None = None
-        log._database = True
-        log._check = self._check
-        log._keep_from = lambda: 1 if self._state is None else self._state.lsn + 1
 
     @property
     def _store_path(self) -> str:
@@ -1016,7 +1035,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         directory = self._files.open_directory(self._path, create=True)
         self._made = directory.made
         try:
-            if not self._log._options.trust_directory:
+            if not self._where.trust_directory:
                 directory.check_trusted()
                 if STORE_NAME in directory.names():
                     self._check_store_trusted()
@@ -1049,6 +1068,17 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
     def _open_store(self) -> Store:
         return self._files.open_store(self._store_path, self._map_size)
 
+    async def _open_engine(self) -> Engine:
+        engine = await open_local(
+            self._files,
+            self._where,
+            check=self._check,
+            database=True,
+            undo=partial(self._files.remove_store, self._store_path),
+        )
+        engine.hold("store", 1 if self._state is None else self._state.lsn + 1)
+        return engine
+
     @enable_ki_protection
     async def __aenter__(self) -> Database:
         require_trio("open_database")
@@ -1056,18 +1086,18 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         try:
             await blocking(self._prepare)
             try:
-                wal = await self._log.__aenter__()
+                log = await self._opened.enter()
             except LogLockedError as exc:
                 raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
             try:
-                db = await self._open_on(wal, blocking)
+                db = await self._open_on(log, blocking)
             except BaseException as exc:
-                await self._log.__aexit__(type(exc), exc, exc.__traceback__)
+                await self._opened.leave(exc)
                 raise
         except BaseException:
             self._remove_made()
             raise
-        self._log._hand_out()
+        log.hand_out()
         report = db.recovery
         tell(
             logging.INFO,
@@ -1080,19 +1110,19 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         )
         return db
 
-    async def _open_on(self, wal: WriteAheadLog, blocking: Blocking) -> Database:
-        if wal._directory.created:
-            wal._undo_opening = partial(self._files.remove_store, self._store_path)
+    async def _open_on(self, log: Log, blocking: Blocking) -> Database:
         store = await blocking(self._open_store)
         try:
-            state = self._state or StoreState(wal._directory.log_uuid, 0)
-            db = _new_database(self._path, wal, store, state, self._checkpoint_bytes)
+            state = self._state or StoreState(log.engine.uuid.bytes, 0)
+            db = _new_database(
+                self._path, log, store, state, self._checkpoint_bytes, self._files, blocking
+            )
         except BaseException:
             store.close()
             raise
-        wal._before_close = db._before_close
+        log.before_close(db._before_close)
         await db._replay()
-        db._start(wal._nursery)
+        db._start()
         self._files.on_fork(db._disown)
         return db
 
@@ -1103,7 +1133,7 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._log.__aexit__(exc_type, exc, traceback)
+        await self._opened.leave(exc)
 
 
 def open_database(
@@ -1172,8 +1202,8 @@ def open_database(
     check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     check_one_of("verify_store", verify_store, ("auto", "child", "none"))
     used = OsFiles() if files is None else files
-    log = open_wal(
-        f"{name}/{LOG_NAME}",
+    run, where = check_options(
+        path=f"{name}/{LOG_NAME}",
         retention=KeepSegments(1) if retention is None else retention,
         max_queue_size=max_queue_size,
         max_queue_bytes=max_queue_bytes,
@@ -1185,10 +1215,8 @@ def open_database(
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
-        files=used,
     )
-    assert isinstance(log, _OpenWal)
-    opened = _OpenDatabase(used.absolute(name), checkpoint_bytes, map_size, used, log)
+    opened = _OpenDatabase(used.absolute(name), checkpoint_bytes, map_size, used, run, where)
     opened._verify_store = verify_store
     opened._on_verify_progress = on_verify_progress
     return opened

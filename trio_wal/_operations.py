@@ -14,7 +14,7 @@ from typing import Final
 import attrs
 import msgspec
 
-from ._frame import FRAME_BODY_MAX
+from ._disk.frame import FRAME_BODY_MAX
 from ._util import check_bytes
 
 KEY_BYTES_MAX: Final = 511

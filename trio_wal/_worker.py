@@ -27,6 +27,7 @@ import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection, reschedule
 
+from ._engine import Forked
 from ._park import is_parked
 
 T = TypeVar("T")
@@ -46,10 +47,6 @@ def _no_thread_is_oserror() -> Generator[None, None, None]:
         raise OSError(
             errno.EAGAIN, "no thread can be started: see the limits on processes"
         ) from exc
-
-
-class Forked(BaseException):
-    """Ends the tasks of a handle in a forked child, where it is dead."""
 
 
 class Worker(Protocol):

@@ -605,7 +605,7 @@ class MemoryFile:
             self._inode.write(data, offset)
         self._files._done("pwrite", self.path)
 
-    def sync(self) -> None:
+    def sync(self, *, in_place: bool = False) -> None:
         fault = self._files._due("sync", self.path)
         if fault is not None:
             # As kernels do: the pages count as clean from now on, and are not on the disk.

@@ -17,8 +17,8 @@ from typing import Any, Final
 import attrs
 from logs import LOG, append, make_log, open_log
 
-from trio_wal._chain import META_NAME, TRUNCATE_NAME
-from trio_wal._frame import (
+from trio_wal._disk.chain import META_NAME, TRUNCATE_NAME
+from trio_wal._disk.frame import (
     BATCH_RECORDS_MAX,
     BLOCK,
     DATA_OFFSET,
@@ -41,8 +41,8 @@ from trio_wal._frame import (
     encode_pointer,
     segment_name,
 )
+from trio_wal._disk.scan import FrameScanner, start_of
 from trio_wal._operations import TRANSACTION_FORMAT, encode_transaction
-from trio_wal._scan import FrameScanner, start_of
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 

@@ -21,8 +21,8 @@ import attrs
 import trio
 
 import trio_wal
+from trio_wal._disk.verify import verify
 from trio_wal._files import OsFiles
-from trio_wal._verify import verify
 
 OPERATIONS: Final = 400
 """More than a workload of `errors` has."""

@@ -34,7 +34,7 @@ from trio_wal import (
     LsnTruncatedError,
     WriteAheadLog,
 )
-from trio_wal._directory import LogDirectory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._operations import decode_transaction
 
 from ._marks import (

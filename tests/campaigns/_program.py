@@ -34,9 +34,9 @@ import trio
 
 import trio_wal
 from trio_wal import Database, Transaction, TransactionConflict, WriteAheadLog
-from trio_wal._files import Files, OsFile, OsFiles
+from trio_wal._disk.segment import SPARE_PREFIX
+from trio_wal._files import Files, OsDirectory, OsFile, OsFiles
 from trio_wal._operations import decode_transaction
-from trio_wal._segment import SPARE_PREFIX
 
 Tell = Callable[..., None]
 Mark = tuple[int, int, int, int, int]
@@ -62,6 +62,7 @@ SETUP: Final = b"setup"
 _HEAD: Final = struct.Struct("<4sIHHIHHI")
 _MAGIC: Final = b"TWc1"
 _PR_SET_PDEATHSIG: Final = 1
+_SYNC_FILE_RANGE_WRITE_AND_WAIT: Final = 7
 
 POISON: Final = b"the disk does not take this"
 """Stands in the record that `Job.poison` asks for: a block store can know its write by it."""
@@ -95,6 +96,9 @@ class Job:
     faulty: bool = False
     """The disk may answer with errors: tell each sync that has succeeded, and after an error
     sync every file by hand and tell what that says."""
+    stranger: bool = False
+    """Another program's file is synced at every turn, just before ours is: it is told of an error
+    in the file system's journal, and we may then be told nothing."""
     ballast: str = ""
     """A file that is removed at the first `LogFullError`, to make room."""
     options: dict[str, Any] = attrs.Factory(dict)
@@ -624,7 +628,12 @@ class _DatabaseLife(_Life):
                 self.tell("seen", snapshot.lsn)
             for _ in range(rng.randrange(50)):
                 await trio.lowlevel.checkpoint()
-            total = sum(int(value) for _, value in snapshot.scan(prefix=b"account/"))
+            try:
+                total = sum(int(value) for _, value in snapshot.scan(prefix=b"account/"))
+            except OSError as exc:
+                # LMDB's file cannot be read any more.
+                self.error(exc)
+                return
         if total not in (0, ACCOUNTS * BALANCE):
             self.tell("strange", f"a snapshot of LSN {snapshot.lsn} has {total} in its accounts")
 
@@ -696,11 +705,49 @@ def tell_syncs(tell: Tell) -> None:
     """From here on, in this process: what the operating system says of each sync."""
     sync = OsFile.sync
 
-    def sync_and_tell(self: OsFile) -> None:
-        sync(self)
+    def sync_and_tell(self: OsFile, *, in_place: bool = False) -> None:
+        sync(self, in_place=in_place)
         tell("synced", os.path.basename(self.path))
 
     setattr(OsFile, "sync", sync_and_tell)  # noqa: B010  (a method)
+
+
+def let_stranger_sync_first(folder: str, before: Callable[[], None] = lambda: None) -> None:
+    """From here on, in this process: before each of our syncs our bytes are on their way to
+    the disk, and somebody else's sync has the file system write its journal.
+
+    ``before`` is called between the two.
+    """
+    libc = ctypes.CDLL(None)
+    path = os.path.join(folder, "stranger")
+
+    def sync_first(fd: int) -> None:
+        # Through a descriptor of its own, so that an error of our bytes is still told to ours.
+        mine = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        libc.sync_file_range(
+            mine, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE_AND_WAIT
+        )
+        os.close(mine)
+        before()
+        with contextlib.suppress(OSError):
+            stranger = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.write(stranger, b"not ours")
+                os.fsync(stranger)
+            finally:
+                os.close(stranger)
+
+    def file_sync(self: OsFile, *, in_place: bool = False) -> None:
+        sync_first(self._fd)
+        sync(self, in_place=in_place)
+
+    def directory_sync(self: OsDirectory) -> None:
+        sync_first(self._fd)
+        sync_directory(self)
+
+    sync, sync_directory = OsFile.sync, OsDirectory.sync
+    setattr(OsFile, "sync", file_sync)  # noqa: B010  (a method)
+    setattr(OsDirectory, "sync", directory_sync)  # noqa: B010
 
 
 def sync_again(path: str) -> list[str]:
@@ -733,6 +780,8 @@ def run(job: Job, fd: int) -> int:
         said.append(str(words[0]))
         tell(*words)
 
+    if job.stranger:
+        let_stranger_sync_first(os.path.dirname(job.path))
     if job.faulty:
         tell_syncs(tell)
     instruments = [KillAtStep(job.kill_at)] if job.ending == "kill" else []

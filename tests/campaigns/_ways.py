@@ -32,11 +32,11 @@ from trio_wal import (
     KeepAll,
     Record,
     UnsupportedFormatError,
-    _cursor,
     _reader,
 )
 from trio_wal._cli.dump import _dump, pieces, transaction_pieces
 from trio_wal._cli.inspect import _look
+from trio_wal._disk import cursor as _cursor
 from trio_wal.testing import MemoryFiles
 
 IDLE_SECONDS: Final = 0.03

@@ -20,7 +20,7 @@ import trio
 
 import trio_wal
 from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
-from trio_wal._frame import segment_name
+from trio_wal._disk.frame import segment_name
 from trio_wal._retention import Retention, _Both, _Either
 
 from ._images import DB, LOG, recover_database, replayed

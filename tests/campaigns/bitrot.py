@@ -32,10 +32,10 @@ from databases import DB, after as after_commits, check_content, commits_of, ope
 from logs import LOG, TINY, append, copy_of, make_log, open_log
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
-from trio_wal._chain import META_NAME
-from trio_wal._cursor import Cursor
-from trio_wal._directory import LogDirectory
-from trio_wal._frame import (
+from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
     POINTER_OFFSET,
@@ -46,11 +46,11 @@ from trio_wal._frame import (
     decode_segment_header,
     segment_name,
 )
-from trio_wal._local import LocalSource
-from trio_wal._recovery import VERIFY_BYTES
-from trio_wal._scan import FrameScanner, frame_at, read_pointer, start_of
+from trio_wal._disk.recovery import VERIFY_BYTES
+from trio_wal._disk.scan import FrameScanner, frame_at, read_pointer, start_of
+from trio_wal._disk.verify import verify
+from trio_wal._local import DirectoryLocator
 from trio_wal._util import KiB
-from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 from . import _report, _ways
@@ -377,7 +377,7 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
 
 def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
     """The records of an open log, times included."""
-    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    source = DirectoryLocator(log)
     cursor = Cursor(source, log.first_lsn)
     found: list[Record] = []
     try:

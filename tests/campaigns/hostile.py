@@ -43,15 +43,16 @@ from databases import DB
 from logs import LOG, TINY
 
 import trio_wal
-from trio_wal import WalError, _recovery as recovery
-from trio_wal._chain import META_NAME, META_NEW_NAME, TRUNCATE_NAME
+from trio_wal import WalError
+from trio_wal._disk import recovery
+from trio_wal._disk.chain import META_NAME, META_NEW_NAME, TRUNCATE_NAME
+from trio_wal._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, Kind, segment_name
+from trio_wal._disk.recovery import VERIFY_BYTES
+from trio_wal._disk.segment import NEW_NAME, SPARE_PREFIX
+from trio_wal._disk.verify import verify
 from trio_wal._files import LOCK_NAME
-from trio_wal._frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, Kind, segment_name
-from trio_wal._recovery import VERIFY_BYTES
-from trio_wal._segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._store import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
 from trio_wal._util import MiB
-from trio_wal._verify import verify
 from trio_wal.testing import MemoryFiles
 
 from . import _forge, _report

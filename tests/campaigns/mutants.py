@@ -59,24 +59,24 @@ LEAKS: Final = "leaks"
 MUTANTS: Final = (
     # -- group commit --
     mutant(
-        "acknowledged before the sync", "_directory", SIMULATOR,
+        "acknowledged before the sync", "_disk/directory", SIMULATOR,
         "        if sync:\n            self.sync()\n        return (",
         "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
     ),
     mutant(
-        "watermark too early: what is written is called durable", "_flusher", "simulator:none",
-        "partial(self._directory.write, records, self.durable_lsn, sync=sync)",
-        "partial(self._directory.write, records, self.last_lsn, sync=sync)",
+        "watermark too early: what is written is called durable", "_local", "simulator:none",
+        "partial(directory.write, records, self.durable_lsn, sync=sync)",
+        "partial(directory.write, records, self.last_lsn, sync=sync)",
     ),
     mutant(
-        "a failed sync is tried again", "_directory", ERRORS,
-        "            self.active.file.sync()\n            self.sync_seconds",
-        "            try:\n                self.active.file.sync()\n"
-        "            except OSError:\n                self.active.file.sync()\n"
-        "            self.sync_seconds",
+        "a failed sync is tried again", "_disk/directory", ERRORS,
+        "            active.file.sync(in_place=",
+        "            with contextlib.suppress(OSError):\n"
+        "                active.file.sync()\n"
+        "            active.file.sync(in_place=",
     ),
     mutant(
-        "a failed write is taken for a good one", "_directory", ERRORS,
+        "a failed write is taken for a good one", "_disk/directory", ERRORS,
         "        active.write(body, durable_lsn, self._files.time_us())\n",
         "        with contextlib.suppress(OSError):\n"
         "            active.write(body, durable_lsn, self._files.time_us())\n",
@@ -104,7 +104,7 @@ MUTANTS: Final = (
         "                item = waiting.entries[task]",
     ),
     mutant(
-        "a unit is written as two frames", "_directory", SIMULATOR,
+        "a unit is written as two frames", "_disk/directory", SIMULATOR,
         "        active = self.active\n        active.write(body,",
         "        active = self.active\n"
         "        if len(records) > 1 and active.fits(body.stored_length + 600):\n"
@@ -115,12 +115,12 @@ MUTANTS: Final = (
     ),
     # -- what an open that fails leaves --
     mutant(
-        "an open without a descriptor for its worker keeps the lock", "_wal", "leaks:log/eventfd",
-        "                worker.close()\n            directory.abandon()\n",
-        "                worker.close()\n",
+        "an open without a descriptor for its worker keeps the lock", "_local", "leaks:log/eventfd",
+        "            worker.close()\n        directory.abandon()\n",
+        "            worker.close()\n",
     ),
     mutant(
-        "a failed open leaves the files that it has made", "_directory", "leaks:log/fsync",
+        "a failed open leaves the files that it has made", "_disk/directory", "leaks:log/fsync",
         "                uncreate(directory, found_names, created=plan.meta is None)\n",
         "                pass\n",
     ),
@@ -133,17 +133,17 @@ MUTANTS: Final = (
         "            self._remove_made()\n", "            pass\n",
     ),
     mutant(
-        "an undone creation is cut off from the log's lock file only", "_repair",
+        "an undone creation is cut off from the log's lock file only", "_disk/repair",
         "leaks:log/replace",
         "            is_temporary(name)\n", "            False\n",
     ),
     mutant(
-        "a segment that cannot be sealed stays open", "_segment", "leaks:log/ftruncate",
+        "a segment that cannot be sealed stays open", "_disk/segment", "leaks:log/ftruncate",
         "        finally:\n            self.file.close()\n",
         "        except ValueError:\n            self.file.close()\n        self.file.close()\n",
     ),
     mutant(
-        "the new segment of a failed rotation stays open", "_directory", "leaks:log/ftruncate",
+        "the new segment of a failed rotation stays open", "_disk/directory", "leaks:log/ftruncate",
         "            close_quietly(active.file)\n            raise\n", "            raise\n",
     ),
     mutant(
@@ -154,59 +154,59 @@ MUTANTS: Final = (
     ),
     # -- segments, rotation, recycling --
     mutant(
-        "no directory sync for a new segment", "_segment", SIMULATOR,
+        "no directory sync for a new segment", "_disk/segment", SIMULATOR,
         "    directory.rename(old_name, header.name)\n    directory.sync()\n",
         "    directory.rename(old_name, header.name)\n",
     ),
     mutant(
-        "a new segment's header is not synced before its name", "_segment", SIMULATOR,
+        "a new segment's header is not synced before its name", "_disk/segment", SIMULATOR,
         "    file.pwrite([header.encode()], 0)\n    file.sync()\n",
         "    file.pwrite([header.encode()], 0)\n",
     ),
     mutant(
-        "a rotation does not sync the segment before", "_directory", "simulator:interval",
+        "a rotation does not sync the segment before", "_disk/directory", "simulator:interval",
         "old.rewrite_marks() or self._unsynced\n            self.sync()\n",
         "old.rewrite_marks() or self._unsynced\n",
     ),
     mutant(
-        "footers are not synced", "_segment", SIMULATOR,
+        "footers are not synced", "_disk/segment", SIMULATOR,
         "        self._has_pointer = True\n        self.file.sync()\n",
         "        self._has_pointer = True\n",
     ),
     mutant(
-        "a sealed segment is not cut at its end", "_segment", SIMULATOR,
+        "a sealed segment is not cut at its end", "_disk/segment", SIMULATOR,
         "        self.file.truncate(self.position.offset)\n", "",
     ),
     mutant(
-        "no salt: a segment's checksums start from nothing", "_frame", "simulator:cut",
+        "no salt: a segment's checksums start from nothing", "_disk/frame", "simulator:cut",
         "return crc32c(_SEED.pack(self.salt, self.number))", "return 0",
     ),
     mutant(
-        "a frame of another place is taken", "_frame", BITROT,
+        "a frame of another place is taken", "_disk/frame", BITROT,
         "    if at != offset or crc32c", "    if crc32c",
     ),
     mutant(
-        "a dropped file is written over under its name", "_directory", "simulator:retention",
+        "a dropped file is written over under its name", "_disk/directory", "simulator:retention",
         "spare = self._drop_file(segment, spare)\n            self._directory.sync()\n",
         "spare = self._drop_file(segment, spare)\n",
     ),
     mutant(
-        "marks of a close are not written again", "_segment", "errors:appends/EIO/once",
+        "marks of a close are not written again", "_disk/segment", "errors:appends/EIO/once",
         "self.file.pwrite([self.file.pread(end - start, start)], start)\n", "pass\n",
     ),
     # -- truncation, retention --
     mutant(
-        "segments go before log.meta says so", "_directory", "simulator:drop",
+        "segments go before log.meta says so", "_disk/directory", "simulator:drop",
         "            self._write_meta(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
     ),
     mutant(
-        "one segment too many is dropped", "_directory", "simulator:drop",
+        "one segment too many is dropped", "_disk/directory", "simulator:drop",
         "if segment.next_lsn <= lsn]\n            if not dropped:",
         "if segment.first_lsn < lsn]\n            if not dropped:",
     ),
     mutant(
-        "what was dropped comes back", "_directory", "simulator:drop",
+        "what was dropped comes back", "_disk/directory", "simulator:drop",
         "            self._write_meta(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
         "                spare = self._drop_file(segment, spare)\n", "                pass\n",
@@ -221,48 +221,48 @@ MUTANTS: Final = (
         "oldest = now_us - int(self.seconds * 1e6)", "oldest = now_us - int(self.seconds * 1e5)",
     ),
     mutant(
-        "a cut is not decided in log.meta", "_directory", "simulator:cut",
+        "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
         "self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))", "pass",
     ),
     mutant(
-        "what stays behind a cut is not synced", "_directory", "simulator:cut",
+        "what stays behind a cut is not synced", "_disk/directory", "simulator:cut",
         "spare.file.sync()\n            self._directory.rename(spare.name, TRUNCATE",
         "self._directory.rename(spare.name, TRUNCATE",
     ),
     mutant(
-        "a cut takes one record too many", "_directory", "simulator:cut",
+        "a cut takes one record too many", "_disk/directory", "simulator:cut",
         "[: lsn + 1 - frame.first_lsn]", "[: lsn - frame.first_lsn]",
     ),
     mutant(
-        "log.meta is not synced before its name", "_repair", SIMULATOR,
+        "log.meta is not synced before its name", "_disk/repair", SIMULATOR,
         "        file.pwrite([meta.encode()], 0)\n        file.sync()\n",
         "        file.pwrite([meta.encode()], 0)\n",
     ),
     mutant(
-        "the name of log.meta is not synced", "_repair", SIMULATOR,
+        "the name of log.meta is not synced", "_disk/repair", SIMULATOR,
         "    directory.rename(META_NEW_NAME, META_NAME)\n    directory.sync()\n",
         "    directory.rename(META_NEW_NAME, META_NAME)\n",
     ),
     mutant(
-        "a cut that log.meta tells of is taken back", "_directory", "errors:truncations",
+        "a cut that log.meta tells of is taken back", "_disk/directory", "errors:truncations",
         " and read_meta(self._directory) == self._meta:", ":",
     ),
     # -- recovery --
     mutant(
-        "a torn tail is not cut", "_recovery", SIMULATOR,
+        "a torn tail is not cut", "_disk/recovery", SIMULATOR,
         "        elif torn:\n            copy_from", "        elif False:\n            copy_from",
     ),
     mutant(
-        "what is only in the page cache is believed", "_recovery", ERRORS,
+        "what is only in the page cache is believed", "_disk/recovery", ERRORS,
         "        if walk.unproven:\n", "        if False:\n",
     ),
     mutant(
-        "the copy of an unproven tail is not synced", "_repair", SIMULATOR,
+        "the copy of an unproven tail is not synced", "_disk/repair", SIMULATOR,
         "    finally:\n        old.close()\n    active.file.sync()\n",
         "    finally:\n        old.close()\n",
     ),
     mutant(
-        "the old segment is sealed before its copy is durable", "_repair", SIMULATOR,
+        "the old segment is sealed before its copy is durable", "_disk/repair", SIMULATOR,
         "        if not replaces:\n            sealed.append(",
         "        if False:\n            sealed.append(",
         "    finally:\n        old.close()\n    active.file.sync()",
@@ -274,76 +274,77 @@ MUTANTS: Final = (
         "        active.file.sync()\n",
     ),
     mutant(
-        "a decided cut is not carried out by recovery", "_chain", "simulator:cut",
+        "a decided cut is not carried out by recovery", "_disk/chain", "simulator:cut",
         "cut is not None and header.number > cut.keep_number and header.salt != cut.salt",
         "False",
     ),
     mutant(
-        "a footer that may be in the page cache only is believed", "_repair", "errors:appends",
+        "a footer that may be in the page cache only is believed", "_disk/repair", "errors:appends",
         "        _rewrite_footer(directory, plan.previous)", "        pass",
     ),
     mutant(
-        "the clock goes back over an empty segment", "_repair", "errors:recovery of truncations",
+        "the clock goes back over an empty segment", "_disk/repair",
+        "errors:recovery of truncations",
         "        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))\n",
         "        active.position = attrs.evolve(here, time_us=0)\n",
     ),
     # -- damage --
     mutant(
-        "the checksum of a body is not looked at", "_scan", BITROT,
+        "the checksum of a body is not looked at", "_disk/scan", BITROT,
         "                if crc != frame.body_crc:", "                if False:",
     ),
     mutant(
-        "the checksum of a frame's header leaves its lengths out", "_frame", BITROT,
+        "the checksum of a frame's header leaves its lengths out", "_disk/frame", BITROT,
         "FRAME_MAGIC + crc32c(fields, seed)", "FRAME_MAGIC + crc32c(fields[:24], seed)",
         "crc32c(data[8:FRAME_HEADER_SIZE], seed) != crc", "crc32c(data[8:32], seed) != crc",
     ),
     mutant(
-        "the checksum of a frame's header leaves its time out", "_frame", BITROT,
+        "the checksum of a frame's header leaves its time out", "_disk/frame", BITROT,
         "    return FRAME_MAGIC + crc32c(fields, seed)",
         "    return FRAME_MAGIC + crc32c(fields[:16] + fields[24:], seed)",
         "crc32c(data[8:FRAME_HEADER_SIZE], seed) != crc",
         "crc32c(data[8:24] + data[32:FRAME_HEADER_SIZE], seed) != crc",
     ),
     mutant(
-        "a bad segment is skipped", "_recovery", BITROT,
+        "a bad segment is skipped", "_disk/recovery", BITROT,
         "    if not joins(walk.end, following):\n", "    if False:\n",
     ),
     mutant(
-        "damage that a later frame calls durable is cut as torn", "_chain", BITROT,
+        "damage that a later frame calls durable is cut as torn", "_disk/chain", BITROT,
         "    if covering is not None:", "    if False:",
     ),
     mutant(
-        "a frame does not vouch for the one just before it", "_scan", BITROT,
+        "a frame does not vouch for the one just before it", "_disk/scan", BITROT,
         "frame.durable_lsn >= position.next_lsn:", "frame.durable_lsn > position.next_lsn:",
     ),
     mutant(
-        "the mark of a close does not vouch for what is before it", "_chain", BITROT,
+        "the mark of a close does not vouch for what is before it", "_disk/chain", BITROT,
         "    if pointer is not None and pointer.offset > end.offset:", "    if False:",
     ),
     mutant(
-        "a missing last segment is not missed", "_chain", "bitrot:files",
+        "a missing last segment is not missed", "_disk/chain", "bitrot:files",
         "if last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL)",
         "if False",
     ),
     mutant(
-        "a missing first segment is not missed", "_chain", "bitrot:files",
+        "a missing first segment is not missed", "_disk/chain", "bitrot:files",
         "    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):",
         "    if False:",
     ),
     mutant(
-        "a segment of another log is taken", "_chain", "bitrot:files",
+        "a segment of another log is taken", "_disk/chain", "bitrot:files",
         "    if header.log_uuid != meta.log_uuid:", "    if False:",
     ),
     mutant(
-        "a format from the future is read as ours", "_frame", "bitrot:files",
+        "a format from the future is read as ours", "_disk/frame", "bitrot:files",
         "    if version != FORMAT_VERSION:", "    if False:",
     ),
     mutant(
-        "a table of lengths is believed", "_frame", HOSTILE,
+        "a table of lengths is believed", "_disk/frame", HOSTILE,
         "    if 4 * count > length:", "    if False:",
     ),
     mutant(
-        "any number of records is believed", "_frame", BOMBS,
+        "any number of records is believed", "_disk/frame", BOMBS,
         "count > BATCH_RECORDS_MAX or first > LSN_MAX", "False",
     ),
     mutant(
@@ -353,7 +354,7 @@ MUTANTS: Final = (
         "    if len(raw) != raw_length:", "    if False:",
     ),
     mutant(
-        "a reader looks for ever for what no segment has", "_cursor", HOSTILE,
+        "a reader looks for ever for what no segment has", "_disk/cursor", HOSTILE,
         "            if place.header == ended:", "            if False:",
     ),
     # -- the database --
@@ -370,10 +371,11 @@ MUTANTS: Final = (
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
         "        state = StoreState(self.state.log_uuid, lsn)\n",
         "        state = StoreState(self.state.log_uuid, lsn)\n"
-        "        db.wal._keep_from(lsn + 1)\n",
+        '        self._log.engine.hold("store", lsn + 1)\n',
     ),
     mutant(
-        "a log may be dropped that the store does not hold", "_directory", "simulator:checkpoints",
+        "a log may be dropped that the store does not hold", "_disk/directory",
+        "simulator:checkpoints",
         "                lsn = min(lsn, self.keep_from)\n", "                pass\n",
     ),
     mutant(
@@ -384,7 +386,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "replay begins one transaction too late", "_database", "simulator:transactions",
-        "self._wal.read(state.lsn + 1)", "self._wal.read(state.lsn + 2)",
+        "self._log.read(state.lsn + 1)", "self._log.read(state.lsn + 2)",
     ),
     mutant(
         "transactions are not validated", "_transaction", SCHEDULES,
@@ -487,12 +489,12 @@ MUTANTS: Final = (
         "    return OsFiles().open_directory(path)\n",
     ),
     mutant(
-        "a database's log may be a link", "_directory", "hostile:places",
+        "a database's log may be a link", "_disk/directory", "hostile:places",
         "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
-        "a backup starts at the wrong record", "_checkpoint", "errors:database",
-        "                first_lsn=state.lsn + 1,", "                first_lsn=state.lsn + 2,",
+        "a backup starts at the wrong record", "_local", "errors:database",
+        "                first_lsn=after_lsn + 1,", "                first_lsn=after_lsn + 2,",
     ),
     # -- who reads --
     mutant(
@@ -519,12 +521,12 @@ MUTANTS: Final = (
         "        if seen.segments and same:\n",
     ),
     mutant(
-        "segments need not join", "_chain", "bitrot:stale/reader",
+        "segments need not join", "_disk/chain", "bitrot:stale/reader",
         "        if end is None:\n            continue\n        path, offset",
         "        if True:\n            continue\n        path, offset",
     ),
     mutant(
-        "of two segments that do not join the first is always read", "_chain",
+        "of two segments that do not join the first is always read", "_disk/chain",
         "bitrot:stale/reader",
         "            whole = index if odd else index - 1\n", "            whole = index\n",
     ),
@@ -543,7 +545,7 @@ MUTANTS: Final = (
         "            told = max(told, last.pointer.last_lsn)\n", "            pass\n",
     ),
     mutant(
-        "a part of a frame is skipped by one", "_cursor", "bitrot:ways/reader",
+        "a part of a frame is skipped by one", "_disk/cursor", "bitrot:ways/reader",
         "            skip = self.next_lsn - frame.first_lsn\n",
         "            skip = max(0, self.next_lsn - frame.first_lsn - 1)\n",
     ),
@@ -591,24 +593,24 @@ MUTANTS: Final = (
         "known[-1].after_lsn if known[index + 1 :] else UNPARTED",
     ),
     mutant(
-        "a cut begins no epoch", "_directory", READERS,
+        "a cut begins no epoch", "_disk/directory", READERS,
         "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
         "        history = self._meta.history\n",
     ),
     mutant(
-        "an epoch begins one record too late", "_directory", READERS,
+        "an epoch begins one record too late", "_disk/directory", READERS,
         "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
         "        history = branch(self._meta.history, lsn + 1, self._files.random_bytes(4))\n",
     ),
     mutant(
         "a reader that was overtaken by retention is told of damage", "_stream", READERS,
-        "        if next_lsn < source.first_lsn:\n", "        if False:\n",
-        "        if cursor.next_lsn < source.first_lsn:\n", "        if False:\n",
+        "        if next_lsn < tail.first_lsn:\n", "        if False:\n",
+        "        if self._next < tail.first_lsn:\n", "        if False:\n",
     ),
     mutant(
         "the owner gives what is not yet synced", "_local", READERS,
-        "        return min(self._flusher.durable_lsn, self._directory.last_lsn)\n",
-        "        return self._directory.last_lsn\n",
+        "        if sync:\n            self.durable_lsn = directory.synced_lsn\n",
+        "        self.durable_lsn = directory.last_lsn\n        if sync:\n",
     ),
 )  # fmt: skip
 

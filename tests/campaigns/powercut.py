@@ -334,6 +334,7 @@ def _jobs(
     jobs: list[Job] = []
     faulty = task.part == "faults"
     large = faulty and task.kind == "log" and rng.random() < 0.5
+    stranger = faulty and rng.random() < 0.4
     for number in range(LIVES):
         job = Job(
             kind=task.kind,
@@ -346,6 +347,7 @@ def _jobs(
             kill_at=rng.randint(1, STEPS),
             options=options,
             faulty=faulty,
+            stranger=stranger,
         )
         if large:
             # One at a time: the frames are then as long as that is about.
@@ -364,6 +366,9 @@ def _jobs(
 def _fault(jobs: list[Job], rng: Random) -> Fault:
     """An error for the write of a chosen record, or for any request of the first life."""
     until = json.dumps(["life", jobs[1].life])
+    if jobs[0].stranger:
+        # Most likely one of the journal, of which the stranger is told.
+        return Fault(None, until, after=rng.randrange(120))
     if jobs[0].large:
         if rng.random() < 0.5:
             return Fault(None, until, after=rng.randrange(3), since='["closing"]')

@@ -24,7 +24,7 @@ import trio
 from trio.testing import MockClock
 
 import trio_wal
-from trio_wal._frame import segment_name_lsn
+from trio_wal._disk.frame import segment_name_lsn
 from trio_wal.testing import MemoryFiles
 
 from ._images import DB, Recovered, State, apply, fingerprint, recover_database, replayed

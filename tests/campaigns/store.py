@@ -44,8 +44,8 @@ from databases import hash_tree
 
 import trio_wal
 from trio_wal import CorruptLogError, WalError, _pages, _store
+from trio_wal._disk.verify import Verification, verify
 from trio_wal._files import OsFiles
-from trio_wal._verify import Verification, verify
 
 from . import _report
 

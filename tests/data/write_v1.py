@@ -17,8 +17,8 @@ from pathlib import Path
 import trio
 from trio.testing import MockClock
 
-from trio_wal._chain import read_meta
-from trio_wal._directory import LogDirectory, open_log_directory
+from trio_wal._disk.chain import read_meta
+from trio_wal._disk.directory import LogDirectory, open_log_directory
 from trio_wal.testing import MemoryFiles
 
 HERE = Path(__file__).parent / "v1"

@@ -15,8 +15,8 @@ import trio
 from trio.testing import MockClock
 from write_v1 import LOG, Writer
 
-from trio_wal._chain import read_meta
-from trio_wal._repair import create_empty
+from trio_wal._disk.chain import read_meta
+from trio_wal._disk.repair import create_empty
 from trio_wal.testing import MemoryFiles
 
 HERE = Path(__file__).parent / "v1_epochs"

@@ -30,9 +30,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trio_wal._chain import LOG_NAME, META_NAME, STORE_NAME
+from trio_wal._disk.chain import LOG_NAME, META_NAME, STORE_NAME
+from trio_wal._disk.frame import FEATURE_DATABASE, FEATURE_ZSTD
 from trio_wal._files import Directory, OsFiles, close_quietly
-from trio_wal._frame import FEATURE_DATABASE, FEATURE_ZSTD
 from trio_wal._text import encodable, plain_json, printable
 
 

@@ -9,10 +9,9 @@ from typing import Literal
 import attrs
 from msgspec import to_builtins
 
-from trio_wal import _scan, _verify
-from trio_wal._chain import joins, judge_end, place_before
-from trio_wal._files import Directory, File
-from trio_wal._frame import (
+from trio_wal._disk import scan as _scan, verify as _verify
+from trio_wal._disk.chain import joins, judge_end, place_before
+from trio_wal._disk.frame import (
     FORMAT_VERSION,
     TIME_US_MAX,
     FrameHeader,
@@ -22,9 +21,10 @@ from trio_wal._frame import (
     segment_name,
     to_datetime,
 )
-from trio_wal._scan import FrameScanner, Position, start_of
+from trio_wal._disk.scan import FrameScanner, Position, start_of
+from trio_wal._disk.verify import LOOK_TRIES, Finding
+from trio_wal._files import Directory, File
 from trio_wal._util import KiB, MiB
-from trio_wal._verify import LOOK_TRIES, Finding
 
 from ._output import (
     Dir,

@@ -8,8 +8,8 @@ from pathlib import Path
 import attrs
 from attrs import asdict
 
-from trio_wal import _verify
-from trio_wal._chain import LOG_NAME, STORE_NAME
+from trio_wal._disk import verify as _verify
+from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import OsFiles
 from trio_wal._store import StoreCheck

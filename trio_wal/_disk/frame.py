@@ -23,8 +23,8 @@ from typing import Final, cast
 import attrs
 import google_crc32c
 
-from ._identity import EPOCH_MAX, PARTINGS_MAX, History, Parting, epoch_of
-from ._util import KiB, align_up
+from trio_wal._identity import EPOCH_MAX, PARTINGS_MAX, History, Parting, epoch_of
+from trio_wal._util import KiB, align_up
 
 FORMAT_VERSION: Final = 1
 BLOCK: Final = 512

@@ -20,10 +20,9 @@ from typing import Final
 
 import attrs
 
-from . import _scan
-from ._chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
-from ._codec import require_zstd
-from ._exceptions import (
+from trio_wal._codec import require_zstd
+from trio_wal._engine import RecoveryReport
+from trio_wal._exceptions import (
     CorruptLogError,
     LogFullError,
     LogLockedError,
@@ -31,8 +30,14 @@ from ._exceptions import (
     UnsupportedFormatError,
     WrongDirectoryError,
 )
-from ._files import NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import (
+from trio_wal._files import NO_SPACE, Directory, File, Files, close_quietly
+from trio_wal._identity import History, branch
+from trio_wal._retention import Retention
+from trio_wal._util import KiB
+
+from . import scan
+from .chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
+from .frame import (
     BLOCK,
     FEATURE_DATABASE,
     FEATURE_ZSTD,
@@ -42,19 +47,16 @@ from ._frame import (
     SegmentHeader,
     Truncation,
 )
-from ._identity import History, branch
-from ._recovery import (
+from .recovery import (
     VERIFY_BYTES,
     Plan,
-    RecoveryReport,
     check_records,
     examine,
     reread_tail,
 )
-from ._repair import repair, reserve_meta, uncreate, write_meta
-from ._retention import Retention
-from ._scan import FrameScanner, Position, start_of
-from ._segment import (
+from .repair import repair, reserve_meta, uncreate, write_meta
+from .scan import FrameScanner, Position, start_of
+from .segment import (
     CAPACITY_GROWTH,
     FIRST_CAPACITY,
     SPARE_PREFIX,
@@ -64,7 +66,6 @@ from ._segment import (
     create_segment,
     encode,
 )
-from ._util import KiB
 
 ZERO_CHUNK: Final = 256 * KiB
 SPARE_RETRY_SECONDS: Final = 1.0
@@ -89,6 +90,8 @@ class _Spare:
     name: str
     file: File
     capacity: int
+    zeroed: int = 0
+    """So many bytes of it have been written, as zeros, and synced."""
 
 
 class LogDirectory:
@@ -229,7 +232,8 @@ class LogDirectory:
         """On return everything written is durable."""
         if self._unsynced:
             started = perf_counter()
-            self.active.file.sync()
+            active = self.active
+            active.file.sync(in_place=active.position.offset <= active.zeroed)
             self.sync_seconds = perf_counter() - started
             self._unsynced = False
         self.synced_lsn = self.last_lsn
@@ -275,6 +279,7 @@ class LogDirectory:
             )
             # The file keeps its temporary name until its header is durable.
             active = create_segment(self._directory, spare.file, spare.name, header, spare.capacity)
+            active.zeroed = spare.zeroed
         except BaseException:
             close_quietly(spare.file)
             raise
@@ -389,7 +394,7 @@ class LogDirectory:
         file = self._directory.open(name, writable=True)
         try:
             capacity = self._next_capacity(0)
-            self._zero(file, 0, min(file.size(), capacity))
+            zeroed = self._zero(file, 0, min(file.size(), capacity))
             if file.size() > capacity:
                 file.truncate(capacity)
             file.allocate(capacity)
@@ -401,7 +406,7 @@ class LogDirectory:
                 self._directory.unlink(name)
             raise
         self._recycled.remove(name)
-        return _Spare(name, file, capacity)
+        return _Spare(name, file, capacity, zeroed)
 
     def _zero(self, file: File, start: int, end: int) -> int:
         """Write zeros from ``start`` on; returns how far it came before a rotation asked
@@ -429,7 +434,8 @@ class LogDirectory:
                 self._spare_lock.wait(PAUSE_SHARE * seconds)
 
     def _write_zeros(self, spare: _Spare) -> None:
-        if self._zero(spare.file, 0, spare.capacity) < spare.capacity:
+        spare.zeroed = self._zero(spare.file, 0, spare.capacity)
+        if spare.zeroed < spare.capacity:
             spare.file.allocate(spare.capacity)
 
     # -- truncation --
@@ -600,7 +606,7 @@ class LogDirectory:
         counts: tuple[int, int],
         meta: Meta,
     ) -> None:
-        """Carry out what ``log.meta`` now says (`_recovery` does the same after a crash)."""
+        """Carry out what ``log.meta`` now says (`recovery` does the same after a crash)."""
         old = self.active
         keep_number = keep.number if keep is not None else self._meta.base_number - 1
         dropped = [
@@ -704,7 +710,7 @@ class LogDirectory:
 
     def _payloads(self, file: File, frame: FrameHeader, body: bytes) -> list[bytes]:
         try:
-            return _scan.payloads(frame, body)
+            return scan.payloads(frame, body)
         except FrameError as exc:
             raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
 

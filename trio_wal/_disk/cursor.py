@@ -7,43 +7,23 @@ the log has only changed meanwhile is for the caller to find out, who can look a
 
 from __future__ import annotations
 
-from datetime import datetime
 from itertools import repeat
-from typing import Final, Protocol, final
+from typing import Final, Protocol
 
 import attrs
 
-from . import _scan
-from ._chain import FoundSegment, joins
-from ._exceptions import CorruptLogError
-from ._files import File, close_quietly
-from ._frame import FrameError, Kind, SegmentHeader, to_datetime
-from ._scan import FrameScanner, Position, start_of
-from ._util import KiB
+from trio_wal._engine import Moved, Record
+from trio_wal._exceptions import CorruptLogError
+from trio_wal._files import File, close_quietly
+from trio_wal._util import KiB
+
+from . import scan
+from .chain import FoundSegment, joins
+from .frame import FrameError, Kind, SegmentHeader, to_datetime
+from .scan import FrameScanner, Position, start_of
 
 CHUNK_BYTES: Final = 512 * KiB
 """Payload decoded per call: some 5,000 records of 100 bytes."""
-
-
-@final
-@attrs.frozen
-class Record:
-    """One record of the log."""
-
-    lsn: int
-    timestamp: datetime
-    """UTC, of its batch; never decreasing along the log."""
-    data: bytes
-
-
-class Moved(Exception):
-    """The log has changed since it was looked at; look again.  Damage, if it has not."""
-
-    def __init__(self, path: str, reason: str, offset: int = 0) -> None:
-        super().__init__(path, reason, offset)
-        self.path = path
-        self.reason = reason
-        self.offset = offset
 
 
 class Ended(Moved):
@@ -91,10 +71,10 @@ def place_in(
     the segment's footer."""
     header = found.header
     if index is None:
-        index = _scan.footer_index(file.pread, header, found.pointer)
+        index = scan.footer_index(file.pread, header, found.pointer)
     nearest = [offset for first, offset in index if first <= lsn][-1:]
     if nearest:
-        frame = _scan.frame_at(file.pread, header, nearest[0])
+        frame = scan.frame_at(file.pread, header, nearest[0])
         if frame is not None and frame.kind is Kind.DATA and frame.first_lsn <= lsn:
             position = Position(frame.offset, frame.first_lsn, frame.previous)
             return Place(header, file, position, False, following)
@@ -150,7 +130,7 @@ class Cursor:
                 # Or it may be of another history; and who begins after it sees only what follows.
                 self._check_join(place, scanner, place.following)
             try:
-                data = _scan.payloads(frame, body)
+                data = scan.payloads(frame, body)
             except FrameError as exc:
                 raise CorruptLogError(place.file.path, frame.offset, str(exc)) from exc
             skip = self.next_lsn - frame.first_lsn

@@ -1,4 +1,4 @@
-"""Carrying a plan of `_recovery` out; and what else makes or replaces files of a log.
+"""Carrying a plan of `recovery` out; and what else makes or replaces files of a log.
 
 Law: does what the plan says, nothing else; can be interrupted anywhere, and is then simply
 done again.  Blocking; no trio.
@@ -15,10 +15,13 @@ from collections.abc import Iterable
 
 import attrs
 
-from ._chain import META_NAME, META_NEW_NAME, FoundSegment, is_temporary, read_meta
-from ._exceptions import LogFullError
-from ._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
-from ._frame import (
+from trio_wal._engine import RecoveryReport
+from trio_wal._exceptions import LogFullError
+from trio_wal._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
+from trio_wal._identity import History, branch
+
+from .chain import META_NAME, META_NEW_NAME, FoundSegment, is_temporary, read_meta
+from .frame import (
     BLOCK,
     DATA_OFFSET,
     FEATURE_DATABASE,
@@ -28,10 +31,9 @@ from ._frame import (
     SegmentHeader,
     segment_name_lsn,
 )
-from ._identity import History, branch
-from ._recovery import Plan, RecoveryReport
-from ._scan import FrameScanner, Position
-from ._segment import (
+from .recovery import Plan
+from .scan import FrameScanner, Position
+from .segment import (
     FIRST_CAPACITY,
     NEW_NAME,
     ActiveSegment,

@@ -1,7 +1,7 @@
 """Every finding of a log's directory or a database's, not only the first one.
 
 Law: blocking, no trio, and nothing but reading: no lock, no write.  What is damage, and
-what a crash or a writer at work leaves behind, is judged as `_recovery.examine` judges
+what a crash or a writer at work leaves behind, is judged as `recovery.examine` judges
 it; this module goes on where that one refuses.
 
 Going on after damage means finding the next frame that is one.  A frame's checksum
@@ -24,8 +24,13 @@ from typing import Final
 
 import attrs
 
-from . import _scan
-from ._chain import (
+from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
+from trio_wal._files import Directory, File, close_quietly
+from trio_wal._store import StoreCheck, check_store, data_file, inspect_store, misfit
+from trio_wal._util import KiB
+
+from . import scan
+from .chain import (
     META_NAME,
     TRUNCATE_NAME,
     FoundSegment,
@@ -33,9 +38,7 @@ from ._chain import (
     read_meta,
     read_segment,
 )
-from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
-from ._files import Directory, File, close_quietly
-from ._frame import (
+from .frame import (
     BLOCK,
     DATA_OFFSET,
     FRAME_HEADER_SIZE,
@@ -52,9 +55,7 @@ from ._frame import (
     segment_name,
     segment_name_lsn,
 )
-from ._scan import WINDOW, FrameScanner, Position, Read, start_of
-from ._store import StoreCheck, check_store, data_file, inspect_store, misfit
-from ._util import KiB
+from .scan import WINDOW, FrameScanner, Position, Read, start_of
 
 LOOK_TRIES: Final = 20
 """How often a log that changes all the time is looked at before it is taken as it is."""
@@ -464,7 +465,7 @@ class _SegmentCheck:
             self._find(frame.offset, "the frame's time is before that of the frame before it")
         self._time_us = max(self._time_us, frame.time_us)
         try:
-            _scan.check_body(frame, body)
+            scan.check_body(frame, body)
         except FrameError as exc:
             self._find(frame.offset, str(exc), frame.first_lsn, frame.next_lsn)
             return
@@ -529,16 +530,16 @@ class _SegmentCheck:
         pointer = self._segment.pointer
         if pointer is not None and pointer.offset > end.offset:
             return True
-        tail = _scan.examine_tail(
+        tail = scan.examine_tail(
             self._read, self._segment.size, self._header, end, self._file.next_data
         )
-        start = _scan.torn_start(self._read, self._header, pointer, end, tail.torn_end)
+        start = scan.torn_start(self._read, self._header, pointer, end, tail.torn_end)
         self.result.torn_bytes = tail.torn_end - start
         return tail.covering is not None
 
     def _next_frame(self, start: int) -> FrameHeader | None:
         """The first frame header at or behind an offset."""
-        for offset in _scan.stretches(start, self._segment.size, self._file.next_data):
+        for offset in scan.stretches(start, self._segment.size, self._file.next_data):
             window = self._read(WINDOW, offset)
             at = window.find(FRAME_MAGIC)
             while at >= 0:
@@ -590,7 +591,7 @@ class _SegmentCheck:
             pointer is None or (pointer.kind, pointer.crc) != (Kind.SEAL, seal.crc)
         ):
             self._find(POINTER_OFFSET, "the pointer to the segment's footer is damaged")
-        behind = _scan.examine_tail(
+        behind = scan.examine_tail(
             self._read, self._segment.size, self._header, scanner.position, self._file.next_data
         )
         if behind.torn_end > seal.end:

@@ -1,6 +1,6 @@
 """A directory -> a plan, or a typed error.
 
-Law: only reads and decides; `_repair` carries the plan out.  Damage is an error, never a
+Law: only reads and decides; `repair` carries the plan out.  Damage is an error, never a
 reason to drop something.  No trio.
 
 What can be there after a crash, and what becomes of it:
@@ -24,8 +24,12 @@ from typing import Final
 
 import attrs
 
-from . import _scan
-from ._chain import (
+from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
+from trio_wal._files import Directory, File
+from trio_wal._util import KiB, MiB
+
+from . import scan
+from .chain import (
     TRUNCATE_NAME,
     Chain,
     FoundSegment,
@@ -39,9 +43,7 @@ from ._chain import (
     read_segment,
     temporary,
 )
-from ._exceptions import CorruptLogError, UnsupportedFormatError
-from ._files import Directory, File
-from ._frame import (
+from .frame import (
     DATA_OFFSET,
     POINTER_OFFSET,
     Footer,
@@ -54,37 +56,14 @@ from ._frame import (
     index_step,
     segment_name_lsn,
 )
-from ._scan import FrameScanner, Position, start_of
-from ._segment import SegmentInfo
-from ._util import KiB, MiB
+from .scan import FrameScanner, Position, start_of
+from .segment import SegmentInfo
 
 VERIFY_BYTES: Final = 32 * MiB
 """How much of the log is checked record by record on every open, newest first."""
 _FRAME_COST: Final = 32 * KiB
 _RECORD_COST: Final = 64
 """What checking one more frame, or record, costs, as bytes: about 12 us, or 25 ns, at 2-3 GB/s."""
-
-
-@attrs.frozen
-class RecoveryReport:
-    """What opening the log found and did."""
-
-    first_lsn: int
-    last_lsn: int
-    segments: int
-    records_replayed: int
-    """Records whose checksums were checked on this open."""
-    bytes_scanned: int
-    torn_bytes: int
-    """Bytes of an unfinished batch that were cut; nobody had been told it was durable.  What
-    is left of a mark that a crash tore while the log was being closed is none."""
-    clean_shutdown: bool
-    """True where the log was closed in order, and for a new log."""
-    seconds: float
-    transactions_replayed: int = 0
-    """Transactions that a database applied from the log's tail; 0 for a log."""
-    checkpoint_lsn: int = 0
-    """The LSN up to which a database's store already held everything; 0 for a log."""
 
 
 @attrs.frozen
@@ -202,7 +181,7 @@ def _walk(
             break
         frame, body = frame_body
         try:
-            _scan.check_body(frame, body)
+            scan.check_body(frame, body)
         except FrameError as exc:
             raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
         if frame.kind is Kind.DATA:
@@ -382,7 +361,7 @@ def _examine_sealed(
                 if not may_be_open:
                     raise _seal_is_damaged(file, segment, walk)
             elif budget > 0:
-                footer = _scan.read_footer(file.pread, seal)
+                footer = scan.read_footer(file.pread, seal)
                 start = _start_for(segment, seal, footer, budget)
                 if start is not None:
                     walk = _walk_up_to(file, segment, start, following)
@@ -433,7 +412,7 @@ def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeade
             f"the footer counts {footer.records} records up to LSN {footer.last_lsn}, "
             f"the segment has {walk.records} up to {walk.end.next_lsn - 1}",
         )
-    tail = _scan.examine_tail(
+    tail = scan.examine_tail(
         file.pread, segment.size, segment.header, scanner.position, file.next_data
     )
     if tail.torn_end > seal.end:
@@ -445,7 +424,7 @@ def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | 
     frame = last.mark
     if frame is None or frame.kind is not Kind.CLOSE:
         return None
-    footer = _scan.read_footer(file.pread, frame)
+    footer = scan.read_footer(file.pread, frame)
     counted = (frame.first_lsn - last.header.first_lsn, frame.first_lsn - 1)
     if footer is None or (footer.records, footer.last_lsn) != counted:
         # Nothing that a bug or a forger wrote there may get into the footer that follows.
@@ -514,7 +493,7 @@ def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float)
             copy_from=copy_from,
             copy_counts=copy_counts,
             torn_bytes=torn_end
-            - _scan.torn_start(file.pread, last.header, pointer, walk.end, torn_end),
+            - scan.torn_start(file.pread, last.header, pointer, walk.end, torn_end),
             clean=not torn and (ends_closed or walk.last_kind is Kind.CLOSE),
             records_replayed=walk.end.next_lsn - verified_lsn,
             bytes_scanned=walk.bytes + (0 if checked is None else checked.bytes),
@@ -550,7 +529,7 @@ def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
             continue
         file = directory.open(name)
         try:
-            index = _scan.footer_index(file.pread, segment.header, segment.pointer)
+            index = scan.footer_index(file.pread, segment.header, segment.pointer)
             places = (Position(at, first, 0) for first, at in reversed(index) if first <= lsn)
             start = next(places, start_of(segment.header))
             walk = _walk_up_to(file, segment, start, following)

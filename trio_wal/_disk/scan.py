@@ -1,7 +1,7 @@
 """Bytes of one segment -> frames, or a verdict on where and why they end.
 
 Law: pure.  Bytes come from a `Read` callable; nothing is written, and no decision
-about other segments is made here (that is `_recovery`).  A length is believed only
+about other segments is made here (that is `recovery`).  A length is believed only
 after the checksum of the header that holds it.
 """
 
@@ -12,8 +12,10 @@ from typing import Final
 
 import attrs
 
-from . import _codec
-from ._frame import (
+from trio_wal import _codec
+from trio_wal._util import KiB, MiB, align_up
+
+from .frame import (
     BLOCK,
     DATA_OFFSET,
     FRAME_HEADER_SIZE,
@@ -34,7 +36,6 @@ from ._frame import (
     decode_pointer,
     frame_size,
 )
-from ._util import KiB, MiB, align_up
 
 Read = Callable[[int, int], bytes]
 """``read(length, offset)``; shorter only at the end of the file."""

@@ -2,7 +2,7 @@
 
 Law: blocking; no trio.  A frame goes to the file with one write, and nothing here
 decides when to sync but `seal` and `mark_closed`, which are whole only with one.
-What a crash leaves behind is judged in `_recovery`, never here.
+What a crash leaves behind is judged in `recovery`, never here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Final
 
 import attrs
 
-from . import _codec
-from ._files import Directory, File
-from ._frame import (
+from trio_wal import _codec
+from trio_wal._files import Directory, File
+from trio_wal._util import MiB
+
+from .frame import (
     BLOCK,
     DATA_OFFSET,
     FEATURE_ZSTD,
@@ -34,8 +36,7 @@ from ._frame import (
     frame_size,
     index_step,
 )
-from ._scan import Position, start_of
-from ._util import MiB
+from .scan import Position, start_of
 
 FIRST_CAPACITY: Final = 1 * MiB
 """The first segment of a log is small, so that a log is open within milliseconds and a
@@ -117,6 +118,8 @@ class ActiveSegment:
         self.file = file
         self.header = header
         self.capacity = capacity
+        self.zeroed: int = 0
+        """So many bytes had been written, as zeros, and synced before it became a segment."""
         self.position: Position = position or start_of(header)
         self.records: int = records
         self.frames: int = frames

@@ -22,15 +22,16 @@ from typing import Final, NoReturn
 
 import attrs
 
-from . import _scan
-from ._exceptions import (
+from trio_wal._exceptions import (
     CorruptLogError,
     UnsupportedFormatError,
     WalError,
     WrongDirectoryError,
 )
-from ._files import LOCK_NAME, Directory, File
-from ._frame import (
+from trio_wal._files import LOCK_NAME, Directory, File
+
+from . import scan
+from .frame import (
     BLOCK,
     DATA_OFFSET,
     META_SIZE_MAX,
@@ -48,8 +49,8 @@ from ._frame import (
     segment_name,
     segment_name_lsn,
 )
-from ._scan import FrameScanner, Position, start_of
-from ._segment import NEW_NAME, SPARE_PREFIX
+from .scan import FrameScanner, Position, start_of
+from .segment import NEW_NAME, SPARE_PREFIX
 
 META_NAME: Final = "log.meta"
 META_NEW_NAME: Final = "log.meta.tmp"
@@ -168,7 +169,7 @@ def look_at(file: File, name: str) -> FoundSegment:
         pointer = decode_pointer(head[POINTER_OFFSET:], header.seed)
         mark = None
         if pointer is not None:
-            mark = _scan.frame_at(file.pread, header, pointer.offset)
+            mark = scan.frame_at(file.pread, header, pointer.offset)
             if mark is not None and (mark.kind, mark.crc) != (pointer.kind, pointer.crc):
                 mark = None
         return FoundSegment(header, name, size, pointer, mark)
@@ -439,7 +440,7 @@ def judge_end(
         return End(Loss(CorruptLogError(file.path, end.offset, text), pointer.last_lsn), end.offset)
     if not look_behind:
         return End(None, end.offset)
-    tail = _scan.examine_tail(file.pread, segment.size, segment.header, end, file.next_data)
+    tail = scan.examine_tail(file.pread, segment.size, segment.header, end, file.next_data)
     covering = tail.covering
     if covering is not None:
         text = (
