@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from campaigns import __main__ as campaigns, leaks
 
-from trio_wal._database import _OpenDatabase
 from trio_wal._disk import directory as _directory
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._files import OsDirectory, OsFile
+from trio_wal._opening import _OpenDatabase
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the campaign looks into /proc"

@@ -873,7 +873,7 @@ async def test_a_backup_that_fails_leaves_nothing_and_can_be_tried_again(
         await db.put(b"a", b"1")
         for name in ("create_empty", "finish"):
             if name == "finish":
-                monkeypatch.setattr(db._files, "finish_directory", fail)
+                monkeypatch.setattr(db._core._files, "finish_directory", fail)
             else:
                 monkeypatch.setattr(_local, name, fail)
             with pytest.raises(OSError, match="No space left on device"):
@@ -920,8 +920,8 @@ async def test_what_a_killed_backup_left_is_in_nobodys_way(
 
     async with home.open() as db:
         await db.put(b"a", b"1")
-        monkeypatch.setattr(db._files, "finish_directory", die)
-        monkeypatch.setattr(db._files, "discard_directory", lambda temporary: None)
+        monkeypatch.setattr(db._core._files, "finish_directory", die)
+        monkeypatch.setattr(db._core._files, "discard_directory", lambda temporary: None)
         for count in (1, 2):
             with pytest.raises(SystemExit):
                 await db.backup(tmp_path / "copy")
@@ -959,7 +959,7 @@ async def test_what_is_planted_where_a_backup_goes_is_not_used(
 
     async with home.open() as db:
         await db.put(b"a", b"1")
-        monkeypatch.setattr(db._files, "finish_directory", plant)
+        monkeypatch.setattr(db._core._files, "finish_directory", plant)
         with pytest.raises(FileExistsError, match=r"the destination of a backup exists: '.*copy'$"):
             await db.backup(copy)
     assert sorted(os.listdir(tmp_path)) == ["copy", "db", "elsewhere"]
@@ -1003,7 +1003,10 @@ async def test_a_backup_keeps_the_features_of_the_log(home: Home) -> None:
 # -- Ctrl-C -------------------------------------------------------------------------
 
 PACKAGE = str(Path(trio_wal.__file__).parent)
-INTERRUPTED_FILES = ("_database.py", "_transaction.py", "_memtable.py", "_checkpoint.py")
+INTERRUPTED_FILES = (
+    "_database.py", "_core.py", "_mvcc.py", "_readset.py", "_snapshot.py", "_transaction.py",
+    "_layer.py", "_memtable.py", "_checkpoint.py",
+)  # fmt: skip
 
 
 class Interrupter:

@@ -6,15 +6,8 @@ faults.
 """
 
 from . import _exports
-from ._database import (
-    Commit as Commit,
-    CommitStream as CommitStream,
-    Database as Database,
-    DatabaseStatistics as DatabaseStatistics,
-    Snapshot as Snapshot,
-    VerifyStore as VerifyStore,
-    open_database as open_database,
-)
+from ._changes import Commit as Commit, CommitStream as CommitStream
+from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
 from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
@@ -34,6 +27,7 @@ from ._exceptions import (
 from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
+from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._retention import (
@@ -43,6 +37,7 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._snapshot import Snapshot as Snapshot
 from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction

@@ -243,6 +243,7 @@ class LocalEngine:
 
     def disown(self) -> None:
         self._forked = True
+        self._directory.disown()
         self._worker.disown()
         self._blocking.disown()
 
@@ -363,6 +364,9 @@ class LocalEngine:
                             await self._ending.wait()
             except Forked:
                 pass
+            except trio.ClosedResourceError:
+                if not self._forked:
+                    raise
             finally:
                 if not self._forked:
                     done.set()

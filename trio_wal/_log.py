@@ -22,7 +22,7 @@ from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
-from ._park import Latch
+from ._park import Latch, is_parked
 from ._queue import Barrier, Owner, Unit, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
@@ -189,6 +189,10 @@ class Log:
         await queue.submit(Barrier())
         return engine.durable_lsn
 
+    def hold(self, who: str, lsn: int) -> None:
+        """Keep the record ``lsn`` and all that come after it: see `Engine.hold`."""
+        self.engine.hold(who, lsn)
+
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)
 
@@ -335,8 +339,8 @@ class Log:
             await trio.lowlevel.cancel_shielded_checkpoint()
         while self._nursery.child_tasks:
             for task in self._nursery.child_tasks:
-                # None: it is about to run, and will stand somewhere else.
-                if getattr(task, "_abort_func", None) is not None:
+                # Else it is about to run, and will stand somewhere else.
+                if is_parked(task):
                     reschedule(task, outcome.Error(Forked()))
             await trio.lowlevel.cancel_shielded_checkpoint()
 

@@ -94,6 +94,14 @@ def request(abort: AbortFn) -> Any:
     return _message(abort) if REUSES else abort
 
 
+def is_parked(task: Task) -> bool:
+    """Whether a task that is not the running one waits to be woken; False: it is about to run.
+
+    For forked children only: nothing else here wakes whom it has not parked.
+    """
+    return getattr(task, "_next_send_fn", True) is None
+
+
 class Latch:
     """An event that is waited for to the end: neither cancellation nor Ctrl-C cuts in."""
 

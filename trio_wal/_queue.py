@@ -646,7 +646,7 @@ class WriteQueue:
         """
         self.note_peaks()
         self.status.loss = loss
-        self.status.state = State.FAILED
+        self.status.stop(State.FAILED)
         self.status.failure = cause
         if in_flight is not None:
             in_flight.failure = (outcome, cause)
@@ -719,7 +719,7 @@ class WriteQueue:
     def close(self) -> None:
         """Accept nothing more; the flusher ends when it has written what is here."""
         if self.status.state in (State.OPEN, State.FULL):
-            self.status.state = State.CLOSING
+            self.status.stop(State.CLOSING)
             for blocked in self._drain_blocked():
                 blocked.error = trio.ClosedResourceError(
                     f"{printable(self.status.name)}: the log was closed"
@@ -732,11 +732,11 @@ class WriteQueue:
     def closed(self) -> None:
         """The flusher and the files are done."""
         if self.status.state is not State.FAILED:
-            self.status.state = State.CLOSED
+            self.status.stop(State.CLOSED)
 
     def disown(self) -> None:
         """In a forked child nothing is accepted, nor waited for, nor written."""
         self.status.disowned = True
-        self.status.state = State.CLOSED
+        self.status.stop(State.CLOSED)
         self._blocked = OrderedDict()
         self._set_limits()

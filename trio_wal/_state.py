@@ -26,11 +26,14 @@ class State(enum.Enum):
 class Status:
     """The state of one log."""
 
-    __slots__ = ("disowned", "failure", "failure_told", "loss", "name", "state")
+    __slots__ = ("disowned", "failure", "failure_told", "loss", "name", "refuses", "state")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.state = State.OPEN
+        self.refuses = False
+        """Whether nothing is accepted any more.  For those who ask before every record: in
+        Python 3.11 it costs a quarter of a microsecond to compare `state`."""
         self.failure: BaseException | None = None
         """What broke the log."""
         self.failure_told = False
@@ -39,6 +42,11 @@ class Status:
         """After a failure: what became of the records that were accepted before it."""
         self.disowned = False
         """Whether this is a forked child, where all of the log is dead."""
+
+    def stop(self, state: State) -> None:
+        """From here on nothing is accepted, whatever else the state becomes."""
+        self.state = state
+        self.refuses = True
 
     def check_open(self, outcome: Outcome = "not written") -> None:
         """Raises `trio.ClosedResourceError` or `LogFailedError` where nothing is accepted."""

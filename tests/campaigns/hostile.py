@@ -51,7 +51,7 @@ from trio_wal._disk.recovery import VERIFY_BYTES
 from trio_wal._disk.segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._disk.verify import verify
 from trio_wal._files import LOCK_NAME
-from trio_wal._store import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
+from trio_wal._store_files import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 

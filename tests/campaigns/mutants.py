@@ -134,7 +134,7 @@ MUTANTS: Final = (
         "        _remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
-        "a failed open of a database leaves its directory", "_database", "leaks:database/eventfd",
+        "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
         "            self._remove_made()\n", "            pass\n",
     ),
     mutant(
@@ -366,17 +366,17 @@ MUTANTS: Final = (
     mutant(
         "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
         "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
-        "        lsn = max(db.wal.durable_lsn, self.state.lsn)\n",
+        "        lsn = max(log.durable_lsn, self.state.lsn)\n",
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
-        "        await db._wait_settled(frozen.last_seq)\n", "",
+        "        while self._versions.has_pending(frozen.last_seq):\n", "        while False:\n",
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
         "        state = StoreState(self.state.log_uuid, lsn)\n",
         "        state = StoreState(self.state.log_uuid, lsn)\n"
-        '        self._log.engine.hold("store", lsn + 1)\n',
+        "        log.hold(HOLD, lsn + 1)\n",
     ),
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
@@ -390,31 +390,31 @@ MUTANTS: Final = (
         "                keys.append(key)\n                values.append(value)\n",
     ),
     mutant(
-        "replay begins one transaction too late", "_database", "simulator:transactions",
-        "self._log.read(state.lsn + 1)", "self._log.read(state.lsn + 2)",
+        "replay begins one transaction too late", "_core", "simulator:transactions",
+        "checkpointer.state.lsn + 1)", "checkpointer.state.lsn + 2)",
     ),
     mutant(
-        "transactions are not validated", "_transaction", SCHEDULES,
-        "            return self._doomed\n        if self._observed",
-        "            return self._doomed\n        return None\n        if self._observed",
+        "transactions are not validated", "_readset", SCHEDULES,
+        "            return self._doomed\n        if self.dependency",
+        "            return self._doomed\n        return None\n        if self.dependency",
     ),
     mutant(
-        "what a checkpoint took away is no conflict", "_database", "errors:database",
-        "                reader._layer_dropped(frozen)\n", "                pass\n",
+        "what a checkpoint took away is no conflict", "_mvcc", "errors:database",
+        "            reader.layer_dropped(frozen)\n", "            pass\n",
     ),
     mutant(
-        "a commit that was read can be withdrawn", "_database", WHOLE,
-        "return commit is None or commit[0] not in self._fates", "return True",
+        "a commit that was read can be withdrawn", "_mvcc", WHOLE,
+        "return commit is None or commit[0] not in self._dependencies", "return True",
     ),
     mutant(
-        "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
+        "a withdrawn commit takes the version before it along", "_layer", WHOLE,
         "                    self.versions[key] = older\n",
         "                    del self.versions[key]\n",
     ),
     mutant(
-        "a read-only transaction does not wait for what it read", "_database", "errors:database",
-        "        elif not fate.lost:\n            await fate.wait()\n",
-        "        elif not fate.lost:\n            await trio.lowlevel.checkpoint()\n",
+        "a read-only transaction does not wait for what it read", "_mvcc", "errors:database",
+        "        elif not dependency.lost:\n            await dependency.wait()\n",
+        "        elif not dependency.lost:\n            await trio.lowlevel.checkpoint()\n",
     ),
     mutant(
         "a snapshot sees what came after it", "_memtable", SCHEDULES,
@@ -431,11 +431,11 @@ MUTANTS: Final = (
         'state.lsn % 2 or txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
     ),
     mutant(
-        "a store of another log is taken", "_store", STORE,
+        "a store of another log is taken", "_store_files", STORE,
         "    elif state.log_uuid != log_uuid:", "    elif False:",
     ),
     mutant(
-        "a store that is missing is passed over", "_store", STORE,
+        "a store that is missing is passed over", "_store_files", STORE,
         "        if base_lsn > 1:", "        if False:",
     ),
     # -- damaged and forged stores --
@@ -474,10 +474,10 @@ MUTANTS: Final = (
     ),
     mutant(
         "LMDB's errors of a get reach the user", "_database", PAGES,
-        "            self._view.base.explain(exc)\n", "",
+        "            versions.view.base.explain(exc)\n", "",
     ),
     mutant(
-        "LMDB's errors of a transaction's get reach the user", "_transaction", PAGES,
+        "LMDB's errors of a transaction's get reach the user", "_readset", PAGES,
         "                view.base.explain(exc)\n", "",
     ),
     mutant(

@@ -12,7 +12,7 @@ from trio_wal._disk import verify as _verify
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import OsFiles
-from trio_wal._store import StoreCheck
+from trio_wal._store_check import StoreCheck
 
 from ._output import (
     CommandError,

@@ -26,7 +26,8 @@ import attrs
 
 from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from trio_wal._files import Directory, File, close_quietly
-from trio_wal._store import StoreCheck, check_store, data_file, inspect_store, misfit
+from trio_wal._store_check import StoreCheck, check_store
+from trio_wal._store_files import data_file, inspect_store, misfit
 from trio_wal._util import KiB
 
 from . import scan
