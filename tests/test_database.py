@@ -1076,7 +1076,7 @@ def life_of_a_database(
                 except KeyboardInterrupt:
                     interrupted = True
             # Whatever was interrupted holds nothing up, nor does it hide anything.
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 lsn = await db.put(b"last", b"last")
                 assert await db.checkpoint() == lsn
             assert db.statistics().pending == 0

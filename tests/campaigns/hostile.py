@@ -415,7 +415,7 @@ PLACES: Final = (
     *(f"store/{name}" for name in (DATA_NAME, STORE_LOCK_NAME, SUSPECT_NAME, "other")),
     *(f"log/{name}" for name in (META_NAME, segment_name(1))),
 )
-PLACE_SECONDS_MAX: Final = 10
+PLACE_SECONDS_MAX: Final = 30
 PLACES_SHARE: Final = 12
 """So many where there is only so much time."""
 STORE_KINDS: Final[dict[str, Place]] = {

@@ -45,7 +45,7 @@ PARTS: Final = ("cancel", "ctrl-c", "memory")
 STEPS: Final = 800
 """More than any of the programs has."""
 CHUNK: Final = 40
-CASE_SECONDS: Final = 30
+CASE_SECONDS: Final = 60
 PACKAGE: Final = str(Path(trio_wal.__file__).parent)
 TRACED: Final = (
     "_queue.py", "_flusher.py", "_local.py", "_log.py", "_state.py", "_wal.py", "_worker.py",

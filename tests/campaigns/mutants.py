@@ -30,7 +30,7 @@ from . import _judges, _report
 
 TESTS: Final = Path(__file__).parents[1]
 PACKAGE: Final = Path(trio_wal.__file__).parent
-SECONDS: Final = 20.0
+SECONDS: Final = 60.0
 """For one judge to find one mutant."""
 GRACE_SECONDS: Final = 60.0
 """A judge that has not ended so long after its time hangs."""
