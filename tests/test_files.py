@@ -596,6 +596,25 @@ def test_what_is_published_is_read_whole_or_not_at_all(directory: OsDirectory) -
     looker.close()
 
 
+def test_what_was_read_while_it_was_written_is_read_again(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.lock()
+    directory.sign()
+    directory.publish(205, 3)
+    before = directory._read_lock_file()
+    directory.publish(197, 4)
+    after = directory._read_lock_file()
+    torn = [before[:48] + after[48:], before[:56] + after[56:]]
+    seen = [*torn, after]
+    monkeypatch.setattr(OsDirectory, "_read_lock_file", lambda self: seen.pop(0))
+    assert directory.published() == (197, 4)
+    assert not seen
+    # One that stands still is an older version's.
+    seen += [torn[0], torn[0]]
+    assert directory.published() == (205, None)
+
+
 def test_listings_in_several_threads_do_not_disturb_each_other(directory: OsDirectory) -> None:
     for number in range(30):
         (Path(directory.path) / f"wal-{number:020}.log").touch()

@@ -97,6 +97,14 @@ class Word(NamedTuple):
     epoch: int | None
     """In which history; None: it does not say, or not reliably, and so proves nothing."""
 
+    def told_lsn(self, epoch: int) -> int:
+        """Up to where the log's records in this epoch are durable; 0 where it does not say.
+
+        One that names no epoch is an older version's, which knows of epoch 0 only, or was read
+        while it was written: then half of it may be of the epoch before, whose records are gone.
+        """
+        return self.durable_lsn if self.epoch == epoch or (self.epoch is None and not epoch) else 0
+
 
 NO_WORD: Final = Word(0, None)
 
@@ -275,6 +283,17 @@ def _check_journal(fd: int) -> None:
             # Who may write the file may do that, unless its mode has been changed since.
             with contextlib.suppress(PermissionError):
                 os.utime(fd)
+
+
+def _word_in(raw: bytes) -> Word:
+    """What stands in a lock file behind the owner's pid."""
+    if len(raw) < _WORD_BARE:
+        return NO_WORD
+    durable_lsn, inverted, epoch, crc = _WORD.unpack(raw.ljust(_WORD.size, b"\0"))
+    if durable_lsn ^ _ALL_BITS != inverted:
+        return NO_WORD
+    whole = len(raw) == _WORD.size and crc32c(raw[:-4]) == crc
+    return Word(durable_lsn, epoch if whole else None)
 
 
 def _above_stdio(fd: int) -> int:
@@ -624,14 +643,14 @@ class OsDirectory:
             self._lock_file.pwrite([word, crc], _PID_BYTES)
 
     def published(self) -> Word:
-        raw = self._read_lock_file()[_PID_BYTES:]
-        if len(raw) < _WORD_BARE:
-            return NO_WORD
-        durable_lsn, inverted, epoch, crc = _WORD.unpack(raw.ljust(_WORD.size, b"\0"))
-        if durable_lsn ^ _ALL_BITS != inverted:
-            return NO_WORD
-        whole = len(raw) == _WORD.size and crc32c(raw[:-4]) == crc
-        return Word(durable_lsn, epoch if whole else None)
+        before = self._read_lock_file()[_PID_BYTES:]
+        while (word := _word_in(before)).epoch is None:
+            # Its owner may be writing it just now; one that names no epoch stands still.
+            again = self._read_lock_file()[_PID_BYTES:]
+            if again == before:
+                break
+            before = again
+        return word
 
     def watch(self) -> Watch | None:
         return watch_directory(self._fd)

@@ -292,7 +292,7 @@ class WatchSource:
         as_before = seen.tail == tail and seen.evidence == evidence
         if as_before and not first_look and seen.changes == self._seen.changes:
             return seen
-        told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0
+        told = word.told_lsn(meta.epoch)
         proof = 0 if word.epoch is None else told
         if meta.history:
             # An epoch begins with what is durable; its owner has yet to say so.

@@ -232,7 +232,7 @@ class _Look:
         """Whether the log ends here; returns the newest record that is known to be durable."""
         position, pointer = self._position, self._segment.pointer
         word = self._directory.published()
-        told = word.durable_lsn if meta is not None and word.epoch in (None, meta.epoch) else 0
+        told = 0 if meta is None else word.told_lsn(meta.epoch)
         judged = judge_end(
             self._directory.path,
             file,
