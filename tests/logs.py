@@ -15,7 +15,7 @@ import attrs
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory, open_log_directory
 from trio_wal._files import NO_WORD
-from trio_wal._local import LocalSource
+from trio_wal._local import DirectoryLocator
 from trio_wal.testing import MemoryFiles
 
 LOG = "/log"
@@ -44,7 +44,7 @@ def records_of(log: LogDirectory) -> Records:
 
 
 def read_between(log: LogDirectory, first_lsn: int, last_lsn: int) -> Records:
-    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    source = DirectoryLocator(log)
     cursor = Cursor(source, first_lsn)
     found: list[tuple[int, bytes]] = []
     try:

@@ -25,7 +25,7 @@ from campaigns._oracle import Timeline, Wrong
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
-from trio_wal import _checkpoint, _database, _transaction
+from trio_wal import _log, _mvcc, _readset
 from trio_wal._disk import directory as _directory, recovery as _recovery
 from trio_wal._queue import WriteQueue
 from trio_wal.testing import MemoryFile, MemoryFiles
@@ -185,24 +185,19 @@ def _withdrawn_too_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def _dropped_too_far(patch: pytest.MonkeyPatch) -> None:
-    def checkpointed(self: Any, frozen: Any, lsn: int) -> None:
-        original(self, frozen, lsn)
-        self._wal._keep_from(lsn + 3)
+    def hold(self: Any, who: str, lsn: int) -> None:
+        original(self, who, lsn + 2)
 
-    original = _database.Database._checkpointed
-    patch.setattr(_database.Database, "_checkpointed", checkpointed)
+    original = _log.Log.hold
+    patch.setattr(_log.Log, "hold", hold)
 
 
 def _never_conflicts(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_transaction.Transaction, "_conflict", lambda self: None)
+    patch.setattr(_readset.ReadSet, "conflict", lambda self: None)
 
 
 def _checkpoint_does_not_wait(patch: pytest.MonkeyPatch) -> None:
-    async def settle(db: object) -> None:
-        db._pending.clear()  # type: ignore[attr-defined]
-
-    patch.setattr(_checkpoint, "settle_quietly", settle)
-    patch.setattr(_database, "settle_quietly", settle)
+    patch.setattr(_mvcc.Versions, "has_pending", lambda self, seq: False)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_wrong_outcome_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail(self: Flusher, exc: BaseException) -> None:
         original(self, exc)
-        self._queue.loss = "not written"
+        self._queue.status.loss = "not written"
 
     monkeypatch.setattr(Flusher, "_fail", fail)
     assert "was said to be not written" in first_error("appends", "EIO", "once")

@@ -12,7 +12,7 @@ import pytest
 from campaigns import __main__ as campaigns, _forge, hostile
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from trio_wal import _files, _store
+from trio_wal import _files, _store, _store_files
 from trio_wal._disk import cursor as _cursor, scan as _scan
 
 ENVIRONMENT = {
@@ -79,7 +79,8 @@ def test_a_link_that_is_followed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     def open_directory(path: str) -> _files.OsDirectory:
         return _files.OsFiles().open_directory(path)
 
-    monkeypatch.setattr(_store, "open_store_directory", open_directory)
+    for module in (_store, _store_files):
+        monkeypatch.setattr(module, "open_store_directory", open_directory)
     with pytest.raises(hostile.Finding, match=r"the outside was changed|a link was followed"):
         hostile.examine_place("store", "link to a store", tmp_path)
 

@@ -13,8 +13,8 @@ from campaigns.errors import Lie
 from campaigns.hostile import limited_time
 from campaigns.interrupts import PROGRAMS, run_case
 
+from trio_wal._log import Log
 from trio_wal._queue import WriteQueue
-from trio_wal._wal import WriteAheadLog
 from trio_wal._worker import Blocking
 
 
@@ -113,16 +113,16 @@ def test_a_close_that_does_not_drain_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_ctrl_c_that_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = WriteAheadLog._close
+    original = Log.aclose
 
-    async def close(self: WriteAheadLog) -> None:
+    async def close(self: Log) -> None:
         try:
             await original(self)
             await trio.lowlevel.checkpoint()
         except KeyboardInterrupt:
             pass
 
-    monkeypatch.setattr(WriteAheadLog, "_close", close)
+    monkeypatch.setattr(Log, "aclose", close)
     count = len(interrupts.lines("log"))
     found = lies("ctrl-c", "log", "", range(0, count, count // 60))
     assert "Ctrl-C was swallowed" in found

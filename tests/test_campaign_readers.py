@@ -5,17 +5,26 @@ The judge is told of a log and of streams; each way of being wrong has its own w
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from campaigns._marks import Chain, History, Mark, Runs, Wrong, mark_of, record, runs_of
+from campaigns._onlookers import Onlooker, report_tool
+from campaigns._owner import Owner, _LogLife
 from campaigns.readers import Judge, Outcome
+
+from trio_wal import Bookmark, CorruptLogError, LogDivergedError, LsnTruncatedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes and signals")
 
@@ -105,6 +114,63 @@ def test_wrong_options_are_usage() -> None:
     for arguments in (["no such part"], ["--case", "log:x"]):
         done = run_python("-m", "campaigns", "readers", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
+
+
+# -- what an owner and a tool are told meanwhile ------------------------------------------
+
+
+class Dropping:
+    """A log of which a part is dropped while it is read."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncIterator[Any]]:
+        async def records() -> AsyncIterator[Any]:
+            yield SimpleNamespace(lsn=8, data=b"")
+            if self.errors:
+                raise self.errors.pop()
+            yield SimpleNamespace(lsn=9, data=b"")
+
+        yield records()
+
+
+async def test_an_owner_whose_log_drops_by_itself_on_opening_reads_again() -> None:
+    """Retention is applied beside whatever the program does first."""
+    life = _LogLife(Owner(kind="log", path="", seed=SEED), print)
+    wal: Any = Dropping(LsnTruncatedError(9, 8))
+    life.wal = wal
+    with trio.fail_after(60):
+        assert await life.items(lambda item: bytes(item.data)) == [(8, b""), (9, b"")]
+    # But nobody has cut it.
+    wal.errors.append(LogDivergedError("log", Bookmark(9, 1), 8))
+    with pytest.raises(LogDivergedError):
+        await life.items(lambda item: bytes(item.data))
+
+
+@pytest.mark.parametrize(
+    ("error", "sound"),
+    [
+        (LogDivergedError("log", Bookmark(3, 1), 2), True),
+        (LogDivergedError("log", Bookmark(3, 1), None), True),
+        (LsnTruncatedError(5, 4), True),
+        (CorruptLogError("log", 0, "damaged"), False),
+    ],
+)
+def test_a_dump_may_be_overtaken(error: Exception, sound: bool) -> None:
+    """It has said the first three records by then."""
+    said = "".join(
+        json.dumps({"lsn": mark[0], "base64": base64.b64encode(data).decode()}) + "\n"
+        for mark in OLD
+        if (data := record(SEED, Mark(*mark), 5))
+    )
+    onlooker = Onlooker(kind="log", path="", seed=SEED, report="", role="tools", pause=0)
+    reports: list[Any] = []
+    told = judge(*LOG, ("cut", 400, 2, 5, *RUNS), ("drop", 401, 5, *RUNS))
+    report_tool(onlooker, lambda *words: reports.append(words), "dump", 500, 1, said, f"{error}")
+    (report,) = reports
+    assert (wrong(told, *report) == []) == sound
 
 
 # -- records that tell their history ------------------------------------------------------

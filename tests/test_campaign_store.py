@@ -12,7 +12,7 @@ import pytest
 from campaigns import __main__ as campaigns, store
 from campaigns.store import DEFECTS, DIFFERS, FOREIGN, REFUSED, SAME, SIGNAL, Found
 
-from trio_wal import _pages, _store
+from trio_wal import _pages, _store, _store_check, _store_files
 from trio_wal._pages import Contents
 
 
@@ -72,8 +72,8 @@ def test_a_check_that_finds_nothing_is_found(monkeypatch: pytest.MonkeyPatch) ->
         return found if not found.findings else Contents((), 0, meta)
 
     monkeypatch.setattr(_pages, "check", blind)
-    monkeypatch.setattr(_store, "_state_of", lambda path, meta: None)
-    monkeypatch.setattr(_store, "misfit", lambda *arguments: None)
+    monkeypatch.setattr(_store_check, "state_of", lambda path, meta: None)
+    monkeypatch.setattr(_store_files, "misfit", lambda *arguments: None)
     # Those that LMDB's verifier passes too may end whoever reads them.
     monkeypatch.setattr(store, "_read_all", read_nothing)
     outcomes = [store.judge(case).outcome for case in cases]
@@ -86,7 +86,7 @@ async def read_nothing(*arguments: Any) -> Found:
 
 def test_an_open_that_passes_over_what_was_found_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = refused_cases(1)
-    monkeypatch.setattr(_store, "check_before_open", lambda *arguments: None)
+    monkeypatch.setattr(_store_check, "check_before_open", lambda *arguments: None)
     found = store.judge(case)
     assert found.outcome == DIFFERS
     assert found.what.endswith("and opened")

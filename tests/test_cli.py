@@ -40,7 +40,6 @@ from trio_wal._disk.chain import META_NAME
 from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal._files import OsFiles
-from trio_wal._queue import Barrier
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
@@ -447,7 +446,7 @@ def test_a_segment_that_was_closed_and_then_rotated_away_is_unsealed_until_it_is
 
     async def rotate() -> None:
         async with trio_wal.open_wal(log) as wal:
-            await wal._run_job(Barrier(wal._directory.rotate))
+            await wal._log.run_job(wal._log.engine.rotate)
 
     trio.run(rotate)
     closed.write_bytes(before)

@@ -14,8 +14,8 @@ from helpers import open_tasks
 from models import Model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import Database, Snapshot, _memtable, _order, _transaction
-from trio_wal._store import Unreadable as _Unreadable
+from trio_wal import Database, Snapshot, _layer, _memtable, _order, _readset
+from trio_wal._base import Unreadable as _Unreadable
 from trio_wal.testing import MemoryFiles
 
 SEEN = {"withdrawn", "frozen with pending commits", "conflict", "no conflict", "scan under way"}
@@ -36,17 +36,17 @@ async def _random_life(seed: int, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Small pieces of everything, so that few keys meet every case."""
     rng = random.Random(seed)
     monkeypatch.setattr(_memtable, "SCAN_CHUNK", rng.choice((1, 2, 5, 128)))
-    monkeypatch.setattr(_memtable, "BURIED_TOGETHER", rng.choice((1, 1, 1, 4)))
-    monkeypatch.setattr(_memtable, "BURIED_AT_ONCE", rng.choice((1, 2, 512)))
-    monkeypatch.setattr(_memtable, "DELETIONS_NOTED", rng.choice((1, 3)))
-    monkeypatch.setattr(_memtable, "RUN_KEYS", rng.choice((3, 6, 4096)))
-    monkeypatch.setattr(_memtable, "RUN_KEYS_READ", rng.choice((2, 4, 256)))
+    monkeypatch.setattr(_layer, "BURIED_TOGETHER", rng.choice((1, 1, 1, 4)))
+    monkeypatch.setattr(_layer, "BURIED_AT_ONCE", rng.choice((1, 2, 512)))
+    monkeypatch.setattr(_layer, "DELETIONS_NOTED", rng.choice((1, 3)))
+    monkeypatch.setattr(_layer, "RUN_KEYS", rng.choice((3, 6, 4096)))
+    monkeypatch.setattr(_layer, "RUN_KEYS_READ", rng.choice((2, 4, 256)))
     monkeypatch.setattr(_order, "RUN_KEYS", rng.choice((3, 6)))
     monkeypatch.setattr(_order, "RUNS_MERGED", rng.choice((2, 3)))
     monkeypatch.setattr(_order, "STALE_MIN", rng.choice((0, 2, 64)))
     monkeypatch.setattr(_order, "BLOCK_KEYS", rng.choice((2, 4, 512)))
     # Otherwise one that is open for long conflicts because nobody can tell.
-    monkeypatch.setattr(_transaction, "DROPPED_LAYERS_MAX", 1000)
+    monkeypatch.setattr(_readset, "DROPPED_LAYERS_MAX", 1000)
     files = MemoryFiles(seed=seed)
     async with open_memory_database(files) as db, open_tasks(files) as nursery:
         files.hold()
@@ -136,7 +136,7 @@ async def most_steps(db: Database, snapshots: dict[Snapshot, Any], expected: Any
     async with db.transaction() as tx:
         look(tx.scan, expected)
         tx.put(b"other", b"")
-        most = max(most, steps(tx._conflict))
+        most = max(most, steps(tx._reads.conflict))
     return most
 
 
@@ -219,9 +219,9 @@ async def test_deletions_leave_no_memory(files: MemoryFiles) -> None:
                 await write(db, {key(1000 * turn + number): value for number in range(1000)})
         await wait_all_tasks_blocked()
         stats = db.statistics()
-        assert stats.memtable_keys < _memtable.BURIED_TOGETHER
+        assert stats.memtable_keys < _layer.BURIED_TOGETHER
         assert stats.memtable_bytes < 10_000
-        active = db._memtable.view.active
+        active = db._versions.view.active
         assert sum(run.size for run in active.keys.order.runs) + len(active.keys.fresh) < 2000
         # They are forgotten once nobody reads any more who was reading then.
         with db.snapshot():
@@ -231,7 +231,7 @@ async def test_deletions_leave_no_memory(files: MemoryFiles) -> None:
         await db.put(b"k", b"")
         await db.put(b"k", b"")
         await wait_all_tasks_blocked()
-        assert db.statistics().memtable_keys < 1 + _memtable.BURIED_TOGETHER
+        assert db.statistics().memtable_keys < 1 + _layer.BURIED_TOGETHER
         # Neither does the log stay: the checkpoint holds what there is, which is little.
         assert await db.checkpoint() == db.durable_lsn
         assert db.statistics().store_keys == 1
@@ -240,7 +240,7 @@ async def test_deletions_leave_no_memory(files: MemoryFiles) -> None:
 async def test_a_checkpoint_of_what_was_put_and_deleted_moves_on_in_the_log(
     files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_memtable, "BURIED_TOGETHER", 1)
+    monkeypatch.setattr(_layer, "BURIED_TOGETHER", 1)
     async with open_memory_database(files) as db:
         await db.put(b"k", b"")
         await db.delete(b"k")
@@ -254,7 +254,7 @@ async def test_a_checkpoint_of_what_was_put_and_deleted_moves_on_in_the_log(
 async def test_where_the_store_cannot_be_read_deletions_stay_and_hide_what_it_holds(
     files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_memtable, "BURIED_TOGETHER", 1)
+    monkeypatch.setattr(_layer, "BURIED_TOGETHER", 1)
 
     def unreadable(_layer: object) -> Any:
         return _Unreadable(OSError(5, "Input/output error"))
@@ -262,7 +262,7 @@ async def test_where_the_store_cannot_be_read_deletions_stay_and_hide_what_it_ho
     async with open_memory_database(files) as db:
         await write(db, {b"a": b"", b"b": b""})
         await db.checkpoint()
-        monkeypatch.setattr(db._memtable, "below", unreadable)
+        monkeypatch.setattr(db._versions._memtable, "below", unreadable)
         await db.delete(b"a")
         monkeypatch.undo()
         await check_content(db, {b"b": b""})

@@ -194,16 +194,16 @@ async def test_a_bookmark_taken_while_the_log_is_cut_is_of_one_history() -> None
     """The worker has cut the log; the task that waits for it has not run yet."""
     files = make_log([b"1"], [b"2"], [b"3"])
     async with open_wal(files) as wal, trio.open_nursery() as nursery:
-        call, cut, go_on = wal._worker.call, trio.Event(), trio.Event()
+        call, cut, go_on = wal._log.engine._worker.call, trio.Event(), trio.Event()
 
         async def late(job: Any) -> Any:
             result = await call(job)
-            if wal._directory.cuts:
+            if wal._log.engine._directory.cuts:
                 cut.set()
                 await go_on.wait()
             return result
 
-        wal._worker.call = late
+        wal._log.engine._worker.call = late
         nursery.start_soon(wal.truncate_after, 1)
         await cut.wait()
         assert wal.bookmark == Bookmark(3, 0)
@@ -428,8 +428,8 @@ async def test_a_follower_that_has_given_only_what_stays_goes_on(
             found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(given)]]
             if look is onlooker:
                 records._reading.ready.clear()
-                records._reading._cursor.leave()
-                records._reading._cursor.next_lsn = given + 1
+                records._reading._renew_cursor()
+                records._reading._next = given + 1
             await cut_and_grow(wal, to=5, end=20)
             with trio.fail_after(60):
                 while len(found) < 20:

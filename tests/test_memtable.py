@@ -21,7 +21,7 @@ from models import Model
 from trio.testing import wait_all_tasks_blocked
 
 from trio_wal import _memtable
-from trio_wal._memtable import Layer
+from trio_wal._layer import Layer
 from trio_wal.testing import MemoryFiles
 
 # -- a model beside it -------------------------------------------------------------
@@ -173,7 +173,7 @@ async def test_a_view_reads_through_two_layers_and_the_store(files: MemoryFiles)
         files.fail("store")
         with pytest.raises(OSError, match="Input/output error"):
             await db.checkpoint()
-        assert db._memtable.view.frozen is not None
+        assert db._versions.view.frozen is not None
         await write(db, {b"c": b"active", b"d": b"active", b"e": None, b"f": b"active"})
         expected = {
             b"a": b"store",
@@ -215,7 +215,7 @@ async def test_a_hot_key_keeps_one_version_when_nobody_reads(files: MemoryFiles)
         before = references(value)
         for _ in range(5000):
             await db.put(b"hot", value)
-        assert len(chain(db._memtable.view.active, b"hot")) == 1
+        assert len(chain(db._versions.view.active, b"hot")) == 1
         assert references(value) - before == 1
         await db.checkpoint()
         assert references(value) - before == 1, "the store's"
@@ -239,7 +239,7 @@ async def test_many_tasks_on_a_hot_key_leave_one_version(files: MemoryFiles) -> 
             for _ in range(50):
                 nursery.start_soon(increment)
         assert db.get(b"n") == b"1000"
-        assert len(chain(db._memtable.view.active, b"n")) == 1
+        assert len(chain(db._versions.view.active, b"n")) == 1
         assert db.statistics().memtable_bytes < 500
 
 
@@ -253,12 +253,12 @@ async def test_older_versions_stay_while_somebody_reads_and_go_afterwards(
                 await db.put(b"k", b"%d" % number)
             assert snap.get(b"k") == b"old"
         await db.put(b"k", b"new")
-        assert len(chain(db._memtable.view.active, b"k")) == 1
+        assert len(chain(db._versions.view.active, b"k")) == 1
         assert db.statistics().memtable_bytes < 500
 
 
 LONG_CHAIN = """
-from trio_wal._memtable import Layer
+from trio_wal._layer import Layer
 layer = Layer()
 for number in range(1, 500_001):
     layer.add({b"hot": b"%d" % number}, number, number, keep_older=True)
@@ -308,11 +308,11 @@ async def test_a_checkpoint_lets_go_of_the_old_base_once_nobody_reads_from_it(
     async with open_memory_database(files) as db:
         await db.put(b"k", b"1")
         await db.checkpoint()
-        first = db._memtable.view.base
+        first = db._versions.view.base
         snap = db.snapshot().__enter__()
         await db.put(b"k", b"2")
         await db.checkpoint()
-        assert db._memtable.view.base is not first
+        assert db._versions.view.base is not first
         assert (first._users, first._retired) == (1, True)
         assert snap.get(b"k") == b"1"
         snap.close()

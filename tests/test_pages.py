@@ -14,8 +14,9 @@ import pytest
 from lmdb.verify import verify as lmdb_verify
 
 from trio_wal import _pages
+from trio_wal._base import StoreState
 from trio_wal._pages import FINDINGS_MAX, Contents, PagesError, check, read_header, read_meta
-from trio_wal._store import LmdbStore, StoreState
+from trio_wal._store import LmdbStore
 from trio_wal._util import MiB
 
 UUID = bytes(range(16))

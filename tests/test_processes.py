@@ -279,7 +279,7 @@ async def test_programs_started_by_the_owner_inherit_nothing(tmp_path: Path) -> 
             await wal.append(b"%d" % n)
         async with wal.read() as records:
             await records.__anext__()
-            log = wal._directory._directory.path
+            log = wal._log.engine._directory._directory.path
             inodes = {entry.stat().st_ino for entry in os.scandir(log)} | {os.stat(log).st_ino}
             found = 0
             for number in range(3, 200):
@@ -394,9 +394,6 @@ async def test_what_a_killed_process_was_told_is_there_in_order(tmp_path: Path) 
 # -- forked children ---------------------------------------------------------------------------
 
 LEAVE = """
-class Left(BaseException):
-    pass
-
 async def main(path, kind, how):
     opened = {
         "log": trio_wal.open_wal, "database": trio_wal.open_database, "reader": trio_wal.open_reader
@@ -451,6 +448,65 @@ async def main(path, kind, how):
             assert handle.durable_lsn == 1
         say("parent")
         sys.stdin.read()
+"""
+
+MIDDLE = """
+import threading
+from trio_wal import _log
+from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory
+
+stuck = 0
+
+def stick(*args, **options):
+    global stuck
+    stuck += 1
+    threading.Event().wait()
+
+def hold(lock):
+    with lock:
+        stick()
+
+async def main(path, how):
+    async with (
+        trio_wal.open_wal(path) as wal, wal.follow() as records, trio.open_nursery() as nursery
+    ):
+        await wal.append(b"record")
+        await records.__anext__()
+        await wal.append(b"record")
+        # One thread reads, one writes, one has a lock.
+        Cursor.chunk = stick
+        nursery.start_soon(ignore_closed, records.__anext__)
+        LogDirectory.write = stick
+        nursery.start_soon(ignore_closed, wal.append, b"record")
+        engine = wal._log.engine
+        lock = engine._directory._spare_lock
+        threading.Thread(target=hold, args=[lock], daemon=True).start()
+        while stuck < 3:
+            await trio.sleep(0.001)
+        bell = os.dup(engine._worker._bell._fd) if sys.platform == "linux" else None
+        pid = os.fork()
+        if pid == 0:
+            def wake(*args):
+                reschedule(*args)
+                # Just now the parent's thread has written, and says so.
+                if bell is not None:
+                    os.eventfd_write(bell, 1)
+
+            reschedule, _log.reschedule = _log.reschedule, wake
+            if how == "exception":
+                raise Left
+            await wal.aclose()
+            nursery.cancel_scope.cancel()
+            return "left"
+        _, status = os.wait()
+        say("child", os.waitstatus_to_exitcode(status))
+        sys.stdin.read()
+"""
+
+ENDING = """
+class Left(BaseException):
+    pass
 
 async def ignore_closed(function, *args):
     try:
@@ -500,7 +556,7 @@ async def test_a_forked_child_leaves_the_block_at_once(
     if kind == "reader":
         async with trio_wal.open_wal(path) as wal:
             await wal.append(b"record")
-    async with child(LEAVE, path, kind, how) as parent:
+    async with child(LEAVE + ENDING, path, kind, how) as parent:
         assert await parent.line() == f"child {code}"
         assert await parent.line() == "parent"
         log = path / "log" if kind == "database" else path
@@ -516,3 +572,13 @@ async def test_a_forked_child_leaves_the_block_at_once(
     else:
         records = await read(path)
         assert {data for _, data in records} == {b"record"}
+
+
+@pytest.mark.parametrize(("how", "code"), [("exception", 8), ("aclose", 9)])
+async def test_a_forked_child_waits_for_none_of_its_parents_threads(
+    tmp_path: Path, how: str, code: int
+) -> None:
+    """Whatever they do at that moment, and whatever they answer."""
+    async with child(MIDDLE + ENDING, tmp_path, how) as parent:
+        assert await parent.line() == f"child {code}"
+        await parent.kill()

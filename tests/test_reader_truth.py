@@ -27,6 +27,7 @@ from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._disk.verify import verify
+from trio_wal._engine import Moved
 from trio_wal._files import OsFiles, Word
 from trio_wal._reader import WatchSource
 from trio_wal._worker import Blocking
@@ -294,8 +295,8 @@ async def test_a_segment_that_is_replaced_under_a_reader_is_not_read(
     async with trio_wal.open_reader(LOG, files=good) as reader, reader.read() as records:
         found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(2)]]
         records._reading.ready.clear()
-        records._reading._cursor.leave()
-        records._reading._cursor.next_lsn = 3
+        records._reading._renew_cursor()
+        records._reading._next = 3
         good.write_file(LOG, name, stale)
         error = None
         try:
@@ -530,7 +531,7 @@ async def test_a_cut_between_the_look_at_the_history_and_the_owners_word_is_seen
 
     directory.published = published  # type: ignore[method-assign]
     source.look()
-    assert (source.durable_lsn, source.history) == (4, log.history)
+    assert (source.tail.durable_lsn, source.tail.history) == (4, log.history)
 
 
 @pytest.mark.parametrize("other", [0, 2])
@@ -587,10 +588,10 @@ class _EveryImage:
         assert verification.findings == ()
         log = _look(directory)
         assert log.findings == ()
-        assert (log.first_lsn, log.durable_lsn) == (source.first_lsn, source.durable_lsn)
-        cursor = Cursor(source, source.first_lsn)
-        while cursor.next_lsn <= source.durable_lsn:
-            cursor.chunk(source.durable_lsn + 1)
+        assert (log.first_lsn, log.durable_lsn) == (source.tail.first_lsn, source.tail.durable_lsn)
+        cursor = Cursor(source, source.tail.first_lsn)
+        while cursor.next_lsn <= source.tail.durable_lsn:
+            cursor.chunk(source.tail.durable_lsn + 1)
         cursor.leave()
 
 
@@ -677,13 +678,13 @@ def test_threads_that_look_and_locate_do_not_disturb_each_other(tmp_path: Path) 
         try:
             while not done.is_set():
                 source.look()
-                first = source.first_lsn
+                first = source.tail.first_lsn
                 cursor = Cursor(source, first)
                 try:
-                    while cursor.next_lsn <= source.durable_lsn:
-                        for record in cursor.chunk(source.durable_lsn + 1):
+                    while cursor.next_lsn <= source.tail.durable_lsn:
+                        for record in cursor.chunk(source.tail.durable_lsn + 1):
                             assert record.data == b"record %d" % record.lsn
-                except (trio_wal._disk.cursor.Moved, CorruptLogError):
+                except (Moved, CorruptLogError):
                     # To be looked at again, as a stream does; what must not be is below.
                     source.look()
                     assert source.damage is None
@@ -742,8 +743,8 @@ async def test_a_tail_that_recovery_copies_away_is_no_damage(
     async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
         found = [(r.lsn, r.data) for r in [await records.__anext__() for _ in range(given)]]
         records._reading.ready.clear()
-        records._reading._cursor.leave()
-        records._reading._cursor.next_lsn = given + 1
+        records._reading._renew_cursor()
+        records._reading._next = given + 1
         monkeypatch.setattr(target, moment, first_the_owner)
         with trio.fail_after(60):
             while len(found) < 6:

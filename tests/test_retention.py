@@ -199,8 +199,8 @@ async def test_keep_bytes_in_a_live_log(files: MemoryFiles) -> None:
     async with open_memory(files, segment_size=SMALL_SEGMENT, retention=KeepBytes(count)) as wal:
         for _ in range(150):
             await fill(wal, 1)
-            sealed = sum(segment.bytes for segment in wal._directory.sealed())
-            used = sealed + wal._directory.active.position.offset
+            sealed = sum(segment.bytes for segment in wal._log.engine._directory.sealed())
+            used = sealed + wal._log.engine._directory.active.position.offset
             if wal.first_lsn > 1:
                 assert count <= used <= count + 2 * SMALL_SEGMENT
         assert wal.first_lsn > 1
@@ -211,10 +211,10 @@ async def test_keep_for_drops_by_the_clock_alone(
 ) -> None:
     async with open_memory(files, segment_size=SMALL_SEGMENT, retention=KeepFor(100)) as wal:
         await append_until(wal, lambda: wal.statistics().segments == 3)
-        first_part = wal._directory.sealed()[-1].next_lsn
+        first_part = wal._log.engine._directory.sealed()[-1].next_lsn
         await trio.sleep(50)
         await append_until(wal, lambda: wal.statistics().segments == 5)
-        second_part = wal._directory.sealed()[-1].next_lsn
+        second_part = wal._log.engine._directory.sealed()[-1].next_lsn
         assert wal.first_lsn == 1
         # Nobody writes any more.
         await trio.sleep(49)

@@ -28,7 +28,6 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._disk.cursor import Moved
 from trio_wal._disk.directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -43,6 +42,7 @@ from trio_wal._disk.frame import (
 )
 from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_pointer, start_of
 from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._engine import Moved
 from trio_wal._files import OsFiles
 from trio_wal._util import KiB, MiB
 from trio_wal.testing import MemoryFiles

@@ -14,7 +14,7 @@ from helpers import SMALL_SEGMENT, Call, Disk, append_until, open_memory, open_t
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._flusher import HISTOGRAM_BOUNDS
+from trio_wal._statistics import HISTOGRAM_BOUNDS, SyncTimes
 from trio_wal.testing import MemoryFiles
 
 
@@ -61,7 +61,7 @@ async def test_statistics_are_a_frozen_value(files: MemoryFiles) -> None:
 
 
 def test_the_documented_states_are_the_states_there_are() -> None:
-    from trio_wal._queue import State
+    from trio_wal._state import State
 
     hints = get_type_hints(trio_wal.WalStatistics)
     assert set(get_args(hints["state"])) == {state.value for state in State}
@@ -223,26 +223,14 @@ async def test_the_seconds_of_syncs_are_summed_and_sorted_into_the_histogram(
 
 
 @pytest.mark.parametrize("number", range(len(HISTOGRAM_BOUNDS)))
-async def test_a_bound_of_the_histogram_belongs_to_its_bucket(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    async with open_memory(files) as wal:
-        await wal.append(b"record")
-        # Exactly the bound, without the rounding of a difference.
-        flusher, bound = wal._flusher, HISTOGRAM_BOUNDS[number]
-        before = list(flusher.counters.buckets)
-        monkeypatch.setattr(wal._directory, "sync_seconds", bound)
-        flusher._count_sync()
-        before[number] += 1
-        assert flusher.counters.buckets == before
-        monkeypatch.setattr(
-            wal._directory,
-            "sync_seconds",
-            math.nextafter(bound, 1e9) if hasattr(math, "nextafter") else bound * 1.0001,
-        )
-        flusher._count_sync()
-        before[number + 1] += 1
-        assert flusher.counters.buckets == before
+def test_a_bound_of_the_histogram_belongs_to_its_bucket(number: int) -> None:
+    times, bound = SyncTimes(), HISTOGRAM_BOUNDS[number]
+    times.note(bound, 1)
+    assert [count for _, count in times.histogram()].index(1) == number
+    times.note(math.nextafter(bound, 1e9) if hasattr(math, "nextafter") else bound * 1.0001, 2)
+    counts = [count for _, count in times.histogram()]
+    assert counts[number : number + 2] == [1, 1]
+    assert sum(counts) == 2
 
 
 async def test_the_histogram_counts_every_sync_of_a_real_log(disk: Disk) -> None:

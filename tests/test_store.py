@@ -21,24 +21,14 @@ import trio
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, _files, _pages, _store
+from trio_wal import CorruptLogError, _files, _pages, _store_check
 from trio_wal._admin import verify_database
+from trio_wal._base import MapFull, Store, StoreState
 from trio_wal._files import OsDirectory, OsFiles
 from trio_wal._pages import Contents
-from trio_wal._store import (
-    DATA_NAME,
-    LOOK_TRIES,
-    LmdbStore,
-    MapFull,
-    Store,
-    StoreCheck,
-    StoreState,
-    check_before_open,
-    check_store,
-    data_file,
-    explained,
-    inspect_store,
-)
+from trio_wal._store import LmdbStore, explained
+from trio_wal._store_check import LOOK_TRIES, StoreCheck, check_before_open, check_store
+from trio_wal._store_files import DATA_NAME, data_file, inspect_store
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -402,7 +392,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(3):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -429,7 +419,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
         assert db.get(b"none") is None
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"other")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         monkeypatch.setattr(lmdb, "open", fail)
         for _ in range(2):
             with pytest.raises(OSError, match=r"checkpoint failed|Input/output error"):
@@ -442,7 +432,7 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
 async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path: Path) -> None:
     async with trio_wal.open_database(tmp_path / "db") as db:
         await db.put(b"key", b"value")
-        db._store._env = _Refusing(db._store._env)  # type: ignore[attr-defined]
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="checkpoint failed"):
             await db.checkpoint()
         assert db.get(b"key") == b"value"
@@ -594,13 +584,13 @@ async def test_a_checkpoint_by_itself_of_a_damaged_store_ends_nothing(
     await damaged_database(tmp_path / "db")
     async with trio_wal.open_database(tmp_path / "db", checkpoint_bytes=1) as db:
         failed = trio.Event()
-        original = db._checkpointer._failed
+        original = db._core.checkpointer._failed
 
         def note(*arguments: Any) -> None:
             original(*arguments)
             failed.set()
 
-        monkeypatch.setattr(db._checkpointer, "_failed", note)
+        monkeypatch.setattr(db._core.checkpointer, "_failed", note)
         await db.put(b"00050", b"new")
         await failed.wait()
         await db.put(b"00051", b"new")
@@ -829,11 +819,11 @@ def test_findings_count_only_where_the_store_stood_still(
 
     monkeypatch.setattr(_pages, "check", look)
     # As if checkpoints went on all the time.
-    monkeypatch.setattr(_store, "_headers", lambda file: b"%d" % looks)
+    monkeypatch.setattr(_store_check, "_headers", lambda file: b"%d" % looks)
     found = check_store(str(tmp_path / "store"))
     assert (found.findings, looks) == ((), LOOK_TRIES)
     assert found.note == "the store was being written all the time, and could not be judged"
-    monkeypatch.setattr(_store, "_headers", lambda file: b"")
+    monkeypatch.setattr(_store_check, "_headers", lambda file: b"")
     assert check_store(str(tmp_path / "store")).findings == ((0, "as it was for an instant"),)
 
 
@@ -884,7 +874,7 @@ async def test_a_store_can_be_checked_at_every_open(killed: Path) -> None:
 async def test_a_large_store_is_not_checked_unasked(
     killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_store, "AUTO_BYTES_MAX", 4096)
+    monkeypatch.setattr(_store_check, "AUTO_BYTES_MAX", 4096)
     async with trio_wal.open_database(killed):
         pass
 

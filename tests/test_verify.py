@@ -15,6 +15,7 @@ import attrs
 import pytest
 import trio
 from databases import hash_tree
+from helpers import until
 from logs import LOG, append, copy_of, forget_word, make_log, open_log, segments
 
 import trio_wal
@@ -903,7 +904,7 @@ def test_segments_are_looked_up_in_order_and_not_one_by_one() -> None:
 
 
 def make_database(path: Path, name: bytes = b"one", *, keep_log: bool = False) -> Path:
-    """A store with LSN 1 to 20, and a log that goes on to 25, and starts at 1 or later."""
+    """A store with LSN 1 to 20, and a log that goes on to 25; it starts at 1 if kept, or later."""
 
     async def main() -> None:
         options: dict[str, Any] = {"segment_size": 1}
@@ -913,6 +914,8 @@ def make_database(path: Path, name: bytes = b"one", *, keep_log: bool = False) -
             for number in range(20):
                 await db.put(b"%s-%d" % (name, number), bytes(500))
             await db.checkpoint()
+            if not keep_log:
+                await until(lambda: db.wal.first_lsn > 1)
             for number in range(5):
                 await db.put(b"%s-%d" % (name, number), b"newer")
 
@@ -1002,6 +1005,8 @@ def test_a_checkpoint_during_the_look_is_no_finding(
             for number in range(30):
                 await db.put(b"%d" % number, bytes(500))
             await db.checkpoint()
+            # Dropped by a task of the log's own, which a close does not wait for.
+            await until(lambda: db.wal.first_lsn > 21)
 
     trio.run(go_on)
     original = _admin.check_store

@@ -169,8 +169,8 @@ async def test_too_large_a_record_is_refused_before_it_is_queued(files: MemoryFi
 async def test_a_unit_over_what_a_frame_can_hold_is_refused(
     files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trio_wal._wal.FRAME_BODY_MAX", 10_000)
-    monkeypatch.setattr("trio_wal._wal.BATCH_RECORDS_MAX", 100)
+    monkeypatch.setattr("trio_wal._local.LocalEngine.batch_bytes_max", 10_000)
+    monkeypatch.setattr("trio_wal._local.LocalEngine.batch_records_max", 100)
     async with open_memory(files, max_record_size=1000, max_batch_bytes=5000) as wal:
         assert len(await wal.append_many([bytes(996)] * 10)) == 10
         with pytest.raises(

@@ -6,17 +6,9 @@ faults.
 """
 
 from . import _exports
-from ._database import (
-    Commit as Commit,
-    CommitStream as CommitStream,
-    Database as Database,
-    DatabaseStatistics as DatabaseStatistics,
-    Snapshot as Snapshot,
-    VerifyStore as VerifyStore,
-    open_database as open_database,
-)
-from ._disk.cursor import Record as Record
-from ._disk.recovery import RecoveryReport as RecoveryReport
+from ._changes import Commit as Commit, CommitStream as CommitStream
+from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
     KeyExistsError as KeyExistsError,
@@ -35,6 +27,7 @@ from ._exceptions import (
 from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
+from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._retention import (
@@ -44,13 +37,11 @@ from ._retention import (
     KeepSegments as KeepSegments,
     Retention as Retention,
 )
+from ._snapshot import Snapshot as Snapshot
+from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
-from ._wal import (
-    WalStatistics as WalStatistics,
-    WriteAheadLog as WriteAheadLog,
-    open_wal as open_wal,
-)
+from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,8 @@ from ._disk.finding import Finding
 from ._disk.verify import LOOK_TRIES, Progress, Verification, verify
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._files import Directory, close_quietly
-from ._store import StoreCheck, check_store, data_file, inspect_store, misfit
+from ._store_check import StoreCheck, check_store
+from ._store_files import data_file, inspect_store, misfit
 
 
 @attrs.frozen

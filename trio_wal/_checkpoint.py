@@ -1,29 +1,30 @@
-"""Moving committed state into the store, beside the writers.
+"""Moving committed state into the store, while writers go on.
 
 Law: one checkpoint at a time.  The frozen layer goes into the store in a worker thread, and
 the LSN that it reaches with the last piece of it; only when that is synced may the log drop
-what it covers.  A checkpoint that is interrupted anywhere is simply done again.
+what it covers.  A checkpoint that is interrupted anywhere is simply done again.  Writers are
+known as `Versions`, the log as `CheckpointLog`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol, final
 
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._disk.repair import create_empty
+from ._base import MapFull, Store, StoreState
+from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
-from ._store import MapFull, StoreState, taking_turns
+from ._layer import Layer
+from ._mvcc import LogStatus, Versions
+from ._store import taking_turns
 from ._util import MiB
-from ._worker import Forked
-
-if TYPE_CHECKING:
-    from ._database import Database
-    from ._memtable import Layer
+from ._worker import Blocking
 
 RETRY_SECONDS: Final = 1.0
 PIECE_BYTES: Final = 4 * MiB
@@ -34,29 +35,61 @@ DISK_PATIENCE_SECONDS: Final = 5.0
 """How long checkpoints may fail before writers who wait for one are told."""
 
 
+class CheckpointLog(Protocol):
+    """The log, as far as checkpoints need it."""
+
+    @property
+    def durable_lsn(self) -> int: ...
+
+    @property
+    def status(self) -> LogStatus: ...
+
+    async def flush(self) -> int:
+        """Make durable what was accepted before the call.
+
+        Raises:
+          LogFailedError, LogFullError: what was pending has been withdrawn.
+          trio.ClosedResourceError
+        """
+        ...
+
+    def hold(self, who: str, lsn: int) -> None:
+        """The record ``lsn`` and what comes after it must not be dropped; what comes before
+        may, as far as ``who`` is concerned."""
+        ...
+
+
+HOLD: Final = "store"
+"""Under which name the log is held: by what the store does not have yet."""
+
+
+@final
 class Checkpointer:
     """The task that checkpoints by itself, and what `Database.checkpoint` calls."""
 
-    def __init__(self, db: Database, state: StoreState) -> None:
-        self._db = db
+    def __init__(
+        self,
+        versions: Versions,
+        store: Store,
+        log: CheckpointLog,
+        blocking: Blocking,
+        state: StoreState,
+    ) -> None:
+        self._versions = versions
+        self._store = store
+        self._log = log
+        self._blocking = blocking
+        self._room = versions.room
         self.state = state
         """What the store holds, durably."""
         self._one = trio.Lock()
-        self._wanted = trio.Event()
         self._stopping = trio.CancelScope()
-        self.done = trio.Event()
+        self._done = trio.Event()
         self._started = False
         self.count = 0
         self.seconds_last = 0.0
-        self._stuck: LogFullError | None = None
-        """The map is full, and somebody reads."""
         self._failing_since: float | None = None
         """In trio's time; None: the last one passed."""
-        self._failing: LogFullError | None = None
-        """They have been failing for a while."""
-
-    def wake(self) -> None:
-        self._wanted.set()
 
     @enable_ki_protection
     async def run(self) -> None:
@@ -65,38 +98,40 @@ class Checkpointer:
             try:
                 with self._stopping:
                     while True:
-                        await self._wanted.wait()
-                        self._wanted = trio.Event()
-                        if not self._db._checkpoint_due():
-                            continue
-                        try:
-                            await self.checkpoint()
-                        except (OSError, LogFullError, CorruptLogError) as exc:
-                            text = f"checkpoint failed, will try again: {exc!r}"
-                            path = self._db.path
-                            tell(logging.WARNING, "checkpoint_failed", path, text, error=repr(exc))
-                            self.wake()
-                            # The log may be broken too: who waits for room must hear of it.
-                            self._db._wake_waiting_for_room()
-                            await trio.sleep(RETRY_SECONDS)
+                        await self._room.wait_asked()
+                        if self._versions.checkpoint_due():
+                            await self._try()
             except Forked:
                 pass
             except (LogFailedError, trio.ClosedResourceError):
                 # The writers are told; here there is nothing more to do.
-                self._db._wake_waiting_for_room()
+                self._room.tell()
             finally:
-                if not self._db._disowned:
-                    self.done.set()
+                if not self._log.status.disowned:
+                    self._done.set()
 
-    def start(self, nursery: trio.Nursery) -> None:
+    async def _try(self) -> None:
+        try:
+            await self.checkpoint()
+        except (OSError, LogFullError, CorruptLogError) as exc:
+            text = f"checkpoint failed, will try again: {exc!r}"
+            path = self._versions.path
+            tell(logging.WARNING, "checkpoint_failed", path, text, error=repr(exc))
+            self._room.ask()
+            # The log may be broken too: who waits for room must hear of it.
+            self._room.tell()
+            await trio.sleep(RETRY_SECONDS)
+
+    def start(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
+        """Begin to checkpoint by itself, in a task."""
         self._started = True
-        nursery.start_soon(self.run)
+        start_soon(self.run)
 
     async def stop(self) -> None:
         """Wait for a checkpoint that is being written; begin no other."""
         self._stopping.cancel()
         if self._started:
-            await self.done.wait()
+            await self._done.wait()
         async with self._one:
             pass
 
@@ -107,61 +142,68 @@ class Checkpointer:
             return await self._everything()
 
     async def _everything(self) -> int:
-        if self._db._memtable.view.frozen is not None:
+        if self._versions.checkpointing:
             # One that was interrupted; what was committed since comes after it.
             await self._checkpoint()
         return await self._checkpoint()
 
     async def _checkpoint(self) -> int:
-        db = self._db
-        memtable = db._memtable
-        frozen = memtable.view.frozen
+        log = self._log
+        frozen = self._versions.freeze()
         if frozen is None:
-            active = memtable.view.active
-            if not active.versions and not active.last_lsn:
-                return self.state.lsn
-            frozen = memtable.freeze()
-            db._refresh_view()
-        await db._wait_settled(frozen.last_seq)
-        if db.wal.durable_lsn < frozen.last_lsn:
+            return self.state.lsn
+        while self._versions.has_pending(frozen.last_seq):
+            await self._settle_quietly()
+        if log.durable_lsn < frozen.last_lsn:
             # Where durability is less than "sync": the store must never be ahead of the log.
-            await db.wal.flush()
+            await log.flush()
         lsn = max(frozen.last_lsn, self.state.lsn)
         state = StoreState(self.state.log_uuid, lsn)
         started = perf_counter()
         try:
-            await self._store(frozen, state)
+            await self._write(frozen, state)
         except (OSError, CorruptLogError) as exc:
             self._failed(frozen, exc)
             raise
-        self.seconds_last = perf_counter() - started
+        self._passed(lsn, perf_counter() - started)
+        self.state = state
+        self._versions.checkpointed(frozen)
+        log.hold(HOLD, lsn + 1)
+        return lsn
+
+    async def _settle_quietly(self) -> None:
+        """Wait for what is queued; who waits for it is told by others what became of it."""
+        try:
+            await self._log.flush()
+        except (LogFullError, LogFailedError):
+            # What was pending has been withdrawn.
+            await trio.lowlevel.checkpoint()
+
+    def _passed(self, lsn: int, seconds: float) -> None:
+        self.count += 1
+        self.seconds_last = seconds
         passes_again = self._failing_since is not None
-        self._failing_since = self._failing = None
+        self._failing_since = self._room.failing = None
         tell(
             logging.INFO if passes_again else logging.DEBUG,
             "checkpoint",
-            db.path,
-            f"checkpoint up to LSN {lsn} in {self.seconds_last:.3f} seconds"
+            self._versions.path,
+            f"checkpoint up to LSN {lsn} in {seconds:.3f} seconds"
             + (": they pass again" if passes_again else ""),
             lsn=lsn,
-            seconds=self.seconds_last,
+            seconds=seconds,
             passes_again=passes_again,
         )
-        self.count += 1
-        self.state = state
-        db._checkpointed(frozen, lsn)
-        return lsn
 
-    async def _store(self, frozen: Layer, state: StoreState) -> None:
-        db = self._db
-        if self._stuck is not None:
+    async def _write(self, frozen: Layer, state: StoreState) -> None:
+        if self._room.stuck is not None:
             await self._wait_unread(frozen)
-        if not db._reading and db._store.crowded(frozen.log_bytes):
+        if not self._versions.readers.pins and self._store.crowded(frozen.log_bytes):
             # Early, while nobody reads: later it may have to wait for that.
             self._grow(frozen)
         while True:
             try:
-                await db._blocking(self._apply, frozen, state)
+                await self._blocking(self._apply, frozen, state)
                 return
             except MapFull:
                 await self._wait_unread(frozen)
@@ -174,45 +216,24 @@ class Checkpointer:
             self._failing_since = now
         seconds = now - self._failing_since
         if seconds >= DISK_PATIENCE_SECONDS:
-            self._failing = LogFullError(
-                self._db._store.path,
+            failing = self._room.failing = LogFullError(
+                self._store.path,
                 frozen.log_bytes,
                 f"checkpoints have been failing for {seconds:.0f} seconds, and are tried again: "
                 f"{exc}",
             )
-            self._failing.__cause__ = exc
+            failing.__cause__ = exc
 
     @enable_ki_protection
-    async def backup(self, path: str) -> int:
-        """A copy of the store as of now, and an empty log that goes on behind it."""
+    async def checkpoint_for(self, job: Callable[[StoreState], Awaitable[None]]) -> int:
+        """As `checkpoint`; and before there is another, ``job`` is called with what the store
+        holds, and not cut short by cancellation."""
         async with self._one:
             await self._everything()
-            await self._db._blocking(self._copy, path, self.state)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            with trio.CancelScope(shield=True):
+                await job(self.state)
             return self.state.lsn
-
-    def _copy(self, path: str, state: StoreState) -> None:
-        """Under another name, so that nothing is ever there half, and what failed can be tried
-        again."""
-        files = self._db._files
-        temporary = files.begin_directory(path)
-        try:
-            self._db._store.copy(f"{temporary}/store")
-            directory = files.open_directory(f"{temporary}/log", create=True)
-            try:
-                create_empty(
-                    files,
-                    directory,
-                    log_uuid=state.log_uuid,
-                    first_lsn=state.lsn + 1,
-                    features=self._db.wal._directory.features,
-                    history=self._db.wal._directory.history,
-                )
-            finally:
-                directory.close()
-            files.finish_directory(temporary, path)
-        except BaseException:
-            files.discard_directory(temporary)
-            raise
 
     def _apply(self, frozen: Layer, state: StoreState) -> None:
         """In the order of keys, in which LMDB writes its tree page by page.
@@ -231,10 +252,10 @@ class Checkpointer:
             values.append(value)
             size += len(key) + (0 if value is None else len(value))
             if size >= PIECE_BYTES:
-                self._db._store.apply(zip(keys, values, strict=True), None)
+                self._store.apply(zip(keys, values, strict=True), None)
                 keys, values = [], []
                 size = 0
-        self._db._store.apply(zip(keys, values, strict=True), state)
+        self._store.apply(zip(keys, values, strict=True), state)
 
     async def _wait_unread(self, frozen: Layer) -> None:
         """LMDB's map grows only while nobody reads.
@@ -242,31 +263,22 @@ class Checkpointer:
         Whoever reads may himself be waiting for room in the memtable, and so for this:
         after a while that is an error instead.
         """
-        db = self._db
         with trio.move_on_after(READERS_PATIENCE_SECONDS) as scope:
-            await db._wait_unread()
+            await self._versions.readers.wait_unread()
         if scope.cancelled_caught:
-            self._stuck = LogFullError(
-                db._store.path,
+            stuck = self._room.stuck = LogFullError(
+                self._store.path,
                 frozen.log_bytes,
                 "the store's map is full and cannot grow while snapshots or transactions that "
                 "have read are open; end them, or open the database with a larger map_size",
             )
-            db._wake_waiting_for_room()  # to be told
-            raise self._stuck.again()
-        self._stuck = None
-
-    def check_room(self) -> None:
-        """Raises `LogFullError` where there will be no room before readers leave, or before
-        the disk is mended."""
-        if self._failing is not None:
-            raise self._failing.again()
-        if self._stuck is not None and self._db._reading:
-            raise self._stuck.again()
+            self._room.tell()
+            raise stuck.again()
+        self._room.stuck = None
 
     def _grow(self, frozen: Layer) -> None:
         """Nobody reads, and nothing else runs: no await in here."""
-        store = self._db._store
+        store = self._store
 
         def grow() -> None:
             store.grow()
@@ -274,19 +286,8 @@ class Checkpointer:
                 store.grow()
 
         try:
-            self._db._memtable.reopen_base(grow)
+            self._versions.reopen_base(grow)
         except (OSError, CorruptLogError):
             # The store may be closed: it must be tried again, whoever asked for this.
-            self.wake()
+            self._room.ask()
             raise
-        finally:
-            self._db._refresh_view()
-
-
-async def settle_quietly(db: Database) -> None:
-    """Wait for what is queued; who waits for it is told by others what became of it."""
-    try:
-        await db.wal.flush()
-    except (LogFullError, LogFailedError):
-        # What was pending has been withdrawn.
-        await trio.lowlevel.checkpoint()

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ._disk.frame import crc32c
 from ._exceptions import (
@@ -31,9 +31,6 @@ from ._exceptions import (
     WrongDirectoryError,
 )
 from ._util import align_up
-
-if TYPE_CHECKING:
-    from ._store import Progress, Store, StoreCheckLevel, StoreState
 
 LOCK_NAME: Final = "lock"
 _IOV_MAX: Final = 1024
@@ -224,22 +221,6 @@ class Files(Protocol):
 
     def absolute(self, path: str) -> str:
         """The path, whatever the working directory becomes."""
-        ...
-
-    def inspect_store(self, path: str) -> StoreState | None:
-        """What a database's store says of itself, without writing; None: there is none."""
-        ...
-
-    def check_store(self, path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
-        """Raises `CorruptLogError` with the first of a store's defects."""
-        ...
-
-    def open_store(self, path: str, map_size: int) -> Store:
-        """Open a database's store, which is created if it is missing."""
-        ...
-
-    def remove_store(self, path: str) -> None:
-        """Remove a store that nothing was ever committed to."""
         ...
 
     def remove_directories(self, paths: Sequence[str]) -> None:
@@ -946,30 +927,6 @@ class OsFiles:
     def absolute(self, path: str) -> str:
         return os.path.abspath(path)
 
-    def inspect_store(self, path: str) -> StoreState | None:
-        from ._store import inspect_store
-
-        return inspect_store(path)
-
-    def check_store(self, path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
-        from ._store import check_before_open
-
-        check_before_open(path, how, progress)
-
-    def open_store(self, path: str, map_size: int) -> Store:
-        from ._store import LmdbStore
-
-        return LmdbStore(path, map_size)
-
-    def remove_store(self, path: str) -> None:
-        from ._store import DATA_NAME, SUSPECT_NAME
-
-        for name in (DATA_NAME, "lock.mdb", SUSPECT_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, name))
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(path)
-
     def remove_directories(self, paths: Sequence[str]) -> None:
         _remove_directories(paths)
 
@@ -1027,6 +984,11 @@ def identity(directory: OsDirectory, name: str) -> tuple[int, int]:
     where, dir_fd = directory._where(name)
     found = os.stat(where, dir_fd=dir_fd, follow_symlinks=False)
     return found.st_dev, found.st_ino
+
+
+def descriptor(file: OsFile) -> int:
+    """For a library that writes a file by its number."""
+    return file._fd
 
 
 def path_below(directory: OsDirectory) -> str:

@@ -1,9 +1,9 @@
 """Group commit: takes one batch after the other, makes it durable, acknowledges it.
 
 Law: one write in flight.  Write, sync, only then acknowledge, then the next: at every
-acknowledgement ``acknowledged <= synced`` is asserted.  The first failure ends it; a
-sync is never tried again.  The loop is shielded from cancellation and from Ctrl-C and
-ends when the queue's channel is closed and empty.
+acknowledgement it is asserted that the engine calls the records durable.  The first failure
+ends it; a sync is never tried again.  The loop is shielded from cancellation and from Ctrl-C
+and ends when the queue's channel is closed and empty.
 
 There is no fixed delay.  A batch is whatever queued while the last sync ran; after an
 acknowledgement the woken tasks run once before the next batch is taken, so that N
@@ -16,22 +16,25 @@ import heapq
 import logging
 import math
 import weakref
-from bisect import bisect_left
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import attrs
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from ._disk.directory import LogDirectory
+from ._engine import Engine, Forked, Reader
 from ._events import tell
-from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError
-from ._identity import History
-from ._queue import Barrier, Batch, State, WriteQueue
-from ._worker import Forked, Worker
+from ._exceptions import (
+    CorruptLogError,
+    LogFailedError,
+    LogFullError,
+    LsnTruncatedError,
+    Outcome,
+)
+from ._queue import Barrier, Batch, WriteQueue
+from ._state import State
 
 Durability = Literal["sync", "interval", "none"]
 """What `open_wal` takes as ``durability``: ``"sync"``, ``"interval"`` or ``"none"``."""
@@ -40,69 +43,37 @@ FULL_RETRY_SECONDS: Final = 0.25
 """How often a full disk is looked at again when nobody asks."""
 PRESSURE_SECONDS: Final = 1.0
 """Writers that wait for room without a pause for so long are worth a line in the log."""
-HISTOGRAM_BOUNDS: Final = (
-    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
-    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
-)  # fmt: skip
-"""Upper bounds, in seconds, of the buckets of ``sync_seconds_histogram``."""
-
-
-class Cuttable(Protocol):
-    """A pass over this log's records."""
-
-    def cut(self, lsn: int) -> None: ...
 
 
 @attrs.define
-class SyncCounters:
+class FlushCounters:
     """Running totals; `WalStatistics` says what they mean."""
 
     records_appended: int = 0
     bytes_appended: int = 0
-    batches_synced: int = 0
-    seconds_total: float = 0.0
-    seconds_max: float = 0.0
-    buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
-    last_us: int | None = None
 
 
 class Flusher:
-    """The task between the queue and the I/O worker."""
+    """The task between the queue and the engine."""
 
     def __init__(
-        self,
-        queue: WriteQueue,
-        directory: LogDirectory,
-        worker: Worker,
-        durability: Durability,
-        flush_interval: float,
-        clock_us: Callable[[], int],
+        self, queue: WriteQueue, engine: Engine, durability: Durability, flush_interval: float
     ) -> None:
         self._queue = queue
-        self._directory = directory
-        self._worker = worker
+        self._engine = engine
         self._durability = durability
         self._flush_interval = flush_interval
-        self._clock_us = clock_us
-        self.counters = SyncCounters()
-        self.last_lsn = directory.last_lsn
-        """Of what is written."""
-        self.durable_lsn = directory.last_lsn
-        """Of what is synced."""
+        self.counters = FlushCounters()
         self.in_flight: Batch | None = None
-        self.maintenance = trio.Event()
-        """Set when there may be something to do beside the writing."""
-        self.spare_wanted = False
-        """Whether the next segment should be prepared now."""
         self.done = trio.Event()
         self.followers = trio.lowlevel.ParkingLot()
         """Tasks that wait for any new durable record."""
-        self.readings: weakref.WeakSet[Cuttable] = weakref.WeakSet()
-        """Readers, who must notice when the log's end is cut."""
-        self.history: History = directory.history
-        self.cuts = 0
-        """How often they were told."""
-        self._active_number = directory.active.header.number
+        self.readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        """Whom to tell when the log's end was cut."""
+        self._job: trio.Event | None = None
+        """While a job is under way: set when it has ended."""
+        self._job_failure: OSError | LogFailedError | None = None
+        """What kept a job from its end."""
         self._sync_due: float | None = None
         self._sync_scope = trio.CancelScope()
         """In which the flusher waits for records until then."""
@@ -122,14 +93,15 @@ class Flusher:
         return len(self._waiters) + (0 if batch is None else len(batch.entries) - batch.unwaited)
 
     async def wait_durable(self, lsn: int) -> None:
-        if self.durable_lsn >= lsn:
+        if self._engine.durable_lsn >= lsn:
             await trio.lowlevel.checkpoint()
             return
-        self._queue.check_open(self._queue.loss)
+        self._queue.status.check_usable()
         waiter = (lsn, next(self._waiter_numbers), current_task())
         heapq.heappush(self._waiters, waiter)
-        self._queue.expect(lsn - self.last_lsn)
-        if self._sync_due is not None and lsn <= self.last_lsn:
+        last_lsn = self._engine.last_lsn
+        self._queue.expect(lsn - last_lsn)
+        if self._sync_due is not None and lsn <= last_lsn:
             # Written, and to be synced some time.
             self._sync_due = self._sync_scope.deadline = trio.current_time()
 
@@ -139,13 +111,31 @@ class Flusher:
             return Abort.SUCCEEDED
 
         await wait_task_rescheduled(abort)
-        if self.durable_lsn < lsn:
-            if self._queue.state is State.FAILED:
-                self._queue.check_open(self._queue.loss)
+        if self._engine.durable_lsn < lsn:
+            if self._queue.status.state is State.FAILED:
+                self._queue.status.check_usable()
             raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")
 
-    def _durable_up_to(self, lsn: int) -> None:
-        self.durable_lsn = lsn
+    async def wait_beyond(self, lsn: int) -> bool:
+        """Wait until more than ``lsn`` is durable, or the log's end was cut; False: there will be
+        no more.
+
+        Raises:
+          LogFailedError
+        """
+        history = self._engine.tail.history
+        while True:
+            tail = self._engine.tail
+            if tail.durable_lsn > lsn or tail.history != history:
+                return True
+            if self.done.is_set():
+                if self._queue.status.state is State.FAILED:
+                    self._queue.status.check_usable()
+                return False
+            await self.followers.park()
+
+    def _wake_waiters(self, lsn: int) -> None:
+        """Everything up to ``lsn`` is durable."""
         waiters = self._waiters
         while waiters and waiters[0][0] <= lsn:
             reschedule(heapq.heappop(waiters)[2])
@@ -169,20 +159,19 @@ class Flusher:
                 while (batch := await self._next_batch()) is not None:
                     await self._commit(batch)
                     del batch  # its payload must not stay until the next one comes
-                if self.durable_lsn < self.last_lsn:
+                if self._engine.durable_lsn < self._engine.last_lsn:
                     await self._sync()
         except Forked:
             pass
-        except OSError as exc:
+        except (OSError, LogFailedError) as exc:
             self._fail(exc)
         except BaseException as exc:
             # Not the disk but this program is at fault: nobody may hang on it.
             self._fail(exc)
             raise
         finally:
-            if not self._queue.disowned:
+            if not self._queue.status.disowned:
                 self._release_all()
-                self.maintenance.set()
                 self.done.set()
 
     async def _next_batch(self) -> Batch | None:
@@ -197,7 +186,7 @@ class Flusher:
             if self._sync_due is None:
                 return await self._receive()
             batch: Batch | None = None
-            if not self._is_awaited(self.last_lsn):
+            if not self._is_awaited(self._engine.last_lsn):
                 with trio.move_on_at(self._sync_due) as self._sync_scope:
                     batch = await self._receive()
                 if not self._sync_scope.cancelled_caught:
@@ -217,7 +206,9 @@ class Flusher:
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
         if self._flush_interval and self._durability == "sync":
-            awaited = self._waiters[0][0] - self.last_lsn if self._waiters else math.inf
+            awaited = math.inf
+            if self._waiters:
+                awaited = self._waiters[0][0] - self._engine.last_lsn
             await queue.doze(batch, self._flush_interval, awaited)
         if queue.blocked or self._pressed:
             self._note_pressure()
@@ -240,7 +231,7 @@ class Flusher:
             if self._pressure_told:
                 seconds = now - self._pressed_since
                 text = f"no writer waits for room any more, after {seconds:.1f} seconds"
-                path = self._directory.path
+                path = self._engine.name
                 tell(logging.INFO, "backpressure_ended", path, text, seconds=seconds)
             self._pressed = self._pressure_told = False
         elif not self._pressed:
@@ -250,7 +241,7 @@ class Flusher:
             tell(
                 logging.WARNING,
                 "backpressure_began",
-                self._directory.path,
+                self._engine.name,
                 f"writers wait for room in the queue, {blocked} at the moment",
                 tasks=blocked,
                 records=queue.records_waiting,
@@ -259,7 +250,8 @@ class Flusher:
 
     async def _write(self, batch: Batch) -> None:
         """One write, one sync, one acknowledgement."""
-        barrier = batch.barrier
+        engine, barrier = self._engine, batch.barrier
+        last_lsn = engine.last_lsn
         now = trio.current_time()
         sync = (
             self._durability == "sync"
@@ -267,88 +259,66 @@ class Flusher:
             or (self._sync_due is not None and now >= self._sync_due)
             or (
                 self._durability == "interval"
-                and (not self._flush_interval or self._is_awaited(self.last_lsn + batch.records))
+                and (not self._flush_interval or self._is_awaited(last_lsn + batch.records))
             )
         )
-        first_lsn = self.last_lsn + 1
         records = batch.payload()
         if records:
-            wants_spare = await self._worker.call(
-                partial(self._directory.write, records, self.durable_lsn, sync=sync)
-            )
-            self.last_lsn += len(records)
+            await engine.write(records, sync=sync)
             self.counters.records_appended += len(records)
             self.counters.bytes_appended += batch.bytes
-            if sync:
-                self._count_sync()
-            elif self._sync_due is None and self._durability == "interval":
+            if not sync and self._sync_due is None and self._durability == "interval":
                 self._sync_due = now + self._flush_interval
-            self._look_after(wants_spare)
             del records
-        elif sync and self.durable_lsn < self.last_lsn:
+        elif sync and engine.durable_lsn < last_lsn:
             await self._sync()
         if barrier is not None and barrier.job is not None:
             await self._run_job(barrier, barrier.job)
         elif self._durability == "sync":
             # The law of this file; a bug here must stop the log, not lose a record.
-            assert first_lsn + batch.records - 1 <= self._directory.synced_lsn
+            assert last_lsn + batch.records <= engine.durable_lsn
         if sync:
             self._sync_due = None
-            self._durable_up_to(self._directory.synced_lsn)
-        self._queue.settle(batch, first_lsn)
+            self._wake_waiters(engine.durable_lsn)
+        self._queue.settle(batch, last_lsn + 1)
         self.in_flight = None
         # Let the woken run once: what they append next goes into one batch.
         await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def _run_job(self, barrier: Barrier, job: Callable[[], None]) -> None:
-        """A job may cut the log's end, or finish a segment."""
+    async def _run_job(self, barrier: Barrier, job: Callable[[], Awaitable[None]]) -> None:
+        """A job may cut the log's end."""
+        history = self._engine.tail.history
+        self._job = trio.Event()
         try:
-            await self._worker.call(job)
+            await job()
         except (LogFullError, CorruptLogError, LsnTruncatedError) as exc:
             barrier.error = exc
-        if self._directory.last_lsn < self.last_lsn:
-            self.last_lsn = self.durable_lsn = self._directory.last_lsn
-            self.history = self._directory.history
-            self.cuts += 1
-            for reading in list(self.readings):
-                reading.cut(self.last_lsn)
+        except (OSError, LogFailedError) as exc:
+            self._job_failure = exc
+            raise
+        finally:
+            ended, self._job = self._job, None
+            ended.set()
+        if self._engine.tail.history != history:
+            for reader in list(self.readers):
+                reader.epoch_changed()
             self.followers.unpark_all()
-        self._look_after(False)
 
-    def _look_after(self, wants_spare: bool) -> None:
-        """Have the next segment prepared, or retention applied to a finished one."""
-        number = self._directory.active.header.number
-        if wants_spare and not self.spare_wanted:
-            self.spare_wanted = True
-            self.maintenance.set()
-        if number != self._active_number:
-            self._active_number = number
-            self.maintenance.set()
-            first_lsn = self._directory.active.header.first_lsn
-            tell(
-                logging.DEBUG,
-                "rotated",
-                self._directory.path,
-                f"segment {number} begins at LSN {first_lsn}",
-                segment=number,
-                first_lsn=first_lsn,
-                segments=self._directory.segments,
-            )
+    async def wait_job(self) -> None:
+        """Wait for a job that is under way.
+
+        Raises:
+          LogFailedError: one has failed, so that nobody knows where the log ends.
+        """
+        if self._job is not None:
+            await self._job.wait()
+        if self._job_failure is not None:
+            raise self._queue.status.failed("unknown", self._job_failure)
 
     async def _sync(self) -> None:
-        await self._worker.call(self._directory.sync)
-        self._count_sync()
+        await self._engine.sync()
         self._sync_due = None
-        self._durable_up_to(self._directory.synced_lsn)
-
-    def _count_sync(self) -> None:
-        counters = self.counters
-        seconds = self._directory.sync_seconds
-        counters.batches_synced += 1
-        counters.seconds_total += seconds
-        counters.seconds_max = max(counters.seconds_max, seconds)
-        counters.buckets[bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
-        counters.last_us = self._clock_us()
+        self._wake_waiters(self._engine.durable_lsn)
 
     # -- trouble --
 
@@ -359,48 +329,53 @@ class Flusher:
         tell(
             logging.WARNING,
             "full",
-            self._directory.path,
+            self._engine.name,
             f"the disk is full: {error}",
             needed=error.needed,
-            last_lsn=self.last_lsn,
+            last_lsn=self._engine.last_lsn,
         )
         while True:
-            closing = queue.state is State.CLOSING
+            closing = queue.status.state is State.CLOSING
             queue.refuse(error, batch)
             if closing:
                 if batch.entries or queue.records_waiting:
                     self.in_flight = None
                     raise OSError(*_errno_of(error)) from error
-                queue.state = State.CLOSING
+                queue.status.state = State.CLOSING
                 return
             await queue.wait_wants_space(FULL_RETRY_SECONDS)
-            if queue.state is State.CLOSING and not (batch.entries or queue.records_waiting):
+            if queue.status.state is State.CLOSING and not (batch.entries or queue.records_waiting):
                 return
             try:
-                await self._worker.call(self._directory.make_room)
+                await self._engine.make_room()
             except LogFullError as exc:
                 error = exc
                 continue
             queue.reopen()
             seconds = trio.current_time() - started
             text = f"there is disk space again, after {seconds:.1f} seconds"
-            tell(logging.INFO, "space", self._directory.path, text, seconds=seconds)
+            tell(logging.INFO, "space", self._engine.name, text, seconds=seconds)
             return
 
     def _fail(self, exc: BaseException) -> None:
         in_flight, self.in_flight = self.in_flight, None
-        unsynced = in_flight is not None or self.durable_lsn < self.last_lsn
-        self._queue.fail(exc, in_flight, "unknown" if unsynced else "not written")
+        tail = self._engine.tail
+        # An engine may know what became of a batch; an error of the system never says.
+        outcome: Outcome = exc.outcome if isinstance(exc, LogFailedError) else "unknown"
+        unsynced = tail.durable_lsn < tail.last_lsn
+        if in_flight is not None and outcome == "unknown":
+            unsynced = True
+        self._queue.fail(exc, in_flight, outcome, "unknown" if unsynced else "not written")
         self._queue.batches.close()
         # Last: where this fails too, of MemoryError for one, everybody has been told.
         tell(
             logging.ERROR,
             "failed",
-            self._directory.path,
+            self._engine.name,
             f"the log is broken: {exc!r}",
-            outcome=self._queue.loss,
-            last_lsn=self.last_lsn,
-            durable_lsn=self.durable_lsn,
+            outcome=self._queue.status.loss,
+            last_lsn=tail.last_lsn,
+            durable_lsn=tail.durable_lsn,
             error=repr(exc),
         )
 

@@ -1,76 +1,81 @@
-"""The log that this process has open, as something that can be read.
+"""The engine whose log is a directory of segments, and how a trio program reads such files.
 
-Law: what is durable is the flusher's word; where it stands, the directory's.
+Law: every call that blocks is made in a thread of `_worker`; what is decided here is only which
+one, and when.  `LogDirectory` does the work.  Nothing is acknowledged here: `LocalEngine.tail` is
+the directory's word, taken over in the event loop when a call has returned.
 """
 
 from __future__ import annotations
 
-from typing import final
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, Literal, final
+from uuid import UUID
+
+import attrs
+import trio
+from trio.lowlevel import enable_ki_protection
 
 from ._disk.chain import look_at
-from ._disk.cursor import Moved, Place, place_in
-from ._disk.directory import LogDirectory
-from ._disk.frame import SegmentHeader
-from ._exceptions import CorruptLogError
-from ._files import close_quietly
-from ._flusher import Flusher
-from ._identity import History
-from ._queue import State, WriteQueue
-from ._stream import Reading
-from ._worker import Blocking
+from ._disk.cursor import Cursor, Locator, Place, place_in
+from ._disk.directory import LogDirectory, open_log_directory
+from ._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, SegmentHeader
+from ._disk.recovery import Plan
+from ._disk.repair import create_empty
+from ._engine import Forked, Moved, Record, RecoveryReport, Tail
+from ._events import tell
+from ._exceptions import LogFullError
+from ._files import Files, close_quietly
+from ._retention import Retention
+from ._statistics import EngineStatistics, SyncTimes
+from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
+
+MAINTENANCE_RETRY_SECONDS: Final = 1.0
+
+
+# -- reading files ------------------------------------------------------------------------
 
 
 @final
-class LocalSource:
-    """A `_stream.Source`."""
+class FileCursor:
+    """An `_engine.Cursor` on files: each chunk is read in a thread."""
 
-    def __init__(
-        self, directory: LogDirectory, flusher: Flusher, queue: WriteQueue, blocking: Blocking
-    ) -> None:
-        self.path: str = directory.path
-        self.blocking = blocking
+    def __init__(self, locator: Locator, blocking: Blocking) -> None:
+        self._cursor = Cursor(locator, 0)
+        self._blocking = blocking
+        self._reading = False
+        self._closed = False
+
+    async def chunk(self, lsn: int, stop: int) -> list[Record]:
+        cursor = self._cursor
+        if cursor.next_lsn != lsn:
+            cursor.leave()
+            cursor.next_lsn = lsn
+        self._reading = True
+        try:
+            return await self._blocking(cursor.chunk, stop)
+        except FileNotFoundError as exc:
+            raise Moved(str(exc.filename), "the segment is missing") from exc
+        finally:
+            self._reading = False
+            if self._closed:
+                cursor.leave()
+
+    def close(self) -> None:
+        self._closed = True
+        if not self._reading:
+            self._cursor.leave()
+
+
+@final
+class DirectoryLocator:
+    """Where the records of a log are that this process has open; a `_cursor.Locator`."""
+
+    def __init__(self, directory: LogDirectory) -> None:
         self._directory = directory
-        self._flusher = flusher
-        self._queue = queue
-
-    @property
-    def first_lsn(self) -> int:
-        return self._directory.first_lsn
-
-    @property
-    def durable_lsn(self) -> int:
-        # The flusher hears of a cut only when it is done.
-        return min(self._flusher.durable_lsn, self._directory.last_lsn)
-
-    @property
-    def last_lsn(self) -> int:
-        return min(self._flusher.last_lsn, self._directory.last_lsn)
-
-    @property
-    def history(self) -> History:
-        return self._flusher.history
-
-    @property
-    def damage(self) -> CorruptLogError | None:
-        # Opening has made sure of the end, and the owner knows how far it has come since.
-        return None
-
-    async def refresh(self) -> None:
-        pass
-
-    def generation(self) -> int:
-        return self._directory.cuts + self._flusher.cuts
-
-    def shape(self) -> int:
-        # A place that is not there any more is looked for anew at once.
-        return 0
-
-    def cutting(self) -> bool:
-        failed = self._directory.cut_failed
-        if failed is not None:
-            # What the reader misses may be cut off or not: only recovery can tell.
-            raise self._queue.failed("unknown", failed)
-        return self._directory.cutting
 
     def locate(self, lsn: int) -> Place:
         directory = self._directory
@@ -81,7 +86,7 @@ class LocalSource:
         if active.header.first_lsn > lsn:
             place = [at for at, s in enumerate(sealed) if s.first_lsn <= lsn < s.next_lsn][-1:]
             if not place:
-                raise Moved(self.path, f"no segment has LSN {lsn}")
+                raise Moved(directory.path, f"no segment has LSN {lsn}")
             header, index = sealed[place[0]].header, None
             behind = [segment.header for segment in sealed[place[0] + 1 :]]
             following = (*behind, active.header)[0]
@@ -103,19 +108,320 @@ class LocalSource:
     def release(self, header: SegmentHeader) -> None:
         self._directory.unpin(header)
 
-    async def wait_durable_after(self, lsn: int) -> bool:
-        flusher = self._flusher
-        cuts = flusher.cuts
-        while self.durable_lsn <= lsn and flusher.cuts == cuts:
-            if flusher.done.is_set():
-                if self._queue.state is State.FAILED:
-                    self._queue.check_open(self._queue.loss)
-                return False
-            await flusher.followers.park()
-        return True
 
-    def watch(self, reading: Reading) -> None:
-        self._flusher.readings.add(reading)
+# -- the engine ---------------------------------------------------------------------------
 
-    def unwatch(self, reading: Reading) -> None:
-        self._flusher.readings.discard(reading)
+
+@attrs.frozen(kw_only=True)
+class LocalOptions:
+    """How a log in a directory is opened; `open_wal` says what each means."""
+
+    path: str
+    segment_size: int
+    retention: Retention
+    compression: Literal["none", "zstd"] | None
+    verify_bytes: float
+    trust_directory: bool
+
+
+@final
+class LocalEngine:
+    """An `_engine.Engine` on a directory of segments; see `open_local`."""
+
+    batch_bytes_max = FRAME_BODY_MAX
+    batch_records_max = BATCH_RECORDS_MAX
+
+    def __init__(
+        self,
+        files: Files,
+        directory: LogDirectory,
+        worker: Worker,
+        blocking: Blocking,
+        retention: Retention,
+        undo: Callable[[], None] | None,
+    ) -> None:
+        self.name: str = directory.path
+        self.uuid: UUID = UUID(bytes=directory.log_uuid)
+        self.recovery: RecoveryReport = directory.report
+        self._files = files
+        self._directory = directory
+        self._worker = worker
+        self._blocking = blocking
+        self._retention = retention
+        self._undo = undo
+        self.last_lsn: int = directory.last_lsn
+        self.durable_lsn: int = directory.synced_lsn
+        self._history = directory.history
+        self._active_number = directory.active.header.number
+        self._syncs = SyncTimes()
+        self._holds: dict[str, int] = {}
+        self._started = False
+        self._forked = False
+        self._ending = trio.Event()
+        """Set when nothing more is to be done beside the writing."""
+        self._due = trio.Event()
+        """Set when there may be something to do beside the writing."""
+        self._spare_wanted = False
+        """Whether the next segment should be prepared now."""
+        # None until the task has begun.
+        self._worker_done: trio.Event | None = None
+        self._maintenance_done: trio.Event | None = None
+
+    # -- what it is --
+
+    @property
+    def tail(self) -> Tail:
+        # Where it begins is moved by retention, in a thread, too.
+        return Tail(self._directory.first_lsn, self.last_lsn, self.durable_lsn, self._history)
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(self._syncs, self._directory.segments, self._directory.disk_bytes)
+
+    # -- its life --
+
+    def tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
+        self._started = True
+        return self._run_worker, self._maintain
+
+    async def ready(self) -> None:
+        await self._worker.ready()
+
+    @enable_ki_protection
+    async def _run_worker(self) -> None:
+        done = self._worker_done = trio.Event()
+        try:
+            await self._worker.run()
+        except Forked:
+            pass
+        finally:
+            if not self._forked:
+                done.set()
+
+    async def aclose(self, *, orderly: bool) -> None:
+        try:
+            await self._end(partial(self._directory.close, orderly=orderly))
+        finally:
+            if not self._forked:
+                # Once more, for where the worker has ended before it could.
+                self._directory.close(orderly=False)
+
+    async def abandon(self) -> None:
+        undone = False
+
+        def undo() -> None:
+            nonlocal undone
+            undone = True
+            self._directory.abandon(self._undo if self._directory.created else None)
+
+        with contextlib.suppress(OSError):
+            await self._end(undo)
+        if not undone and not self._forked:
+            # There is no worker: that it could not be started is why the open has failed.
+            undo()
+
+    async def _end(self, job: Callable[[], None]) -> None:
+        """End the tasks, with ``job`` as the worker's last."""
+        if not self._started:
+            self._worker.close()
+            job()
+            return
+        try:
+            self._directory.stop_preparing()
+            self._stop_maintenance()
+            if self._maintenance_done is not None:
+                await self._maintenance_done.wait()
+            await self._blocking.close()
+            await self._worker.call(job)
+        finally:
+            if not self._forked:
+                self._worker.stop()
+                if self._worker_done is not None:
+                    await self._worker_done.wait()
+
+    def on_fork(self, callback: Callable[[], None]) -> None:
+        self._files.on_fork(callback)
+
+    def disown(self) -> None:
+        self._forked = True
+        self._directory.disown()
+        self._worker.disown()
+        self._blocking.disown()
+
+    # -- the one writer --
+
+    async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
+        directory = self._directory
+        job = partial(directory.write, records, self.durable_lsn, sync=sync)
+        try:
+            wants_spare = await self._worker.call(job)
+        except OSError:
+            self._stop_maintenance()
+            raise
+        self.last_lsn = directory.last_lsn
+        if sync:
+            self.durable_lsn = directory.synced_lsn
+            self._syncs.note(directory.sync_seconds, self._files.time_us())
+        if wants_spare and not self._spare_wanted:
+            self._spare_wanted = True
+            self._due.set()
+        if directory.active.header.number != self._active_number:
+            self._note_rotation()
+
+    async def sync(self) -> None:
+        await self._call(self._directory.sync)
+        self._syncs.note(self._directory.sync_seconds, self._files.time_us())
+
+    async def make_room(self) -> None:
+        await self._worker.call(self._directory.make_room)
+
+    async def rotate(self) -> None:
+        await self._call(self._directory.rotate)
+
+    async def truncate_after(self, lsn: int) -> None:
+        await self._call(partial(self._directory.truncate_after, lsn))
+
+    async def _call(self, job: Callable[[], object]) -> None:
+        try:
+            await self._worker.call(job)
+        except OSError:
+            self._stop_maintenance()
+            raise
+        self.last_lsn, self.durable_lsn = self._directory.last_lsn, self._directory.synced_lsn
+        self._history = self._directory.history
+        if self._directory.active.header.number != self._active_number:
+            self._note_rotation()
+
+    def _note_rotation(self) -> None:
+        """A segment is finished: retention may apply to it."""
+        header = self._directory.active.header
+        self._active_number = header.number
+        self._due.set()
+        tell(
+            logging.DEBUG,
+            "rotated",
+            self.name,
+            f"segment {header.number} begins at LSN {header.first_lsn}",
+            segment=header.number,
+            first_lsn=header.first_lsn,
+            segments=self._directory.segments,
+        )
+
+    # -- beside the writing --
+
+    async def drop_before(self, lsn: int) -> None:
+        await self._blocking(self._directory.drop_before, lsn)
+
+    def hold(self, who: str, lsn: int | None) -> None:
+        if lsn is None:
+            self._holds.pop(who, None)
+        else:
+            self._holds[who] = lsn
+        self._directory.keep_from = min(self._holds.values(), default=None)
+        self._due.set()
+
+    def cursor(self) -> FileCursor:
+        return FileCursor(DirectoryLocator(self._directory), self._blocking)
+
+    async def branch(self, dest: str, after_lsn: int) -> None:
+        await self._blocking(self._branch, dest, after_lsn)
+
+    def _branch(self, dest: str, after_lsn: int) -> None:
+        directory = self._files.open_directory(dest, create=True)
+        try:
+            create_empty(
+                self._files,
+                directory,
+                log_uuid=self._directory.log_uuid,
+                first_lsn=after_lsn + 1,
+                features=self._directory.features,
+                history=self._directory.history,
+            )
+        finally:
+            directory.close()
+
+    def _stop_maintenance(self) -> None:
+        self._ending.set()
+        self._due.set()
+
+    @enable_ki_protection
+    async def _maintain(self) -> None:
+        """Prepare the next segment, apply retention: what must not hold up a commit."""
+        done = self._maintenance_done = trio.Event()
+        directory, policy = self._directory, self._retention
+        with trio.CancelScope(shield=True):
+            try:
+                while not self._ending.is_set():
+                    try:
+                        await self._blocking(directory.apply_retention, policy)
+                        await self._wait_for_maintenance()
+                        if self._spare_wanted and not self._ending.is_set():
+                            self._spare_wanted = False
+                            await self._blocking(directory.prepare_spare)
+                    except (OSError, LogFullError) as exc:
+                        text = f"retention failed, will try again: {exc!r}"
+                        tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
+                        with trio.move_on_after(MAINTENANCE_RETRY_SECONDS):
+                            await self._ending.wait()
+            except Forked:
+                pass
+            except trio.ClosedResourceError:
+                if not self._forked:
+                    raise
+            finally:
+                if not self._forked:
+                    done.set()
+
+    async def _wait_for_maintenance(self) -> None:
+        due_us = self._directory.next_retention_us(self._retention)
+        seconds = math.inf if due_us is None else max(due_us / 1e6, MAINTENANCE_RETRY_SECONDS)
+        with trio.move_on_after(seconds):
+            await self._due.wait()
+        if self._due.is_set():
+            self._due = trio.Event()
+
+
+async def open_local(
+    files: Files,
+    options: LocalOptions,
+    *,
+    check: Callable[[Plan], int | None] | None = None,
+    database: bool = False,
+    undo: Callable[[], None] | None = None,
+) -> LocalEngine:
+    """Recover and open the log in a directory, which is created if it is missing.
+
+    Args:
+      check, database: as for `open_log_directory`.
+      undo: removes what was made beside a log that this open has created, if it fails after all.
+
+    Raises: as `open_log_directory`; what this open has created is removed again.
+    """
+    blocking = Blocking(threaded=files.threaded)
+    directory = await blocking(
+        open_log_directory,
+        files,
+        options.path,
+        segment_size=options.segment_size,
+        verify_bytes=options.verify_bytes,
+        compression=options.compression,
+        check=check,
+        database=database,
+        trust_directory=options.trust_directory,
+    )
+    worker: Worker | None = None
+    try:
+        worker = _new_worker(files, directory.publish)
+        return LocalEngine(files, directory, worker, blocking, options.retention, undo)
+    except BaseException:
+        # No descriptor for the worker, or no memory.
+        if worker is not None:
+            worker.close()
+        directory.abandon()
+        raise
+
+
+def _new_worker(files: Files, afterwards: Callable[[], None]) -> Worker:
+    if files.threaded:
+        return ThreadWorker(afterwards)
+    gate = getattr(files, "gate", trio.lowlevel.cancel_shielded_checkpoint)
+    return InlineWorker(gate, afterwards)

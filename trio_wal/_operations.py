@@ -15,7 +15,8 @@ import attrs
 import msgspec
 
 from ._disk.frame import FRAME_BODY_MAX
-from ._util import check_bytes
+from ._exceptions import RecordTooLargeError
+from ._util import check_bytes, check_int
 
 KEY_BYTES_MAX: Final = 511
 """LMDB's default limit: a longer key would be accepted and could never be checkpointed."""
@@ -133,3 +134,29 @@ def check_key(key: object) -> bytes:
     if not 0 < len(data) <= KEY_BYTES_MAX:
         raise ValueError(f"key must have 1 to {KEY_BYTES_MAX} bytes, not {len(data)}")
     return data
+
+
+def check_range(
+    start: bytes | None, stop: bytes | None, prefix: bytes | None, limit: int | None
+) -> tuple[bytes | None, bytes | None]:
+    """The (start, stop) of a scan's arguments."""
+    if start is not None:
+        start = check_bytes("start", start)
+    if stop is not None:
+        stop = check_bytes("stop", stop)
+    if limit is not None:
+        check_int("limit", limit, 0)
+    if prefix is None:
+        return start, stop
+    prefix = check_bytes("prefix", prefix)
+    if start is not None or stop is not None:
+        raise ValueError("prefix cannot be combined with start or stop")
+    trimmed = prefix.rstrip(b"\xff")
+    end = trimmed[:-1] + bytes((trimmed[-1] + 1,)) if trimmed else None
+    return prefix, end
+
+
+def check_size(size: int, size_max: int) -> None:
+    """Raises `RecordTooLargeError` where a transaction would not fit into a record."""
+    if size > size_max:
+        raise RecordTooLargeError(size, size_max)

@@ -21,7 +21,15 @@ from typing import Any, Final, TypeVar, cast, final
 
 import attrs
 import outcome
-from trio.lowlevel import Abort, RaiseCancelT, wait_task_rescheduled
+import trio
+from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
+    Task,
+    current_task,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 T = TypeVar("T")
 AbortFn = Callable[[RaiseCancelT], Abort]
@@ -84,3 +92,35 @@ park: Final[Callable[[Any], Awaitable[object]]] = _park if REUSES else wait_task
 def request(abort: AbortFn) -> Any:
     """What `park` takes; may be kept, and used whenever it is not in use."""
     return _message(abort) if REUSES else abort
+
+
+def is_parked(task: Task) -> bool:
+    """Whether a task that is not the running one waits to be woken; False: it is about to run.
+
+    For forked children only: nothing else here wakes whom it has not parked.
+    """
+    return getattr(task, "_next_send_fn", True) is None
+
+
+class Latch:
+    """An event that is waited for to the end: neither cancellation nor Ctrl-C cuts in."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._tasks: list[Task] = []
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            reschedule(task)
+
+    async def wait(self) -> None:
+        if self._set:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            self._tasks.append(current_task())
+            await wait_task_rescheduled(_never)

@@ -20,11 +20,10 @@ Invariants:
 
 from __future__ import annotations
 
-import enum
 import math
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol, TypeAlias
@@ -40,25 +39,15 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from ._disk.frame import BATCH_RECORDS_MAX
 from ._exceptions import (
     CorruptLogError,
-    LogFailedError,
     LogFullError,
     LsnTruncatedError,
     Outcome,
 )
 from ._park import REUSES, WOKEN, park, request
+from ._state import State, Status
 from ._text import printable
-
-
-class State(enum.Enum):
-    OPEN = "open"
-    FULL = "full"
-    """No disk space for the next segment; works again when there is."""
-    CLOSING = "closing"
-    CLOSED = "closed"
-    FAILED = "failed"
 
 
 @attrs.define(eq=False)
@@ -71,9 +60,9 @@ class Unit:
 
 @attrs.define(eq=False)
 class Barrier:
-    """No record: done when all before it is durable and ``job`` has run in the worker."""
+    """No record: done when all before it is durable and ``job`` has run, between two writes."""
 
-    job: Callable[[], None] | None = None
+    job: Callable[[], Awaitable[None]] | None = None
     error: LogFullError | CorruptLogError | LsnTruncatedError | None = None
     """Why the job could not be done; nothing was changed then."""
 
@@ -247,16 +236,17 @@ class WriteQueue:
 
     def __init__(
         self,
-        path: str,
+        status: Status,
         max_queue_size: float,
         max_queue_bytes: float,
         max_batch_bytes: int,
+        max_batch_records: int,
     ) -> None:
-        self._path = path
+        self.status: Final = status
         self.max_queue_size: Final = max_queue_size
         self.max_queue_bytes: Final = max_queue_bytes
         self._max_batch_bytes = max_batch_bytes
-        self.state = State.OPEN
+        self._max_batch_records = max_batch_records
         self.counters = Counters()
         self._send, self.batches = trio.open_memory_channel[Batch](max_queue_size)
         self._sealed: deque[Batch] = deque()
@@ -270,13 +260,7 @@ class WriteQueue:
         self._awaited: float = math.inf
         """While the flusher dozes: with so many records somebody waits for the filling batch."""
         self._wants_space = trio.Event()
-        self._failure: BaseException | None = None
         self._full: LogFullError | None = None
-        self.loss: Outcome = "not written"
-        """After a failure: what became of the records that were accepted before it."""
-        self.failure_told = False
-        self.disowned = False
-        """Whether this is a forked child, where all of it is dead."""
         self.owner: Owner | None = None
         self._free_blocked: list[Blocked] = []
         self._claims: list[Claim] = []
@@ -314,11 +298,16 @@ class WriteQueue:
         """How far the filling batch may be filled without asking: see `append`."""
         batch = self.filling
         ended = batch.barrier is not None and batch.barrier.job is not None
-        if self.state is not State.OPEN or self._blocked or self._dozing is not None or ended:
+        if (
+            self.status.state is not State.OPEN
+            or self._blocked
+            or self._dozing is not None
+            or ended
+        ):
             batch.records_max = 0
             return
         batch.records_max = min(
-            self.max_queue_size - self._sealed_records - batch.extra, BATCH_RECORDS_MAX
+            self.max_queue_size - self._sealed_records - batch.extra, self._max_batch_records
         )
         batch.bytes_max = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
 
@@ -327,7 +316,7 @@ class WriteQueue:
         batch = self.filling
         return bool(batch.entries) and (
             batch.bytes + _bytes(item) > self._max_batch_bytes
-            or batch.records + _count(item) > BATCH_RECORDS_MAX
+            or batch.records + _count(item) > self._max_batch_records
             or (batch.barrier is not None and batch.barrier.job is not None)
         )
 
@@ -378,7 +367,7 @@ class WriteQueue:
 
     def _admit(self) -> None:
         """Let in those who blocked first, as far as there is room."""
-        while self._blocked and self.state is State.OPEN:
+        while self._blocked and self.status.state is State.OPEN:
             task, blocked = next(iter(self._blocked.items()))
             if not self._fits(blocked.item):
                 break
@@ -395,29 +384,9 @@ class WriteQueue:
     def _unblocked(self, blocked: Blocked) -> None:
         self.counters.backpressure_seconds += trio.current_time() - blocked.since
 
-    def check_open(self, outcome: Outcome = "not written") -> None:
-        """Raises `trio.ClosedResourceError` or `LogFailedError` where nothing is accepted."""
-        if self.state is State.FAILED:
-            assert self._failure is not None
-            raise self.failed(outcome, self._failure)
-        if self.state is not State.OPEN and self.state is not State.FULL:
-            raise trio.ClosedResourceError(f"{printable(self._path)}: this log is closed")
-
-    def failed(self, outcome: Outcome, cause: BaseException) -> LogFailedError:
-        """A new error for one caller, who is thereby told."""
-        self.failure_told = True
-        error = LogFailedError(self._path, outcome)
-        error.__cause__ = cause
-        return error
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What broke the log."""
-        return self._failure
-
     def _fate(self, item: Item | None, outcome: Outcome) -> Outcome:
         """A flush has no records of its own: it asks about those before it."""
-        return self.loss if isinstance(item, Barrier) and item.job is None else outcome
+        return self.status.loss if isinstance(item, Barrier) and item.job is None else outcome
 
     @enable_ki_protection
     @types.coroutine
@@ -433,7 +402,7 @@ class WriteQueue:
         place = len(entries)
         total = batch.bytes + len(record)
         if place >= batch.records_max or total > batch.bytes_max:
-            if self.state is not State.OPEN or self._has_room(record):
+            if self.status.state is not State.OPEN or self._has_room(record):
                 # Closed, or something else that is not the common case.
                 return (yield from self.submit(record).__await__())
             blocked = self._block(task, record, waits_durable=True)
@@ -468,7 +437,7 @@ class WriteQueue:
 
         Cancelled: nothing of it is in the log.
         """
-        self.check_open(self._fate(item, "not written"))
+        self.status.check_open(self._fate(item, "not written"))
         task = current_task()
         if self._has_room(item):
             batch = self._put(task, item)
@@ -484,7 +453,7 @@ class WriteQueue:
     async def accept(self, item: Item) -> None:
         """Accept, with back-pressure; nobody waits for its durability."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        self.check_open()
+        self.status.check_open()
         if self._has_room(item):
             self._put(next(self._numbers), item)
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -495,8 +464,8 @@ class WriteQueue:
 
     def accept_nowait(self, item: Item) -> None:
         """Accept or raise `trio.WouldBlock` (`LogFullError` where the disk is full)."""
-        self.check_open()
-        if self.state is State.FULL:
+        self.status.check_open()
+        if self.status.state is State.FULL:
             self._wants_space.set()
             assert self._full is not None
             raise self._full.again()
@@ -506,7 +475,7 @@ class WriteQueue:
         self._put(next(self._numbers), item)
 
     def _has_room(self, item: Item) -> bool:
-        return not self._blocked and self.state is State.OPEN and self._fits(item)
+        return not self._blocked and self.status.state is State.OPEN and self._fits(item)
 
     def _block(self, task: Task, item: Item, *, waits_durable: bool) -> Blocked:
         """The task stands in line; it must park with the request of what this returns."""
@@ -536,7 +505,7 @@ class WriteQueue:
 
     def withdraw(self, batch: Batch, task: Task, _raise_cancel: object = None) -> Abort:
         """Take an entry back; too late once its batch is taken, but for a flush."""
-        if self.disowned:
+        if self.status.disowned:
             return Abort.SUCCEEDED
         entry = batch.entries.get(task)
         if batch.taken and isinstance(entry, Barrier) and entry.job is None:
@@ -567,7 +536,7 @@ class WriteQueue:
         """Take back what waits for room, or has found it since."""
         task = blocked.task
         assert task is not None
-        if self.disowned:
+        if self.status.disowned:
             return Abort.SUCCEEDED
         if blocked.batch is not None:
             return self.withdraw(blocked.batch, task)
@@ -589,7 +558,7 @@ class WriteQueue:
             raise batch.refused.pop(key)
         if batch.failure is not None:
             outcome, cause = batch.failure
-            raise self.failed(self._fate(batch.entries.get(key), outcome), cause)
+            raise self.status.failed(self._fate(batch.entries.get(key), outcome), cause)
         assert batch.lsns is not None
         return batch.lsns[key]
 
@@ -600,7 +569,7 @@ class WriteQueue:
         batch = self.filling
         return (
             len(batch.entries) > batch.unwaited
-            or self.state is State.CLOSING
+            or self.status.state is State.CLOSING
             or bool(self._blocked)
             or bool(self._sealed)
             or batch.bytes >= self._max_batch_bytes
@@ -666,14 +635,21 @@ class WriteQueue:
             for key in batch.entries:
                 reschedule(key, WOKEN)  # type: ignore[arg-type]
 
-    def fail(self, cause: BaseException, in_flight: Batch | None, loss: Outcome) -> None:
-        """The log is broken: tell everybody, take nothing more."""
+    def fail(
+        self, cause: BaseException, in_flight: Batch | None, outcome: Outcome, loss: Outcome
+    ) -> None:
+        """The log is broken: tell everybody, take nothing more.
+
+        Args:
+          outcome: what became of the batch in flight.
+          loss: what became of records that were accepted before, some of them only written.
+        """
         self.note_peaks()
-        self.loss = loss
-        self.state = State.FAILED
-        self._failure = cause
+        self.status.loss = loss
+        self.status.stop(State.FAILED)
+        self.status.failure = cause
         if in_flight is not None:
-            in_flight.failure = ("unknown", cause)
+            in_flight.failure = (outcome, cause)
             self._lose(in_flight)
         for batch in (*self._sealed, self.filling):
             batch.taken = True
@@ -682,7 +658,7 @@ class WriteQueue:
             self._lose(batch)
         self._reset()
         for blocked in self._drain_blocked():
-            blocked.error = self.failed(self._fate(blocked.item, "not written"), cause)
+            blocked.error = self.status.failed(self._fate(blocked.item, "not written"), cause)
 
     def _lose(self, batch: Batch) -> None:
         if self.owner is not None:
@@ -694,7 +670,7 @@ class WriteQueue:
         """No disk space for the next segment: whoever waits is told and withdrawn, what
         was only sent stays, and nobody is let in before there is space again."""
         self.note_peaks()
-        self.state = State.FULL
+        self.status.state = State.FULL
         self._full = cause
         self._wants_space = trio.Event()
         for waiting in (*([] if batch is None else [batch]), *self._sealed, self.filling):
@@ -721,8 +697,8 @@ class WriteQueue:
 
     def reopen(self) -> None:
         """There is space again."""
-        if self.state is State.FULL:
-            self.state = State.OPEN
+        if self.status.state is State.FULL:
+            self.status.state = State.OPEN
             self._admit()
 
     def _drain_blocked(self) -> Iterator[Blocked]:
@@ -742,10 +718,12 @@ class WriteQueue:
 
     def close(self) -> None:
         """Accept nothing more; the flusher ends when it has written what is here."""
-        if self.state in (State.OPEN, State.FULL):
-            self.state = State.CLOSING
+        if self.status.state in (State.OPEN, State.FULL):
+            self.status.stop(State.CLOSING)
             for blocked in self._drain_blocked():
-                blocked.error = trio.ClosedResourceError(f"{self._path}: the log was closed")
+                blocked.error = trio.ClosedResourceError(
+                    f"{printable(self.status.name)}: the log was closed"
+                )
             self._set_limits()
         self.wake_flusher()
         self._wants_space.set()
@@ -753,12 +731,12 @@ class WriteQueue:
 
     def closed(self) -> None:
         """The flusher and the files are done."""
-        if self.state is not State.FAILED:
-            self.state = State.CLOSED
+        if self.status.state is not State.FAILED:
+            self.status.stop(State.CLOSED)
 
     def disown(self) -> None:
         """In a forked child nothing is accepted, nor waited for, nor written."""
-        self.disowned = True
-        self.state = State.CLOSED
+        self.status.disowned = True
+        self.status.stop(State.CLOSED)
         self._blocked = OrderedDict()
         self._set_limits()

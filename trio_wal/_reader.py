@@ -30,16 +30,18 @@ from ._disk.chain import (
     no_log,
     read_meta,
 )
-from ._disk.cursor import Moved, Place, place_in
+from ._disk.cursor import Place, place_in
 from ._disk.finding import Finding
 from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import judge_end
+from ._engine import Moved, Reader, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
-from ._identity import Bookmark, History
-from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, Reading, RecordStream, new_record_stream
+from ._identity import Bookmark
+from ._local import FileCursor
+from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_path
 from ._worker import Blocking, require_trio
@@ -93,8 +95,8 @@ class _Seen:
     """What segments that cannot be reached prove to have been durable."""
     tail: _Tail | None = None
     evidence: _Evidence | None = None
-    cuts: int = 0
-    shape: int = 0
+    changes: int = 0
+    """How often files were seen to have come, gone or been replaced."""
 
 
 @final
@@ -102,7 +104,7 @@ class WatchSource:
     """A directory that another process may be writing; a `_stream.Source`."""
 
     def __init__(self, directory: Directory, blocking: Blocking) -> None:
-        self.path: str = directory.path
+        self.name: str = directory.path
         self.blocking = blocking
         self._directory = directory
         self._seen = _Seen()
@@ -122,21 +124,14 @@ class WatchSource:
     # -- what was seen --
 
     @property
-    def first_lsn(self) -> int:
-        return self._seen.first_lsn
+    def tail(self) -> Tail:
+        seen = self._seen
+        history = () if seen.meta is None else seen.meta.history
+        return Tail(seen.first_lsn, seen.last_lsn, seen.durable_lsn, history)
 
     @property
-    def durable_lsn(self) -> int:
-        return self._seen.durable_lsn
-
-    @property
-    def last_lsn(self) -> int:
-        return self._seen.last_lsn
-
-    @property
-    def history(self) -> History:
-        meta = self._seen.meta
-        return () if meta is None else meta.history
+    def changes(self) -> int:
+        return self._seen.changes
 
     @property
     def meta(self) -> Meta:
@@ -152,19 +147,14 @@ class WatchSource:
     def damage(self) -> CorruptLogError | None:
         return self._seen.damage
 
-    def generation(self) -> int:
-        return self._seen.cuts
-
-    def shape(self) -> int:
-        return self._seen.shape
-
-    def cutting(self) -> bool:
-        return False
-
     # -- looking --
 
     async def refresh(self) -> None:
         await self.blocking(self.look)
+
+    async def settle(self) -> None:
+        # A look ends only when what it has found stands still.
+        await self.refresh()
 
     def look(self) -> None:
         """See what has changed; blocking.
@@ -218,18 +208,18 @@ class WatchSource:
         known = seen.meta
         if meta is None:
             if known is None:
-                instead = f"open_reader({self.path + '/' + LOG_NAME!r})"
-                raise no_log(self.path, self._directory.names(), instead)
-            raise CorruptLogError(f"{self.path}/{META_NAME}", 0, "the file is missing")
+                instead = f"open_reader({self.name + '/' + LOG_NAME!r})"
+                raise no_log(self.name, self._directory.names(), instead)
+            raise CorruptLogError(f"{self.name}/{META_NAME}", 0, "the file is missing")
         if known is not None and known.live:
             if not meta.live or meta.log_uuid != known.log_uuid:
-                raise CorruptLogError(self.path, 0, "another log stands here now")
+                raise CorruptLogError(self.name, 0, "another log stands here now")
         elif not meta.live:
             return attrs.evolve(seen, meta=meta)
         # Before the files are scanned: what it speaks of is in them then.
         word = self._directory.published()
         if word.epoch not in (None, meta.epoch) and read_meta(self._directory) != meta:
-            raise Moved(f"{self.path}/{META_NAME}", "its history is not the one of the lock file")
+            raise Moved(f"{self.name}/{META_NAME}", "its history is not the one of the lock file")
         same = names == seen.names and meta == known and not self._surprised
         # What was found wrong may be put right, or have only looked so.
         if seen.segments and same and seen.chain_damage is None:
@@ -293,8 +283,7 @@ class WatchSource:
             chain_damage=damage,
             beyond_lsn=max(beyond, default=0),
             tail=None if cut else seen.tail,
-            cuts=seen.cuts + cut,
-            shape=seen.shape + moved,
+            changes=seen.changes + moved,
         )
 
     def _judge(self, seen: _Seen, file: File, word: Word) -> _Seen:
@@ -308,7 +297,7 @@ class WatchSource:
         end = tail.position
         evidence = _Evidence(block, last.pointer, last.size, word)
         as_before = seen.tail == tail and seen.evidence == evidence
-        if as_before and not first_look and seen.shape == self._seen.shape:
+        if as_before and not first_look and seen.changes == self._seen.changes:
             return seen
         told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0
         proof = 0 if word.epoch is None else told
@@ -325,7 +314,7 @@ class WatchSource:
             proven = max(proven, end.next_lsn - 1)
         elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):
             judged = judge_end(
-                self.path,
+                self.name,
                 file,
                 last,
                 end,
@@ -367,7 +356,7 @@ class WatchSource:
         segments = self._seen.segments
         found = [segment for segment in segments if segment.header.first_lsn <= lsn]
         if not found:
-            raise Moved(self.path, f"no segment has LSN {lsn}")
+            raise Moved(self.name, f"no segment has LSN {lsn}")
         segment = found[-1]
         following = segments[len(found)].header if len(found) < len(segments) else None
         try:
@@ -375,7 +364,7 @@ class WatchSource:
         except FileNotFoundError:
             # Renamed or dropped since the last look.
             self._surprises += 1
-            path = f"{self.path}/{segment.file_name}"
+            path = f"{self.name}/{segment.file_name}"
             raise Moved(path, "the segment is missing") from None
         try:
             fresh = look_at(file, segment.file_name)
@@ -390,16 +379,22 @@ class WatchSource:
     def release(self, header: SegmentHeader) -> None:
         pass
 
-    async def wait_durable_after(self, lsn: int) -> bool:
-        cuts = self._seen.cuts
-        while self.durable_lsn <= lsn and self._seen.cuts == cuts and self.damage is None:
-            await self._news()
-        return True
+    def cursor(self) -> FileCursor:
+        return FileCursor(self, self.blocking)
 
-    def watch(self, reading: Reading) -> None:
+    async def wait_beyond(self, lsn: int) -> bool:
+        history = self.tail.history
+        while True:
+            tail = self.tail
+            if tail.durable_lsn > lsn or tail.history != history or self.damage is not None:
+                return True
+            await self._news()
+
+    def subscribe(self, reader: Reader) -> None:
+        # It is not told of a cut any sooner than it will look itself.
         pass
 
-    def unwatch(self, reading: Reading) -> None:
+    def unsubscribe(self, reader: Reader) -> None:
         pass
 
     async def _news(self) -> None:
@@ -418,7 +413,7 @@ class WatchSource:
             # One task waits for the files, and looks, for all.
             await self._others.park()
             if self._closed:
-                raise trio.ClosedResourceError(f"{printable(self.path)}: this reader is closed")
+                raise trio.ClosedResourceError(f"{printable(self.name)}: this reader is closed")
             return
         watch, before = self._watch, self._seen
         self._watching = True
@@ -480,7 +475,7 @@ class LogReader(metaclass=NoPublicConstructor):
     @property
     def path(self) -> str:
         """The log's directory."""
-        return self._source.path
+        return self._source.name
 
     @property
     def uuid(self) -> uuid.UUID:
@@ -498,19 +493,19 @@ class LogReader(metaclass=NoPublicConstructor):
     def bookmark(self) -> Bookmark:
         """`durable_lsn` with the `epoch` of the same look."""
         self._look()
-        return Bookmark(self._source.durable_lsn, self._source.meta.epoch)
+        return Bookmark(self._source.tail.durable_lsn, self._source.meta.epoch)
 
     @property
     def first_lsn(self) -> int:
         """The oldest record now; reads a few blocks of the log's files."""
         self._look()
-        return self._source.first_lsn
+        return self._source.tail.first_lsn
 
     @property
     def durable_lsn(self) -> int:
         """The newest record known to be durable now; reads a few blocks of the log's files."""
         self._look()
-        return self._source.durable_lsn
+        return self._source.tail.durable_lsn
 
     def _look(self) -> None:
         self._check_open()
@@ -567,7 +562,6 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
     async def __aenter__(self) -> LogReader:
         if self._reader is not None:
             raise RuntimeError("open_reader() gives a context manager for one use")
-        require_trio("open_reader")
         require_trio("open_reader")
         blocking = Blocking(threaded=self._files.threaded)
         directory = await blocking(self._files.open_directory, self._path)

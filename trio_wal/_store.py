@@ -13,59 +13,47 @@ from __future__ import annotations
 
 import errno
 import importlib
-import json
-import logging
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from time import perf_counter, sleep
-from typing import Any, Final, Literal, Protocol, TypeVar
-
-import attrs
+from typing import Any, Final, TypeVar
 
 from . import _pages
+from ._base import MapFull, ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
 from ._files import (
-    ChildError,
-    File,
     OsDirectory,
     close_quietly,
+    descriptor,
     identity,
     leave_mark,
     make_directory,
     open_store_directory,
     path_below,
-    plain_size,
     remove_file,
-    run_child,
     system_error,
 )
 from ._operations import KEY_BYTES_MAX
+from ._store_files import (
+    DATA_NAME,
+    LOCK_NAME,
+    STORE_FORMAT,
+    SUSPECT_NAME,
+    check_files,
+    damaged,
+    data_file,
+    forget_suspect,
+    store_size,
+)
 from ._util import MiB
 
 T = TypeVar("T")
 
-log = logging.getLogger("trio_wal")
-
-StoreCheckLevel = Literal["child", "auto"]
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are checked and the bytes that there are."""
-
-DATA_NAME: Final = "data.mdb"
-LOCK_NAME: Final = "lock.mdb"
-SUSPECT_NAME: Final = "suspect"
-"""Stands beside the data from a failed write on, until the data was read from the disk anew."""
 MAP_GROWTH: Final = 2
 TURN_KEYS: Final = 64
 TURN_SECONDS: Final = 0.001
 TURN_PAUSE_SECONDS: Final = 0.00005
 READERS_MAX: Final = 4096
 """Open snapshots and the like, at once."""
-STORE_FORMAT: Final = 1
-AUTO_BYTES_MAX: Final = 128 * MiB
-"""A store up to this size is checked on opening after a crash: 3 ms per MiB, so 0.4 s at most."""
-LOOK_TRIES: Final = 20
-"""How often a store that is written all the time is looked at before it is left unjudged."""
 
 _DATA: Final = _pages.DATA
 _META: Final = _pages.META
@@ -82,78 +70,6 @@ _SYSTEM: Final = {
     "TxnFullError": errno.ENOMEM,
     "MapResizedError": errno.EAGAIN,
 }
-
-
-class MapFull(Exception):
-    """The store has no more room in its map, or a write has failed and its pages must not be
-    written again before they were forgotten; grow it while nobody reads, and try again."""
-
-
-@attrs.frozen
-class StoreState:
-    """To which log a store belongs, and how much of it it holds."""
-
-    log_uuid: bytes
-    lsn: int
-
-
-class ReadTransaction(Protocol):
-    """The store as it was when this began."""
-
-    def get(self, key: bytes) -> bytes | None: ...
-
-    def items(
-        self, start: bytes | None, stop: bytes | None, reverse: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
-        """``start <= key < stop`` in the order of keys, or backwards."""
-        ...
-
-    def explain(self, exc: BaseException) -> None:
-        """Raises what an error of `get` means; returns where that is no error of the store."""
-        ...
-
-    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
-        """The key before, whether this one is there, and the key after it."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Store(Protocol):
-    """Committed state on disk."""
-
-    path: str
-
-    def read(self) -> ReadTransaction: ...
-
-    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
-        """Write a piece of a checkpoint, durably, all or nothing; ``state`` with the last.
-
-        Raises:
-          MapFull
-          CorruptLogError: the file is damaged.
-          OSError: a write failed; the next call raises `MapFull`.
-        """
-        ...
-
-    def crowded(self, needed: int) -> bool:
-        """Whether half of the map is used, or would be with so many bytes more; or else `grow`
-        is due."""
-        ...
-
-    def grow(self) -> None:
-        """Make the map larger, or begin anew after a failed write; nothing may be reading."""
-        ...
-
-    def copy(self, path: str) -> None:
-        """A consistent copy into a new directory, without what was deleted."""
-        ...
-
-    def statistics(self) -> tuple[int, int]:
-        """(keys, bytes of the file)."""
-        ...
-
-    def close(self) -> None: ...
 
 
 def taking_turns(items: Iterable[T]) -> Iterator[T]:
@@ -174,7 +90,7 @@ def taking_turns(items: Iterable[T]) -> Iterator[T]:
 class _LmdbRead:
     def __init__(self, store: LmdbStore) -> None:
         self._store = store
-        self._txn = store._env.begin(db=store._data)
+        self._txn = store.begin()
         self._cursor = self._txn.cursor()
         self.get = self._txn.get
 
@@ -229,33 +145,6 @@ class _LmdbRead:
         self._txn.abort()
 
 
-class Unreadable:
-    """In the place of a read transaction that could not be had: whoever reads is told."""
-
-    def __init__(self, cause: OSError | CorruptLogError) -> None:
-        self._cause = cause
-
-    def get(self, key: bytes) -> bytes | None:
-        """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
-
-    def items(
-        self, start: bytes | None, stop: bytes | None, reverse: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
-        """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
-
-    def explain(self, exc: BaseException) -> None:
-        pass
-
-    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
-        """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
-
-    def close(self) -> None:
-        pass
-
-
 def _seek(cursor: Any, key: bytes) -> bool:
     """Go to the first key that is not below ``key``, which may be longer than keys can be."""
     found: bool = cursor.set_range(key[:KEY_BYTES_MAX])
@@ -279,8 +168,8 @@ class LmdbStore:
         self._suspect = True
         directory = open_store_directory(self.path)
         try:
-            sizes = _check_files(directory)
-            _forget_suspect(directory, sizes)
+            sizes = check_files(directory)
+            forget_suspect(directory, sizes)
             for name in (DATA_NAME, LOCK_NAME):
                 if sizes[name] is None:
                     # By us: LMDB would leave their modes to the umask.
@@ -333,6 +222,10 @@ class LmdbStore:
         if not isinstance(exc, self.lmdb_error):
             return None
         return explained(exc, self.path, what, map_size)
+
+    def begin(self) -> Any:
+        """A read transaction of LMDB's."""
+        return self._env.begin(db=self._data)
 
     def read(self) -> ReadTransaction:
         try:
@@ -404,7 +297,7 @@ class LmdbStore:
             file = directory.open(DATA_NAME, create=True)
             try:
                 # Compacted: what was deleted stays in free pages, and need not travel.
-                self._env.copyfd(file._fd, compact=True)
+                self._env.copyfd(descriptor(file), compact=True)
                 file.sync()
             finally:
                 close_quietly(file)
@@ -423,7 +316,7 @@ class LmdbStore:
         except self.lmdb_error:
             # A write of its own failed, and LMDB begins nothing any more: what was last known.
             pass
-        return self._entries, _size(self.path)
+        return self._entries, store_size(self.path)
 
     def close(self) -> None:
         self._env.close()
@@ -432,39 +325,6 @@ class LmdbStore:
 def _engine(lmdb: Any) -> dict[str, int]:
     """py-lmdb 3 brings LMDB 1.0 too, which has another format."""
     return {"lib_version": 0} if int(lmdb.__version__.partition(".")[0]) >= 3 else {}
-
-
-def data_file(path: str) -> str:
-    return f"{path}/{DATA_NAME}"
-
-
-def _size(path: str) -> int:
-    """Bytes of a store's file, as far as that can be told."""
-    try:
-        directory = open_store_directory(path)
-        try:
-            return plain_size(directory, DATA_NAME) or 0
-        finally:
-            directory.close()
-    except (OSError, CorruptLogError):
-        return 0
-
-
-def _check_files(directory: OsDirectory) -> dict[str, int | None]:
-    """The sizes of a store's files, None where there is none.
-
-    Raises:
-      CorruptLogError: one of them is not a regular file of its own: what LMDB, or a mark, would
-          write there would be written elsewhere.
-    """
-    names = (DATA_NAME, LOCK_NAME, SUSPECT_NAME)
-    return {name: plain_size(directory, name) for name in names}
-
-
-def _forget_suspect(directory: OsDirectory, sizes: dict[str, int | None]) -> None:
-    """After a write of a store has failed: read it from the disk, not from the page cache."""
-    if sizes[SUSPECT_NAME] is not None and sizes[DATA_NAME]:
-        directory.reread(DATA_NAME)
 
 
 def explained(
@@ -490,217 +350,6 @@ def explained(
     return OSError(number, text, data_file(path))
 
 
-def damaged(path: str, reason: str) -> CorruptLogError:
-    return CorruptLogError(
-        path,
-        0,
-        f"{reason}; where the log still starts at LSN 1, moving the store away lets "
-        "open_database rebuild it from the log, otherwise restore a backup",
-    )
-
-
-# -- looking at a store without LMDB ------------------------------------------------
-
-
-@contextmanager
-def _opened_data(path: str) -> Generator[File | None]:
-    """A store's data file, to read; None where there is none yet."""
-    try:
-        directory = open_store_directory(path)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        sizes = _check_files(directory)
-        _forget_suspect(directory, sizes)
-        if not sizes[DATA_NAME]:
-            yield None
-            return
-        file = directory.open(DATA_NAME)
-        try:
-            yield file
-        finally:
-            close_quietly(file)
-    finally:
-        close_quietly(directory)
-
-
-def inspect_store(path: str) -> StoreState | None:
-    """What a store says of itself, without writing; None where there is none yet.
-
-    LMDB is not asked: it would follow whatever the pages say.  After this it may be: the few
-    pages that opening it reads have been checked.
-
-    Raises:
-      CorruptLogError: this is no store, or damaged, or the file is shorter than it says.
-      OSError: the disk's own.
-    """
-    with _opened_data(path) as file:
-        if file is None:
-            return None
-        try:
-            _, _, meta = _pages.read_meta(file.pread, file.size())
-        except _pages.PagesError as exc:
-            raise _found(path, exc.offset, exc.reason) from exc
-        return _state_of(path, meta)
-
-
-def _found(path: str, offset: int, reason: str) -> CorruptLogError:
-    error = damaged(data_file(path), reason)
-    return CorruptLogError(error.path, offset, error.reason)
-
-
-def _state_of(path: str, meta: dict[bytes, bytes]) -> StoreState | None:
-    name = data_file(path)
-    lsn, uuid, version = (meta.get(key) for key in (b"lsn", b"log", b"format"))
-    if lsn is None and uuid is None and version is None:
-        return None
-    if lsn is None or uuid is None or len(lsn) != 8 or len(uuid) != 16 or version is None:
-        raise damaged(name, "the store does not say of which log it is the state")
-    if int.from_bytes(version, "little") != STORE_FORMAT:
-        raise damaged(name, f"store format {int.from_bytes(version, 'little')} is not known")
-    return StoreState(uuid, int.from_bytes(lsn, "little"))
-
-
-def misfit(
-    state: StoreState | None, log_uuid: bytes | None, base_lsn: int, last_lsn: int
-) -> str | None:
-    """Why a store and a log do not belong together; ``log_uuid`` None: there is no log."""
-    if log_uuid is None:
-        return None if state is None else "there is a store but no log"
-    if state is None:
-        if base_lsn > 1:
-            return f"the store is missing, and the log starts at LSN {base_lsn}"
-    elif state.log_uuid != log_uuid:
-        return "the store belongs to another log"
-    elif state.lsn > last_lsn:
-        return f"the store holds LSN {state.lsn}, but its log ends at LSN {last_lsn}"
-    elif state.lsn + 1 < base_lsn:
-        return f"the store ends at LSN {state.lsn}, but its log starts at {base_lsn}"
-    return None
-
-
-# -- checking all of a store ----------------------------------------------------------
-
-
-@attrs.frozen
-class StoreCheck:
-    """What `check_store` found."""
-
-    path: str
-    """Of the data file."""
-    findings: tuple[tuple[int, str], ...]
-    """(offset, reason)"""
-    state: StoreState | None
-    keys: int
-    bytes: int
-    note: str = ""
-    """What could not be checked, and why."""
-
-
-def check_store(
-    path: str, progress: Progress | None = None, *, read_through: bool = True
-) -> StoreCheck:
-    """Check every page, and then whether LMDB reads every key; nothing is written.
-
-    The pages are read as bytes, so nothing that they say can do harm.  ``read_through``: only
-    where they are sound is all of it read through LMDB as well, both ways and key by key, in a
-    child process: a page that cannot be read ends that one and not this.
-
-    The store may be written meanwhile, and pages be used anew: what is found counts only where
-    the headers stood still.
-
-    Raises:
-      CorruptLogError: what stands there is no store's file.
-      OSError: the disk's own.
-    """
-    name = data_file(path)
-    with _opened_data(path) as file:
-        if file is None:
-            return StoreCheck(name, (), None, 0, 0)
-        for _ in range(LOOK_TRIES):
-            before = _headers(file)
-            found = _check_once(path, file, read_through, progress)
-            if not found.findings or _headers(file) == before:
-                return found
-        size = file.size()
-    note = "the store was being written all the time, and could not be judged"
-    return StoreCheck(name, (), None, 0, size, note)
-
-
-def _headers(file: File) -> bytes:
-    return file.pread(2 * _pages.PAGE_BYTES_MAX, 0)
-
-
-def _check_once(path: str, file: File, read_through: bool, progress: Progress | None) -> StoreCheck:
-    name, size = data_file(path), file.size()
-    contents = _pages.check(file.pread, size, _Ticks(size, progress))
-    if contents.findings:
-        return StoreCheck(name, contents.findings, None, 0, size)
-    try:
-        state = _state_of(path, contents.meta)
-    except CorruptLogError as exc:
-        return StoreCheck(name, ((0, exc.reason.partition(";")[0]),), None, 0, size)
-    findings: tuple[tuple[int, str], ...] = ()
-    note = ""
-    if read_through:
-        try:
-            findings = tuple((0, reason) for reason in _read_in_child(path, contents.entries))
-        except ChildError as exc:
-            note = f"the pages were checked, but the store was not read through LMDB: {exc}"
-    if progress is not None:
-        progress(size, size)
-    return StoreCheck(name, findings, state, contents.entries, size, note)
-
-
-class _Ticks:
-    """Tells how far a check is, and lets the event loop have its turn."""
-
-    def __init__(self, size: int, progress: Progress | None) -> None:
-        self._size = size
-        self._progress = progress
-        self._done = 0
-        self._since = perf_counter()
-
-    def __call__(self, done: int) -> None:
-        self._done += done
-        if perf_counter() - self._since > TURN_SECONDS:
-            if self._progress is not None:
-                self._progress(min(self._done, self._size), self._size)
-            sleep(TURN_PAUSE_SECONDS)
-            self._since = perf_counter()
-
-
-def _read_in_child(path: str, entries: int) -> Iterator[str]:
-    """What is wrong with reading the store through LMDB."""
-    output, crash = run_child("_store", "read_as_child", path)
-    if crash:
-        yield f"reading the store through LMDB ends the process ({crash})"
-        return
-    try:
-        answer = json.loads(output)
-    except ValueError as exc:
-        raise ChildError("the child process did not answer") from exc
-    if answer["refused"]:
-        raise ChildError(answer["refused"])
-    if answer["wrong"]:
-        yield answer["wrong"]
-    elif answer["keys"] != entries:
-        yield f"LMDB reads {answer['keys']} keys of {entries}"
-
-
-def read_as_child() -> None:
-    """What the child process does."""
-    keys, wrong, refused = 0, "", ""
-    try:
-        keys = read_everything(sys.argv[1])
-    except CorruptLogError as exc:
-        wrong = exc.reason.partition(";")[0]
-    except (OSError, MemoryError) as exc:
-        refused = str(exc) or type(exc).__name__
-    sys.stdout.write(json.dumps({"keys": keys, "wrong": wrong, "refused": refused}))
-
-
 def read_everything(path: str) -> int:
     """Every key forwards, backwards and by itself, through LMDB; returns how many there are.
 
@@ -711,7 +360,7 @@ def read_everything(path: str) -> int:
     env: Any = None
     directory = open_store_directory(path)
     try:
-        _check_files(directory)
+        check_files(directory)
         env = lmdb.open(
             path_below(directory), readonly=True, lock=False, max_dbs=2, create=False,
             **_engine(lmdb),
@@ -741,19 +390,3 @@ def _read_all(path: str, txn: Any) -> int:
     if backwards != count:
         raise damaged(data_file(path), f"LMDB lists {count} keys, and backwards {backwards}")
     return count
-
-
-def check_before_open(path: str, how: StoreCheckLevel, progress: Progress | None) -> None:
-    """`check_store` before a store is opened; ``"auto"``: its pages, where there are not too many.
-
-    Raises:
-      CorruptLogError: the first finding.
-      OSError
-    """
-    if how == "auto" and _size(path) > AUTO_BYTES_MAX:
-        return
-    found = check_store(path, progress, read_through=how == "child")
-    if found.findings:
-        raise _found(path, *found.findings[0])
-    if found.note:
-        log.warning("%s: %s", found.path, found.note)

@@ -1,9 +1,9 @@
 """Records as a trio program iterates over them, wherever the log is.
 
-Law: knows no file.  A `Source` says what a log has, and how to wait for more; chunks of records
-are read in a worker thread and handed over whole, and the event loop only gives them out.
-Nothing that is not durable is ever given.  What looks like damage is believed when the log has
-not changed while it was looked at twice.
+Law: knows no file and no thread.  A `Source` says what a log has, and how to wait for more; its
+cursors give records in chunks, and here they are only given out.  Nothing that is not durable is
+ever given.  What looks like damage is believed when the log has not changed while it was looked
+at twice.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Final, Protocol, final
+from typing import Final, final
 
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._disk.cursor import Cursor, Locator, Moved, Record
+from ._engine import Moved, Record, Source
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._util import check_int
-from ._worker import Blocking
 
 CHECKPOINT_RECORDS: Final = 1024
 """Of those that are ready, between two checkpoints: about half a millisecond."""
@@ -31,67 +30,12 @@ SAME_DAMAGE_TIMES: Final = 50
 whatever an owner is doing moves on."""
 
 
-class Source(Locator, Protocol):
-    """A log that can be read: this process's own, or another's."""
-
-    path: str
-    blocking: Blocking
-
-    @property
-    def first_lsn(self) -> int: ...
-
-    @property
-    def durable_lsn(self) -> int:
-        """The newest record that may be given, as far as is known."""
-        ...
-
-    @property
-    def last_lsn(self) -> int:
-        """The newest record written, as far as is known; not below `durable_lsn`."""
-        ...
-
-    @property
-    def history(self) -> History: ...
-
-    @property
-    def damage(self) -> CorruptLogError | None:
-        """What keeps whoever has read everything up to `durable_lsn`, as far as it is whole,
-        from going on: proof that there was more."""
-        ...
-
-    async def refresh(self) -> None:
-        """Bring all this up to date; no checkpoint where that takes no time."""
-        ...
-
-    def generation(self) -> int:
-        """Changes whenever the log's end may have been cut."""
-        ...
-
-    def shape(self) -> int:
-        """Changes whenever files have come, gone or been replaced."""
-        ...
-
-    def cutting(self) -> bool:
-        """Whether the log's end is being cut."""
-        ...
-
-    async def wait_durable_after(self, lsn: int) -> bool:
-        """Wait until more than ``lsn`` is durable, or the end was cut, or damage has shown;
-        False: there will be no more."""
-        ...
-
-    def watch(self, reading: Reading) -> None:
-        """From here on, tell ``reading`` at once when the end was cut, if that is known."""
-        ...
-
-    def unwatch(self, reading: Reading) -> None: ...
-
-
 class Reading:
     """One pass over a source, between its beginning and its end.
 
-    Between two chunks it is told of cuts by its source (`cut`), or finds out by the log's
-    history; what it has given out by then, and what it is about to, decides what a cut means.
+    Whenever the log's end was cut, the source tells it at once (`epoch_changed`), or it finds
+    out by comparing epochs before the next chunk; what it has given out by then, and what it is
+    about to, decides what the cut means.
     """
 
     def __init__(self, source: Source, start: int, *, stop: int | None, seen: bool) -> None:
@@ -99,28 +43,25 @@ class Reading:
         self.ready: list[Record] = []
         """The newest stands first."""
         self.ended: bool = False
-        self._cursor = Cursor(source, start)
+        self._cursor = source.cursor()
+        self._next = start
+        """The LSN behind the newest record that is ready, or was given."""
         self._stop = stop
         self._begin = 0 if seen else start
         """Where a cut begins to matter: below, nothing was seen."""
-        self._due = start
-        """The LSN that is given next, where none is ready."""
-        self._history = source.history
-        self._generation = source.generation()
-        self._shape = source.shape()
+        self._history = source.tail.history
+        """Of the records that are ready, or were given."""
+        self._changes = source.changes
         self._diverged: LogDivergedError | None = None
         self._doubt: object = None
         """What looked like damage, and where."""
         self._doubts = 0
         """How often, one time after the other."""
-        self._filling = False
 
     @property
     def next_lsn(self) -> int:
         """The LSN that is given next."""
-        if self.ready:
-            return self.ready[-1].lsn
-        return self._due if self._filling else self._cursor.next_lsn
+        return self.ready[-1].lsn if self.ready else self._next
 
     @property
     def bookmark(self) -> Bookmark:
@@ -129,33 +70,37 @@ class Reading:
     def close(self) -> None:
         self.ended = True
         self.ready.clear()
-        self.source.unwatch(self)
-        if not self._filling:
-            self._cursor.leave()
+        self.source.unsubscribe(self)
+        self._cursor.close()
+
+    def _renew_cursor(self) -> None:
+        self._cursor.close()
+        self._cursor = self.source.cursor()
 
     # -- the log's end was cut --
 
-    def cut(self, lsn: int | None) -> None:
+    def epoch_changed(self) -> None:
+        """See what has become of the records that were given, or are about to be."""
+        history = self.source.tail.history
+        if history is not self._history and history != self._history:
+            self._cut(common_lsn(history, epoch_of(self._history)))
+            self._history = history
+            self._renew_cursor()
+
+    def _cut(self, lsn: int | None) -> None:
         """Records after ``lsn`` are gone, others may come; None: nobody knows where."""
         next_lsn = self.next_lsn
-        place = self.bookmark
-        self._history = self.source.history
         if lsn is None or next_lsn > max(self._begin, lsn + 1):
-            self._diverged = LogDivergedError(self.source.path, place, lsn)
+            self._diverged = LogDivergedError(self.source.name, self.bookmark, lsn)
             self.ready.clear()
         elif self.ready:
             del self.ready[: max(0, self.ready[0].lsn - lsn)]
-            self._cursor.next_lsn = self.ready[0].lsn + 1 if self.ready else next_lsn
+            self._next = self.ready[0].lsn + 1 if self.ready else next_lsn
         if self._stop is not None and lsn is not None:
             self._stop = min(self._stop, lsn + 1)
 
-    def _follow_history(self) -> None:
-        history = self.source.history
-        if history is not self._history and history != self._history:
-            self.cut(common_lsn(history, epoch_of(self._history)))
-
     def _check_history(self) -> None:
-        self._follow_history()
+        self.epoch_changed()
         if self._diverged is not None:
             known = self._diverged
             raise LogDivergedError(known.path, known.bookmark, known.parted_after)
@@ -173,82 +118,70 @@ class Reading:
         return True
 
     async def _fill(self, *, follow: bool, to_end: bool) -> bool:
-        source, cursor = self.source, self._cursor
-        if self._stop is not None and cursor.next_lsn >= self._stop:
+        source = self.source
+        if self._stop is not None and self._next >= self._stop:
             if to_end:
                 self._check_damage()
             return False
-        if cursor.next_lsn > source.durable_lsn:
+        tail = source.tail
+        if self._next > tail.durable_lsn:
             await source.refresh()
             self._check_history()
-            if cursor.next_lsn > max(self._begin, source.durable_lsn + 1):
+            tail = source.tail
+            if self._next > max(self._begin, tail.durable_lsn + 1):
                 # Cut by an owner of an older version, which tells of no epoch.
-                raise LogDivergedError(source.path, self.bookmark, source.durable_lsn)
-            if cursor.next_lsn > source.durable_lsn:
+                raise LogDivergedError(source.name, self.bookmark, tail.durable_lsn)
+            if self._next > tail.durable_lsn:
                 self._check_damage()
-                return follow and await source.wait_durable_after(cursor.next_lsn - 1)
-        if cursor.next_lsn < source.first_lsn:
-            raise LsnTruncatedError(source.first_lsn, cursor.next_lsn)
-        generation, shape = source.generation(), source.shape()
-        if (generation, shape) != (self._generation, self._shape):
-            self._generation, self._shape = generation, shape
-            cursor.leave()
-        stop = source.durable_lsn + 1
+                return follow and await source.wait_beyond(self._next - 1)
+        if self._next < tail.first_lsn:
+            raise LsnTruncatedError(tail.first_lsn, self._next)
+        if source.changes != self._changes:
+            self._changes = source.changes
+            self._renew_cursor()
+        stop = tail.durable_lsn + 1
         await self._read_chunk(stop if self._stop is None else min(stop, self._stop))
         return True
 
     async def _read_chunk(self, stop: int) -> None:
-        source, cursor = self.source, self._cursor
-        generation, shape = source.generation(), source.shape()
-        before = self._due = cursor.next_lsn
-        self._filling = True
+        source, history, changes = self.source, self._history, self._changes
         try:
-            records = await source.blocking(cursor.chunk, stop)
-        except (CorruptLogError, FileNotFoundError, Moved) as exc:
-            cursor.next_lsn = before
-            cursor.leave()
-            await self._explain(exc, generation, shape)
+            records = await self._cursor.chunk(self._next, stop)
+        except (CorruptLogError, Moved) as exc:
+            await self._explain(exc, history, changes)
             return
-        except BaseException:
-            cursor.next_lsn = before
-            raise
-        finally:
-            self._filling = False
-            if self.ended:
-                cursor.leave()
-        if self._diverged is None and generation == source.generation():
+        # Else nobody can tell of which history they are.
+        if self._diverged is None and source.tail.history == history:
+            self._next = records[-1].lsn + 1
             records.reverse()
             self.ready[:] = records
             self._doubt = None
-        else:
-            # Of which history they are nobody can tell.
-            cursor.next_lsn = before
 
-    async def _explain(self, exc: Exception, generation: int, shape: int) -> None:
+    async def _explain(self, exc: CorruptLogError | Moved, history: History, changes: int) -> None:
         """Damage, or only a log that has changed meanwhile?"""
         source = self.source
         await trio.sleep(RETRY_SECONDS)
-        await source.refresh()
+        await source.settle()
         self._check_history()
-        next_lsn = self._cursor.next_lsn
-        if next_lsn < source.first_lsn:
-            raise LsnTruncatedError(source.first_lsn, next_lsn) from exc
+        tail, next_lsn = source.tail, self._next
+        if next_lsn < tail.first_lsn:
+            raise LsnTruncatedError(tail.first_lsn, next_lsn) from exc
+        if tail.history != history:
+            # What was missed meanwhile says nothing of the log as it is now.
+            self._doubt = None
+            return
         doubt = (next_lsn, repr(exc))
         self._doubts = self._doubts + 1 if doubt == self._doubt else 1
         self._doubt = doubt
-        stood = (generation, shape) == (source.generation(), source.shape())
-        if source.cutting() or next_lsn > source.durable_lsn:
+        stood = changes == source.changes
+        if next_lsn > tail.durable_lsn:
             return
         # Once more: what was read may have been written at that moment.
         if self._doubts < (2 if stood else SAME_DAMAGE_TIMES):
             return
-        if isinstance(exc, FileNotFoundError):
-            found = CorruptLogError(str(exc.filename), 0, "the segment is missing")
-        elif isinstance(exc, Moved):
-            found = CorruptLogError(exc.path, exc.offset, exc.reason)
-        else:
-            assert isinstance(exc, CorruptLogError)
-            found = exc
+        found = exc
+        if isinstance(found, Moved):
+            found = CorruptLogError(found.path, found.offset, found.reason)
         known = source.damage
         if known is not None and (
             isinstance(exc, Moved) or (found.path, found.offset) == (known.path, known.offset)
@@ -277,7 +210,13 @@ class RecordStream(
     """
 
     def __init__(
-        self, source: Source, start: int | Bookmark | None, stop: int | None, *, follow: bool
+        self,
+        source: Source,
+        start: int | Bookmark | None,
+        stop: int | None,
+        *,
+        follow: bool,
+        entering: str | None = None,
     ) -> None:
         if start is not None and not isinstance(start, Bookmark):
             check_int("start", start, 0)
@@ -288,7 +227,7 @@ class RecordStream(
         self._stop = stop
         self._follow = follow
         self._to_end = stop is None
-        self._entering = f"log.{'follow' if follow else 'read'}() as records"
+        self._entering = entering or f"log.{'follow' if follow else 'read'}() as records"
         """How it is entered, for who forgets it."""
         self._reading: Reading | None = None
         self._ready: list[Record] = []
@@ -303,18 +242,19 @@ class RecordStream(
         start = self._first(source)
         stop = self._stop
         if not self._follow:
-            end = source.durable_lsn + 1
+            end = source.tail.durable_lsn + 1
             self._to_end = stop is None or stop > end
             stop = end if stop is None else min(stop, end)
         seen = isinstance(self._start, Bookmark)
         self._reading = Reading(source, start, stop=stop, seen=seen)
         self._ready = self._reading.ready
-        source.watch(self._reading)
+        source.subscribe(self._reading)
         return self
 
     def _first(self, source: Source) -> int:
         """The LSN to begin with, if what comes before it is in the log's history."""
-        first, last, history = source.first_lsn, source.last_lsn, source.history
+        tail = source.tail
+        first, last, history = tail.first_lsn, tail.last_lsn, tail.history
         place = self._start
         if place is None:
             return first
@@ -324,7 +264,7 @@ class RecordStream(
                 self._check_damage(source)
             if common is None or place.lsn > min(common, last):
                 parted = None if common is None else min(common, last)
-                raise LogDivergedError(source.path, place, parted)
+                raise LogDivergedError(source.name, place, parted)
             start = place.lsn + 1
         else:
             # LSN 0 never was: to start there is to start at the beginning.
@@ -332,7 +272,7 @@ class RecordStream(
             if start > last + 1:
                 self._check_damage(source)
                 ahead = Bookmark(start - 1, epoch_of(history))
-                raise LogDivergedError(source.path, ahead, last)
+                raise LogDivergedError(source.name, ahead, last)
         if start < first:
             raise LsnTruncatedError(first, start)
         return start

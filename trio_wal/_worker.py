@@ -14,16 +14,21 @@ the log.  Jobs reach it through a `queue.SimpleQueue`; it answers through an eve
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
 
+import outcome
 import trio
-from trio.lowlevel import current_task, enable_ki_protection
+from trio.lowlevel import current_task, enable_ki_protection, reschedule
+
+from ._engine import Forked
+from ._park import is_parked
 
 T = TypeVar("T")
 
@@ -42,10 +47,6 @@ def _no_thread_is_oserror() -> Generator[None, None, None]:
         raise OSError(
             errno.EAGAIN, "no thread can be started: see the limits on processes"
         ) from exc
-
-
-class Forked(BaseException):
-    """Ends the tasks of a handle in a forked child, where it is dead."""
 
 
 class Worker(Protocol):
@@ -142,7 +143,11 @@ if sys.platform == "linux":
 
         async def wait(self) -> None:
             if self._fd >= 0:
-                await trio.lowlevel.wait_readable(self._fd)
+                try:
+                    await trio.lowlevel.wait_readable(self._fd)
+                except trio.ClosedResourceError:
+                    if not self._disowned:
+                        raise
             if self._fd < 0:
                 raise Forked if self._disowned else trio.ClosedResourceError
             os.eventfd_read(self._fd)
@@ -155,12 +160,16 @@ if sys.platform == "linux":
                 os.close(fd)
 
         def disown(self) -> None:
-            # Without `notify_closing`: the epoll instance that it speaks to is shared with the
-            # parent, which would not hear of its own thread any more.
             self._disowned = True
             fd, self._fd = self._fd, -1
             if fd >= 0:
+                # Closed first: then trio forgets who waits, whom the parent's thread would wake
+                # once more, and cannot take it out of the epoll instance, which is shared with
+                # the parent.
                 os.close(fd)
+                # RuntimeError: forked by another thread than trio's, which is not in the child.
+                with suppress(RuntimeError):
+                    trio.lowlevel.notify_closing(fd)
 
     def _new_bell() -> _Bell:
         return _EventFdBell()
@@ -289,12 +298,39 @@ def require_trio(caller: str) -> None:
         ) from None
 
 
+def _parents() -> trio.ClosedResourceError:
+    return trio.ClosedResourceError("this log is the parent process's")
+
+
+class _Limiter:
+    """As many threads as one log may use; in a forked child none."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(READ_THREADS)
+        self._disowned = False
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        await self._limiter.acquire_on_behalf_of(borrower)
+        if self._disowned:
+            self._limiter.release_on_behalf_of(borrower)
+            raise _parents()
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        self._limiter.release_on_behalf_of(borrower)
+
+    def disown(self) -> None:
+        """Nobody waits for one any more."""
+        self._disowned = True
+        self._limiter.total_tokens = math.inf
+
+
 class Blocking:
     """Runs what is not the log's writing: opening, reading, preparing, dropping."""
 
     def __init__(self, *, threaded: bool) -> None:
-        self._limiter = trio.CapacityLimiter(READ_THREADS) if threaded else None
-        self._running = 0
+        self._limiter = _Limiter() if threaded else None
+        self._token = trio.lowlevel.current_trio_token() if threaded else None
+        self._callers: set[trio.lowlevel.Task] = set()
         self._closed: trio.Event | None = None
         self._disowned = False
 
@@ -305,21 +341,23 @@ class Blocking:
         """A checkpoint; once started, the call is waited for even when cancelled."""
         if self._closed is not None:
             raise trio.ClosedResourceError("this log is closed")
-        self._running += 1
+        task = current_task()
+        self._callers.add(task)
         try:
             if self._limiter is None:
                 await trio.lowlevel.checkpoint()
                 return function(*args, **kwargs)
             with _no_thread_is_oserror():
                 return await trio.to_thread.run_sync(
-                    partial(function, *args, **kwargs), limiter=self._limiter
+                    partial(function, *args, **kwargs),
+                    limiter=cast(trio.CapacityLimiter, self._limiter),
                 )
         except OSError as exc:
             if self._disowned:
-                raise trio.ClosedResourceError("this log is the parent process's") from exc
+                raise _parents() from exc
             raise
         finally:
-            self._running -= 1
+            self._callers.discard(task)
             self._note_idle()
 
     async def close(self) -> None:
@@ -335,7 +373,20 @@ class Blocking:
         self._disowned = True
         self._closed = trio.Event()
         self._closed.set()
+        # RuntimeError: as above.
+        with suppress(RuntimeError):
+            token = trio.lowlevel.current_trio_token()
+            if self._limiter is not None and token is self._token:
+                self._limiter.disown()
+                orphans = list(filter(is_parked, self._callers))
+                # Behind what threads have said before the fork: no task may be woken twice.
+                token.run_sync_soon(self._release, orphans)
+
+    def _release(self, orphans: list[trio.lowlevel.Task]) -> None:
+        for task in orphans:
+            if task in self._callers and is_parked(task):
+                reschedule(task, outcome.Error(_parents()))
 
     def _note_idle(self) -> None:
-        if self._closed is not None and not self._running:
+        if self._closed is not None and not self._callers:
             self._closed.set()

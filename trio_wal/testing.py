@@ -32,10 +32,10 @@ import attrs
 import trio
 
 from . import _exports
+from ._base import Progress, ReadTransaction, StoreCheckLevel, StoreState
 from ._exceptions import LogLockedError
 from ._files import NO_WORD, Watch, Word
 from ._order import SortedKeys
-from ._store import Progress, ReadTransaction, StoreCheckLevel, StoreState
 from ._util import KiB
 
 SECTOR: Final = 512

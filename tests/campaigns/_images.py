@@ -16,10 +16,11 @@ import attrs
 
 import trio_wal
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
-from trio_wal._disk.cursor import Cursor, Record
+from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory, open_log_directory
 from trio_wal._disk.recovery import Plan
-from trio_wal._local import LocalSource
+from trio_wal._engine import Record
+from trio_wal._local import DirectoryLocator
 from trio_wal._operations import decode_transaction, encode_transaction
 from trio_wal.testing import MemoryFiles
 
@@ -49,7 +50,7 @@ def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
     """Every record, as a reader of the log gets it."""
     records: list[Record] = []
     last_lsn = log.last_lsn
-    cursor = Cursor(LocalSource(log, None, None, None), log.first_lsn)  # type: ignore[arg-type]
+    cursor = Cursor(DirectoryLocator(log), log.first_lsn)
     try:
         if memory is not None:
             for segment in log.sealed():

@@ -338,9 +338,12 @@ def report_tool(
         for line in said.splitlines():
             chain.give(*_dumped(json.loads(line)))
         end: list[Any] = ["end"]
-        if code:
-            truncated = "truncated" in complained
-            end = ["truncated", 0, chain.next_lsn] if truncated else ["error", complained]
+        if code and "is not in the history of this log" in complained:
+            end = ["diverged", None, chain.next_lsn - 1]
+        elif code and "truncated" in complained:
+            end = ["truncated", 0, chain.next_lsn]
+        elif code:
+            end = ["error", complained]
     except (Wrong, ValueError, KeyError) as exc:
         end = ["wrong", f"{exc!r}"]
     tell("stream", begun, 0, now(), "dump", "read", None, chain.told(), end)

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from operator import attrgetter
 from random import Random
 from typing import Any, Final
 
@@ -321,8 +322,18 @@ class _Life:
         self.say("open", wal.first_lsn, last, *runs.told())
 
     async def find_runs(self) -> Runs:
-        async with self.wal.read() as records:
-            return runs_of(self.owner.seed, [(item.lsn, item.data) async for item in records])
+        return runs_of(self.owner.seed, await self.items(attrgetter("data")))
+
+    async def items(self, data_of: Callable[[Any], bytes]) -> list[tuple[int, bytes]]:
+        """All that the log holds.  What it opened with may be dropped by itself meanwhile."""
+        while True:
+            try:
+                async with self.wal.read() as records:
+                    return [(item.lsn, data_of(item)) async for item in records]
+            except LogDivergedError:
+                raise
+            except LsnTruncatedError:
+                continue
 
     async def tasks(self, *beside: Callable[[Random], Awaitable[None]]) -> None:
         async def task(index: int) -> None:
@@ -455,13 +466,7 @@ class _DatabaseLife(_Life):
 
     async def find_runs(self) -> Runs:
         seed = self.owner.seed
-        while True:
-            try:
-                async with self.db.wal.read() as records:
-                    items = [(item.lsn, payload(item)) async for item in records]
-                break
-            except LsnTruncatedError:
-                continue
+        items = await self.items(payload)
         head = self.db.get(HEAD)
         mark = None if head is None else mark_of(seed, head)
         if head is not None and mark is None:

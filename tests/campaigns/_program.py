@@ -628,7 +628,12 @@ class _DatabaseLife(_Life):
                 self.tell("seen", snapshot.lsn)
             for _ in range(rng.randrange(50)):
                 await trio.lowlevel.checkpoint()
-            total = sum(int(value) for _, value in snapshot.scan(prefix=b"account/"))
+            try:
+                total = sum(int(value) for _, value in snapshot.scan(prefix=b"account/"))
+            except OSError as exc:
+                # LMDB's file cannot be read any more.
+                self.error(exc)
+                return
         if total not in (0, ACCOUNTS * BALANCE):
             self.tell("strange", f"a snapshot of LSN {snapshot.lsn} has {total} in its accounts")
 
@@ -707,16 +712,23 @@ def tell_syncs(tell: Tell) -> None:
     setattr(OsFile, "sync", sync_and_tell)  # noqa: B010  (a method)
 
 
-def let_stranger_sync_first(folder: str) -> None:
+def let_stranger_sync_first(folder: str, before: Callable[[], None] = lambda: None) -> None:
     """From here on, in this process: before each of our syncs our bytes are on their way to
-    the disk, and somebody else's sync has the file system write its journal."""
+    the disk, and somebody else's sync has the file system write its journal.
+
+    ``before`` is called between the two.
+    """
     libc = ctypes.CDLL(None)
     path = os.path.join(folder, "stranger")
 
     def sync_first(fd: int) -> None:
+        # Through a descriptor of its own, so that an error of our bytes is still told to ours.
+        mine = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         libc.sync_file_range(
-            fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE_AND_WAIT
+            mine, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE_AND_WAIT
         )
+        os.close(mine)
+        before()
         with contextlib.suppress(OSError):
             stranger = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
             try:

@@ -15,9 +15,10 @@ from typing import Any, Final, final
 
 from trio_wal._disk import recovery as _recovery
 from trio_wal._disk.chain import META_NAME
-from trio_wal._disk.cursor import Cursor, Record
+from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.segment import SegmentInfo
+from trio_wal._engine import Record
 
 REMEMBERED_MAX: Final = 600
 """Files; each has some ten KiB."""

@@ -49,7 +49,7 @@ from trio_wal._disk.frame import (
 from trio_wal._disk.recovery import VERIFY_BYTES
 from trio_wal._disk.scan import FrameScanner, frame_at, read_pointer, start_of
 from trio_wal._disk.verify import verify
-from trio_wal._local import LocalSource
+from trio_wal._local import DirectoryLocator
 from trio_wal._util import KiB
 from trio_wal.testing import MemoryFiles
 
@@ -377,7 +377,7 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
 
 def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
     """The records of an open log, times included."""
-    source = LocalSource(log, None, None, None)  # type: ignore[arg-type]
+    source = DirectoryLocator(log)
     cursor = Cursor(source, log.first_lsn)
     found: list[Record] = []
     try:

@@ -51,7 +51,7 @@ from trio_wal._disk.recovery import VERIFY_BYTES
 from trio_wal._disk.segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._disk.verify import verify
 from trio_wal._files import LOCK_NAME
-from trio_wal._store import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
+from trio_wal._store_files import DATA_NAME, LOCK_NAME as STORE_LOCK_NAME, SUSPECT_NAME
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -415,7 +415,7 @@ PLACES: Final = (
     *(f"store/{name}" for name in (DATA_NAME, STORE_LOCK_NAME, SUSPECT_NAME, "other")),
     *(f"log/{name}" for name in (META_NAME, segment_name(1))),
 )
-PLACE_SECONDS_MAX: Final = 10
+PLACE_SECONDS_MAX: Final = 30
 PLACES_SHARE: Final = 12
 """So many where there is only so much time."""
 STORE_KINDS: Final[dict[str, Place]] = {

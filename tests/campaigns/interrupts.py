@@ -45,11 +45,12 @@ PARTS: Final = ("cancel", "ctrl-c", "memory")
 STEPS: Final = 800
 """More than any of the programs has."""
 CHUNK: Final = 40
-CASE_SECONDS: Final = 30
+CASE_SECONDS: Final = 60
 PACKAGE: Final = str(Path(trio_wal.__file__).parent)
 TRACED: Final = (
-    "_queue.py", "_flusher.py", "_wal.py", "_worker.py", "_database.py", "_transaction.py",
-    "_checkpoint.py", "_memtable.py", "_reader.py",
+    "_queue.py", "_flusher.py", "_local.py", "_log.py", "_state.py", "_wal.py", "_worker.py",
+    "_database.py", "_core.py", "_mvcc.py", "_readset.py", "_snapshot.py", "_transaction.py",
+    "_checkpoint.py", "_layer.py", "_memtable.py", "_reader.py",
 )  # fmt: skip
 """What runs in the event loop, where a signal arrives; not what runs in threads."""
 

@@ -40,7 +40,7 @@ from trio_wal import _files, _worker
 from . import _report
 from .hostile import limited_time
 
-CASE_SECONDS: Final = 20
+CASE_SECONDS: Final = 60
 CALLS: Final = (
     "open", "close", "mkdir", "stat", "fstat", "listdir", "pread", "pwritev", "ftruncate",
     "posix_fallocate", "fdatasync", "fsync", "replace", "unlink", "eventfd",

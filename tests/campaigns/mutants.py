@@ -30,7 +30,7 @@ from . import _judges, _report
 
 TESTS: Final = Path(__file__).parents[1]
 PACKAGE: Final = Path(trio_wal.__file__).parent
-SECONDS: Final = 20.0
+SECONDS: Final = 60.0
 """For one judge to find one mutant."""
 GRACE_SECONDS: Final = 60.0
 """A judge that has not ended so long after its time hangs."""
@@ -64,15 +64,16 @@ MUTANTS: Final = (
         "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
     ),
     mutant(
-        "watermark too early: what is written is called durable", "_flusher", "simulator:none",
-        "partial(self._directory.write, records, self.durable_lsn, sync=sync)",
-        "partial(self._directory.write, records, self.last_lsn, sync=sync)",
+        "watermark too early: what is written is called durable", "_local", "simulator:none",
+        "partial(directory.write, records, self.durable_lsn, sync=sync)",
+        "partial(directory.write, records, self.last_lsn, sync=sync)",
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
-        "            active.file.sync(in_place=active.position.offset <= active.zeroed)\n",
-        "            try:\n                active.file.sync()\n"
-        "            except OSError:\n                active.file.sync()\n",
+        "            active.file.sync(in_place=",
+        "            with contextlib.suppress(OSError):\n"
+        "                active.file.sync()\n"
+        "            active.file.sync(in_place=",
     ),
     mutant(
         "a failed write is taken for a good one", "_disk/directory", ERRORS,
@@ -87,6 +88,11 @@ MUTANTS: Final = (
     mutant(
         "the records of a failed write are called not written", "_flusher", ERRORS,
         '"unknown" if unsynced else "not written"', '"not written"',
+    ),
+    mutant(
+        "a batch whose write has failed is called not written", "_flusher", ERRORS,
+        'isinstance(exc, LogFailedError) else "unknown"',
+        'isinstance(exc, LogFailedError) else "not written"',
     ),
     mutant(
         "what is being written can be withdrawn", "_queue", WHOLE,
@@ -114,9 +120,9 @@ MUTANTS: Final = (
     ),
     # -- what an open that fails leaves --
     mutant(
-        "an open without a descriptor for its worker keeps the lock", "_wal", "leaks:log/eventfd",
-        "                worker.close()\n            directory.abandon()\n",
-        "                worker.close()\n",
+        "an open without a descriptor for its worker keeps the lock", "_local", "leaks:log/eventfd",
+        "            worker.close()\n        directory.abandon()\n",
+        "            worker.close()\n",
     ),
     mutant(
         "a failed open leaves the files that it has made", "_disk/directory", "leaks:log/fsync",
@@ -128,7 +134,7 @@ MUTANTS: Final = (
         "        _remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
-        "a failed open of a database leaves its directory", "_database", "leaks:database/eventfd",
+        "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
         "            self._remove_made()\n", "            pass\n",
     ),
     mutant(
@@ -373,17 +379,17 @@ MUTANTS: Final = (
     mutant(
         "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
         "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
-        "        lsn = max(db.wal.durable_lsn, self.state.lsn)\n",
+        "        lsn = max(log.durable_lsn, self.state.lsn)\n",
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
-        "        await db._wait_settled(frozen.last_seq)\n", "",
+        "        while self._versions.has_pending(frozen.last_seq):\n", "        while False:\n",
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
         "        state = StoreState(self.state.log_uuid, lsn)\n",
         "        state = StoreState(self.state.log_uuid, lsn)\n"
-        "        db.wal._keep_from(lsn + 1)\n",
+        "        log.hold(HOLD, lsn + 1)\n",
     ),
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
@@ -397,31 +403,31 @@ MUTANTS: Final = (
         "                keys.append(key)\n                values.append(value)\n",
     ),
     mutant(
-        "replay begins one transaction too late", "_database", "simulator:transactions",
-        "self._wal.read(state.lsn + 1)", "self._wal.read(state.lsn + 2)",
+        "replay begins one transaction too late", "_core", "simulator:transactions",
+        "checkpointer.state.lsn + 1)", "checkpointer.state.lsn + 2)",
     ),
     mutant(
-        "transactions are not validated", "_transaction", SCHEDULES,
-        "            return self._doomed\n        if self._observed",
-        "            return self._doomed\n        return None\n        if self._observed",
+        "transactions are not validated", "_readset", SCHEDULES,
+        "            return self._doomed\n        if self.dependency",
+        "            return self._doomed\n        return None\n        if self.dependency",
     ),
     mutant(
-        "what a checkpoint took away is no conflict", "_database", "errors:database",
-        "                reader._layer_dropped(frozen)\n", "                pass\n",
+        "what a checkpoint took away is no conflict", "_mvcc", "errors:database",
+        "            reader.layer_dropped(frozen)\n", "            pass\n",
     ),
     mutant(
-        "a commit that was read can be withdrawn", "_database", WHOLE,
-        "return commit is None or commit[0] not in self._fates", "return True",
+        "a commit that was read can be withdrawn", "_mvcc", WHOLE,
+        "return commit is None or commit[0] not in self._dependencies", "return True",
     ),
     mutant(
-        "a withdrawn commit takes the version before it along", "_memtable", WHOLE,
+        "a withdrawn commit takes the version before it along", "_layer", WHOLE,
         "                    self.versions[key] = older\n",
         "                    del self.versions[key]\n",
     ),
     mutant(
-        "a read-only transaction does not wait for what it read", "_database", "errors:database",
-        "        elif not fate.lost:\n            await fate.wait()\n",
-        "        elif not fate.lost:\n            await trio.lowlevel.checkpoint()\n",
+        "a read-only transaction does not wait for what it read", "_mvcc", "errors:database",
+        "        elif not dependency.lost:\n            await dependency.wait()\n",
+        "        elif not dependency.lost:\n            await trio.lowlevel.checkpoint()\n",
     ),
     mutant(
         "a snapshot sees what came after it", "_memtable", SCHEDULES,
@@ -438,11 +444,11 @@ MUTANTS: Final = (
         'state.lsn % 2 or txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)',
     ),
     mutant(
-        "a store of another log is taken", "_store", STORE,
+        "a store of another log is taken", "_store_files", STORE,
         "    elif state.log_uuid != log_uuid:", "    elif False:",
     ),
     mutant(
-        "a store that is missing is passed over", "_store", STORE,
+        "a store that is missing is passed over", "_store_files", STORE,
         "        if base_lsn > 1:", "        if False:",
     ),
     # -- damaged and forged stores --
@@ -481,10 +487,10 @@ MUTANTS: Final = (
     ),
     mutant(
         "LMDB's errors of a get reach the user", "_database", PAGES,
-        "            self._view.base.explain(exc)\n", "",
+        "            versions.view.base.explain(exc)\n", "",
     ),
     mutant(
-        "LMDB's errors of a transaction's get reach the user", "_transaction", PAGES,
+        "LMDB's errors of a transaction's get reach the user", "_readset", PAGES,
         "                view.base.explain(exc)\n", "",
     ),
     mutant(
@@ -505,8 +511,8 @@ MUTANTS: Final = (
         "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
-        "a backup starts at the wrong record", "_checkpoint", "errors:database",
-        "                first_lsn=state.lsn + 1,", "                first_lsn=state.lsn + 2,",
+        "a backup starts at the wrong record", "_local", "errors:database",
+        "                first_lsn=after_lsn + 1,", "                first_lsn=after_lsn + 2,",
     ),
     # -- who reads --
     mutant(
@@ -616,13 +622,13 @@ MUTANTS: Final = (
     ),
     mutant(
         "a reader that was overtaken by retention is told of damage", "_stream", READERS,
-        "        if next_lsn < source.first_lsn:\n", "        if False:\n",
-        "        if cursor.next_lsn < source.first_lsn:\n", "        if False:\n",
+        "        if next_lsn < tail.first_lsn:\n", "        if False:\n",
+        "        if self._next < tail.first_lsn:\n", "        if False:\n",
     ),
     mutant(
         "the owner gives what is not yet synced", "_local", READERS,
-        "        return min(self._flusher.durable_lsn, self._directory.last_lsn)\n",
-        "        return self._directory.last_lsn\n",
+        "        if sync:\n            self.durable_lsn = directory.synced_lsn\n",
+        "        self.durable_lsn = directory.last_lsn\n        if sync:\n",
     ),
 )  # fmt: skip
 

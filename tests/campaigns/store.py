@@ -43,7 +43,7 @@ import trio
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, WalError, _pages, _store
+from trio_wal import CorruptLogError, WalError, _pages, _store_check, _store_files
 from trio_wal._disk.verify import Verification, verify
 from trio_wal._files import OsFiles
 
@@ -385,7 +385,7 @@ def judge(case: int, unchecked: Callable[[], None] = lambda: None) -> Found:
     file = folder / "db" / "store" / "data.mdb"
     file.write_bytes(content)
     try:
-        found = _store.check_store(str(file.parent), read_through=False)
+        found = _store_check.check_store(str(file.parent), read_through=False)
         if found.findings:
             refused = _refused(folder, found)
             if refused.outcome != REFUSED or case % UNCHECKED_EVERY:
@@ -394,7 +394,7 @@ def judge(case: int, unchecked: Callable[[], None] = lambda: None) -> Found:
             unchecked()
             return trio.run(_read_unchecked, folder, made.state)
         log = made.log
-        if _store.misfit(found.state, log.log_uuid, log.first_lsn, log.last_lsn) is not None:
+        if _store_files.misfit(found.state, log.log_uuid, log.first_lsn, log.last_lsn) is not None:
             return Found(REFUSED)
     except CorruptLogError:
         return Found(REFUSED)
@@ -414,11 +414,11 @@ def judge(case: int, unchecked: Callable[[], None] = lambda: None) -> Found:
         return Found(BARE, f"{type(exc).__name__}: {exc}")
 
 
-def _refused(folder: Path, found: _store.StoreCheck) -> Found:
+def _refused(folder: Path, found: _store_check.StoreCheck) -> Found:
     """What is not sound must be refused by opening, where that checks, and without a trace."""
     before = hash_tree(folder / "db" / "store")
     try:
-        _store.check_before_open(str(folder / "db" / "store"), "child", None)
+        _store_check.check_before_open(str(folder / "db" / "store"), "child", None)
     except CorruptLogError as exc:
         if (exc.offset, exc.reason.partition(";")[0]) != (
             found.findings[0][0],
@@ -528,7 +528,7 @@ async def _write_all(folder: Path, db: trio_wal.Database, seen: State) -> list[s
     found = []
     if dict(db.scan()) != state:
         found.append("what was written is not what is read")
-    checked = _store.check_store(str(folder / "db" / "store"), read_through=False)
+    checked = _store_check.check_store(str(folder / "db" / "store"), read_through=False)
     if checked.findings:
         found.append(f"written, and then not sound: {checked.findings[0]}")
     await db.backup(folder / "copy")

@@ -16,10 +16,10 @@ from typing import Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
-from trio_wal._database import decode_record, operations_in
+from trio_wal._changes import decode_record, operations_in
 from trio_wal._disk.chain import read_meta
-from trio_wal._disk.cursor import Record
 from trio_wal._disk.frame import FEATURE_DATABASE
+from trio_wal._engine import Record
 from trio_wal._exceptions import CorruptLogError, LogDivergedError
 from trio_wal._reader import LogReader, open_reader
 from trio_wal._stream import RecordStream

@@ -14,7 +14,7 @@ from trio_wal._disk.finding import Finding
 from trio_wal._disk.verify import Verification, verify as verify_log
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import OsFiles
-from trio_wal._store import StoreCheck
+from trio_wal._store_check import StoreCheck
 
 from ._output import (
     CommandError,

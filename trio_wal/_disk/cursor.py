@@ -7,12 +7,12 @@ the log has only changed meanwhile is for the caller to find out, who can look a
 
 from __future__ import annotations
 
-from datetime import datetime
 from itertools import repeat
-from typing import Final, Protocol, final
+from typing import Final, Protocol
 
 import attrs
 
+from trio_wal._engine import Moved, Record
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import File, close_quietly
 from trio_wal._util import KiB
@@ -24,27 +24,6 @@ from .scan import FrameScanner, Position, start_of
 
 CHUNK_BYTES: Final = 512 * KiB
 """Payload decoded per call: some 5,000 records of 100 bytes."""
-
-
-@final
-@attrs.frozen
-class Record:
-    """One record of the log."""
-
-    lsn: int
-    timestamp: datetime
-    """UTC, of its batch; never decreasing along the log."""
-    data: bytes
-
-
-class Moved(Exception):
-    """The log has changed since it was looked at; look again.  Damage, if it has not."""
-
-    def __init__(self, path: str, reason: str, offset: int = 0) -> None:
-        super().__init__(path, reason, offset)
-        self.path = path
-        self.reason = reason
-        self.offset = offset
 
 
 class Ended(Moved):

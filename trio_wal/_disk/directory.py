@@ -21,6 +21,7 @@ from typing import Final
 import attrs
 
 from trio_wal._codec import require_zstd
+from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import (
     CorruptLogError,
     LogFullError,
@@ -50,7 +51,6 @@ from .frame import (
 from .recovery import (
     VERIFY_BYTES,
     Plan,
-    RecoveryReport,
     check_records,
     examine,
     reread_tail,
@@ -114,9 +114,7 @@ class LogDirectory:
         self._files = files
         self._directory = directory
         self._segment_size = segment_size
-        self._shape = threading.Lock()
-        self._truncating = threading.Lock()
-        self._spare_lock = threading.Condition()
+        self._new_locks()
         self._spare: _Spare | None = None
         self._preparing = False
         self._hurry = False
@@ -153,6 +151,11 @@ class LogDirectory:
         """How long the last sync took."""
         self._published: tuple[int, Meta] | None = None
         self.publish()
+
+    def _new_locks(self) -> None:
+        self._shape = threading.Lock()
+        self._truncating = threading.Lock()
+        self._spare_lock = threading.Condition()
 
     # -- what it is --
 
@@ -748,6 +751,10 @@ class LogDirectory:
                 self._directory.unmake()
         finally:
             close_quietly(self._directory)
+
+    def disown(self) -> None:
+        """In a forked child: the parent's threads may have had the locks, and are not there."""
+        self._new_locks()
 
     def stop_preparing(self) -> None:
         """Have `prepare_spare` return soon, for a close."""

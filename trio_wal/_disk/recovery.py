@@ -57,28 +57,6 @@ _RECORD_COST: Final = 64
 
 
 @attrs.frozen
-class RecoveryReport:
-    """What opening the log found and did."""
-
-    first_lsn: int
-    last_lsn: int
-    segments: int
-    records_replayed: int
-    """Records whose checksums were checked on this open."""
-    bytes_scanned: int
-    torn_bytes: int
-    """Bytes of an unfinished batch that were cut; nobody had been told it was durable.  What
-    is left of a mark that a crash tore while the log was being closed is none."""
-    clean_shutdown: bool
-    """True where the log was closed in order, and for a new log."""
-    seconds: float
-    transactions_replayed: int = 0
-    """Transactions that a database applied from the log's tail; 0 for a log."""
-    checkpoint_lsn: int = 0
-    """The LSN up to which a database's store already held everything; 0 for a log."""
-
-
-@attrs.frozen
 class Plan:
     """What `repair` will do, and what is known when it is done."""
 

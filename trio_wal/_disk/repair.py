@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import attrs
 
+from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from trio_wal._identity import History, branch
@@ -28,7 +29,7 @@ from .frame import (
     SegmentHeader,
     segment_name_lsn,
 )
-from .recovery import Plan, RecoveryReport
+from .recovery import Plan
 from .scan import FrameScanner
 from .segment import (
     FIRST_CAPACITY,

@@ -22,7 +22,7 @@ from typing import BinaryIO, Final
 import msgspec
 import trio
 
-from trio_wal._database import open_database
+from trio_wal._opening import open_database
 from trio_wal._util import MiB
 from trio_wal._wal import WriteAheadLog, open_wal
 

@@ -1,0 +1,559 @@
+"""Versions by themselves: a list for a log, a dict for a store, and nothing of a database."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_wal import LogFullError, TransactionConflict
+from trio_wal._base import StoreState
+from trio_wal._checkpoint import Checkpointer
+from trio_wal._mvcc import Pin, Versions
+from trio_wal._operations import Writes, decode_transaction
+from trio_wal._readset import ReadSet
+from trio_wal._snapshot import new_snapshot
+from trio_wal._transaction import new_transaction
+from trio_wal._worker import Blocking
+
+UUID = bytes(16)
+State = dict[bytes, bytes]
+
+
+# -- a log and a store ----------------------------------------------------------------
+
+
+class DictRead:
+    """A dict as it was."""
+
+    def __init__(self, store: DictStore) -> None:
+        self._store = store
+        self._content = dict(store.content)
+        store.reads += 1
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._content.get(key)
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(self._content, reverse=reverse):
+            if (start is None or key >= start) and (stop is None or key < stop):
+                yield key, self._content[key]
+
+    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
+        before = [other for other in self._content if other < key]
+        after = [other for other in self._content if other > key]
+        return max(before, default=None), key in self._content, min(after, default=None)
+
+    def explain(self, exc: BaseException) -> None:
+        pass
+
+    def close(self) -> None:
+        self._store.reads -= 1
+
+
+class DictStore:
+    path = "a dict"
+
+    def __init__(self) -> None:
+        self.content: State = {}
+        self.state: StoreState | None = None
+        self.reads = 0
+        """Those that are open."""
+
+    def read(self) -> DictRead:
+        return DictRead(self)
+
+    def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
+        self.content = dict(self.content)
+        for key, value in items:
+            if value is None:
+                self.content.pop(key, None)
+            else:
+                self.content[key] = value
+        self.state = state
+
+    def crowded(self, needed: int) -> bool:
+        return False
+
+    def grow(self) -> None:
+        pass
+
+    def copy(self, path: str) -> None:
+        raise NotImplementedError
+
+    def statistics(self) -> tuple[int, int]:
+        return len(self.content), 0
+
+    def close(self) -> None:
+        pass
+
+
+@attrs.define
+class Batch:
+    first_lsn: int
+    entries: list[object]
+    mixed: bool = False
+
+
+class Outcome:
+    """What whoever commits awaits."""
+
+    def __init__(self) -> None:
+        self.lsn = 0
+        self.done = trio.Event()
+
+    def __await__(self) -> Generator[Any, Any, int]:
+        yield from self.done.wait().__await__()
+        return self.lsn
+
+
+@attrs.define
+class Status:
+    error: Exception | None = None
+    disowned: bool = False
+
+    @property
+    def refuses(self) -> bool:
+        return self.error is not None
+
+    def check_open(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class ListLog:
+    """Keeps records in a list; makes them durable, or loses them, when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Any, tuple[bytes, Outcome]] = {}
+        self.durable: list[bytes] = []
+        self.jobs: list[Callable[[], Awaitable[None]]] = []
+        self.held: list[tuple[str, int]] = []
+        self.status = Status()
+        self.versions: Versions
+
+    def append(self, record: bytes, task: Any) -> Outcome:
+        outcome = Outcome()
+        self.waiting[task] = record, outcome
+        return outcome
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        self.jobs.append(task)
+
+    @property
+    def durable_lsn(self) -> int:
+        return len(self.durable)
+
+    async def flush(self) -> int:
+        await trio.lowlevel.checkpoint()
+        self.sync()
+        return self.durable_lsn
+
+    def hold(self, who: str, lsn: int) -> None:
+        self.held.append((who, lsn))
+
+    def sync(self, count: int | None = None, strangers: int = 0) -> None:
+        """The first of those who wait are durable now."""
+        tasks = list(self.waiting)[:count]
+        entries: list[object] = [*range(strangers), *tasks]
+        outcomes: list[Outcome] = []
+        batch = Batch(len(self.durable) + 1, entries, mixed=bool(strangers))
+        for task in tasks:
+            record, outcome = self.waiting.pop(task)
+            self.durable.append(record)
+            outcome.lsn = len(self.durable)
+            outcomes.append(outcome)
+        if entries:
+            self.versions.settled(batch)
+        for outcome in outcomes:
+            outcome.done.set()
+
+    def lose(self, task: Any) -> None:
+        del self.waiting[task]
+        self.versions.withdrawn(task)
+
+    def content(self) -> State:
+        state: State = {}
+        for record in self.durable:
+            apply(state, decode_transaction(record))
+        return state
+
+
+def apply(state: State, writes: Writes) -> None:
+    for key, value in writes.items():
+        if value is None:
+            state.pop(key, None)
+        else:
+            state[key] = value
+
+
+@attrs.frozen
+class Home:
+    log: ListLog
+    store: DictStore
+    versions: Versions
+
+    def commit(self, task: Any, **writes: bytes | None) -> None:
+        """Hand over; nobody waits."""
+        self.versions.commit({key.encode(): value for key, value in writes.items()}, task)
+
+    def get(self, key: bytes) -> bytes | None:
+        """What is durable."""
+        return self.versions.view.get(key, self.versions.settled_seq)
+
+    def reads(self) -> ReadSet:
+        return ReadSet(self.versions, None)
+
+    def checkpointer(self) -> Checkpointer:
+        blocking = Blocking(threaded=False)
+        state = StoreState(UUID, 0)
+        return Checkpointer(self.versions, self.store, self.log, blocking, state)
+
+
+def make_home(*, checkpoint_bytes: int = 1 << 20) -> Home:
+    log, store = ListLog(), DictStore()
+    log.versions = Versions(
+        "/nowhere",
+        store,
+        log,
+        durable_lsn=0,
+        checkpoint_bytes=checkpoint_bytes,
+        max_transaction_bytes=1000,
+    )
+    return Home(log, store, log.versions)
+
+
+@pytest.fixture
+def home() -> Home:
+    return make_home()
+
+
+# -- visibility -----------------------------------------------------------------------
+
+
+def test_a_commit_is_seen_by_transactions_at_once_and_by_others_when_it_is_durable(
+    home: Home,
+) -> None:
+    home.commit("a", k=b"1")
+    before, reads = Pin(home.versions), home.reads()
+    assert reads.get(b"k") == b"1"
+    assert home.get(b"k") is None
+    home.log.sync()
+    assert home.get(b"k") == b"1"
+    assert before.view.get(b"k", before.seq) is None
+    assert (before.lsn, home.versions.durable_lsn) == (0, 1)
+    after = Pin(home.versions)
+    assert after.view.get(b"k", after.seq) == b"1"
+    assert list(after.view.scan(after.seq, None, None, False)) == [(b"k", b"1")]
+
+
+def test_numbers_are_those_of_the_log_also_among_strangers(home: Home) -> None:
+    home.commit("a", k=b"1")
+    home.log.sync(strangers=2)
+    home.commit("b", k=b"2")
+    home.commit("c", k=b"3")
+    home.log.sync(1)
+    assert (home.get(b"k"), home.versions.durable_lsn, home.versions.pending) == (b"2", 2, 1)
+    home.log.sync(strangers=1)
+    assert (home.get(b"k"), home.versions.durable_lsn, home.versions.pending) == (b"3", 3, 0)
+    assert home.versions.transactions == 3
+
+
+def test_what_was_read_and_has_changed_is_a_conflict(home: Home) -> None:
+    reader, scanner, other = home.reads(), home.reads(), home.reads()
+    reader.get(b"k")
+    scanner.begin_range(b"a", b"z")
+    other.get(b"m")
+    assert reader.conflict() is scanner.conflict() is None
+    home.commit("a", k=b"1")
+    assert reader.conflict() == scanner.conflict() == b"k"
+    assert other.conflict() is None
+
+
+# -- dependencies ---------------------------------------------------------------------
+
+
+async def test_whoever_reads_a_pending_commit_depends_on_it(home: Home) -> None:
+    home.commit("a", k=b"1")
+    assert home.versions.may_withdraw("a")  # type: ignore[arg-type]
+    reads = home.reads()
+    assert reads.get(b"k") == b"1"
+    dependency = reads.dependency
+    assert dependency is not None
+    assert not home.versions.may_withdraw("a")  # type: ignore[arg-type]
+    done: list[int] = []
+
+    async def wait() -> None:
+        done.append(await home.versions.wait_for(dependency))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        assert done == []
+        home.log.sync()
+    assert done == [1]
+    assert dependency.settled
+    assert home.reads().dependency is None
+
+
+async def test_a_lost_commit_takes_along_whoever_read_it(home: Home) -> None:
+    home.commit("a", k=b"1")
+    home.log.sync()
+    home.commit("b", k=b"2")
+    waiting, validating = home.reads(), home.reads()
+    assert waiting.get(b"k") == validating.get(b"k") == b"2"
+    errors: list[TransactionConflict] = []
+
+    async def wait() -> None:
+        with pytest.raises(TransactionConflict) as caught:
+            await home.versions.wait_for(waiting.dependency)
+        errors.append(caught.value)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        home.log.lose("b")
+    assert [error.key for error in errors] == [b"k"]
+    assert validating.conflict() == b"k"
+    assert home.versions.conflicts == 1
+    assert home.get(b"k") == home.reads().get(b"k") == b"1", "as if it had never been"
+
+
+async def test_the_loss_of_a_chain_of_commits_reaches_its_end(home: Home) -> None:
+    home.commit("a", x=b"1")
+    second = home.reads()
+    second.get(b"x")
+    home.commit("b", y=b"1")
+    third = home.reads()
+    third.get(b"y")
+    for task in ("a", "b"):
+        home.log.lose(task)
+    assert second.conflict() == b"x"
+    with pytest.raises(TransactionConflict):
+        await home.versions.wait_for(third.dependency)
+    assert home.versions.pending == 0
+    assert list(home.reads().scan(None, None, False)) == []
+
+
+async def test_a_lost_commit_of_a_broken_log_is_the_logs_error(home: Home) -> None:
+    home.commit("a", k=b"1")
+    reads = home.reads()
+    reads.get(b"k")
+    home.log.status.error = OSError("broken")
+    home.log.lose("a")
+    with pytest.raises(OSError, match="broken"):
+        await home.versions.wait_for(reads.dependency)
+
+
+def test_a_log_that_has_stopped_gets_nothing_and_nothing_is_seen_of_it(home: Home) -> None:
+    home.log.status.error = OSError("no more")
+    with pytest.raises(OSError, match="no more"):
+        home.commit("a", k=b"1")
+    assert home.versions.pending == home.versions.last_seq == 0
+    assert home.reads().get(b"k") is None
+
+
+# -- pins -----------------------------------------------------------------------------
+
+
+def test_a_pin_keeps_what_it_may_need_and_no_longer(home: Home) -> None:
+    home.commit("a", k=b"1")
+    home.log.sync()
+    pin = Pin(home.versions)
+    for number in range(5):
+        home.commit("a", k=b"%d" % number)
+        home.log.sync()
+    layer = home.versions.view.active
+    kept = layer.bytes
+    assert pin.view.get(b"k", pin.seq) == b"1"
+    home.versions.readers.unpin(pin)
+    home.versions.readers.unpin(pin)
+    home.commit("a", k=b"6")
+    home.log.sync()
+    assert layer.bytes < kept / 3
+    assert home.get(b"k") == b"6"
+
+
+async def test_a_pin_outlives_a_checkpoint_and_keeps_the_stores_state(home: Home) -> None:
+    home.commit("a", k=b"1")
+    home.log.sync()
+    pin, reads = Pin(home.versions), home.reads()
+    home.commit("a", k=b"2", m=b"2")
+    await home.checkpointer().checkpoint()
+    assert home.store.content == {b"k": b"2", b"m": b"2"}
+    assert home.store.reads == 2
+    assert dict(pin.view.scan(pin.seq, None, None, False)) == {b"k": b"1"}
+    assert reads.get(b"k") == b"1"
+    assert reads.conflict() == b"k", "the layer has gone, what changed in it has not"
+    for reader in (pin, reads):
+        home.versions.readers.unpin(reader)
+    assert home.store.reads == 1
+
+
+def test_nobody_reads_after_the_end(home: Home) -> None:
+    pin = Pin(home.versions)
+    home.versions.let_go()
+    home.versions.close()
+    assert not home.versions.readers.pins
+    assert home.store.reads == 0
+    home.versions.readers.unpin(pin)
+    for attempt in (home.reads, lambda: Pin(home.versions), home.versions.check_open):
+        with pytest.raises(trio.ClosedResourceError, match=r"^/nowhere: this database is closed$"):
+            attempt()
+    with pytest.raises(trio.ClosedResourceError):
+        home.versions.base_get(b"k")
+
+
+async def test_somebody_can_wait_until_nobody_reads(home: Home) -> None:
+    pins = [Pin(home.versions) for _ in range(2)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(home.versions.readers.wait_unread)
+        await wait_all_tasks_blocked()
+        assert home.versions.readers.waited_for
+        home.versions.readers.unpin(pins[0])
+        await wait_all_tasks_blocked()
+        assert home.versions.readers.waited_for
+        home.versions.readers.unpin(pins[1])
+
+
+# -- room -----------------------------------------------------------------------------
+
+
+async def test_writers_wait_while_a_checkpoint_is_a_whole_interval_behind() -> None:
+    home = make_home(checkpoint_bytes=20)
+    versions = home.versions
+    home.commit("a", k=bytes(20))
+    assert versions.checkpoint_due()
+    with trio.fail_after(60):
+        await versions.room.wait_asked()
+    frozen = versions.freeze()
+    assert frozen is not None
+    assert versions.freeze() is frozen, "one that was interrupted is given again"
+    assert not versions.behind()
+    home.commit("b", k=bytes(30))
+    assert versions.behind()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(versions.wait_for_room)
+        await wait_all_tasks_blocked()
+        assert versions.room.waiting == 1
+        home.log.lose("b")
+    home.commit("b", k=bytes(30))
+    home.log.sync()
+    assert frozen.last_lsn == 1, "a batch may end in another layer than it began in"
+    assert versions.view.active.last_lsn == 2
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(versions.wait_for_room)
+        await wait_all_tasks_blocked()
+        versions.checkpointed(frozen)
+    assert not versions.behind()
+    assert versions.checkpoint_due()
+
+
+async def test_whoever_waits_in_vain_is_told() -> None:
+    home = make_home(checkpoint_bytes=20)
+    versions = home.versions
+    home.commit("a", k=bytes(20))
+    versions.freeze()
+    home.commit("b", k=bytes(20))
+    stuck = versions.room.stuck = LogFullError("/nowhere", 20, "stuck")
+    pin = Pin(versions)
+    with pytest.raises(LogFullError, match="stuck") as caught:
+        await versions.wait_for_room()
+    assert caught.value is not stuck
+    versions.readers.unpin(pin)
+    with trio.move_on_after(0) as scope:
+        await versions.wait_for_room()
+    assert scope.cancelled_caught, "nobody reads: it is worth waiting again"
+    assert versions.room.waiting == 0
+    versions.room.failing = LogFullError("/nowhere", 20, "failing")
+    with pytest.raises(LogFullError, match="failing"):
+        await versions.wait_for_room()
+
+
+# -- what stands on them ----------------------------------------------------------------
+
+
+async def test_a_checkpoint_needs_versions_a_store_and_a_log_only(home: Home) -> None:
+    checkpointer = home.checkpointer()
+    assert await checkpointer.checkpoint() == 0
+    home.commit("a", k=b"1")
+    assert await checkpointer.checkpoint() == 1
+    assert home.store.state == StoreState(UUID, 1)
+    assert home.log.held == [("store", 2)]
+    home.commit("a", k=None)
+    home.log.lose("a")
+    assert await checkpointer.checkpoint() == 1, "it was withdrawn"
+    assert home.store.content == {b"k": b"1"}
+
+
+async def test_transactions_and_snapshots_need_versions_only(home: Home) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def write(value: bytes) -> None:
+            async with new_transaction(home.versions) as tx:
+                tx.put(b"k", value)
+
+        nursery.start_soon(write, b"1")
+        await wait_all_tasks_blocked()
+        tx = new_transaction(home.versions)
+        async with tx:
+            assert tx.get(b"k") == b"1"
+            assert list(tx.scan()) == [(b"k", b"1")]
+            home.log.sync()
+            with new_snapshot(home.versions, 7) as snapshot:
+                assert (snapshot.get(b"k"), str(snapshot.bookmark)) == (b"1", "1@7")
+            nursery.start_soon(write, b"2")
+            await wait_all_tasks_blocked()
+            home.log.sync()
+            tx.put(b"m", b"1")
+            with pytest.raises(TransactionConflict):
+                await tx.commit()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_every_reader_sees_its_moment_whatever_happens(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_wal._layer.BURIED_TOGETHER", 2)
+    rng = random.Random(seed)
+    home = make_home()
+    checkpointer = home.checkpointer()
+    pins: dict[Pin, State] = {}
+    names = [b"a", b"b", b"c", b"d", b"e"]
+    tasks = 0
+    for _ in range(150):
+        kind = rng.choice(["commit", "commit", "commit", "sync", "lose", "pin", "unpin", "point"])
+        if kind == "commit":
+            tasks += 1
+            chosen = rng.sample(names, rng.randint(1, 3))
+            writes = {key: rng.choice([None, b"%d" % tasks]) for key in chosen}
+            home.versions.commit(writes, tasks)  # type: ignore[arg-type]
+        elif kind == "sync":
+            home.log.sync(rng.randint(0, 3))
+        elif kind == "lose" and home.log.waiting:
+            # The newest: of those before it nobody must have read.
+            home.log.lose(list(home.log.waiting)[-1])
+        elif kind == "pin":
+            pins[Pin(home.versions)] = home.log.content()
+        elif kind == "unpin" and pins:
+            pin = rng.choice(list(pins))
+            del pins[pin]
+            home.versions.readers.unpin(pin)
+        elif kind == "point" and rng.random() < 0.3:
+            await checkpointer.checkpoint()
+            assert home.store.content == home.log.content()
+        durable = home.log.content()
+        assert {key: home.get(key) for key in names} == {key: durable.get(key) for key in names}
+        for pin, state in pins.items():
+            assert dict(pin.view.scan(pin.seq, None, None, rng.random() < 0.5)) == state
+            assert pin.view.get(b"c", pin.seq) == state.get(b"c")
+        for job in home.log.jobs:
+            await job()
+        home.log.jobs.clear()

@@ -1,0 +1,119 @@
+"""A running database, without promises to users: what `Database` is made of.
+
+Law: this file puts versions, store, log and checkpoints together, and takes them apart in the
+right order; what each of them does is its own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final, final
+
+from trio.lowlevel import enable_ki_protection
+
+from ._base import Store, StoreState
+from ._changes import decode_record
+from ._checkpoint import Checkpointer
+from ._disk.chain import LOG_NAME, STORE_NAME
+from ._files import Files
+from ._log import Log
+from ._mvcc import Versions
+from ._wal import new_wal
+from ._worker import Blocking
+
+
+@final
+class Core:
+    """An open log and an open store, and what is between them."""
+
+    def __init__(
+        self,
+        path: str,
+        log: Log,
+        store: Store,
+        state: StoreState,
+        files: Files,
+        blocking: Blocking,
+        checkpoint_bytes: int,
+    ) -> None:
+        self.path: Final = path
+        self.log: Final = log
+        self._store: Final = store
+        self._files: Final = files
+        self._blocking: Final = blocking
+        self.versions: Final = Versions(
+            path,
+            store,
+            log,
+            durable_lsn=log.durable_lsn,
+            checkpoint_bytes=checkpoint_bytes,
+            max_transaction_bytes=log.max_record_size,
+        )
+        log.own(self.versions)
+        self.wal: Final = new_wal(log, owned=True)
+        self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)
+        self._closed_store: tuple[int, int] | None = None
+
+    async def start(self) -> int:
+        """Bring the log's tail into the memtable, and begin to checkpoint; returns how many
+        transactions were replayed.  From here on the log closes the store."""
+        log = self.log
+        log.before_close(self._before_close)
+        count = await self._replay()
+        self.checkpointer.start(log.start_soon)
+        self._files.on_fork(self._disown)
+        return count
+
+    async def _replay(self) -> int:
+        log, versions = self.log, self.versions
+        count = 0
+        async with log.read(self.checkpointer.state.lsn + 1) as records:
+            async for record in records:
+                writes = decode_record(log.name, record.lsn, record.data)
+                await versions.replay(record.lsn, writes, len(record.data))
+                count += 1
+                if versions.checkpoint_due():
+                    await self.checkpointer.checkpoint()
+        return count
+
+    async def backup(self, path: str) -> int:
+        """A copy of the store as of now, and an empty log that goes on after it."""
+        return await self.checkpointer.checkpoint_for(partial(self._copy, path))
+
+    async def _copy(self, path: str, state: StoreState) -> None:
+        """Under another name, so that nothing is ever there half, and what failed can be tried
+        again."""
+        files, blocking = self._files, self._blocking
+        temporary = await blocking(files.begin_directory, path)
+        try:
+            await blocking(self._store.copy, f"{temporary}/{STORE_NAME}")
+            await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
+            await blocking(files.finish_directory, temporary, path)
+        except BaseException:
+            await blocking(files.discard_directory, temporary)
+            raise
+
+    def store_statistics(self) -> tuple[int, int]:
+        """(keys, bytes of the file); after the close, those of that moment."""
+        return self._closed_store or self._store.statistics()
+
+    @enable_ki_protection
+    async def _before_close(self) -> None:
+        versions = self.versions
+        # LMDB must not be closed while somebody reads; nor may a checkpoint wait for them.
+        try:
+            versions.let_go()
+        finally:
+            await self.checkpointer.stop()
+        await self._blocking.close()
+        versions.close()
+        try:
+            self._closed_store = self._store.statistics()
+        finally:
+            self._store.close()
+
+    def _disown(self) -> None:
+        """In a forked child: the database is the parent's."""
+        self._blocking.disown()
+        self.versions.disown()
+        self._closed_store = (0, 0)

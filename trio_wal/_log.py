@@ -1,0 +1,411 @@
+"""A running log: queue, flusher and engine as one thing that can be opened, used and closed.
+
+Law: composes, and owns the tasks and the end of all three; knows no file, no segment and no
+thread.  It promises nothing to users: that is for the facades that are built on it,
+`WriteAheadLog` and `Database`, which also check what users pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, final
+
+import attrs
+import outcome
+import trio
+from trio.lowlevel import enable_ki_protection, reschedule
+
+from ._engine import Cursor, Engine, Forked, Reader, Tail
+from ._events import tell
+from ._exceptions import LogFailedError
+from ._flusher import Durability, Flusher
+from ._identity import Bookmark
+from ._park import Latch, is_parked
+from ._queue import Barrier, Owner, Unit, WriteQueue
+from ._state import State, Status
+from ._statistics import WalStatistics
+from ._stream import RecordStream, new_record_stream
+from ._text import printable
+from ._worker import require_trio
+
+FORKED_TURNS: Final = 100
+"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
+
+
+@attrs.frozen(kw_only=True)
+class LogOptions:
+    """How a log is run, wherever its bytes are; `open_wal` says what each means."""
+
+    max_queue_size: float
+    max_queue_bytes: float
+    max_record_size: int
+    max_batch_bytes: int
+    flush_interval: float
+    durability: Durability
+
+
+@final
+class LogSource:
+    """The log that this process has open, as something to be read; an `_engine.Source`."""
+
+    changes = 0
+    damage = None
+    """Opening has made sure of the end, and the engine knows how far it has come since."""
+
+    def __init__(self, engine: Engine, flusher: Flusher) -> None:
+        self.name: str = engine.name
+        self._engine = engine
+        self._flusher = flusher
+
+    @property
+    def tail(self) -> Tail:
+        return self._engine.tail
+
+    async def refresh(self) -> None:
+        pass
+
+    async def settle(self) -> None:
+        await self._flusher.wait_job()
+
+    async def wait_beyond(self, lsn: int) -> bool:
+        return await self._flusher.wait_beyond(lsn)
+
+    def cursor(self) -> Cursor:
+        return self._engine.cursor()
+
+    def subscribe(self, reader: Reader) -> None:
+        self._flusher.readers.add(reader)
+
+    def unsubscribe(self, reader: Reader) -> None:
+        self._flusher.readers.discard(reader)
+
+
+@final
+class Log:
+    """A log that is open; see `OpenLog`."""
+
+    def __init__(self, options: LogOptions, engine: Engine) -> None:
+        self.name: Final[str] = engine.name
+        self.engine: Final[Engine] = engine
+        self.max_record_size: Final[int] = options.max_record_size
+        self.status: Final = Status(engine.name)
+        self._queue = WriteQueue(
+            self.status,
+            options.max_queue_size,
+            options.max_queue_bytes,
+            options.max_batch_bytes,
+            engine.batch_records_max,
+        )
+        self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
+        self.append: Final = self._queue.append
+        """``await append(record, current_task())``: accept, with back-pressure, and wait until
+        the record is durable; gives its LSN.  The queue's own method: a call is not passed
+        through anything else."""
+        self.accept: Final = self._queue.accept
+        """``await accept(record)``: the same without waiting for durability."""
+        self.accept_nowait: Final = self._queue.accept_nowait
+        self._nursery: trio.Nursery
+        self._before_close: list[Callable[[], Awaitable[None]]] = []
+        self._closing = False
+        self._closed = Latch()
+        self._handed_out = False
+        self._forked = False
+        engine.on_fork(self._disown)
+
+    # -- what it is --
+
+    @property
+    def tail(self) -> Tail:
+        return self.engine.tail
+
+    @property
+    def durable_lsn(self) -> int:
+        return self.engine.durable_lsn
+
+    @property
+    def bookmark(self) -> Bookmark:
+        """The durable end."""
+        tail = self.engine.tail
+        return Bookmark(tail.durable_lsn, tail.epoch)
+
+    def statistics(self) -> WalStatistics:
+        queue, flusher, tail = self._queue, self._flusher, self.engine.tail
+        queue.note_peaks()
+        counters, engine = queue.counters, self.engine.statistics()
+        records, waiting = queue.records_waiting, queue.bytes_waiting
+        return WalStatistics(
+            records_waiting=records,
+            bytes_waiting=waiting,
+            max_queue_size=queue.max_queue_size,
+            max_queue_bytes=queue.max_queue_bytes,
+            queue_utilization=min(
+                1.0, max(records / queue.max_queue_size, waiting / queue.max_queue_bytes)
+            ),
+            peak_records_waiting=counters.peak_records_waiting,
+            peak_bytes_waiting=counters.peak_bytes_waiting,
+            tasks_waiting_send=queue.blocked,
+            tasks_waiting_durable=queue.tasks_waiting() + flusher.waiting,
+            backpressure_waits=counters.backpressure_waits,
+            backpressure_seconds=counters.backpressure_seconds,
+            rejected=counters.rejected,
+            records_appended=flusher.counters.records_appended,
+            bytes_appended=flusher.counters.bytes_appended,
+            batches_synced=engine.syncs.count,
+            sync_seconds_total=engine.syncs.seconds_total,
+            sync_seconds_max=engine.syncs.seconds_max,
+            sync_seconds_histogram=engine.syncs.histogram(),
+            first_lsn=tail.first_lsn,
+            last_lsn=tail.last_lsn,
+            durable_lsn=tail.durable_lsn,
+            segments=engine.segments,
+            disk_bytes=engine.disk_bytes,
+            last_sync_time=engine.syncs.last_time,
+            state=self.status.state.value,
+        )
+
+    # -- writing --
+
+    def own(self, owner: Owner) -> None:
+        """Tell ``owner`` what becomes of each record from here on."""
+        self._queue.owner = owner
+
+    async def append_unit(self, records: Sequence[bytes], size: int) -> int:
+        """Append records of ``size`` bytes together as one; gives the first LSN."""
+        return await self._queue.submit(Unit(records, size))
+
+    async def flush(self) -> int:
+        """Make everything accepted before the call durable; gives ``durable_lsn``."""
+        queue, engine = self._queue, self.engine
+        if (
+            self.status.state is State.OPEN
+            and self._flusher.in_flight is None
+            and not queue.records_waiting
+            and engine.durable_lsn == engine.last_lsn
+        ):
+            await trio.lowlevel.checkpoint()
+            return engine.durable_lsn
+        await queue.submit(Barrier())
+        return engine.durable_lsn
+
+    def hold(self, who: str, lsn: int) -> None:
+        """Keep the record ``lsn`` and all that come after it: see `Engine.hold`."""
+        self.engine.hold(who, lsn)
+
+    async def wait_durable(self, lsn: int) -> None:
+        await self._flusher.wait_durable(lsn)
+
+    async def run_job(self, job: Callable[[], Awaitable[None]]) -> None:
+        """Have the flusher call a method of the engine between two writes, after everything
+        accepted before has become durable.
+
+        Cancelled before it has begun: it is not called.
+        """
+        barrier = Barrier(job)
+        await self._queue.submit(barrier)
+        if barrier.error is not None:
+            raise barrier.error
+
+    # -- reading --
+
+    def read(self, start: int | Bookmark | None, stop: int | None = None) -> RecordStream:
+        return new_record_stream(self._source(), start, stop, follow=False)
+
+    def follow(self, start: int | Bookmark | None, *, entering: str | None = None) -> RecordStream:
+        """
+        Args:
+          entering: how a user would enter the stream; for a message.
+        """
+        return new_record_stream(self._source(), start, None, follow=True, entering=entering)
+
+    def _source(self) -> LogSource:
+        if self.status.state is State.CLOSED or self._closed.is_set():
+            raise trio.ClosedResourceError(f"{printable(self.name)}: this log is closed")
+        return LogSource(self.engine, self._flusher)
+
+    # -- its life --
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Start the tasks of the log."""
+        self._nursery = nursery
+        for task in self.engine.tasks():
+            nursery.start_soon(task)
+        nursery.start_soon(self._flusher.run)
+
+    def start_soon(self, task: Callable[..., Awaitable[Any]]) -> None:
+        """Run a task beside those of the log.  It must end before the log closes: see
+        `before_close`."""
+        self._nursery.start_soon(task)
+
+    def before_close(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Have ``hook`` called, shielded, when the log is being closed: everything accepted is
+        written by then, and the engine still open."""
+        self._before_close.append(hook)
+
+    def hand_out(self) -> None:
+        """The open has succeeded: from here on the log is closed, not abandoned."""
+        self._handed_out = True
+        report = self.engine.recovery
+        text = "closed in order before" if report.clean_shutdown else "recovered"
+        if report.torn_bytes:
+            text += f", {report.torn_bytes} bytes of an unfinished batch cut"
+        tell(
+            logging.WARNING if report.torn_bytes else logging.INFO,
+            "opened",
+            self.name,
+            f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
+            **attrs.asdict(report),
+        )
+
+    async def aclose(self) -> None:
+        """Make everything accepted durable and close; neither cancellation nor Ctrl-C cuts that
+        short.  Idempotent."""
+        if self._forked:
+            await self._end_forked()
+            return
+        if not self._closing:
+            self._closing = True
+            # In a task of its own: Ctrl-C is delivered to the main task, even shielded.
+            self._nursery.start_soon(self._shut)
+        await self._closed.wait()
+
+    def tell_failure(self) -> None:
+        """Raises `LogFailedError` if the log broke and nobody has been told."""
+        status = self.status
+        if status.failure is not None and not status.failure_told:
+            raise status.failed(status.loss, status.failure)
+
+    @enable_ki_protection
+    async def _shut(self) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await self._finish()
+            except Forked:
+                pass
+            except (OSError, LogFailedError) as exc:
+                self._queue.fail(exc, None, "unknown", "unknown")
+            finally:
+                if not self._forked:
+                    self._queue.closed()
+                    self._closed.set()
+
+    async def _finish(self) -> None:
+        orderly = False
+        try:
+            self._queue.close()
+            await self._flusher.done.wait()
+            for hook in reversed(self._before_close):
+                await hook()
+            orderly = self.status.failure is None
+        finally:
+            if self._forked:
+                pass
+            elif self._handed_out:
+                await self.engine.aclose(orderly=orderly)
+            else:
+                await self.engine.abandon()
+        if self._handed_out and orderly:
+            last_lsn = self.engine.last_lsn
+            text = f"closed at LSN {last_lsn}"
+            tell(logging.INFO, "closed", self.name, text, last_lsn=last_lsn)
+
+    async def abandon(self) -> None:
+        """Have the tasks end that were started, and let go: nothing was accepted."""
+        self._queue.close()
+        with trio.CancelScope(shield=True):
+            await self.engine.abandon()
+
+    # -- in a forked child --
+
+    def _disown(self) -> None:
+        """The log is the parent's, and so is whatever works for it."""
+        self._forked = True
+        self._queue.disown()
+        self.engine.disown()
+
+    async def _end_forked(self) -> None:
+        """In a forked child nobody will ever wake the log's tasks, so that they must not be
+        waited for; and to cancel them would have trio change the epoll instance that it shares
+        with the parent.  So each is woken with an error where it stands, and on its way out
+        wakes none of the others."""
+        self._closed.set()
+        # First what threads have said before the fork: a task must not be woken twice.
+        heard = trio.Event()
+        trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
+        for _ in range(FORKED_TURNS):
+            if heard.is_set():
+                break
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        while self._nursery.child_tasks:
+            for task in self._nursery.child_tasks:
+                # Else it is about to run, and will stand somewhere else.
+                if is_parked(task):
+                    reschedule(task, outcome.Error(Forked()))
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+@final
+class OpenLog:
+    """Opens a log and closes it: what the context managers of both facades have in common.
+
+    Each method is called once, with Ctrl-C held back.
+    """
+
+    def __init__(
+        self, caller: str, options: LogOptions, open_engine: Callable[[], Awaitable[Engine]]
+    ) -> None:
+        """
+        Args:
+          caller: the function that users call, for messages.
+          open_engine: opens the engine, or raises and leaves nothing behind.
+        """
+        self._caller = caller
+        self._options = options
+        self._open_engine = open_engine
+        self._entered = False
+        self._log: Log | None = None
+        self._nursery_manager: AbstractAsyncContextManager[trio.Nursery] | None = None
+
+    async def enter(self) -> Log:
+        """Open the log and start its tasks.  It is abandoned when it is left, unless
+        `Log.hand_out` was called."""
+        if self._entered:
+            raise RuntimeError(f"{self._caller}() gives a context manager for one use")
+        require_trio(self._caller)
+        self._entered = True
+        engine = await self._open_engine()
+        manager = trio.open_nursery()
+        try:
+            log = Log(self._options, engine)
+            nursery = await manager.__aenter__()
+        except BaseException:
+            # No memory.
+            await engine.abandon()
+            raise
+        try:
+            log.start(nursery)
+            with trio.CancelScope(shield=True):
+                await engine.ready()
+        except BaseException:
+            # No thread, or no memory.
+            nursery.cancel_scope.shield = True
+            await log.abandon()
+            await manager.__aexit__(None, None, None)
+            raise
+        self._log, self._nursery_manager = log, manager
+        return log
+
+    async def leave(self, exc: BaseException | None) -> None:
+        """Close the log.
+
+        Raises:
+          LogFailedError: it broke, nobody has been told, and ``exc`` is None.
+        """
+        assert self._log is not None
+        assert self._nursery_manager is not None
+        await self._log.aclose()
+        # All of its tasks have ended: this neither waits nor wraps anything.
+        await self._nursery_manager.__aexit__(None, None, None)
+        if exc is None:
+            self._log.tell_failure()

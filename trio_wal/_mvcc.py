@@ -1,0 +1,567 @@
+"""Versions: which commits there are, which of them are durable, and who reads which state.
+
+Law: one event loop, no I/O, and nothing above: no transaction, no snapshot, no database.  The
+log is handed in (`CommitLog`) and tells what becomes of each commit; whoever reads is a
+`Reader`; a checkpoint is asked for here and made elsewhere.
+
+A commit gets its number, its versions and its place in the log in one stretch without a
+checkpoint of trio's.  So the order of numbers is the order of the log, without locks.
+
+A reader may see commits that are still on their way to the disk.  Then it has a *commit
+dependency* on them (Larson et al., "High-Performance Concurrency Control Mechanisms for
+Main-Memory Databases", PVLDB 5 (4), 2011): it returns only when they are durable, fails where
+they are lost, and whoever made them cannot take them back any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, Final, Protocol, final
+
+import trio
+from trio.lowlevel import Task, enable_ki_protection
+
+from ._base import Readable
+from ._exceptions import LogFullError, TransactionConflict
+from ._layer import Layer
+from ._memtable import Memtable, View
+from ._operations import Writes, encode_transaction
+from ._text import printable
+
+
+class LogStatus(Protocol):
+    """Whether a log takes records."""
+
+    @property
+    def refuses(self) -> bool:
+        """Whether nothing is accepted any more."""
+        ...
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child, where all of it is dead."""
+        ...
+
+    def check_open(self) -> None:
+        """Raises where nothing is accepted any more, and says why."""
+        ...
+
+
+class CommitLog(Protocol):
+    """The log that makes commits durable: what versions need of it.
+
+    Of every record that it was given it says to the versions, in one call each, either
+    `Versions.withdrawn` or, for a whole batch, `Versions.settled`, before the task that waits
+    for it runs again.  Before it takes a record back for good it asks `Versions.may_withdraw`.
+    """
+
+    @property
+    def append(self) -> Callable[[bytes, Task], Awaitable[int]]:
+        """Gives what the task awaits at once; it returns the record's LSN."""
+        ...
+
+    @property
+    def status(self) -> LogStatus: ...
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task beside the log, which does not end before it."""
+        ...
+
+
+class Settled(Protocol):
+    """Commits that one sync has made durable."""
+
+    @property
+    def first_lsn(self) -> int: ...
+
+    @property
+    def entries(self) -> Collection[Any]:
+        """The tasks whose commits they are, in the order of their LSNs; others may be among
+        them where it is `mixed`."""
+        ...
+
+    @property
+    def mixed(self) -> bool: ...
+
+
+class Reader(Protocol):
+    """Whoever has a view of a moment: what it may need is kept until it is unpinned."""
+
+    task: Task | None
+    """Whose transaction it is; None: nobody's."""
+
+    @property
+    def view(self) -> View: ...
+
+    def layer_dropped(self, layer: Layer) -> None:
+        """A layer has gone into the store, where versions have no numbers any more."""
+        ...
+
+    def changed_past(self, key: bytes) -> None:
+        """Its own task has changed a key in another transaction."""
+        ...
+
+
+@final
+class Pin:
+    """A `Reader` of durable state: it depends on nothing, and nothing can invalidate it."""
+
+    __slots__ = ("lsn", "seq", "task", "view")
+
+    def __init__(self, versions: Versions) -> None:
+        self.task: Task | None = None
+        self.view = versions.pin(self)
+        self.seq: int = versions.settled_seq
+        self.lsn: int = versions.durable_lsn
+
+    def layer_dropped(self, layer: Layer) -> None:
+        pass
+
+    def changed_past(self, key: bytes) -> None:
+        pass
+
+
+@final
+class CommitDependency:
+    """What becomes of a pending commit that a transaction has read."""
+
+    __slots__ = ("_waiters", "key", "lost", "seq", "settled")
+
+    def __init__(self, key: bytes, seq: int) -> None:
+        self.key: bytes = key
+        """One that was read."""
+        self.seq: int = seq
+        self.lost: bool = False
+        self.settled: bool = False
+        self._waiters: list[trio.Event] = []
+
+    async def wait(self) -> None:
+        """Until it is settled or lost."""
+        event = trio.Event()
+        self._waiters.append(event)
+        await event.wait()
+
+    def settle(self) -> None:
+        self.settled = True
+        self._wake()
+
+    def lose(self) -> None:
+        self.lost = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for event in self._waiters:
+            event.set()
+
+
+@final
+class Readers:
+    """Who has a view, and since when."""
+
+    def __init__(self) -> None:
+        self.pins: Final[dict[Reader, int]] = {}
+        """In the order in which they came, with the newest settled commit of that moment."""
+        self.waited_for: int = 0
+        """Tasks that wait until all have left."""
+        self._gone: Final = trio.lowlevel.ParkingLot()
+
+    def unpin(self, reader: Reader) -> None:
+        """It reads no more; nothing where it was let go of before."""
+        if self.pins.pop(reader, None) is None:
+            return
+        reader.view.base.unpin()
+        if self.waited_for and not self.pins:
+            self._gone.unpark_all()
+
+    def of(self, task: Task) -> Reader | None:
+        """The transaction whose block a task is most likely in: the newest that reads, if it
+        is this task's.  Good enough for a hint, and cheap."""
+        newest = next(reversed(self.pins), None)
+        return newest if newest is not None and newest.task is task else None
+
+    def oldest(self) -> int | None:
+        """The newest commit that was settled when the one came who has been reading for
+        longest; None: nobody reads."""
+        return next(iter(self.pins.values())) if self.pins else None
+
+    async def wait_unread(self) -> None:
+        """Until nobody has a view."""
+        self.waited_for += 1
+        try:
+            while self.pins:
+                await self._gone.park()
+        finally:
+            self.waited_for -= 1
+
+    def let_go(self) -> None:
+        """None of them reads any more, whether they know it or not."""
+        for reader in list(self.pins):
+            self.unpin(reader)
+
+
+@final
+class Room:
+    """Between commits and checkpoints: who wants one, and who waits because they are behind."""
+
+    def __init__(self) -> None:
+        self.waiting: int = 0
+        """Tasks that wait for room."""
+        self.failing: LogFullError | None = None
+        """Set while checkpoints have been failing for long: then nobody waits for one."""
+        self.stuck: LogFullError | None = None
+        """Set while the store cannot grow before those who read have left."""
+        self._made = trio.Event()
+        self._asked = trio.Event()
+
+    def ask(self) -> None:
+        """Somebody wants a checkpoint."""
+        self._asked.set()
+
+    async def wait_asked(self) -> None:
+        """Until somebody wants a checkpoint; `Versions.checkpoint_due` says whether one still
+        is."""
+        await self._asked.wait()
+        self._asked = trio.Event()
+
+    async def wait(self, *, reading: bool) -> None:
+        """Until room was made, or there is news.
+
+        Raises:
+          LogFullError: there will be none before the disk is repaired, or readers leave.
+        """
+        if self.failing is not None:
+            raise self.failing.again()
+        if self.stuck is not None and reading:
+            raise self.stuck.again()
+        self.waiting += 1
+        try:
+            await self._made.wait()
+        finally:
+            self.waiting -= 1
+
+    def tell(self) -> None:
+        """Have those who wait look again."""
+        made, self._made = self._made, trio.Event()
+        made.set()
+
+
+@final
+class Versions:
+    """Committed state above the store, its numbers, and its readers.
+
+    Attributes are read in every commit and every `get`; only this class sets them.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        store: Readable,
+        log: CommitLog,
+        *,
+        durable_lsn: int,
+        checkpoint_bytes: int,
+        max_transaction_bytes: int,
+    ) -> None:
+        self.path: Final = path
+        """The database's, for messages."""
+        self._log = log
+        self._append = log.append
+        self._status = log.status
+        self._memtable: Final = Memtable(store)
+        self._pending: dict[Any, tuple[int, Writes, Layer, int]] = {}
+        """Commits on their way to the disk, by task and in their order: number, writes, the
+        layer that has them, and their bytes in the log."""
+        self._dependencies: dict[int, CommitDependency] = {}
+        """On those among them that a transaction has read, by number."""
+        self.readers: Final = Readers()
+        self._pins: Final = self.readers.pins
+        self.last_seq: int = 0
+        self.settled_seq: int = 0
+        """Of the newest commit whose call may return; those above are pending."""
+        self.durable_lsn: int = durable_lsn
+        self.max_transaction_bytes: Final = max_transaction_bytes
+        self._checkpoint_bytes: Final = checkpoint_bytes
+        self.room: Final = Room()
+        self.transactions: int = 0
+        """Those with writes that became durable."""
+        self.conflicts: int = 0
+        self.closed: bool = False
+        self._burying = False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Remember the parts of the current view that every read needs."""
+        view = self._memtable.view
+        self.view: View = view
+        self.newest = view.active.versions
+        """Of the active layer, by key."""
+        self.base_get = view.base.get
+        """Of the store, as of the newest checkpoint."""
+        self.checkpointing: bool = view.frozen is not None
+        """Whether a layer is on its way into the store."""
+
+    def _renew(self) -> None:
+        self._memtable.renew()
+        self._refresh()
+
+    def check_open(self) -> None:
+        """Raises `trio.ClosedResourceError` where the database is closed."""
+        if self.closed:
+            raise trio.ClosedResourceError(f"{printable(self.path)}: this database is closed")
+
+    # -- readers --
+
+    def get(self, key: bytes) -> bytes | None:
+        """The durable value of a key."""
+        version = self.newest.get(key)
+        if version is not None and version.seq <= self.settled_seq:
+            return version.value
+        return self.view.get(key, self.settled_seq)
+
+    def pin(self, reader: Reader) -> View:
+        """Somebody begins to read: what it may need is kept until
+        `Readers.unpin`."""
+        if self.closed:
+            self.check_open()
+        view = self.view
+        view.base.pin()
+        # A transaction reads as of later; but so they stand in order.
+        self._pins[reader] = self.settled_seq
+        return view
+
+    # -- commits --
+
+    def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
+        """Hand over to the log, in one stretch with the validation of the task that calls, and
+        wait; it gives the LSN.
+
+        Not a coroutine function: one frame less to pass through a park and a wake.  What
+        it returns must be awaited at once.
+        """
+        if self._status.refuses:
+            self._status.check_open()
+        payload = encode_transaction(writes)
+        layer = self.view.active
+        self.last_seq = seq = self.last_seq + 1
+        size = len(payload)
+        self._pending[task] = (seq, writes, layer, size)
+        if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
+            self._renew()
+        layer.log_bytes += size
+        if layer.log_bytes >= self._checkpoint_bytes:
+            self.room.ask()
+        return self._append(payload, task)
+
+    @property
+    def pending(self) -> int:
+        """Commits on their way to the disk."""
+        return len(self._pending)
+
+    def has_pending(self, seq: int) -> bool:
+        """Whether a commit up to this number is pending."""
+        return bool(self._pending) and next(iter(self._pending.values()))[0] <= seq
+
+    def depend(self, key: bytes, seq: int) -> CommitDependency:
+        """A transaction has read a pending commit: it cannot be taken back any more."""
+        found = self._dependencies.get(seq)
+        if found is None:
+            found = self._dependencies[seq] = CommitDependency(key, seq)
+        return found
+
+    async def wait_for(self, dependency: CommitDependency | None) -> int:
+        """Wait until what was read is durable; returns the newest durable LSN.
+
+        Raises:
+          TransactionConflict: what was read will never have been.
+        """
+        if dependency is None or dependency.settled:
+            await trio.lowlevel.checkpoint()
+        elif not dependency.lost:
+            await dependency.wait()
+        if dependency is not None and dependency.lost:
+            self._status.check_open()
+            self.conflicts += 1
+            raise TransactionConflict(dependency.key)
+        return self.durable_lsn
+
+    def note_conflict(self) -> None:
+        self.conflicts += 1
+
+    # -- the log tells what becomes of them --
+
+    def may_withdraw(self, task: Task) -> bool:
+        """Whether the task's commit may still be taken back."""
+        commit = self._pending.get(task)
+        return commit is None or commit[0] not in self._dependencies
+
+    def withdrawn(self, task: Task) -> None:
+        """The task's commit will not be in the log."""
+        commit = self._pending.pop(task, None)
+        if commit is None:
+            return
+        seq, writes, layer, size = commit
+        layer.log_bytes -= size
+        if self.room.waiting and not self.behind():
+            self.room.tell()
+        if layer.remove(writes, seq, self.settled_seq):
+            self._renew()
+        dependency = self._dependencies.pop(seq, None)
+        if dependency is not None:
+            dependency.lose()
+
+    def settled(self, batch: Settled) -> None:
+        """These commits are durable; their tasks have not run yet."""
+        pending = self._pending
+        if not batch.mixed and len(pending) == len(batch.entries):
+            # The usual: whoever commits waits for this batch.
+            commits = list(pending.values())
+            pending.clear()
+        else:
+            # A flush waits in the batch too; and numbers stand for those who do not wait.
+            pop = pending.pop
+            commits = [c for key in batch.entries if (c := pop(key, None)) is not None]
+        if not commits:
+            return
+        seq, _, layer, _ = commits[-1]
+        lsn = self.durable_lsn = batch.first_lsn + len(commits) - 1
+        self.settled_seq = seq
+        self.transactions += len(commits)
+        layer.last_lsn = lsn
+        if commits[0][2] is not layer:
+            # A checkpoint froze the layer in between.
+            frozen = [c for c in commits if c[2] is not layer]
+            frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
+        if self._settle_layers(seq) and not self._burying and self._dead():
+            self._burying = True
+            self._log.start_soon(self._bury)
+        if self._dependencies:
+            for number in [number for number in self._dependencies if number <= seq]:
+                self._dependencies.pop(number).settle()
+
+    def _settle_layers(self, seq: int) -> bool:
+        """Returns whether a view was made anew."""
+        oldest = self.readers.oldest()
+        below = self._memtable.below
+        renew = False
+        for layer in reversed(self.view.layers()):
+            if layer.settle(seq, oldest, below):
+                renew = True
+        if renew:
+            self._renew()
+        return renew
+
+    def _dead(self) -> bool:
+        return any(layer.dead(self.settled_seq) for layer in self.view.layers())
+
+    @enable_ki_protection
+    async def _bury(self) -> None:
+        """A task: deal with the many deletions of a large transaction bit by bit."""
+        try:
+            while self._dead():
+                await trio.lowlevel.checkpoint()
+                self._settle_layers(self.settled_seq)
+        finally:
+            self._burying = False
+
+    async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
+        """A durable commit of the log's, in the log's order, before there are others."""
+        seq = self.settled_seq = self.last_seq = self.last_seq + 1
+        layer = self.view.active
+        if layer.add(writes, seq, seq, keep_older=False):
+            self._renew()
+        while self._settle_layers(seq):
+            if not self._dead():
+                break
+            # More deletions to be buried than are at once.
+            await trio.lowlevel.checkpoint()
+        layer.last_lsn = lsn
+        layer.log_bytes += log_bytes
+
+    # -- room --
+
+    def behind(self) -> bool:
+        """Whether checkpoints are a whole interval behind."""
+        view = self.view
+        return view.frozen is not None and view.active.log_bytes >= self._checkpoint_bytes
+
+    @enable_ki_protection
+    async def wait_for_room(self) -> None:
+        """Back-pressure: wait while checkpoints are a whole interval behind.
+
+        Raises:
+          LogFullError: they cannot go on; see `Room.wait`.
+          LogFailedError, trio.ClosedResourceError: as the log says.
+        """
+        while self.behind():
+            self._status.check_open()
+            await self.room.wait(reading=bool(self._pins))
+
+    # -- for checkpoints --
+
+    def checkpoint_due(self) -> bool:
+        """Whether there is something to be done for whoever asked: what made it due may have
+        been withdrawn."""
+        view = self.view
+        return view.frozen is not None or view.active.log_bytes >= self._checkpoint_bytes
+
+    def freeze(self) -> Layer | None:
+        """What is to be checkpointed, with no more commits to come; None: nothing is here.
+
+        One that was interrupted is given again.
+        """
+        view = self.view
+        if view.frozen is not None:
+            return view.frozen
+        if not view.active.versions and not view.active.last_lsn:
+            return None
+        frozen = self._memtable.freeze()
+        self._refresh()
+        return frozen
+
+    def checkpointed(self, frozen: Layer) -> None:
+        """The store holds the frozen layer, durably."""
+        for reader in self._pins:
+            reader.layer_dropped(frozen)
+        self._memtable.drop_frozen()
+        self._refresh()
+        self.room.tell()
+        if self.view.active.log_bytes >= self._checkpoint_bytes:
+            self.room.ask()
+
+    def reopen_base(self, between: Callable[[], None]) -> None:
+        """Do something while the store is not being read; nobody else may be reading."""
+        try:
+            self._memtable.reopen_base(between)
+        finally:
+            self._refresh()
+
+    # -- the end --
+
+    def let_go(self) -> None:
+        """Nobody reads any more: the store is about to be closed."""
+        self.closed = True
+        self.readers.let_go()
+
+    def close(self) -> None:
+        """Let go of the store too."""
+        self.room.tell()
+        self._memtable.close()
+        self._refresh()
+        self.base_get = self._get_closed
+
+    def disown(self) -> None:
+        """In a forked child: all of it is the parent's.
+
+        The store's read transactions stay as they are: to end one of LMDB's would free its place
+        in the table of readers, which is the parent's too.
+        """
+        for view in (self.view, *(reader.view for reader in self._pins)):
+            view.base.pin()
+        self.let_go()
+        self._memtable.close()
+        self._refresh()
+        self.base_get = self._get_closed
+
+    def _get_closed(self, key: bytes) -> bytes | None:
+        self.check_open()
+        return None

@@ -1,0 +1,292 @@
+"""Opening a database: directory, log and store, and that they belong together.
+
+Law: what is there is looked at before anything is written, and an open that fails leaves it as
+it was, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import Final, Literal, final
+
+import attrs
+from trio.lowlevel import enable_ki_protection
+
+from ._base import Progress, StoreState
+from ._checkpoint import HOLD
+from ._core import Core
+from ._database import Database, new_database
+from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._disk.recovery import VERIFY_BYTES, Plan
+from ._engine import Engine
+from ._events import tell
+from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
+from ._files import Files, OsFiles
+from ._flusher import Durability
+from ._local import LocalOptions, open_local
+from ._log import Log, LogOptions, OpenLog
+from ._retention import KeepSegments, Retention
+from ._store_files import damaged, data_file, misfit
+from ._stores import stores_of
+from ._util import MiB, check_int, check_one_of, check_path
+from ._wal import check_options
+from ._worker import Blocking, require_trio
+
+VerifyStore = Literal["auto", "child", "none"]
+"""What `open_database` takes as ``verify_store``: ``"auto"``, ``"child"`` or ``"none"``."""
+
+MAP_SIZE: Final = 1 << 36
+"""64 GiB of address space, not of disk: the file grows as it is needed."""
+MAP_SIZE_MAX: Final = 1 << 61
+"""Below what LMDB's C can count, once doubled; where less is too much, the system says so."""
+
+
+@attrs.frozen(kw_only=True)
+class _Options:
+    """The checked arguments of `open_database` that are not the log's alone."""
+
+    path: str
+    checkpoint_bytes: int
+    map_size: int
+    verify_store: VerifyStore
+    on_verify_progress: Progress | None
+
+
+@final
+class _OpenDatabase(AbstractAsyncContextManager[Database]):
+    """What `open_database` returns."""
+
+    def __init__(
+        self, options: _Options, files: Files, run: LogOptions, where: LocalOptions
+    ) -> None:
+        self._options = options
+        self._path = options.path
+        self._files = files
+        self._stores = stores_of(files)
+        self._where = where
+        self._opened = OpenLog("open_database", run, self._open_engine)
+        self._state: StoreState | None = None
+        self._made: tuple[str, ...] = ()
+
+    @property
+    def _next_lsn(self) -> int:
+        """The first one that the store does not have."""
+        return 1 if self._state is None else self._state.lsn + 1
+
+    @property
+    def _store_path(self) -> str:
+        return f"{self._path}/{STORE_NAME}"
+
+    def _check(self, plan: Plan) -> int | None:
+        """Log and store must fit each other before either is written; returns the first LSN
+        to replay."""
+        options, how = self._options, self._options.verify_store
+        if how == "child" or (how == "auto" and not plan.clean):
+            self._stores.check_store(self._store_path, how, options.on_verify_progress)
+        state = self._state = self._stores.inspect_store(self._store_path)
+        meta = plan.meta
+        wrong = misfit(
+            state,
+            None if meta is None else meta.log_uuid,
+            1 if meta is None else meta.base_lsn,
+            plan.last_lsn,
+        )
+        if wrong is not None:
+            raise damaged(data_file(self._store_path), wrong)
+        return None if meta is None else self._next_lsn
+
+    def _prepare(self) -> None:
+        """Create the directory, or see whether it is a database's."""
+        directory = self._files.open_directory(self._path, create=True)
+        self._made = directory.made
+        try:
+            if not self._where.trust_directory:
+                directory.check_trusted()
+                if STORE_NAME in directory.names():
+                    self._check_store_trusted()
+            names = [name for name in directory.names() if name[0] != "." and name != "lost+found"]
+            if not names or LOG_NAME in names:
+                return
+            if STORE_NAME in names:
+                raise CorruptLogError(self._path, 0, "a database without its log")
+            if META_NAME in names:
+                raise WrongDirectoryError(self._path, "a log", "open_wal()")
+            raise WrongDirectoryError(self._path, *neither(names))
+        finally:
+            directory.close()
+
+    def _check_store_trusted(self) -> None:
+        try:
+            directory = self._files.open_directory(self._store_path, follow=False)
+        except (OSError, CorruptLogError):
+            # Whatever it is: for those to say who open it.
+            return
+        try:
+            directory.check_trusted()
+        finally:
+            directory.close()
+
+    def _remove_made(self) -> None:
+        """After an open that failed: the directories that `_prepare` has made."""
+        self._files.remove_directories(self._made)
+
+    async def _open_engine(self) -> Engine:
+        engine = await open_local(
+            self._files,
+            self._where,
+            check=self._check,
+            database=True,
+            undo=partial(self._stores.remove_store, self._store_path),
+        )
+        engine.hold(HOLD, self._next_lsn)
+        return engine
+
+    @enable_ki_protection
+    async def __aenter__(self) -> Database:
+        require_trio("open_database")
+        blocking = Blocking(threaded=self._files.threaded)
+        try:
+            await blocking(self._prepare)
+            try:
+                log = await self._opened.enter()
+            except LogLockedError as exc:
+                raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
+            try:
+                db = await self._open_on(log, blocking)
+            except BaseException as exc:
+                await self._opened.leave(exc)
+                raise
+        except BaseException:
+            self._remove_made()
+            raise
+        log.hand_out()
+        report = db.recovery
+        tell(
+            logging.INFO,
+            "replayed",
+            db.path,
+            f"{report.transactions_replayed} transactions after the store's LSN "
+            f"{report.checkpoint_lsn} replayed",
+            transactions_replayed=report.transactions_replayed,
+            checkpoint_lsn=report.checkpoint_lsn,
+        )
+        return db
+
+    async def _open_on(self, log: Log, blocking: Blocking) -> Database:
+        options, files = self._options, self._files
+        store = await blocking(self._stores.open_store, self._store_path, options.map_size)
+        try:
+            state = self._state or StoreState(log.engine.uuid.bytes, 0)
+            core = Core(self._path, log, store, state, files, blocking, options.checkpoint_bytes)
+        except BaseException:
+            store.close()
+            raise
+        replayed = await core.start()
+        recovery = attrs.evolve(
+            log.engine.recovery, transactions_replayed=replayed, checkpoint_lsn=state.lsn
+        )
+        return new_database(core, recovery)
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._opened.leave(exc)
+
+
+def open_database(
+    path: str | os.PathLike[str],
+    *,
+    checkpoint_bytes: int = 64 * MiB,
+    map_size: int = MAP_SIZE,
+    verify_store: VerifyStore = "auto",
+    on_verify_progress: Callable[[int, int], None] | None = None,
+    retention: Retention | None = None,
+    max_queue_size: float = 10_000,
+    max_queue_bytes: float = 64 * MiB,
+    max_record_size: int = 16 * MiB,
+    max_batch_bytes: int = 8 * MiB,
+    flush_interval: float = 0.010,
+    segment_size: int = 64 * MiB,
+    durability: Durability = "sync",
+    compression: Literal["none", "zstd"] | None = None,
+    verify_bytes: float = VERIFY_BYTES,
+    trust_directory: bool = False,
+    files: Files | None = None,
+) -> AbstractAsyncContextManager[Database]:
+    """Open a transactional key-value store in a directory, recovering it first.
+
+    ::
+
+        async with trio_wal.open_database("bank.db") as db:
+            async with db.transaction() as tx:
+                tx.put(b"alice", b"10")
+
+    Keys are `bytes` of 1 to 511; values `bytes` of any length that fits, with the rest of
+    its transaction, into ``max_record_size``.
+
+    Args:
+      path: a directory; created with mode 0700 if it is missing.
+      checkpoint_bytes: committed state is moved into the store every so many bytes of log.
+          Twice that may have to be replayed on opening, and kept in memory.
+      map_size: bytes of address space for LMDB; grown when it is full.
+      verify_store: LMDB trusts its file, and reading a damaged page can end the process, so
+          the store can be checked before it is opened.  ``"auto"``: every page, after a crash
+          and where the store has at most 128 MiB; that takes 3 ms per MiB.  ``"child"``: every
+          page, and then every key through LMDB, in a child process, always; twice that, and
+          0.3 seconds for the process.  ``"none"``: nothing but the few pages that opening reads.
+      on_verify_progress: called, in a worker thread, with the bytes that are checked so far and
+          the bytes that there are.
+      retention: how much of the log to keep beyond what the store does not hold yet, for
+          `Database.changes`; None: nothing.
+      max_queue_size, max_queue_bytes, max_record_size, max_batch_bytes: as for `open_wal`.
+      flush_interval, segment_size, durability, compression: as for `open_wal`.
+      verify_bytes, trust_directory: as for `open_wal`.
+      files: another file system, such as `trio_wal.testing.MemoryFiles`.
+
+    Raises, when called:
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Raises, on entering; what was there is as it was, and nothing else stays:
+      LogLockedError, WrongDirectoryError, UntrustedDirectoryError: as `open_wal`.
+      UnsupportedFormatError, LogFullError, OSError, RuntimeError: as `open_wal`.
+      CorruptLogError: also where LMDB's file is damaged, or log and store do not fit.
+
+    Raises, on leaving:
+      LogFailedError: a write or sync failed and nobody has been told.
+    """
+    name = check_path(path)
+    check_int("checkpoint_bytes", checkpoint_bytes, 1)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
+    check_one_of("verify_store", verify_store, ("auto", "child", "none"))
+    used = OsFiles() if files is None else files
+    run, where = check_options(
+        path=f"{name}/{LOG_NAME}",
+        retention=KeepSegments(1) if retention is None else retention,
+        max_queue_size=max_queue_size,
+        max_queue_bytes=max_queue_bytes,
+        max_record_size=max_record_size,
+        max_batch_bytes=max_batch_bytes,
+        flush_interval=flush_interval,
+        segment_size=segment_size,
+        durability=durability,
+        compression=compression,
+        verify_bytes=verify_bytes,
+        trust_directory=trust_directory,
+    )
+    options = _Options(
+        path=used.absolute(name),
+        checkpoint_bytes=checkpoint_bytes,
+        map_size=map_size,
+        verify_store=verify_store,
+        on_verify_progress=on_verify_progress,
+    )
+    return _OpenDatabase(options, used, run, where)

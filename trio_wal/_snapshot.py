@@ -1,0 +1,119 @@
+"""A durable view of one moment.
+
+Law: what a snapshot shows no crash can take back, and nothing that happens later changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar, final, overload
+
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from ._exports import NoPublicConstructor, constructor
+from ._identity import Bookmark
+from ._mvcc import Pin, Versions
+from ._operations import check_key, check_range
+
+D = TypeVar("D")
+
+
+@final
+class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor):
+    """A consistent, durable view at one LSN; writers and checkpoints go on.
+
+    Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
+    open, memory and disk pages that it may need are kept.
+    """
+
+    _pin: Pin | None = None
+    _entered = False
+    _lsn = 0
+
+    def __init__(self, versions: Versions, epoch: int) -> None:
+        self._versions = versions
+        self._epoch = epoch
+
+    @enable_ki_protection
+    def __enter__(self) -> Snapshot:
+        if self._entered:
+            raise RuntimeError("a snapshot is for one use")
+        # Here, not when it was made: without the block nobody would let go of what it keeps.
+        self._pin = Pin(self._versions)
+        self._lsn = self._pin.lsn
+        self._entered = True
+        return self
+
+    @enable_ki_protection
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @enable_ki_protection
+    def close(self) -> None:
+        """Let go of the view; idempotent."""
+        pin, self._pin = self._pin, None
+        if pin is not None:
+            self._versions.readers.unpin(pin)
+
+    def _open_pin(self) -> Pin:
+        if self._pin is None or self._versions.closed:
+            self._check_entered()
+            raise trio.ClosedResourceError("this snapshot is closed")
+        return self._pin
+
+    def _check_entered(self) -> None:
+        if not self._entered:
+            raise RuntimeError("enter the snapshot first: with db.snapshot() as snap")
+
+    @property
+    def lsn(self) -> int:
+        """The newest transaction that it contains."""
+        self._check_entered()
+        return self._lsn
+
+    @property
+    def bookmark(self) -> Bookmark:
+        """`lsn`, with the database's epoch: `Database.changes` continues after this state."""
+        return Bookmark(self.lsn, self._epoch)
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """The value of ``key`` at `lsn`, or ``default``."""
+        pin = self._open_pin()
+        value = pin.view.get(check_key(key), pin.seq)
+        return default if value is None else value
+
+    def scan(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """As `Database.scan`, at `lsn`; ends with the snapshot."""
+        start, stop = check_range(start, stop, prefix, limit)
+        self._open_pin()
+        return self._scan(start, stop, reverse, limit)
+
+    def _scan(
+        self, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        if limit == 0:
+            return
+        pin = self._open_pin()
+        found = pin.view.scan(pin.seq, start, stop, reverse)
+        for number, item in enumerate(found, 1):
+            yield item
+            if number == limit:
+                return
+            self._open_pin()
+
+
+new_snapshot = constructor(Snapshot)

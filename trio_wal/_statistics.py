@@ -1,0 +1,119 @@
+"""What a log counts, and how it is handed out.
+
+Law: values only; nothing here looks anything up.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from datetime import datetime, timedelta, timezone
+from typing import Final, Literal, final
+
+import attrs
+
+HISTOGRAM_BOUNDS: Final = (
+    0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds, in seconds, of the buckets of ``sync_seconds_histogram``."""
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+@attrs.define
+class SyncTimes:
+    """How long syncs took: running totals."""
+
+    count: int = 0
+    seconds_total: float = 0.0
+    seconds_max: float = 0.0
+    _last_us: int | None = None
+    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+
+    def note(self, seconds: float, now_us: int) -> None:
+        """One more, which has just returned; ``now_us`` counts from 1970."""
+        self.count += 1
+        self.seconds_total += seconds
+        self.seconds_max = max(self.seconds_max, seconds)
+        self._buckets[bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
+        self._last_us = now_us
+
+    @property
+    def last_time(self) -> datetime | None:
+        """UTC, when the last one returned."""
+        if self._last_us is None:
+            return None
+        return _EPOCH + timedelta(microseconds=self._last_us)
+
+    def histogram(self) -> tuple[tuple[float, int], ...]:
+        return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
+
+
+@attrs.frozen
+class EngineStatistics:
+    """What an engine knows that its log does not; `WalStatistics` says what it means."""
+
+    syncs: SyncTimes
+    segments: int
+    disk_bytes: int
+
+
+@final
+@attrs.frozen(kw_only=True)
+class WalStatistics:
+    """A look at the log at one moment; what `WriteAheadLog.statistics` returns."""
+
+    records_waiting: int
+    """Accepted records that wait to be written, without the batch being written."""
+    bytes_waiting: int
+    """Their payload bytes."""
+    max_queue_size: float
+    """As given to `open_wal`; `math.inf` where unbounded."""
+    max_queue_bytes: float
+    """As given to `open_wal`."""
+    queue_utilization: float
+    """How full the queue is, 0 to 1, in records or bytes, whichever is more."""
+    peak_records_waiting: int
+    """The most records that ever waited."""
+    peak_bytes_waiting: int
+    """The most payload bytes that ever waited."""
+    tasks_waiting_send: int
+    """Tasks blocked because the queue is full."""
+    tasks_waiting_durable: int
+    """Tasks whose records are accepted, or that wait for an LSN, and not yet durable."""
+    backpressure_waits: int
+    """How often a task was blocked by a full queue."""
+    backpressure_seconds: float
+    """For how long, all tasks together, by trio's clock."""
+    rejected: int
+    """How often ``send_nowait`` raised `trio.WouldBlock`."""
+    records_appended: int
+    """Records written in this session."""
+    bytes_appended: int
+    """Their payload bytes."""
+    batches_synced: int
+    """Syncs that covered new records."""
+    sync_seconds_total: float
+    """Time spent in them."""
+    sync_seconds_max: float
+    """The slowest."""
+    sync_seconds_histogram: tuple[tuple[float, int], ...]
+    """(upper bound in seconds, syncs that took at most so long and longer than the bound
+    before); the last bound is infinite."""
+    first_lsn: int
+    """The oldest record; ``last_lsn + 1`` where there is none."""
+    last_lsn: int
+    """The newest record written."""
+    durable_lsn: int
+    """The newest record that a sync has covered."""
+    segments: int
+    """Segment files of the log, the one being written among them."""
+    disk_bytes: int
+    """Their size, space prepared ahead included."""
+    last_sync_time: datetime | None
+    """UTC, when the last sync returned; None before the first."""
+    state: Literal["open", "full", "closing", "closed", "failed"]
+    """Where it is ``full``, there is no disk space for the next segment; for ``failed`` see
+    `LogFailedError`."""
