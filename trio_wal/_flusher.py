@@ -12,6 +12,7 @@ busy writers share one sync instead of falling into two halves that alternate.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import math
@@ -382,5 +383,5 @@ class Flusher:
 
 def _errno_of(error: LogFullError) -> tuple[int, str]:
     cause = error.__cause__
-    assert isinstance(cause, OSError)
-    return cause.errno or 0, f"{error}"
+    number = cause.errno if isinstance(cause, OSError) else None
+    return number or errno.ENOSPC, f"{error}"

@@ -17,7 +17,7 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection, reschedule
 
-from ._engine import Cursor, Engine, Forked, Reader, Tail
+from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
@@ -89,14 +89,18 @@ class Log:
     def __init__(self, options: LogOptions, engine: Engine) -> None:
         self.name: Final[str] = engine.name
         self.engine: Final[Engine] = engine
-        self.max_record_size: Final[int] = options.max_record_size
+        self.max_record_size: Final[int] = min(
+            options.max_record_size, engine.batch_bytes_max - RECORD_OVERHEAD
+        )
         self.status: Final = Status(engine.name)
         self._queue = WriteQueue(
             self.status,
             options.max_queue_size,
             options.max_queue_bytes,
-            options.max_batch_bytes,
-            engine.batch_records_max,
+            # Two halves, for the payload and for what records count beside it: no batch of
+            # several entries is too large for the engine.
+            min(options.max_batch_bytes, engine.batch_bytes_max // 2),
+            min(engine.batch_records_max, engine.batch_bytes_max // 2 // RECORD_OVERHEAD),
         )
         self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
         self.append: Final = self._queue.append

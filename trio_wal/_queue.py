@@ -306,8 +306,8 @@ class WriteQueue:
         ):
             batch.records_max = 0
             return
-        batch.records_max = min(
-            self.max_queue_size - self._sealed_records - batch.extra, self._max_batch_records
+        batch.records_max = (
+            min(self.max_queue_size - self._sealed_records, self._max_batch_records) - batch.extra
         )
         batch.bytes_max = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
 

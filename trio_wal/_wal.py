@@ -21,7 +21,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 from ._codec import require_zstd
 from ._disk.frame import FRAME_BODY_MAX
 from ._disk.recovery import VERIFY_BYTES
-from ._engine import RecoveryReport
+from ._engine import RECORD_OVERHEAD, RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
@@ -143,7 +143,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             self._check_size(max(map(len, chunk)))
             total += sum(map(len, chunk))
             unit += chunk
-            if total + 4 * len(unit) > engine.batch_bytes_max:
+            if total + RECORD_OVERHEAD * len(unit) > engine.batch_bytes_max:
                 raise RecordTooLargeError(
                     total, engine.batch_bytes_max, "the limit of one append_many"
                 )
