@@ -131,7 +131,7 @@ REASON = "So many methods because"
 PATHS = {"PathLike", "fspath"}
 """What any module may take from `os`: the types of paths."""
 OS_ALLOWED = {
-    "_worker": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
+    "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
 }
 OS_FREE = {"_files", "_cli"}

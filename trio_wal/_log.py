@@ -22,13 +22,13 @@ from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
-from ._park import Latch, is_parked
+from ._park import Latch, is_parked, require_trio
 from ._queue import Barrier, Owner, Unit, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
-from ._worker import require_trio
+from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
 
 FORKED_TURNS: Final = 100
 """Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
@@ -44,6 +44,33 @@ class LogOptions:
     max_batch_bytes: int
     flush_interval: float
     durability: Durability
+
+
+def check_log_options(
+    batch_bytes_max: int,
+    *,
+    max_queue_size: float,
+    max_queue_bytes: float,
+    max_record_size: int,
+    max_batch_bytes: int,
+    flush_interval: float,
+    durability: Durability,
+) -> LogOptions:
+    """These arguments of `open_wal`, or the error that names the wrong one.
+
+    Args:
+      batch_bytes_max: the engine's.
+    """
+    check_one_of("durability", durability, ("sync", "interval", "none"))
+    record_size_max = batch_bytes_max - RECORD_OVERHEAD
+    return LogOptions(
+        max_queue_size=check_int_or_inf("max_queue_size", max_queue_size, 1),
+        max_queue_bytes=check_int_or_inf("max_queue_bytes", max_queue_bytes, 1),
+        max_record_size=check_int("max_record_size", max_record_size, 1, record_size_max),
+        max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
+        flush_interval=check_seconds("flush_interval", flush_interval),
+        durability=durability,
+    )
 
 
 @final
