@@ -17,13 +17,14 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection, reschedule
 
+from ._batch import Flush, Job, Unit
 from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
 from ._park import Latch, is_parked, require_trio
-from ._queue import Barrier, Owner, Unit, WriteQueue
+from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
@@ -217,7 +218,7 @@ class Log:
         ):
             await trio.lowlevel.checkpoint()
             return engine.durable_lsn
-        await queue.submit(Barrier())
+        await queue.submit(Flush())
         return engine.durable_lsn
 
     def hold(self, who: str, lsn: int) -> None:
@@ -227,16 +228,16 @@ class Log:
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)
 
-    async def run_job(self, job: Callable[[], Awaitable[None]]) -> None:
+    async def run_job(self, run: Callable[[], Awaitable[None]]) -> None:
         """Have the flusher call a method of the engine between two writes, after everything
         accepted before has become durable.
 
         Cancelled before it has begun: it is not called.
         """
-        barrier = Barrier(job)
-        await self._queue.submit(barrier)
-        if barrier.error is not None:
-            raise barrier.error
+        job = Job(run)
+        await self._queue.submit(job)
+        if job.error is not None:
+            raise job.error
 
     # -- reading --
 
