@@ -65,7 +65,9 @@ ORDER: dict[int, list[str]] = {
         "_park",
         "_worker",
         "_state",
+        "_batch",
         "_queue",
+        "_watermark",
         "_flusher",
         "_stream",
         "_local",
@@ -128,7 +130,7 @@ REASON = "So many methods because"
 PATHS = {"PathLike", "fspath"}
 """What any module may take from `os`: the types of paths."""
 OS_ALLOWED = {
-    "_worker": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
+    "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
 }
 OS_FREE = {"_files", "_cli"}

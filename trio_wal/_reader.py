@@ -41,10 +41,11 @@ from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
+from ._park import require_trio
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_path
-from ._worker import Blocking, require_trio
+from ._worker import Blocking
 
 POLL_SECONDS: Final = 0.02
 """How often the files of another process's log are looked at for news, where nothing wakes."""
