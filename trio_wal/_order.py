@@ -54,26 +54,68 @@ class Run:
     def between(
         self, start: bytes | None, stop: bytes | None, reverse: bool
     ) -> Iterator[bytes] | None:
-        """``start <= key < stop``; None where there is none."""
-        lasts = self._lasts
-        first = 0 if start is None else bisect_left(lasts, start)
-        end = len(lasts) if stop is None else bisect_left(lasts, stop, first) + 1
-        blocks = self._blocks[first:end]
-        if not blocks:
-            return None
-        if stop is not None:
-            block = blocks[-1]
-            blocks[-1] = block[: bisect_left(block, stop)]
-        if start is not None:
-            block = blocks[0]
-            blocks[0] = block[bisect_left(block, start) :]
-        if len(blocks) == 1:
-            if not blocks[0]:
+        """``start <= key < stop``; None where there is none.
+
+        There may be dozens of runs, and most scans are left after a few keys.  So only the end
+        at which it begins is looked for here: no block is copied, and the other end is looked
+        for when it is reached.
+        """
+        return self._backwards(start, stop) if reverse else self._forwards(start, stop)
+
+    def _forwards(self, start: bytes | None, stop: bytes | None) -> Iterator[bytes] | None:
+        blocks, lasts = self._blocks, self._lasts
+        place = low = 0
+        if start is not None and blocks[0][0] < start:
+            place = bisect_left(lasts, start)
+            if place < len(lasts):
+                low = bisect_left(blocks[place], start)
+                if low == len(blocks[place]):
+                    place, low = place + 1, 0
+            if place == len(lasts):
                 return None
-            return reversed(blocks[0]) if reverse else iter(blocks[0])
-        if reverse:
-            return chain.from_iterable(map(reversed, reversed(blocks)))
-        return chain.from_iterable(blocks)
+        if stop is not None and blocks[place][low] >= stop:
+            return None
+        return chain.from_iterable(self._parts(place, low, stop))
+
+    def _parts(self, place: int, low: int, stop: bytes | None) -> Iterator[Iterable[bytes]]:
+        """Block by block, from a key in one of them on."""
+        for number in range(place, len(self._blocks)):
+            block = self._blocks[number]
+            if stop is not None and self._lasts[number] >= stop:
+                yield map(block.__getitem__, range(low, bisect_left(block, stop, low)))
+                return
+            yield map(block.__getitem__, range(low, len(block))) if low else block
+            low = 0
+
+    def _backwards(self, start: bytes | None, stop: bytes | None) -> Iterator[bytes] | None:
+        blocks, lasts = self._blocks, self._lasts
+        place = len(blocks) - 1
+        high = len(blocks[place])
+        if stop is not None and blocks[place][-1] >= stop:
+            place = bisect_left(lasts, stop)
+            high = bisect_left(blocks[place], stop)
+            if not high:
+                if not place:
+                    return None
+                place -= 1
+                high = len(blocks[place])
+        if start is not None and blocks[place][high - 1] < start:
+            return None
+        return chain.from_iterable(self._parts_backwards(place, high, start))
+
+    def _parts_backwards(
+        self, place: int, high: int, start: bytes | None
+    ) -> Iterator[Iterable[bytes]]:
+        """Block by block, from before a key in one of them on."""
+        for number in range(place, -1, -1):
+            block = self._blocks[number]
+            end = high if number == place else len(block)
+            if start is not None and block[0] < start:
+                low = bisect_left(block, start, 0, end)
+                yield map(block.__getitem__, range(end - 1, low - 1, -1))
+                return
+            whole = end == len(block)
+            yield reversed(block) if whole else map(block.__getitem__, range(end - 1, -1, -1))
 
     def without(self, keys: list[bytes], found: set[bytes]) -> Run:
         """The same without those of ``keys``, which are sorted, that it has; these are added
