@@ -26,8 +26,28 @@ RUNS_MERGED: Final = 8
 """Short runs that become a longer one, those again a long one: about three milliseconds."""
 BLOCK_KEYS: Final = 512
 """What is copied to take a key out of a run, or to change a gap: about a microsecond."""
+COPIED_KEYS: Final = 32
+"""At most so many keys are copied for a scan, in which they may be left."""
 STALE_MIN: Final = 64
 """So many fresh keys, and a sixteenth of them, may be gone before they are sorted out."""
+
+
+def _part(block: list[bytes], low: int, high: int) -> Iterator[bytes]:
+    """A few keys are copied, which is the fastest way to read them; of more, those that are
+    asked for are taken."""
+    if high - low <= COPIED_KEYS:
+        return iter(block[low:high])
+    if high - low == len(block):
+        return iter(block)
+    return map(block.__getitem__, range(low, high))
+
+
+def _part_backwards(block: list[bytes], low: int, high: int) -> Iterator[bytes]:
+    if high - low <= COPIED_KEYS:
+        return reversed(block[low:high])
+    if high - low == len(block):
+        return reversed(block)
+    return map(block.__getitem__, range(high - 1, low - 1, -1))
 
 
 @final
@@ -56,9 +76,8 @@ class Run:
     ) -> Iterator[bytes] | None:
         """``start <= key < stop``; None where there is none.
 
-        There may be dozens of runs, and most scans are left after a few keys.  So only the end
-        at which it begins is looked for here: no block is copied, and the other end is looked
-        for when it is reached.
+        There may be dozens of runs, and most scans are left after a few keys.  So no block is
+        copied, and the end is looked for only when its block is reached.
         """
         return self._backwards(start, stop) if reverse else self._forwards(start, stop)
 
@@ -73,8 +92,13 @@ class Run:
                     place, low = place + 1, 0
             if place == len(lasts):
                 return None
-        if stop is not None and blocks[place][low] >= stop:
+        block = blocks[place]
+        if stop is not None and block[low] >= stop:
             return None
+        if stop is not None and lasts[place] >= stop:
+            return _part(block, low, bisect_left(block, stop, low))
+        if place == len(lasts) - 1:
+            return _part(block, low, len(block))
         return chain.from_iterable(self._parts(place, low, stop))
 
     def _parts(self, place: int, low: int, stop: bytes | None) -> Iterator[Iterable[bytes]]:
@@ -82,9 +106,9 @@ class Run:
         for number in range(place, len(self._blocks)):
             block = self._blocks[number]
             if stop is not None and self._lasts[number] >= stop:
-                yield map(block.__getitem__, range(low, bisect_left(block, stop, low)))
+                yield _part(block, low, bisect_left(block, stop, low))
                 return
-            yield map(block.__getitem__, range(low, len(block))) if low else block
+            yield _part(block, low, len(block))
             low = 0
 
     def _backwards(self, start: bytes | None, stop: bytes | None) -> Iterator[bytes] | None:
@@ -99,8 +123,13 @@ class Run:
                     return None
                 place -= 1
                 high = len(blocks[place])
-        if start is not None and blocks[place][high - 1] < start:
+        block = blocks[place]
+        if start is not None and block[high - 1] < start:
             return None
+        if start is not None and block[0] < start:
+            return _part_backwards(block, bisect_left(block, start, 0, high), high)
+        if not place:
+            return _part_backwards(block, 0, high)
         return chain.from_iterable(self._parts_backwards(place, high, start))
 
     def _parts_backwards(
@@ -109,13 +138,12 @@ class Run:
         """Block by block, from before a key in one of them on."""
         for number in range(place, -1, -1):
             block = self._blocks[number]
-            end = high if number == place else len(block)
+            if number < place:
+                high = len(block)
             if start is not None and block[0] < start:
-                low = bisect_left(block, start, 0, end)
-                yield map(block.__getitem__, range(end - 1, low - 1, -1))
+                yield _part_backwards(block, bisect_left(block, start, 0, high), high)
                 return
-            whole = end == len(block)
-            yield reversed(block) if whole else map(block.__getitem__, range(end - 1, -1, -1))
+            yield _part_backwards(block, 0, high)
 
     def without(self, keys: list[bytes], found: set[bytes]) -> Run:
         """The same without those of ``keys``, which are sorted, that it has; these are added
