@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
 from trio_wal import _order
-from trio_wal._order import RUNS_MERGED, Gaps, Order, SortedKeys
+from trio_wal._order import RUNS_MERGED, Gaps, Order, Run, SortedKeys
 
 key_sets = st.lists(st.binary(max_size=3), max_size=60, unique=True)
 bounds = st.none() | st.binary(max_size=3)
@@ -110,6 +112,50 @@ def test_runs_whose_keys_are_gone_are_gone(monkeypatch: pytest.MonkeyPatch) -> N
             keys.discard([b"%06d" % number])
     assert len(list(keys.between(None, None, reverse=False))) <= 80 + _order.STALE_MIN + 1
     assert len(keys.order.runs) < 3 * RUNS_MERGED
+
+
+class Watched(list[bytes]):
+    """A block that counts the keys that are taken out of it, looked at or copied."""
+
+    touched = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.touched += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def _counted(self, keys: Iterator[bytes]) -> Iterator[bytes]:
+        for key in keys:
+            self.touched += 1
+            yield key
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._counted(super().__iter__())
+
+    def __reversed__(self) -> Iterator[bytes]:
+        return self._counted(super().__reversed__())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("start", [None, b"", b"000010", b"001000", b"002500"])
+@pytest.mark.parametrize("stop", [None, b"~", b"009990", b"009000", b"005000"])
+def test_the_first_keys_of_a_run_touch_no_more_of_it_than_a_search_does(
+    start: bytes | None, stop: bytes | None, reverse: bool
+) -> None:
+    """There are dozens of runs where a snapshot is of half of a million keys, in no order."""
+    keys = [b"%06d" % number for number in range(10_000)]
+    blocks = [Watched(keys[first : first + 500]) for first in range(0, 10_000, 500)]
+    run = Run([*blocks], [max(list(block)) for block in blocks], len(keys))
+    for block in blocks:
+        block.touched = 0
+    found = run.between(start, stop, reverse)
+    assert found is not None
+    first = list(islice(found, 3))
+    within = expected(set(keys), start, stop)
+    assert first == (within[::-1] if reverse else within)[:3]
+    # At most one search of a block for each bound, and a look at the run's own ends.
+    assert sum(block.touched for block in blocks) <= 2 * (500).bit_length() + 3 + 4
+    assert [*first, *found] == (within[::-1] if reverse else within)
 
 
 # -- gaps --------------------------------------------------------------------------

@@ -18,20 +18,22 @@ from typing import Any
 import lmdb
 import pytest
 import trio
+from campaigns import _mounts
 from databases import hash_tree
 
 import trio_wal
 from trio_wal import CorruptLogError, _files, _pages, _store_check
 from trio_wal._admin import verify_database
 from trio_wal._base import MapFull, Store, StoreState
-from trio_wal._files import OsDirectory, OsFiles
+from trio_wal._files import OsDirectory, OsFile, OsFiles
 from trio_wal._pages import Contents
 from trio_wal._store import LmdbStore, explained
 from trio_wal._store_check import LOOK_TRIES, StoreCheck, check_before_open, check_store
-from trio_wal._store_files import DATA_NAME, data_file, inspect_store
+from trio_wal._store_files import DATA_NAME, SUSPECT_NAME, data_file, inspect_store
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
+TESTS = Path(__file__).parent
 UUID = bytes(range(16))
 STATE = StoreState(UUID, 7)
 
@@ -443,6 +445,114 @@ async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path:
     async with trio_wal.open_database(tmp_path / "db") as db:
         assert dict(db.scan()) == {b"key": b"other"}
         assert db.recovery.checkpoint_lsn == 2
+
+
+class _Short:
+    """An LMDB environment of whose write the disk takes a part."""
+
+    def __init__(self, environment: Any) -> None:
+        self.close, self.info = environment.close, environment.info
+
+    def begin(self, **_: Any) -> Any:
+        raise lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.EIO)}")
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (None, errno.EIO),
+        (errno.ENOSPC, errno.ENOSPC),
+        (errno.EDQUOT, errno.EDQUOT),
+        (errno.EIO, errno.EIO),
+        (errno.EROFS, errno.EIO),
+    ],
+)
+def test_a_short_write_on_a_full_disk_is_no_failed_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | None, said: int
+) -> None:
+    """LMDB calls both EIO; so the system is asked whether there is room."""
+    store = LmdbStore(str(tmp_path), 8 * MiB)
+    store.apply([(b"key", b"value")], STATE)
+    sizes: list[int] = []
+
+    def allocate(self: OsFile, size: int) -> None:
+        sizes.append(size)
+        self.pwrite([bytes(5)], 0)
+        if room is not None:
+            raise OSError(room, os.strerror(room))
+
+    monkeypatch.setattr(OsFile, "allocate", allocate)
+    store._env = _Short(store._env)
+    with pytest.raises(OSError, match=r"checkpoint failed: .*mdb_txn_commit: ") as caught:
+        store.apply([(b"key", b"other")], STATE)
+    assert caught.value.errno == said
+    assert caught.value.filename == str(tmp_path / DATA_NAME)
+    assert os.strerror(said) in str(caught.value)
+    assert isinstance(caught.value.__cause__, lmdb.DiskError)
+    assert sizes == [MiB]
+    # What asking took is given back, and later processes are warned all the same.
+    assert (tmp_path / SUSPECT_NAME).stat().st_size == 0
+    with pytest.raises(MapFull):
+        store.apply([(b"key", b"other")], STATE)
+    store.grow()
+    assert not (tmp_path / SUSPECT_NAME).exists()
+    store.apply([(b"key", b"other")], STATE)
+    store.close()
+
+
+FULL = """\
+import os, sys
+from pathlib import Path
+import trio
+from campaigns import _mounts, realerrors
+import trio_wal
+
+async def main(path):
+    options = {"segment_size": 256 * 1024, "checkpoint_bytes": 1 << 30, "map_size": 1 << 26}
+    values = {b"%04d" % number: os.urandom(1000) for number in range(400)}
+    async with trio_wal.open_database(f"{path}/db", **options) as db:
+        for key, value in values.items():
+            await db.put(key, value)
+        space = os.statvfs(path)
+        with open(f"{path}/ballast", "wb") as file:
+            size = space.f_bavail * space.f_frsize - int(sys.argv[2])
+            os.posix_fallocate(file.fileno(), 0, size)
+        for _ in range(2):
+            try:
+                await db.checkpoint()
+            except OSError as exc:
+                print(exc.errno)
+        assert dict(db.scan()) == values
+    try:
+        async with trio_wal.open_database(f"{path}/db", **options | {"checkpoint_bytes": 1000}):
+            pass
+    except OSError as exc:
+        print(exc.errno)
+    os.unlink(f"{path}/ballast")
+    async with trio_wal.open_database(f"{path}/db", **options) as db:
+        assert await db.checkpoint() == len(values)
+        assert dict(db.scan()) == values
+
+with realerrors._disk(Path(sys.argv[1]), realerrors.SMALL) as (mounted, _):
+    trio.run(main, mounted)
+"""
+
+
+@pytest.mark.parametrize("left", [10_000, 60_000, 200_000])
+def test_a_checkpoint_on_a_real_disk_that_is_full_says_so(tmp_path: Path, left: int) -> None:
+    if (reason := _mounts.why_not(["ext4"])) is not None:
+        pytest.skip(reason)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path, str(left)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(errno.ENOSPC)] * 3
 
 
 @pytest.mark.parametrize(

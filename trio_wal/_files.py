@@ -1019,11 +1019,26 @@ def path_below(directory: OsDirectory) -> str:
     return directory.path
 
 
-def leave_mark(directory: OsDirectory, name: str) -> None:
+def leave_mark(directory: OsDirectory, name: str, room: int = 0) -> OSError | None:
     """An empty file that later processes on this running system will see; not durable, and it
-    need not be: what it warns of is in the page cache, and goes away with that."""
-    with contextlib.suppress(OSError):
-        directory.open(name, create=True).close()
+    need not be: what it warns of is in the page cache, and goes away with that.
+
+    Returns why there is no room on the disk for so many bytes, where there is none.  They are
+    asked for in the file that is made here, which nobody else can have put there.
+    """
+    try:
+        file = directory.open(name, create=True)
+        try:
+            file.allocate(room)
+        finally:
+            try:
+                if file.size():
+                    file.truncate(0)
+            finally:
+                file.close()
+    except OSError as exc:
+        return exc if exc.errno in NO_SPACE else None
+    return None
 
 
 def remove_file(directory: OsDirectory, name: str) -> None:

@@ -26,8 +26,28 @@ RUNS_MERGED: Final = 8
 """Short runs that become a longer one, those again a long one: about three milliseconds."""
 BLOCK_KEYS: Final = 512
 """What is copied to take a key out of a run, or to change a gap: about a microsecond."""
+COPIED_KEYS: Final = 32
+"""At most so many keys are copied for a scan, in which they may be left."""
 STALE_MIN: Final = 64
 """So many fresh keys, and a sixteenth of them, may be gone before they are sorted out."""
+
+
+def _part(block: list[bytes], low: int, high: int) -> Iterator[bytes]:
+    """A few keys are copied, which is the fastest way to read them; of more, those that are
+    asked for are taken."""
+    if high - low <= COPIED_KEYS:
+        return iter(block[low:high])
+    if high - low == len(block):
+        return iter(block)
+    return map(block.__getitem__, range(low, high))
+
+
+def _part_backwards(block: list[bytes], low: int, high: int) -> Iterator[bytes]:
+    if high - low <= COPIED_KEYS:
+        return reversed(block[low:high])
+    if high - low == len(block):
+        return reversed(block)
+    return map(block.__getitem__, range(high - 1, low - 1, -1))
 
 
 @final
@@ -54,26 +74,76 @@ class Run:
     def between(
         self, start: bytes | None, stop: bytes | None, reverse: bool
     ) -> Iterator[bytes] | None:
-        """``start <= key < stop``; None where there is none."""
-        lasts = self._lasts
-        first = 0 if start is None else bisect_left(lasts, start)
-        end = len(lasts) if stop is None else bisect_left(lasts, stop, first) + 1
-        blocks = self._blocks[first:end]
-        if not blocks:
-            return None
-        if stop is not None:
-            block = blocks[-1]
-            blocks[-1] = block[: bisect_left(block, stop)]
-        if start is not None:
-            block = blocks[0]
-            blocks[0] = block[bisect_left(block, start) :]
-        if len(blocks) == 1:
-            if not blocks[0]:
+        """``start <= key < stop``; None where there is none.
+
+        There may be dozens of runs, and most scans are left after a few keys.  So no block is
+        copied, and the end is looked for only when its block is reached.
+        """
+        return self._backwards(start, stop) if reverse else self._forwards(start, stop)
+
+    def _forwards(self, start: bytes | None, stop: bytes | None) -> Iterator[bytes] | None:
+        blocks, lasts = self._blocks, self._lasts
+        place = low = 0
+        if start is not None and blocks[0][0] < start:
+            place = bisect_left(lasts, start)
+            if place < len(lasts):
+                low = bisect_left(blocks[place], start)
+                if low == len(blocks[place]):
+                    place, low = place + 1, 0
+            if place == len(lasts):
                 return None
-            return reversed(blocks[0]) if reverse else iter(blocks[0])
-        if reverse:
-            return chain.from_iterable(map(reversed, reversed(blocks)))
-        return chain.from_iterable(blocks)
+        block = blocks[place]
+        if stop is not None and block[low] >= stop:
+            return None
+        if stop is not None and lasts[place] >= stop:
+            return _part(block, low, bisect_left(block, stop, low))
+        if place == len(lasts) - 1:
+            return _part(block, low, len(block))
+        return chain.from_iterable(self._parts(place, low, stop))
+
+    def _parts(self, place: int, low: int, stop: bytes | None) -> Iterator[Iterable[bytes]]:
+        """Block by block, from a key in one of them on."""
+        for number in range(place, len(self._blocks)):
+            block = self._blocks[number]
+            if stop is not None and self._lasts[number] >= stop:
+                yield _part(block, low, bisect_left(block, stop, low))
+                return
+            yield _part(block, low, len(block))
+            low = 0
+
+    def _backwards(self, start: bytes | None, stop: bytes | None) -> Iterator[bytes] | None:
+        blocks, lasts = self._blocks, self._lasts
+        place = len(blocks) - 1
+        high = len(blocks[place])
+        if stop is not None and blocks[place][-1] >= stop:
+            place = bisect_left(lasts, stop)
+            high = bisect_left(blocks[place], stop)
+            if not high:
+                if not place:
+                    return None
+                place -= 1
+                high = len(blocks[place])
+        block = blocks[place]
+        if start is not None and block[high - 1] < start:
+            return None
+        if start is not None and block[0] < start:
+            return _part_backwards(block, bisect_left(block, start, 0, high), high)
+        if not place:
+            return _part_backwards(block, 0, high)
+        return chain.from_iterable(self._parts_backwards(place, high, start))
+
+    def _parts_backwards(
+        self, place: int, high: int, start: bytes | None
+    ) -> Iterator[Iterable[bytes]]:
+        """Block by block, from before a key in one of them on."""
+        for number in range(place, -1, -1):
+            block = self._blocks[number]
+            if number < place:
+                high = len(block)
+            if start is not None and block[0] < start:
+                yield _part_backwards(block, bisect_left(block, start, 0, high), high)
+                return
+            yield _part_backwards(block, 0, high)
 
     def without(self, keys: list[bytes], found: set[bytes]) -> Run:
         """The same without those of ``keys``, which are sorted, that it has; these are added

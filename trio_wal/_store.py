@@ -52,6 +52,8 @@ MAP_GROWTH: Final = 2
 TURN_KEYS: Final = 64
 TURN_SECONDS: Final = 0.001
 TURN_PAUSE_SECONDS: Final = 0.00005
+WRITTEN_AT_ONCE: Final = MiB
+"""LMDB writes up to 64 pages by one call."""
 READERS_MAX: Final = 4096
 """Open snapshots and the like, at once."""
 
@@ -258,16 +260,23 @@ class LmdbStore:
             if isinstance(explained, OSError):
                 # LMDB would write the same pages again, and that may not help: see `_files`.
                 self._suspect = True
-                self._mark_suspect()
+                full = self._mark_suspect()
+                if explained.errno == errno.EIO and full is not None:
+                    text = f"checkpoint failed: {full.strerror}; LMDB says: {exc}"
+                    explained = OSError(full.errno, text, explained.filename)
             raise explained from exc
 
-    def _mark_suspect(self) -> None:
+    def _mark_suspect(self) -> OSError | None:
+        """Have later processes know it too.  Returns why there is no room, where there is none:
+        a write of which the disk took only a part is EIO to LMDB, which does not ask again."""
         try:
             directory = open_store_directory(self.path)
         except (OSError, CorruptLogError):
-            return
-        leave_mark(directory, SUSPECT_NAME)
-        directory.close()
+            return None
+        try:
+            return leave_mark(directory, SUSPECT_NAME, WRITTEN_AT_ONCE)
+        finally:
+            directory.close()
 
     def crowded(self, needed: int) -> bool:
         if self._suspect:
