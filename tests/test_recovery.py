@@ -25,7 +25,6 @@ from logs import (
     append,
     content,
     copy_of,
-    forget_word,
     make_log,
     numbered,
     open_log,
@@ -130,7 +129,6 @@ def unfinished(files: MemoryFiles, name: str, frame: int, cut: int, *, short: bo
 @pytest.mark.parametrize("segment_size", [TINY, 64 * KiB], ids=["first frame", "third frame"])
 def test_an_unfinished_batch_is_cut_at_every_byte(short: bool, segment_size: int) -> None:
     files = make_log([b"a"], [b"b"], LAST_BATCH, close=False, segment_size=segment_size)
-    forget_word(files)
     name = segments(files)[-1]
     frame = DATA_OFFSET if segment_size == TINY else DATA_OFFSET + 2 * BLOCK
     data = files.read_file(LOG, name)

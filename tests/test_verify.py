@@ -16,7 +16,7 @@ import pytest
 import trio
 from databases import hash_tree
 from helpers import until
-from logs import LOG, append, copy_of, forget_word, make_log, open_log, segments
+from logs import LOG, append, copy_of, make_log, open_log, segments
 
 import trio_wal
 from trio_wal import _admin
@@ -204,7 +204,7 @@ def test_an_unfinished_batch_at_the_end_is_no_finding_and_is_counted() -> None:
 
 
 def test_the_last_batch_of_a_crashed_log_may_be_torn_but_no_batch_before_it() -> None:
-    files = forget_word(one_segment(3, close=False))
+    files = one_segment(3, close=False)
     (name,) = segments(files)
     first, _, last = frames(files, name)
     flip(files, name, last.offset + 70)
@@ -756,7 +756,7 @@ def write_in_place(files: MemoryFiles, name: str, data: bytes) -> None:
 
 def test_a_frame_that_is_being_written_is_no_finding() -> None:
     """It is half there at one read; at the next it is whole, and another says it is durable."""
-    files = forget_word(one_segment(4, close=False))
+    files = one_segment(4, close=False)
     (name,) = segments(files)
     whole = files.read_file(LOG, name)
     third = frames(files, name)[2]

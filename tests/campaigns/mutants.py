@@ -329,16 +329,8 @@ MUTANTS: Final = (
         "    if pointer is not None and pointer.offset > end.offset:", "    if False:",
     ),
     mutant(
-        "an open does not believe the owner's word", "_disk/recovery", BITROT,
-        "proven_lsn(word, meta), verify_bytes)", "0, verify_bytes)",
-    ),
-    mutant(
         "the owner says what is not yet synced", "_disk/directory", "simulator:interval",
         "self._directory.publish(self.synced_lsn,", "self._directory.publish(self.last_lsn,",
-    ),
-    mutant(
-        "the owner's word of another history is believed", "_disk/walk", "simulator:cut",
-        "    if meta.copied or word.epoch != meta.epoch:", "    if meta.copied:",
     ),
     mutant(
         "a missing last segment is not missed", "_disk/walk", "bitrot:files",
@@ -578,8 +570,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "the owner's word counts in any history", "_reader", READERS,
-        "        told = word.durable_lsn if word.epoch in (None, meta.epoch) else 0\n",
-        "        told = word.durable_lsn\n",
+        "        told = word.told_lsn(meta.epoch)\n", "        told = word.durable_lsn\n",
     ),
     mutant(
         "what looks wrong is believed at the first look", "_reader", READERS,

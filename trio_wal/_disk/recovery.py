@@ -24,7 +24,7 @@ from typing import Final
 import attrs
 
 from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
-from trio_wal._files import Directory, File, Word
+from trio_wal._files import Directory, File
 from trio_wal._util import KiB, MiB
 
 from . import scan
@@ -47,7 +47,7 @@ from .finding import refuse
 from .frame import DATA_OFFSET, Footer, FrameHeader, Kind, Meta, SegmentHeader, segment_name_lsn
 from .scan import FrameScanner, Position
 from .segment import Extent, SegmentInfo
-from .walk import Walk, check_last, check_segment, proven_lsn
+from .walk import Walk, begun_lsn, check_last, check_segment
 
 VERIFY_BYTES: Final = 32 * MiB
 """How much of the log is checked record by record on every open, newest first."""
@@ -173,22 +173,19 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
         # Its creation was interrupted; nothing was ever accepted.
         segments = list_unborn(directory, names, refuse)
         return Plan(None, (*temporary(names), *segments))
-    # Before the files: what it speaks of is in them then.
-    word = directory.published()
     chain = list_chain(directory, meta, refuse)
-    return _examine_chain(directory, meta, chain, word, verify_bytes)
+    return _examine_chain(directory, meta, chain, verify_bytes)
 
 
 def _examine_chain(
     directory: Directory,
     meta: Meta,
     chain: Chain,
-    word: Word,
     verify_bytes: float,
 ) -> Plan:
     found = chain.segments
     last = found[-1]
-    tail = _examine_last(directory, last, proven_lsn(word, meta), verify_bytes)
+    tail = _examine_last(directory, last, begun_lsn(meta), verify_bytes)
     assert tail.end is not None
     verified_lsn = tail.verified_lsn
     budget = verify_bytes - _cost(tail.bytes_scanned, tail.end.records, tail.end.frames)

@@ -35,7 +35,7 @@ from .chain import (
 )
 from .finding import Finding, Report, finding_of
 from .frame import BLOCK, DATA_OFFSET, META_SIZE_MAX, POINTER_OFFSET, Meta, segment_name_lsn
-from .walk import Walk, check_last, check_segment, proven_lsn
+from .walk import Walk, begun_lsn, check_last, check_segment, proven_lsn
 
 LOOK_TRIES: Final = 20
 """How often a log that changes all the time is looked at before it is taken as it is."""
@@ -96,7 +96,8 @@ class Listing:
     chain: Chain
     findings: tuple[Finding, ...]
     told_lsn: int
-    """Up to here somebody proves that there was more."""
+    """Up to here somebody proves that there was more, the log's owner included; a reader believes
+    him, an open does not (docs/design)."""
 
     @property
     def segments(self) -> list[FoundSegment]:
@@ -309,7 +310,7 @@ class _Verifier:
             view = self._listing.view(number)
             if view is None:
                 return None
-            settled = self._check(view[0], view[1], self._listing.told_lsn)
+            settled = self._check(view[0], view[1], begun_lsn(self._listing.meta))
             if settled is not None and not settled.findings and not view[1].is_last:
                 break
             self._listing = list_log(self._directory)

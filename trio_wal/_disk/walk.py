@@ -67,10 +67,14 @@ def proven_lsn(word: Word, meta: Meta) -> int:
     of what is durable.  It must be of today's epoch: LSNs above an older one's end were dropped.
     In a copy that was not opened yet it is the word of whoever owns what it is a copy of.
     """
-    begun = meta.history[-1].after_lsn if meta.history else 0
     if meta.copied or word.epoch != meta.epoch:
-        return begun
-    return max(begun, word.durable_lsn)
+        return begun_lsn(meta)
+    return max(begun_lsn(meta), word.durable_lsn)
+
+
+def begun_lsn(meta: Meta) -> int:
+    """After which LSN today's epoch began: all up to there was durable by then."""
+    return meta.history[-1].after_lsn if meta.history else 0
 
 
 # -- where the log ends -----------------------------------------------------------------
