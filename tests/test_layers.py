@@ -64,6 +64,7 @@ ORDER: dict[int, list[str]] = {
         "_worker",
         "_state",
         "_batch",
+        "_admission",
         "_queue",
         "_watermark",
         "_flusher",
