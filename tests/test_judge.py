@@ -12,7 +12,6 @@ from logs import (
     LOG,
     append,
     content,
-    copy_of,
     forget_word,
     make_log,
     numbered,

@@ -66,6 +66,7 @@ ORDER: dict[int, list[str]] = {
         "_worker",
         "_state",
         "_batch",
+        "_admission",
         "_queue",
         "_watermark",
         "_flusher",

@@ -117,6 +117,7 @@ class Log:
     def __init__(self, options: LogOptions, engine: Engine) -> None:
         self.name: Final[str] = engine.name
         self.engine: Final[Engine] = engine
+        self._options = options
         self.max_record_size: Final[int] = min(
             options.max_record_size, engine.batch_bytes_max - RECORD_OVERHEAD
         )
@@ -167,20 +168,21 @@ class Log:
         queue.note_peaks()
         counters, engine = queue.counters, self.engine.statistics()
         records, waiting = queue.records_waiting, queue.bytes_waiting
+        options = self._options
         return WalStatistics(
             records_waiting=records,
             bytes_waiting=waiting,
-            max_queue_size=queue.max_queue_size,
-            max_queue_bytes=queue.max_queue_bytes,
+            max_queue_size=options.max_queue_size,
+            max_queue_bytes=options.max_queue_bytes,
             queue_utilization=min(
-                1.0, max(records / queue.max_queue_size, waiting / queue.max_queue_bytes)
+                1.0, max(records / options.max_queue_size, waiting / options.max_queue_bytes)
             ),
             peak_records_waiting=counters.peak_records_waiting,
             peak_bytes_waiting=counters.peak_bytes_waiting,
             tasks_waiting_send=queue.blocked,
             tasks_waiting_durable=queue.tasks_waiting() + flusher.waiting,
-            backpressure_waits=counters.backpressure_waits,
-            backpressure_seconds=counters.backpressure_seconds,
+            backpressure_waits=queue.line.waits,
+            backpressure_seconds=queue.line.seconds,
             rejected=counters.rejected,
             records_appended=flusher.counters.records_appended,
             bytes_appended=flusher.counters.bytes_appended,

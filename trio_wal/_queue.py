@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Generator, Iterator
 from functools import partial
 from itertools import count
@@ -39,6 +39,7 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
+from ._admission import Admission, Blocked, Line
 from ._batch import Batch, Flush, Item, Job, Key, bytes_of, count_of
 from ._exceptions import LogFullError, Outcome
 from ._park import REUSES, WOKEN, park, request
@@ -52,8 +53,6 @@ class Counters:
 
     peak_records_waiting: int = 0
     peak_bytes_waiting: int = 0
-    backpressure_waits: int = 0
-    backpressure_seconds: float = 0.0
     rejected: int = 0
 
 
@@ -77,29 +76,6 @@ class Claim:
         assert self.batch is not None
         assert self.task is not None
         return self._queue.withdraw(self.batch, self.task)
-
-
-class Blocked:
-    """A task that found no room, and what trio calls when it is cancelled; used again, as
-    claims are: the more tasks wait, the dearer every object that the garbage collector sees."""
-
-    __slots__ = ("_queue", "batch", "error", "item", "request", "since", "task", "waits_durable")
-
-    def __init__(self, queue: WriteQueue) -> None:
-        self._queue = queue
-        self.request: Any = request(self)
-        """For `park`."""
-        self.task: Task | None = None
-        self.item: Item = b""
-        self.waits_durable = True
-        self.since: float = 0.0
-        self.batch: Batch | None = None
-        """Which took its entry in the end."""
-        self.error: BaseException | None = None
-        """Or why none did."""
-
-    def __call__(self, _raise_cancel: object) -> Abort:
-        return self._queue.withdraw_blocked(self)
 
 
 class Owner(Protocol):
@@ -130,18 +106,14 @@ class WriteQueue:
         max_batch_records: int,
     ) -> None:
         self.status: Final = status
-        self.max_queue_size: Final = max_queue_size
-        self.max_queue_bytes: Final = max_queue_bytes
-        self._max_batch_bytes = max_batch_bytes
-        self._max_batch_records = max_batch_records
+        self.line: Final = Line(self.withdraw_blocked)
+        self._admission: Final = Admission(
+            max_queue_size, max_queue_bytes, max_batch_bytes, max_batch_records, self.line
+        )
         self.counters = Counters()
         self._send, self.batches = trio.open_memory_channel[Batch](max_queue_size)
         self._sealed: deque[Batch] = deque()
         """Batches that wait behind one another, without the one that is filling."""
-        self._sealed_records = 0
-        self._sealed_bytes = 0
-        # A dict would walk over all whom it has let go, to find who came first.
-        self._blocked: OrderedDict[Task, Blocked] = OrderedDict()
         self._numbers = count()
         self._lingering: Task | None = None
         self._awaited: float = math.inf
@@ -149,7 +121,6 @@ class WriteQueue:
         self._wants_space = trio.Event()
         self._full: LogFullError | None = None
         self.owner: Owner | None = None
-        self._free_blocked: list[Blocked] = []
         self._claims: list[Claim] = []
         """Free ones; at most as many as tasks ever waited at a time."""
         self.filling = Batch()
@@ -159,15 +130,15 @@ class WriteQueue:
 
     @property
     def records_waiting(self) -> int:
-        return self._sealed_records + self.filling.records
+        return self._admission.records + self.filling.records
 
     @property
     def bytes_waiting(self) -> int:
-        return self._sealed_bytes + self.filling.bytes
+        return self._admission.bytes + self.filling.bytes
 
     @property
     def blocked(self) -> int:
-        return len(self._blocked)
+        return len(self.line.blocked)
 
     def tasks_waiting(self) -> int:
         """Tasks whose accepted entries wait to be taken."""
@@ -184,49 +155,22 @@ class WriteQueue:
     def _set_limits(self) -> None:
         """How far the filling batch may be filled without asking: see `append`."""
         batch = self.filling
-        ended = isinstance(batch.barrier, Job)
         if (
             self.status.state is not State.OPEN
-            or self._blocked
             or self._lingering is not None
-            or ended
+            or isinstance(batch.barrier, Job)
         ):
             batch.records_credit = 0
-            return
-        batch.records_credit = (
-            min(self.max_queue_size - self._sealed_records, self._max_batch_records) - batch.extra
-        )
-        batch.bytes_credit = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
-
-    def _starts_batch(self, item: Item) -> bool:
-        """Whether the filling batch, which has entries, cannot take this one too."""
-        batch = self.filling
-        return bool(batch.entries) and (
-            batch.bytes + bytes_of(item) > self._max_batch_bytes
-            or batch.records + count_of(item) > self._max_batch_records
-            or isinstance(batch.barrier, Job)
-        )
-
-    def _fits(self, item: Item) -> bool:
-        if len(self._sealed) + 1 >= self.max_queue_size and self._starts_batch(item):
-            # The channel is full of batches that hold a barrier or were emptied by withdrawal.
-            return False
-        records = self.records_waiting
-        if not records:
-            return True
-        return (
-            records + count_of(item) <= self.max_queue_size
-            and self.bytes_waiting + bytes_of(item) <= self.max_queue_bytes
-        )
+        else:
+            self._admission.credit(batch)
 
     def _put(self, key: Key, item: Item) -> Batch:
         """Accept: there is room."""
         batch = self.filling
         size, records = bytes_of(item), count_of(item)
-        if self._starts_batch(item):
+        if self._admission.starts_batch(item, batch):
             self._sealed.append(batch)
-            self._sealed_records += batch.records
-            self._sealed_bytes += batch.bytes
+            self._admission.seal(batch)
             batch = self.filling = Batch()
         batch.entries[key] = item
         batch.bytes += size
@@ -254,12 +198,11 @@ class WriteQueue:
 
     def _admit(self) -> None:
         """Let in those who blocked first, as far as there is room."""
-        while self._blocked and self.status.state is State.OPEN:
-            task, blocked = next(iter(self._blocked.items()))
-            if not self._fits(blocked.item):
+        while self.status.state is State.OPEN:
+            admitted = self._admission.next(self.filling)
+            if admitted is None:
                 break
-            del self._blocked[task]
-            self._unblocked(blocked)
+            task, blocked = admitted
             if blocked.waits_durable:
                 blocked.batch = self._put(task, blocked.item)
                 blocked.batch.mixed = True
@@ -267,9 +210,6 @@ class WriteQueue:
                 self._put(next(self._numbers), blocked.item)
                 reschedule(task, WOKEN)
         self._set_limits()
-
-    def _unblocked(self, blocked: Blocked) -> None:
-        self.counters.backpressure_seconds += trio.current_time() - blocked.since
 
     def _fate(self, item: Item | None, outcome: Outcome) -> Outcome:
         """A flush has no records of its own: it asks about those before it."""
@@ -297,7 +237,7 @@ class WriteQueue:
                 (yield blocked.request).unwrap()
             else:
                 yield from park(blocked.request).__await__()
-            taken = self._leave(blocked)
+            taken = self.line.leave(blocked)
             assert taken is not None
             return self.outcome(taken, task)
         entries[task] = record
@@ -333,7 +273,7 @@ class WriteQueue:
             return self.outcome(batch, task)
         blocked = self._block(task, item, waits_durable=True)
         await park(blocked.request)
-        taken = self._leave(blocked)
+        taken = self.line.leave(blocked)
         assert taken is not None
         return self.outcome(taken, task)
 
@@ -347,7 +287,7 @@ class WriteQueue:
         else:
             blocked = self._block(current_task(), item, waits_durable=False)
             await park(blocked.request)
-            self._leave(blocked)
+            self.line.leave(blocked)
 
     def accept_nowait(self, item: Item) -> None:
         """Accept or raise `trio.WouldBlock` (`LogFullError` where the disk is full)."""
@@ -362,31 +302,19 @@ class WriteQueue:
         self._put(next(self._numbers), item)
 
     def _has_room(self, item: Item) -> bool:
-        return not self._blocked and self.status.state is State.OPEN and self._fits(item)
+        return (
+            not self.line.blocked
+            and self.status.state is State.OPEN
+            and self._admission.fits(item, self.filling)
+        )
 
     def _block(self, task: Task, item: Item, *, waits_durable: bool) -> Blocked:
         """The task stands in line; it must park with the request of what this returns."""
-        blocked = self._free_blocked.pop() if self._free_blocked else Blocked(self)
-        blocked.task = task
-        blocked.item = item
-        blocked.waits_durable = waits_durable
-        blocked.since = trio.current_time()
-        self._blocked[task] = blocked
-        self.counters.backpressure_waits += 1
+        blocked = self.line.enter(task, item, waits_durable=waits_durable)
         self._set_limits()
         self.wake_flusher()
         self._wants_space.set()
         return blocked
-
-    def _leave(self, blocked: Blocked) -> Batch | None:
-        """The task was woken: its entry is in this batch, if it waits for that; or an error."""
-        batch, error = blocked.batch, blocked.error
-        blocked.task = blocked.batch = blocked.error = None
-        blocked.item = b""
-        self._free_blocked.append(blocked)
-        if error is not None:
-            raise error
-        return batch
 
     # -- withdrawal --
 
@@ -412,8 +340,8 @@ class WriteQueue:
             barriers = (b for b in reversed(batch.entries.values()) if isinstance(b, (Flush, Job)))
             batch.barrier = next(barriers, None)
         if batch is not self.filling:
-            self._sealed_bytes -= size
-            self._sealed_records -= records
+            self._admission.bytes -= size
+            self._admission.records -= records
         if self.owner is not None:
             self.owner.withdrawn(task)
         self._admit()
@@ -429,11 +357,10 @@ class WriteQueue:
             return self.withdraw(blocked.batch, task)
         if self.owner is not None and not self.owner.may_withdraw(task):
             return Abort.FAILED
-        if self._blocked.pop(task, None) is None:
+        if not self.line.remove(task):
             return Abort.FAILED
         if self.owner is not None:
             self.owner.withdrawn(task)
-        self._unblocked(blocked)
         self._admit()
         return Abort.SUCCEEDED
 
@@ -457,11 +384,11 @@ class WriteQueue:
         return (
             len(batch.entries) > batch.unwaited
             or self.status.state is State.CLOSING
-            or bool(self._blocked)
+            or bool(self.line.blocked)
             or bool(self._sealed)
-            or batch.bytes >= self._max_batch_bytes
+            or batch.bytes >= self._admission.max_batch_bytes
             or batch.records >= self._awaited
-            or not self._fits(b"")
+            or not self._admission.fits(b"", batch)
         )
 
     async def linger(self, batch: Batch, seconds: float, awaited: float = math.inf) -> None:
@@ -503,8 +430,7 @@ class WriteQueue:
         else:
             assert self._sealed[0] is batch
             self._sealed.popleft()
-            self._sealed_records -= batch.records
-            self._sealed_bytes -= batch.bytes
+            self._admission.release(batch)
         self._admit()
 
     def acknowledge(self, batch: Batch, first_lsn: int) -> None:
@@ -563,8 +489,7 @@ class WriteQueue:
                 if self.owner is not None:
                     self.owner.withdrawn(task)
                 reschedule(task)
-        self._sealed_records = sum(waiting.records for waiting in self._sealed)
-        self._sealed_bytes = sum(waiting.bytes for waiting in self._sealed)
+        self._admission.recount(tuple(self._sealed))
         for blocked in self._drain_blocked():
             blocked.error = cause.again()
         self._set_limits()
@@ -581,9 +506,7 @@ class WriteQueue:
             self._admit()
 
     def _drain_blocked(self) -> Iterator[Blocked]:
-        blocked_tasks, self._blocked = self._blocked, OrderedDict()
-        for task, blocked in blocked_tasks.items():
-            self._unblocked(blocked)
+        for task, blocked in self.line.drain():
             if self.owner is not None:
                 self.owner.withdrawn(task)
             yield blocked
@@ -591,7 +514,7 @@ class WriteQueue:
 
     def _reset(self) -> None:
         self._sealed.clear()
-        self._sealed_records = self._sealed_bytes = 0
+        self._admission.recount(())
         self.filling = Batch()
         self._set_limits()
 
@@ -617,5 +540,5 @@ class WriteQueue:
         """In a forked child nothing is accepted, nor waited for, nor written."""
         self.status.disowned = True
         self.status.stop(State.CLOSED)
-        self._blocked = OrderedDict()
+        self.line.forget()
         self._set_limits()
