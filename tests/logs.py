@@ -14,6 +14,7 @@ import attrs
 
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._files import NO_WORD
 from trio_wal._local import DirectoryLocator
 from trio_wal.testing import MemoryFiles
 
@@ -61,6 +62,13 @@ def numbered(payloads: Iterable[bytes], first_lsn: int = 1) -> Records:
 def copy_of(files: MemoryFiles) -> MemoryFiles:
     """The same files, to be opened without changing the original."""
     return files.crash_image(kind="kill")
+
+
+def forget_word(files: MemoryFiles, path: str = LOG) -> MemoryFiles:
+    """What the owner has said of its log did not reach the disk: it is never synced."""
+    folder = files._folders[path]
+    folder.published, folder.words = NO_WORD, [NO_WORD]
+    return files
 
 
 def content(files: MemoryFiles, path: str = LOG, **options: Any) -> Records:

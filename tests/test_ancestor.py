@@ -16,7 +16,7 @@ import pytest
 import trio
 from databases import TINY_SEGMENT, Session, open_memory_database, open_sessions
 from helpers import LOG, Call, open_memory, open_tasks, read_all
-from logs import append, content, copy_of, make_log, numbered, open_log, segments
+from logs import append, content, copy_of, forget_word, make_log, numbered, open_log, segments
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
@@ -99,6 +99,7 @@ async def test_3_nothing_is_acknowledged_while_the_sync_takes_its_time(files: Me
 def test_4_what_is_written_behind_a_torn_tail_is_there_after_the_next_open(cut: int) -> None:
     """The ancestor: a torn record at the tail, reopen, two more commits, reopen: both gone."""
     files = make_log([b"a"], [b"torn" * 200], close=False, segment_size=ONE_SEGMENT)
+    forget_word(files)
     (name,) = segments(files)
     data = files.read_file(LOG, name)
     torn = DATA_OFFSET + BLOCK + cut

@@ -12,7 +12,13 @@ from campaigns._ways import OWNER, READER, WAYS
 from campaigns.bitrot import HARMLESS, OFFLINE, READ, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
 
 from trio_wal import _reader
-from trio_wal._disk import chain as _chain, cursor as _cursor, frame as _frame, scan as _scan
+from trio_wal._disk import (
+    chain as _chain,
+    cursor as _cursor,
+    frame as _frame,
+    scan as _scan,
+    walk as _walk,
+)
 
 NAMES = [name for name in SMALL if bitrot.usable(name)]
 
@@ -126,7 +132,7 @@ def test_a_reader_that_takes_damage_for_the_end_is_found(monkeypatch: pytest.Mon
     """Of the log's files, and of nothing else, is proof of loss made."""
     sound = _reader.judge_end
 
-    def judge_end(*arguments: Any, **more: Any) -> _chain.End:
+    def judge_end(*arguments: Any, **more: Any) -> _walk.End:
         return attrs.evolve(sound(*arguments, **more), loss=None)
 
     monkeypatch.setattr(_reader, "judge_end", judge_end)

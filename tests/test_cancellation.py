@@ -367,7 +367,8 @@ def test_ctrl_c_while_an_append_is_in_flight_leaves_the_record_or_not_by_its_out
 
 
 INTERRUPTED_FILES = (
-    "_queue.py", "_flusher.py", "_local.py", "_log.py", "_state.py", "_wal.py", "_worker.py",
+    "_batch.py", "_queue.py", "_watermark.py", "_flusher.py", "_local.py", "_log.py", "_state.py",
+    "_wal.py", "_worker.py", "_park.py",
 )  # fmt: skip
 PACKAGE = str(Path(trio_wal.__file__).parent)
 

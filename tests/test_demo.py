@@ -236,7 +236,7 @@ def test_a_loss_is_in_the_table_with_the_place_of_the_log(
 def test_damage_that_loses_nothing_is_noticed_too(
     cli: CommandLine, files: list[Path], temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_verify = demo_run._verify.verify
+    true_verify = demo_run.verify_log
 
     def verify(directory: Any) -> Any:
         file = directory.open("wal-00000000000000000001.log", writable=True)
@@ -244,7 +244,7 @@ def test_damage_that_loses_nothing_is_noticed_too(
         file.close()
         return true_verify(directory)
 
-    monkeypatch.setattr(demo_run._verify, "verify", verify)
+    monkeypatch.setattr(demo_run, "verify_log", verify)
     assert cli("demo", "--log-only", "--kills", 0, "--json", files[0]) == 1
     found = json.loads(cli.out)
     assert (found["ok"], found["lost"], found["damaged"]) == (False, 0, 1)

@@ -26,7 +26,7 @@ from trio_wal._disk.frame import (
     decode_segment_header,
 )
 from trio_wal._disk.scan import FrameScanner, payloads, start_of
-from trio_wal._disk.segment import ActiveSegment, encode
+from trio_wal._disk.segment import ActiveSegment, Extent, encode
 from trio_wal._files import OsFiles
 from trio_wal._identity import Parting
 from trio_wal.testing import MemoryFiles
@@ -185,7 +185,7 @@ def test_the_code_writes_the_example() -> None:
     header = SegmentHeader(UUID, 1, 1, SALT, 1_700_000_000_000_000, 0)
     file.pwrite([header.encode()], 0)
     file.allocate(len(SEGMENT))
-    active = ActiveSegment(file, header, len(SEGMENT))
+    active = ActiveSegment(file, Extent(header, len(SEGMENT)))
     active.write(encode([b"hello", b"trio"]), 0, 1_700_000_000_250_000)
     active.mark_closed()
     assert files.read_file("/log", "segment") == SEGMENT

@@ -38,6 +38,7 @@ ORDER: dict[int, list[str]] = {
         "_retention",
         "_order",
         "_pages",
+        "_disk.finding",
         "_disk.frame",
         "_codec",
         "_disk.scan",
@@ -52,6 +53,7 @@ ORDER: dict[int, list[str]] = {
         "_stores",
         "_disk.segment",
         "_disk.chain",
+        "_disk.walk",
         "_disk.recovery",
         "_disk.repair",
         "_disk.cursor",
@@ -63,7 +65,9 @@ ORDER: dict[int, list[str]] = {
         "_park",
         "_worker",
         "_state",
+        "_batch",
         "_queue",
+        "_watermark",
         "_flusher",
         "_stream",
         "_local",
@@ -89,6 +93,7 @@ ORDER: dict[int, list[str]] = {
     4: [
         "__init__",
         "testing",
+        "_admin",
         "_cli",
         "__main__",
     ],
@@ -102,17 +107,11 @@ FLOOR = {
 UPWARD: set[str] = set()
 """Imports that point up."""
 POKES = {
-    "_cli: _verify._Verifier",
-    "_cli: _verify._View",
-    "_cli: _verify._uuid_of",
     "_cli: records._ready",
-    "_cli: verifier._gap_before",
-    "_cli: verifier._listing",
 }
 """Private names of another module's objects."""
 LONG_FUNCTIONS = {
     "_disk.directory: open_log_directory",
-    "_disk.recovery: _examine_last",
 }
 """Functions of more lines than `FUNCTION_LINES_MAX`."""
 LARGE_CLASSES = {
@@ -131,7 +130,7 @@ REASON = "So many methods because"
 PATHS = {"PathLike", "fspath"}
 """What any module may take from `os`: the types of paths."""
 OS_ALLOWED = {
-    "_worker": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
+    "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
 }
 OS_FREE = {"_files", "_cli"}
@@ -226,7 +225,7 @@ class Source:
 
 
 def sources() -> list[Source]:
-    found = []
+    found: list[Source] = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         tree = ast.parse(path.read_text("utf-8"), str(path))

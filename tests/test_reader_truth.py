@@ -22,7 +22,7 @@ from trio.testing import MockClock
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
 from trio_wal._cli.inspect import _look
-from trio_wal._disk.chain import META_NAME, find_segments, read_meta
+from trio_wal._disk.chain import META_NAME, list_chain, read_meta
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
@@ -389,7 +389,7 @@ async def test_the_last_records_of_a_segment_are_given_only_when_it_joins_the_ne
     files = a_stale_end(2, sealed=False)
     async with trio_wal.open_reader(LOG, files=files) as reader:
         source = reader._source
-        chain = find_segments(files.open_directory(LOG), source.meta)
+        chain = list_chain(files.open_directory(LOG), source.meta)
         # As if the look had not seen it.
         source._seen = attrs.evolve(source._seen, segments=tuple(chain.segments), damage=None)
         cursor = Cursor(source, 1)
@@ -818,7 +818,7 @@ async def test_damage_is_told_even_if_the_log_never_stands_still(
     async with trio_wal.open_reader(LOG, files=files) as reader:
         found, error = await read_to_damage(reader.read())
     assert found == list(numbered(payloads(2)))
-    assert error.reason == "segment 2 before it is missing"
+    assert error.reason == f"segment 2 is missing: {segments(files)[1]} comes after it"
 
 
 # -- news from another process ---------------------------------------------------------------------

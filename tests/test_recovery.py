@@ -25,6 +25,7 @@ from logs import (
     append,
     content,
     copy_of,
+    forget_word,
     make_log,
     numbered,
     open_log,
@@ -46,6 +47,7 @@ from trio_wal._disk.frame import (
     frame_size,
 )
 from trio_wal._disk.recovery import examine
+from trio_wal._disk.segment import ActiveSegment
 from trio_wal._disk.verify import verify
 from trio_wal._files import FOLIO_MAX, OsFiles
 from trio_wal._util import KiB
@@ -128,6 +130,7 @@ def unfinished(files: MemoryFiles, name: str, frame: int, cut: int, *, short: bo
 @pytest.mark.parametrize("segment_size", [TINY, 64 * KiB], ids=["first frame", "third frame"])
 def test_an_unfinished_batch_is_cut_at_every_byte(short: bool, segment_size: int) -> None:
     files = make_log([b"a"], [b"b"], LAST_BATCH, close=False, segment_size=segment_size)
+    forget_word(files)
     name = segments(files)[-1]
     frame = DATA_OFFSET if segment_size == TINY else DATA_OFFSET + 2 * BLOCK
     data = files.read_file(LOG, name)
@@ -790,8 +793,9 @@ def test_a_footer_that_lies_about_its_segment_is_not_gone_on_with() -> None:
     files = make_log([b"a"], [b"b"], segment_size=16 * KiB)
     log = open_log(files, segment_size=16 * KiB)
     append(log, b"c")
-    log.active.records += 7
-    log.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActiveSegment, "records", 10)
+        log.close()
     log = open_log(files, segment_size=16 * KiB, verify_bytes=0)
     log.rotate()
     append(log, b"d")

@@ -23,8 +23,8 @@ from databases import hash_tree
 
 import trio_wal
 from trio_wal import CorruptLogError, _files, _pages, _store_check
+from trio_wal._admin import verify_database
 from trio_wal._base import MapFull, Store, StoreState
-from trio_wal._disk.verify import verify_database
 from trio_wal._files import OsDirectory, OsFile, OsFiles
 from trio_wal._pages import Contents
 from trio_wal._store import LmdbStore, explained

@@ -16,12 +16,15 @@ import pytest
 import trio
 from databases import hash_tree
 from helpers import until
-from logs import LOG, append, copy_of, make_log, open_log, segments
+from logs import LOG, append, copy_of, forget_word, make_log, open_log, segments
 
 import trio_wal
-from trio_wal._disk import scan as _scan, segment as _segment, verify as _verify
+from trio_wal import _admin
+from trio_wal._admin import DatabaseVerification, verify_database
+from trio_wal._disk import chain as _chain, scan as _scan, segment as _segment
 from trio_wal._disk.chain import META_NAME
 from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.finding import Finding
 from trio_wal._disk.frame import (
     DATA_OFFSET,
     FEATURE_ZSTD,
@@ -40,13 +43,11 @@ from trio_wal._disk.recovery import examine
 from trio_wal._disk.scan import FrameScanner, start_of
 from trio_wal._disk.verify import (
     LOOK_TRIES,
-    DatabaseVerification,
-    Finding,
     Verification,
+    list_log,
     verify,
-    verify_database,
 )
-from trio_wal._files import OsFiles
+from trio_wal._files import OsFiles, Word
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))
@@ -203,7 +204,7 @@ def test_an_unfinished_batch_at_the_end_is_no_finding_and_is_counted() -> None:
 
 
 def test_the_last_batch_of_a_crashed_log_may_be_torn_but_no_batch_before_it() -> None:
-    files = one_segment(3, close=False)
+    files = forget_word(one_segment(3, close=False))
     (name,) = segments(files)
     first, _, last = frames(files, name)
     flip(files, name, last.offset + 70)
@@ -423,7 +424,7 @@ def test_a_missing_segment_is_found_with_the_records_it_had() -> None:
         Finding(
             f"{LOG}/{names[2]}",
             0,
-            f"segment 3 is missing: {names[3]} comes behind",
+            f"segment 3 is missing: {names[3]} comes after it",
             gone.first_lsn,
             behind.first_lsn - 1,
         ),
@@ -622,6 +623,9 @@ class Interrupted:
         self._before("names", 0, 0)
         return self._directory.names()
 
+    def published(self) -> Word:
+        return self._directory.published()
+
     def open(self, name: str) -> Any:
         self._before("open", 0, 0)
         return _InterruptedFile(self._directory.open(name), name, self._before)
@@ -752,7 +756,7 @@ def write_in_place(files: MemoryFiles, name: str, data: bytes) -> None:
 
 def test_a_frame_that_is_being_written_is_no_finding() -> None:
     """It is half there at one read; at the next it is whole, and another says it is durable."""
-    files = one_segment(4, close=False)
+    files = forget_word(one_segment(4, close=False))
     (name,) = segments(files)
     whole = files.read_file(LOG, name)
     third = frames(files, name)[2]
@@ -860,17 +864,17 @@ def test_each_of_many_files_costs_the_same(monkeypatch: pytest.MonkeyPatch, coun
     for number in range(count):
         files.write_file(LOG, segment_name(1000 + number), b"")
     steps = 0
-    original = _verify.segment_name_lsn
+    original = _chain.segment_name_lsn
 
     def step(name: str) -> int | None:
         nonlocal steps
         steps += 1
         return original(name)
 
-    monkeypatch.setattr(_verify, "segment_name_lsn", step)
+    monkeypatch.setattr(_chain, "segment_name_lsn", step)
     result = check(files)
-    assert [(1000 + n, 1000 + n) for n in range(count - 1)] == lost(result)[: count - 1]
-    assert lost(result)[count - 1] == (999 + count, None)
+    assert [(1000 + n, 1000 + n) for n in range(count - 1)] == lost(result)[1:count]
+    assert lost(result)[count] == (999 + count, None)
     assert steps <= 6 * (count + 10)
 
 
@@ -887,12 +891,12 @@ def test_segments_are_looked_up_in_order_and_not_one_by_one() -> None:
             return not (self < other or self == other)
 
     files = ten_batches()
-    listing = _verify._list(files.open_directory(LOG))
-    many = attrs.evolve(listing, unreadable=tuple(map(Counted, range(10**4, 2 * 10**4))))
-    view = many.view(1)
-    assert view is not None
-    assert not view.is_last
-    assert many.missing_before(view.segment, 1, 1) == 0
+    listing = list_log(files.open_directory(LOG))
+    many = tuple(map(Counted, range(10**4, 2 * 10**4)))
+    chain = attrs.evolve(listing.chain, unreadable=many)
+    segment = chain.find(1)
+    assert segment is not None
+    assert not chain.until(segment).is_last
     assert looked < 100
 
 
@@ -1005,7 +1009,7 @@ def test_a_checkpoint_during_the_look_is_no_finding(
             await until(lambda: db.wal.first_lsn > 21)
 
     trio.run(go_on)
-    original = _verify.check_store
+    original = _admin.check_store
     looks: list[str] = []
 
     def check_store(path: str, *arguments: Any) -> Any:
@@ -1013,6 +1017,6 @@ def test_a_checkpoint_during_the_look_is_no_finding(
         # The first look finds the store as it was before the log was cut.
         return original(str(old / "store") if len(looks) == 1 else path, *arguments)
 
-    monkeypatch.setattr(_verify, "check_store", check_store)
+    monkeypatch.setattr(_admin, "check_store", check_store)
     result = check_database(path)
     assert (result.findings, len(looks)) == ((), 2)

@@ -23,14 +23,17 @@ What an error means is part of each promise:
                     from a truncation only: it was refused, and nothing has changed
 
 An engine never reports an ambiguous outcome as a success or as "not written".  One that can
-find out what happened, by asking again, does so before it answers.
+find out what happened, by asking again, does so before it answers.  After an OSError or a
+LogFailedError nothing more is written: the next call of the one writer is `Engine.aclose`.
+A kind of LogFailedError that an engine has for itself reaches every caller as that kind: see
+`LogFailedError.again`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Protocol, final
+from typing import Final, Protocol, final
 from uuid import UUID
 
 import attrs
@@ -38,6 +41,9 @@ import attrs
 from ._exceptions import CorruptLogError
 from ._identity import History, epoch_of
 from ._statistics import EngineStatistics
+
+RECORD_OVERHEAD: Final = 4
+"""Bytes that a record counts for in a batch beside its own: the frame's table of lengths."""
 
 # -- values -----------------------------------------------------------------------------
 
@@ -216,7 +222,8 @@ class Engine(Protocol):
     recovery: RecoveryReport
     """What opening it found and did."""
     batch_bytes_max: int
-    """The most that one `write` takes, where each record counts for ``len(record) + 4``."""
+    """The most that one `write` takes, where each record counts for ``len(record)`` +
+    `RECORD_OVERHEAD`."""
     batch_records_max: int
     """The most records that one `write` takes."""
 
@@ -316,11 +323,11 @@ class Engine(Protocol):
         """
         ...
 
-    # -- beside the writing --
+    # -- beside the writing: once `aclose` has begun, `trio.ClosedResourceError` --
 
     async def drop_before(self, lsn: int) -> None:
         """Drop records below ``lsn``, as far as that is possible in whole pieces, and no hold
-        keeps them.  Durable on return.
+        keeps them.  Durable on return.  Cancelled: nothing is dropped, or all that was to be.
 
         Raises:
           LogFullError: there is no room to write down where the log begins now; nothing has

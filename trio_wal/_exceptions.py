@@ -295,6 +295,10 @@ class LogFailedError(WalError, trio.BrokenResourceError):
         self.path: str = os.fspath(path)
         self.outcome: Outcome = outcome
 
+    def again(self, outcome: Outcome) -> LogFailedError:
+        """The same failure for one more task, whose records have an outcome of their own."""
+        return LogFailedError(self.path, outcome)
+
     def __str__(self) -> str:
         fate = (
             "the records of this call were not written"

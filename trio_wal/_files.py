@@ -162,8 +162,12 @@ class Directory(Protocol):
         """Remove what opening it has created, as far as that is empty; call it as the owner."""
         ...
 
-    def sign(self) -> None:
-        """Leave the owner's pid for those who find the lock taken."""
+    def sign(self, *, new: bool = False) -> None:
+        """Leave the owner's pid for those who find the lock taken.
+
+        Args:
+          new: the log does not exist yet; what was published of another is gone, durably.
+        """
         ...
 
     def publish(self, durable_lsn: int, epoch: int) -> None:
@@ -587,11 +591,14 @@ class OsDirectory:
                     raise LogLockedError(self.path, self._owner()) from exc
                 raise
 
-    def sign(self) -> None:
+    def sign(self, *, new: bool = False) -> None:
         try:
             self._lock_file = self.open(LOCK_NAME, writable=True)
         except FileNotFoundError:
             self._lock_file = self.open(LOCK_NAME, create=True)
+        if new and self.published() != NO_WORD:
+            self._lock_file.pwrite([bytes(_WORD.size)], _PID_BYTES)
+            self._lock_file.sync()
         self._lock_file.pwrite([str(os.getpid()).encode().ljust(_PID_BYTES, b"\n")], 0)
 
     def _lock_windows(self) -> None:

@@ -12,18 +12,15 @@ busy writers share one sync instead of falling into two halves that alternate.
 
 from __future__ import annotations
 
-import heapq
+import errno
 import logging
-import math
 import weakref
-from collections.abc import Awaitable, Callable
-from itertools import count
 from typing import Final, Literal
 
 import attrs
 import trio
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
+from ._batch import Batch, Job
 from ._engine import Engine, Forked, Reader
 from ._events import tell
 from ._exceptions import (
@@ -33,8 +30,9 @@ from ._exceptions import (
     LsnTruncatedError,
     Outcome,
 )
-from ._queue import Barrier, Batch, WriteQueue
+from ._queue import WriteQueue
 from ._state import State
+from ._watermark import Watermark
 
 Durability = Literal["sync", "interval", "none"]
 """What `open_wal` takes as ``durability``: ``"sync"``, ``"interval"`` or ``"none"``."""
@@ -66,8 +64,7 @@ class Flusher:
         self.counters = FlushCounters()
         self.in_flight: Batch | None = None
         self.done = trio.Event()
-        self.followers = trio.lowlevel.ParkingLot()
-        """Tasks that wait for any new durable record."""
+        self._watermark = Watermark()
         self.readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         """Whom to tell when the log's end was cut."""
         self._job: trio.Event | None = None
@@ -81,8 +78,6 @@ class Flusher:
         """Whether writers waited for room when the last batch was taken."""
         self._pressed_since = 0.0
         self._pressure_told = False
-        self._waiters: list[tuple[int, int, Task]] = []
-        self._waiter_numbers = count()
 
     # -- waiting for durability --
 
@@ -90,27 +85,21 @@ class Flusher:
     def waiting(self) -> int:
         """Tasks in `wait_durable` and in the batch being written."""
         batch = self.in_flight
-        return len(self._waiters) + (0 if batch is None else len(batch.entries) - batch.unwaited)
+        return self._watermark.waiting + (
+            0 if batch is None else len(batch.entries) - batch.unwaited
+        )
 
     async def wait_durable(self, lsn: int) -> None:
         if self._engine.durable_lsn >= lsn:
             await trio.lowlevel.checkpoint()
             return
         self._queue.status.check_usable()
-        waiter = (lsn, next(self._waiter_numbers), current_task())
-        heapq.heappush(self._waiters, waiter)
         last_lsn = self._engine.last_lsn
         self._queue.expect(lsn - last_lsn)
         if self._sync_due is not None and lsn <= last_lsn:
             # Written, and to be synced some time.
             self._sync_due = self._sync_scope.deadline = trio.current_time()
-
-        def abort(_: object) -> Abort:
-            self._waiters.remove(waiter)
-            heapq.heapify(self._waiters)
-            return Abort.SUCCEEDED
-
-        await wait_task_rescheduled(abort)
+        await self._watermark.wait(lsn)
         if self._engine.durable_lsn < lsn:
             if self._queue.status.state is State.FAILED:
                 self._queue.status.check_usable()
@@ -132,22 +121,7 @@ class Flusher:
                 if self._queue.status.state is State.FAILED:
                     self._queue.status.check_usable()
                 return False
-            await self.followers.park()
-
-    def _wake_waiters(self, lsn: int) -> None:
-        """Everything up to ``lsn`` is durable."""
-        waiters = self._waiters
-        while waiters and waiters[0][0] <= lsn:
-            reschedule(heapq.heappop(waiters)[2])
-        if self.followers:
-            self.followers.unpark_all()
-
-    def _release_all(self) -> None:
-        """Nothing will become durable any more."""
-        waiters, self._waiters = self._waiters, []
-        for _, _, task in waiters:
-            reschedule(task)
-        self.followers.unpark_all()
+            await self._watermark.wait_news()
 
     # -- the loop --
 
@@ -171,7 +145,7 @@ class Flusher:
             raise
         finally:
             if not self._queue.status.disowned:
-                self._release_all()
+                self._watermark.release()
                 self.done.set()
 
     async def _next_batch(self) -> Batch | None:
@@ -186,16 +160,12 @@ class Flusher:
             if self._sync_due is None:
                 return await self._receive()
             batch: Batch | None = None
-            if not self._is_awaited(self._engine.last_lsn):
+            if self._watermark.lowest > self._engine.last_lsn:
                 with trio.move_on_at(self._sync_due) as self._sync_scope:
                     batch = await self._receive()
                 if not self._sync_scope.cancelled_caught:
                     return batch
             await self._sync()
-
-    def _is_awaited(self, lsn: int) -> bool:
-        """Whether somebody waits for a record up to this one."""
-        return bool(self._waiters) and self._waiters[0][0] <= lsn
 
     async def _receive(self) -> Batch | None:
         try:
@@ -206,10 +176,8 @@ class Flusher:
     async def _commit(self, batch: Batch) -> None:
         queue = self._queue
         if self._flush_interval and self._durability == "sync":
-            awaited = math.inf
-            if self._waiters:
-                awaited = self._waiters[0][0] - self._engine.last_lsn
-            await queue.doze(batch, self._flush_interval, awaited)
+            awaited = self._watermark.lowest - self._engine.last_lsn
+            await queue.linger(batch, self._flush_interval, awaited)
         if queue.blocked or self._pressed:
             self._note_pressure()
         queue.take(batch)
@@ -259,7 +227,7 @@ class Flusher:
             or (self._sync_due is not None and now >= self._sync_due)
             or (
                 self._durability == "interval"
-                and (not self._flush_interval or self._is_awaited(last_lsn + batch.records))
+                and (not self._flush_interval or self._watermark.lowest <= last_lsn + batch.records)
             )
         )
         records = batch.payload()
@@ -272,27 +240,27 @@ class Flusher:
             del records
         elif sync and engine.durable_lsn < last_lsn:
             await self._sync()
-        if barrier is not None and barrier.job is not None:
-            await self._run_job(barrier, barrier.job)
+        if isinstance(barrier, Job):
+            await self._run_job(barrier)
         elif self._durability == "sync":
             # The law of this file; a bug here must stop the log, not lose a record.
             assert last_lsn + batch.records <= engine.durable_lsn
         if sync:
             self._sync_due = None
-            self._wake_waiters(engine.durable_lsn)
-        self._queue.settle(batch, last_lsn + 1)
+            self._watermark.reached(engine.durable_lsn)
+        self._queue.acknowledge(batch, last_lsn + 1)
         self.in_flight = None
         # Let the woken run once: what they append next goes into one batch.
         await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def _run_job(self, barrier: Barrier, job: Callable[[], Awaitable[None]]) -> None:
+    async def _run_job(self, job: Job) -> None:
         """A job may cut the log's end."""
         history = self._engine.tail.history
         self._job = trio.Event()
         try:
-            await job()
+            await job.run()
         except (LogFullError, CorruptLogError, LsnTruncatedError) as exc:
-            barrier.error = exc
+            job.error = exc
         except (OSError, LogFailedError) as exc:
             self._job_failure = exc
             raise
@@ -302,7 +270,7 @@ class Flusher:
         if self._engine.tail.history != history:
             for reader in list(self.readers):
                 reader.epoch_changed()
-            self.followers.unpark_all()
+            self._watermark.tell()
 
     async def wait_job(self) -> None:
         """Wait for a job that is under way.
@@ -318,7 +286,7 @@ class Flusher:
     async def _sync(self) -> None:
         await self._engine.sync()
         self._sync_due = None
-        self._wake_waiters(self._engine.durable_lsn)
+        self._watermark.reached(self._engine.durable_lsn)
 
     # -- trouble --
 
@@ -382,5 +350,5 @@ class Flusher:
 
 def _errno_of(error: LogFullError) -> tuple[int, str]:
     cause = error.__cause__
-    assert isinstance(cause, OSError)
-    return cause.errno or 0, f"{error}"
+    number = cause.errno if isinstance(cause, OSError) else None
+    return number or errno.ENOSPC, f"{error}"

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from os import PathLike
 from typing import Final, Literal, final
 from uuid import UUID
 
@@ -19,11 +20,12 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._codec import require_zstd
 from ._disk.chain import look_at
 from ._disk.cursor import Cursor, Locator, Place, place_in
 from ._disk.directory import LogDirectory, open_log_directory
 from ._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, SegmentHeader
-from ._disk.recovery import Plan
+from ._disk.recovery import VERIFY_BYTES as VERIFY_BYTES, Plan
 from ._disk.repair import create_empty
 from ._engine import Forked, Moved, Record, RecoveryReport, Tail
 from ._events import tell
@@ -31,9 +33,11 @@ from ._exceptions import LogFullError
 from ._files import Files, close_quietly
 from ._retention import Retention
 from ._statistics import EngineStatistics, SyncTimes
+from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
 from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
 
 MAINTENANCE_RETRY_SECONDS: Final = 1.0
+SEGMENT_SIZE_MAX: Final = 1 << 40
 
 
 # -- reading files ------------------------------------------------------------------------
@@ -122,6 +126,35 @@ class LocalOptions:
     compression: Literal["none", "zstd"] | None
     verify_bytes: float
     trust_directory: bool
+
+
+def check_local_options(
+    *,
+    path: str | PathLike[str],
+    segment_size: int,
+    retention: Retention,
+    compression: Literal["none", "zstd"] | None,
+    verify_bytes: float,
+    trust_directory: bool,
+) -> LocalOptions:
+    """These arguments of `open_wal`, or the error that names the wrong one."""
+    if not isinstance(retention, Retention):
+        raise TypeError(
+            "retention must be None or made of KeepAll, KeepSegments, KeepFor and KeepBytes, "
+            f"not {type(retention).__name__}"
+        )
+    if compression is not None:
+        check_one_of("compression", compression, ("none", "zstd"))
+        if compression == "zstd":
+            require_zstd()
+    return LocalOptions(
+        path=check_path(path),
+        segment_size=check_int("segment_size", segment_size, 1, SEGMENT_SIZE_MAX),
+        retention=retention,
+        compression=compression,
+        verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
+        trust_directory=check_bool("trust_directory", trust_directory),
+    )
 
 
 @final

@@ -17,18 +17,19 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection, reschedule
 
-from ._engine import Cursor, Engine, Forked, Reader, Tail
+from ._batch import Flush, Job, Unit
+from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
-from ._park import Latch, is_parked
-from ._queue import Barrier, Owner, Unit, WriteQueue
+from ._park import Latch, is_parked, require_trio
+from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
-from ._worker import require_trio
+from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
 
 FORKED_TURNS: Final = 100
 """Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
@@ -44,6 +45,33 @@ class LogOptions:
     max_batch_bytes: int
     flush_interval: float
     durability: Durability
+
+
+def check_log_options(
+    batch_bytes_max: int,
+    *,
+    max_queue_size: float,
+    max_queue_bytes: float,
+    max_record_size: int,
+    max_batch_bytes: int,
+    flush_interval: float,
+    durability: Durability,
+) -> LogOptions:
+    """These arguments of `open_wal`, or the error that names the wrong one.
+
+    Args:
+      batch_bytes_max: the engine's.
+    """
+    check_one_of("durability", durability, ("sync", "interval", "none"))
+    record_size_max = batch_bytes_max - RECORD_OVERHEAD
+    return LogOptions(
+        max_queue_size=check_int_or_inf("max_queue_size", max_queue_size, 1),
+        max_queue_bytes=check_int_or_inf("max_queue_bytes", max_queue_bytes, 1),
+        max_record_size=check_int("max_record_size", max_record_size, 1, record_size_max),
+        max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
+        flush_interval=check_seconds("flush_interval", flush_interval),
+        durability=durability,
+    )
 
 
 @final
@@ -89,14 +117,18 @@ class Log:
     def __init__(self, options: LogOptions, engine: Engine) -> None:
         self.name: Final[str] = engine.name
         self.engine: Final[Engine] = engine
-        self.max_record_size: Final[int] = options.max_record_size
+        self.max_record_size: Final[int] = min(
+            options.max_record_size, engine.batch_bytes_max - RECORD_OVERHEAD
+        )
         self.status: Final = Status(engine.name)
         self._queue = WriteQueue(
             self.status,
             options.max_queue_size,
             options.max_queue_bytes,
-            options.max_batch_bytes,
-            engine.batch_records_max,
+            # Two halves, for the payload and for what records count beside it: no batch of
+            # several entries is too large for the engine.
+            min(options.max_batch_bytes, engine.batch_bytes_max // 2),
+            min(engine.batch_records_max, engine.batch_bytes_max // 2 // RECORD_OVERHEAD),
         )
         self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
         self.append: Final = self._queue.append
@@ -186,7 +218,7 @@ class Log:
         ):
             await trio.lowlevel.checkpoint()
             return engine.durable_lsn
-        await queue.submit(Barrier())
+        await queue.submit(Flush())
         return engine.durable_lsn
 
     def hold(self, who: str, lsn: int) -> None:
@@ -196,16 +228,16 @@ class Log:
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)
 
-    async def run_job(self, job: Callable[[], Awaitable[None]]) -> None:
+    async def run_job(self, run: Callable[[], Awaitable[None]]) -> None:
         """Have the flusher call a method of the engine between two writes, after everything
         accepted before has become durable.
 
         Cancelled before it has begun: it is not called.
         """
-        barrier = Barrier(job)
-        await self._queue.submit(barrier)
-        if barrier.error is not None:
-            raise barrier.error
+        job = Job(run)
+        await self._queue.submit(job)
+        if job.error is not None:
+            raise job.error
 
     # -- reading --
 

@@ -22,20 +22,20 @@ from ._checkpoint import HOLD
 from ._core import Core
 from ._database import Database, new_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
-from ._disk.recovery import VERIFY_BYTES, Plan
+from ._disk.recovery import Plan
 from ._engine import Engine
 from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import Files, OsFiles
 from ._flusher import Durability
-from ._local import LocalOptions, open_local
-from ._log import Log, LogOptions, OpenLog
+from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
+from ._log import Log, LogOptions, OpenLog, check_log_options
+from ._park import require_trio
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._util import MiB, check_int, check_one_of, check_path
-from ._wal import check_options
-from ._worker import Blocking, require_trio
+from ._worker import Blocking
 
 VerifyStore = Literal["auto", "child", "none"]
 """What `open_database` takes as ``verify_store``: ``"auto"``, ``"child"`` or ``"none"``."""
@@ -268,16 +268,19 @@ def open_database(
     check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     check_one_of("verify_store", verify_store, ("auto", "child", "none"))
     used = OsFiles() if files is None else files
-    run, where = check_options(
-        path=f"{name}/{LOG_NAME}",
-        retention=KeepSegments(1) if retention is None else retention,
+    run = check_log_options(
+        LocalEngine.batch_bytes_max,
         max_queue_size=max_queue_size,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
-        segment_size=segment_size,
         durability=durability,
+    )
+    where = check_local_options(
+        path=f"{name}/{LOG_NAME}",
+        retention=KeepSegments(1) if retention is None else retention,
+        segment_size=segment_size,
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,

@@ -11,13 +11,19 @@ Both are used again here.  A wake-up carries no value, so one outcome serves for
 message is frozen and says only whom to ask when the task is cancelled: whoever parks often
 keeps his.  Of a trio whose message says more than that, `wait_task_rescheduled` itself is
 used.
+
+A `Latch` and a `Bell` are for waits of other kinds: to the end whatever happens, and until a
+thread has something to say.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import Any, Final, TypeVar, cast, final
+from contextlib import suppress
+from typing import Any, Final, Protocol, TypeVar, cast, final
 
 import attrs
 import outcome
@@ -30,6 +36,8 @@ from trio.lowlevel import (
     reschedule,
     wait_task_rescheduled,
 )
+
+from ._engine import Forked
 
 T = TypeVar("T")
 AbortFn = Callable[[RaiseCancelT], Abort]
@@ -102,6 +110,16 @@ def is_parked(task: Task) -> bool:
     return getattr(task, "_next_send_fn", True) is None
 
 
+def require_trio(caller: str) -> None:
+    """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
+    try:
+        current_task()
+    except RuntimeError:
+        raise RuntimeError(
+            f"trio_wal.{caller}() needs trio: run it under trio.run(), not asyncio.run()"
+        ) from None
+
+
 class Latch:
     """An event that is waited for to the end: neither cancellation nor Ctrl-C cuts in."""
 
@@ -124,3 +142,100 @@ class Latch:
         else:
             self._tasks.append(current_task())
             await wait_task_rescheduled(_never)
+
+
+# -- woken by a thread --------------------------------------------------------------------
+
+
+class Bell(Protocol):
+    """How a thread wakes the task that waits for it."""
+
+    def ring(self) -> None: ...
+
+    async def wait(self) -> None:
+        """`trio.ClosedResourceError` where it is closed, or will be."""
+        ...
+
+    def close(self) -> None: ...
+
+    def disown(self) -> None: ...
+
+
+class _TokenBell:
+    """Through trio's own wake-up, on every platform."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._rung = trio.Event()
+        self._closed = False
+        self._disowned = False
+
+    def ring(self) -> None:
+        self._token.run_sync_soon(self._rung.set)
+
+    async def wait(self) -> None:
+        if not self._disowned:
+            await self._rung.wait()
+        if self._disowned:
+            raise Forked
+        if self._closed:
+            raise trio.ClosedResourceError
+        self._rung = trio.Event()
+
+    def close(self) -> None:
+        self._closed = True
+        self._rung.set()
+
+    def disown(self) -> None:
+        self._disowned = True
+
+
+if sys.platform == "linux":
+
+    class _EventFdBell:
+        """Through an eventfd (eventfd(2)): half the price of the above."""
+
+        def __init__(self) -> None:
+            self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._disowned = False
+
+        def ring(self) -> None:
+            os.eventfd_write(self._fd, 1)
+
+        async def wait(self) -> None:
+            if self._fd >= 0:
+                try:
+                    await trio.lowlevel.wait_readable(self._fd)
+                except trio.ClosedResourceError:
+                    if not self._disowned:
+                        raise
+            if self._fd < 0:
+                raise Forked if self._disowned else trio.ClosedResourceError
+            os.eventfd_read(self._fd)
+
+        def close(self) -> None:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                # Who still waits is told: the thread has died, of MemoryError for one.
+                trio.lowlevel.notify_closing(fd)
+                os.close(fd)
+
+        def disown(self) -> None:
+            self._disowned = True
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                # Closed first: then trio forgets who waits, whom the parent's thread would wake
+                # once more, and cannot take it out of the epoll instance, which is shared with
+                # the parent.
+                os.close(fd)
+                # RuntimeError: forked by another thread than trio's, which is not in the child.
+                with suppress(RuntimeError):
+                    trio.lowlevel.notify_closing(fd)
+
+    def new_bell() -> Bell:
+        return _EventFdBell()
+
+else:
+
+    def new_bell() -> Bell:
+        return _TokenBell()

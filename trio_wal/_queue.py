@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 import types
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from functools import partial
 from itertools import count
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 import attrs
 import trio
@@ -39,124 +39,11 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from ._exceptions import (
-    CorruptLogError,
-    LogFullError,
-    LsnTruncatedError,
-    Outcome,
-)
+from ._batch import Batch, Flush, Item, Job, Key, bytes_of, count_of
+from ._exceptions import LogFullError, Outcome
 from ._park import REUSES, WOKEN, park, request
 from ._state import State, Status
 from ._text import printable
-
-
-@attrs.define(eq=False)
-class Unit:
-    """The records of one ``append_many``."""
-
-    records: Sequence[bytes]
-    bytes: int
-
-
-@attrs.define(eq=False)
-class Barrier:
-    """No record: done when all before it is durable and ``job`` has run, between two writes."""
-
-    job: Callable[[], Awaitable[None]] | None = None
-    error: LogFullError | CorruptLogError | LsnTruncatedError | None = None
-    """Why the job could not be done; nothing was changed then."""
-
-
-Item: TypeAlias = bytes | Unit | Barrier
-Key: TypeAlias = Task | int
-"""Who waits for an entry's durability; a number where nobody does."""
-
-
-class Batch:
-    """Records that one write and one sync make durable together."""
-
-    __slots__ = (
-        "barrier",
-        "bytes",
-        "bytes_max",
-        "entries",
-        "extra",
-        "failure",
-        "first_lsn",
-        "lsns",
-        "mixed",
-        "opened",
-        "queued",
-        "records_max",
-        "refused",
-        "taken",
-        "unwaited",
-    )
-
-    def __init__(self) -> None:
-        self.entries: dict[Key, Item] = {}
-        self.bytes: int = 0
-        self.extra: int = 0
-        """Records minus entries: more for a unit, less for a barrier."""
-        self.unwaited: int = 0
-        """Entries that nobody waits for."""
-        self.mixed: bool = False
-        """Whether LSNs are not simply ``first_lsn`` + place: ``lsns`` has them then."""
-        self.barrier: Barrier | None = None
-        """The last entry, if it is one; a batch ends with a barrier that has a job."""
-        self.records_max: float = 0
-        self.bytes_max: float = 0
-        self.opened: float = 0.0
-        """Trio time of the first entry, where nobody waits for it."""
-        self.queued: bool = False
-        self.taken: bool = False
-        self.first_lsn: int = 0
-        self.lsns: dict[Key, int] | None = None
-        self.failure: tuple[Outcome, BaseException] | None = None
-        self.refused: dict[Key, BaseException] = {}
-
-    @property
-    def records(self) -> int:
-        return len(self.entries) + self.extra
-
-    def payload(self) -> Sequence[bytes]:
-        """The records in LSN order."""
-        if not self.mixed:
-            return list(self.entries.values())  # type: ignore[arg-type]
-        records: list[bytes] = []
-        for item in self.entries.values():
-            if isinstance(item, bytes):
-                records.append(item)
-            elif isinstance(item, Unit):
-                records.extend(item.records)
-        return records
-
-    def number(self, first_lsn: int) -> None:
-        """Fix every entry's LSN."""
-        self.first_lsn = first_lsn
-        if self.mixed:
-            lsns: dict[Key, int] = {}
-            for key, item in self.entries.items():
-                lsns[key] = first_lsn
-                first_lsn += _count(item)
-            self.lsns = lsns
-
-    def waiters(self) -> Iterator[Task]:
-        for key in self.entries:
-            if not isinstance(key, int):
-                yield key
-
-
-def _count(item: Item) -> int:
-    if isinstance(item, bytes):
-        return 1
-    return len(item.records) if isinstance(item, Unit) else 0
-
-
-def _bytes(item: Item) -> int:
-    if isinstance(item, bytes):
-        return len(item)
-    return item.bytes if isinstance(item, Unit) else 0
 
 
 @attrs.define
@@ -256,9 +143,9 @@ class WriteQueue:
         # A dict would walk over all whom it has let go, to find who came first.
         self._blocked: OrderedDict[Task, Blocked] = OrderedDict()
         self._numbers = count()
-        self._dozing: Task | None = None
+        self._lingering: Task | None = None
         self._awaited: float = math.inf
-        """While the flusher dozes: with so many records somebody waits for the filling batch."""
+        """While the flusher lingers: with so many records somebody waits for the filling batch."""
         self._wants_space = trio.Event()
         self._full: LogFullError | None = None
         self.owner: Owner | None = None
@@ -297,27 +184,27 @@ class WriteQueue:
     def _set_limits(self) -> None:
         """How far the filling batch may be filled without asking: see `append`."""
         batch = self.filling
-        ended = batch.barrier is not None and batch.barrier.job is not None
+        ended = isinstance(batch.barrier, Job)
         if (
             self.status.state is not State.OPEN
             or self._blocked
-            or self._dozing is not None
+            or self._lingering is not None
             or ended
         ):
-            batch.records_max = 0
+            batch.records_credit = 0
             return
-        batch.records_max = min(
-            self.max_queue_size - self._sealed_records - batch.extra, self._max_batch_records
+        batch.records_credit = (
+            min(self.max_queue_size - self._sealed_records, self._max_batch_records) - batch.extra
         )
-        batch.bytes_max = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
+        batch.bytes_credit = min(self.max_queue_bytes - self._sealed_bytes, self._max_batch_bytes)
 
     def _starts_batch(self, item: Item) -> bool:
         """Whether the filling batch, which has entries, cannot take this one too."""
         batch = self.filling
         return bool(batch.entries) and (
-            batch.bytes + _bytes(item) > self._max_batch_bytes
-            or batch.records + _count(item) > self._max_batch_records
-            or (batch.barrier is not None and batch.barrier.job is not None)
+            batch.bytes + bytes_of(item) > self._max_batch_bytes
+            or batch.records + count_of(item) > self._max_batch_records
+            or isinstance(batch.barrier, Job)
         )
 
     def _fits(self, item: Item) -> bool:
@@ -328,14 +215,14 @@ class WriteQueue:
         if not records:
             return True
         return (
-            records + _count(item) <= self.max_queue_size
-            and self.bytes_waiting + _bytes(item) <= self.max_queue_bytes
+            records + count_of(item) <= self.max_queue_size
+            and self.bytes_waiting + bytes_of(item) <= self.max_queue_bytes
         )
 
     def _put(self, key: Key, item: Item) -> Batch:
         """Accept: there is room."""
         batch = self.filling
-        size, records = _bytes(item), _count(item)
+        size, records = bytes_of(item), count_of(item)
         if self._starts_batch(item):
             self._sealed.append(batch)
             self._sealed_records += batch.records
@@ -350,11 +237,11 @@ class WriteQueue:
         if not isinstance(item, bytes):
             batch.mixed = True
             batch.extra += records - 1
-            if isinstance(item, Barrier):
+            if isinstance(item, (Flush, Job)):
                 batch.barrier = item
         if not batch.queued:
             self.enqueue(batch)
-        if self._dozing is not None and self._ripe():
+        if self._lingering is not None and self._ripe():
             self.wake_flusher()
         self._set_limits()
         return batch
@@ -386,7 +273,7 @@ class WriteQueue:
 
     def _fate(self, item: Item | None, outcome: Outcome) -> Outcome:
         """A flush has no records of its own: it asks about those before it."""
-        return self.status.loss if isinstance(item, Barrier) and item.job is None else outcome
+        return self.status.loss if isinstance(item, Flush) else outcome
 
     @enable_ki_protection
     @types.coroutine
@@ -401,7 +288,7 @@ class WriteQueue:
         entries = batch.entries
         place = len(entries)
         total = batch.bytes + len(record)
-        if place >= batch.records_max or total > batch.bytes_max:
+        if place >= batch.records_credit or total > batch.bytes_credit:
             if self.status.state is not State.OPEN or self._has_room(record):
                 # Closed, or something else that is not the common case.
                 return (yield from self.submit(record).__await__())
@@ -508,7 +395,7 @@ class WriteQueue:
         if self.status.disowned:
             return Abort.SUCCEEDED
         entry = batch.entries.get(task)
-        if batch.taken and isinstance(entry, Barrier) and entry.job is None:
+        if batch.taken and isinstance(entry, Flush):
             # It has nothing in the batch: its task need not wait for a disk that stalls.
             del batch.entries[task]
             batch.extra += 1
@@ -517,12 +404,12 @@ class WriteQueue:
             return Abort.FAILED
         self.note_peaks()
         item = batch.entries.pop(task)
-        size, records = _bytes(item), _count(item)
+        size, records = bytes_of(item), count_of(item)
         batch.bytes -= size
         batch.extra -= records - 1
         batch.mixed = True
         if batch.barrier is item:
-            barriers = (b for b in reversed(batch.entries.values()) if isinstance(b, Barrier))
+            barriers = (b for b in reversed(batch.entries.values()) if isinstance(b, (Flush, Job)))
             batch.barrier = next(barriers, None)
         if batch is not self.filling:
             self._sealed_bytes -= size
@@ -577,33 +464,33 @@ class WriteQueue:
             or not self._fits(b"")
         )
 
-    async def doze(self, batch: Batch, seconds: float, awaited: float = math.inf) -> None:
+    async def linger(self, batch: Batch, seconds: float, awaited: float = math.inf) -> None:
         """Let a batch that nobody waits for grow for a while, or until it has so many records
         that somebody's wait for an LSN ends with it."""
         self._awaited = awaited
         if batch is not self.filling or self._ripe():
             return
         with trio.move_on_at(batch.opened + seconds):
-            self._dozing = current_task()
+            self._lingering = current_task()
             self._set_limits()
-            await wait_task_rescheduled(self._abort_doze)
+            await wait_task_rescheduled(self._abort_linger)
 
-    def _abort_doze(self, _raise_cancel: object) -> Abort:
-        self._dozing = None
+    def _abort_linger(self, _raise_cancel: object) -> Abort:
+        self._lingering = None
         self._set_limits()
         return Abort.SUCCEEDED
 
     def expect(self, records: float) -> None:
         """Somebody waits until the batch that is filling has so many records."""
-        if self._dozing is not None:
+        if self._lingering is not None:
             self._awaited = min(self._awaited, records)
             if self._ripe():
                 self.wake_flusher()
 
     def wake_flusher(self) -> None:
         """Somebody waits now."""
-        if self._dozing is not None:
-            task, self._dozing = self._dozing, None
+        if self._lingering is not None:
+            task, self._lingering = self._lingering, None
             reschedule(task)
             self._set_limits()
 
@@ -620,20 +507,12 @@ class WriteQueue:
             self._sealed_bytes -= batch.bytes
         self._admit()
 
-    def settle(self, batch: Batch, first_lsn: int) -> None:
+    def acknowledge(self, batch: Batch, first_lsn: int) -> None:
         """The batch is durable: fix its LSNs and wake its tasks."""
         batch.number(first_lsn)
         if self.owner is not None:
             self.owner.settled(batch)
-        self._wake(batch)
-
-    def _wake(self, batch: Batch) -> None:
-        if batch.unwaited:
-            for task in batch.waiters():
-                reschedule(task, WOKEN)
-        else:
-            for key in batch.entries:
-                reschedule(key, WOKEN)  # type: ignore[arg-type]
+        batch.wake()
 
     def fail(
         self, cause: BaseException, in_flight: Batch | None, outcome: Outcome, loss: Outcome
@@ -664,7 +543,7 @@ class WriteQueue:
         if self.owner is not None:
             for task in batch.waiters():
                 self.owner.withdrawn(task)
-        self._wake(batch)
+        batch.wake()
 
     def refuse(self, cause: LogFullError, batch: Batch | None) -> None:
         """No disk space for the next segment: whoever waits is told and withdrawn, what
@@ -676,8 +555,8 @@ class WriteQueue:
         for waiting in (*([] if batch is None else [batch]), *self._sealed, self.filling):
             for task in list(waiting.waiters()):
                 item = waiting.entries.pop(task)
-                waiting.bytes -= _bytes(item)
-                waiting.extra -= _count(item) - 1
+                waiting.bytes -= bytes_of(item)
+                waiting.extra -= count_of(item) - 1
                 waiting.mixed = True
                 waiting.barrier = None
                 waiting.refused[task] = cause.again()

@@ -3,7 +3,7 @@
 Law: never writes and takes no lock.  The owner may be doing anything meanwhile: rotating,
 truncating, recovering, dying.  So what looks wrong is looked at again, for as long as the files
 change, and believed when they stand still; and what is taken for the log's end is that only where
-nothing proves that there was more (`_disk.chain.judge_end`).
+nothing proves that there was more (`_disk.walk.judge_end`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ from ._disk.chain import (
     TRUNCATE_NAME,
     FoundSegment,
     check_joins,
-    find_segments,
-    judge_end,
+    list_chain,
     look_at,
     no_log,
     read_meta,
 )
 from ._disk.cursor import Place, place_in
+from ._disk.finding import Finding
 from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
+from ._disk.walk import judge_end
 from ._engine import Moved, Reader, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
+from ._park import require_trio
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_path
-from ._worker import Blocking, require_trio
+from ._worker import Blocking
 
 POLL_SECONDS: Final = 0.02
 """How often the files of another process's log are looked at for news, where nothing wakes."""
@@ -254,9 +256,15 @@ class WatchSource:
             # All but the last two are as they were: nothing writes to them any more.
             cached = {found.file_name: found for found in seen.segments[:-2]}
         problems: list[CorruptLogError] = []
-        chain = find_segments(self._directory, meta, problems.append, cached)
+
+        def report(finding: Finding) -> None:
+            if finding.cause is not None:
+                raise finding.cause
+            problems.append(finding.damage)
+
+        chain = list_chain(self._directory, meta, report, cached)
         followed = {} if seen.tail is None else {seen.tail.header: seen.tail.position}
-        chain = check_joins(self._directory, meta, chain, problems.append, followed)
+        chain = check_joins(self._directory, meta, chain, report, followed)
         if not chain.segments:
             raise problems[0]
         damage = problems[0] if problems else None
@@ -316,7 +324,7 @@ class WatchSource:
                 told_lsn=proof,
             )
             if judged.loss is not None:
-                damage, proven = judged.loss.error, judged.loss.durable_lsn
+                damage, proven = judged.loss.finding.damage, judged.loss.durable_lsn
         if damage is not None and repr(damage) == repr(seen.damage):
             damage = seen.damage
         # What once was durable is, unless the end was cut: an unlinked lock file says nothing.

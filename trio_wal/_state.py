@@ -61,8 +61,12 @@ class Status:
         self.check_open(self.loss)
 
     def failed(self, outcome: Outcome, cause: BaseException) -> LogFailedError:
-        """A new error for one caller, who is thereby told."""
+        """A new error for one caller, who is thereby told: of the engine's own kind, if it has
+        one."""
         self.failure_told = True
-        error = LogFailedError(self.name, outcome)
+        if isinstance(cause, LogFailedError):
+            error = cause.again(outcome)
+        else:
+            error = LogFailedError(self.name, outcome)
         error.__cause__ = cause
         return error

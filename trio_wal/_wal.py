@@ -18,32 +18,19 @@ from typing import Final, Literal, final
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
-from ._codec import require_zstd
-from ._disk.frame import FRAME_BODY_MAX
-from ._disk.recovery import VERIFY_BYTES
-from ._engine import RecoveryReport
+from ._engine import RECORD_OVERHEAD, RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._identity import Bookmark
-from ._local import LocalOptions, open_local
-from ._log import Log, LogOptions, OpenLog
+from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
+from ._log import Log, OpenLog, check_log_options
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
-from ._util import (
-    MiB,
-    check_bool,
-    check_bytes,
-    check_int,
-    check_int_or_inf,
-    check_one_of,
-    check_path,
-    check_seconds,
-)
+from ._util import MiB, check_bytes, check_int
 
-SEGMENT_SIZE_MAX: Final = 1 << 40
 UNIT_SLICE: Final = 10_000
 """`append_many` takes its iterable in slices of this many records, with a checkpoint
 between: the event loop is not held up for longer than a few milliseconds."""
@@ -143,7 +130,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             self._check_size(max(map(len, chunk)))
             total += sum(map(len, chunk))
             unit += chunk
-            if total + 4 * len(unit) > engine.batch_bytes_max:
+            if total + RECORD_OVERHEAD * len(unit) > engine.batch_bytes_max:
                 raise RecordTooLargeError(
                     total, engine.batch_bytes_max, "the limit of one append_many"
                 )
@@ -480,15 +467,18 @@ def open_wal(
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.
     """
-    run, where = check_options(
-        path=path,
+    run = check_log_options(
+        LocalEngine.batch_bytes_max,
         max_queue_size=max_queue_size,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
-        segment_size=segment_size,
         durability=durability,
+    )
+    where = check_local_options(
+        path=path,
+        segment_size=segment_size,
         retention=KeepAll() if retention is None else retention,
         compression=compression,
         verify_bytes=verify_bytes,
@@ -496,49 +486,3 @@ def open_wal(
     )
     used = OsFiles() if files is None else files
     return _OpenWal(OpenLog("open_wal", run, partial(open_local, used, where)))
-
-
-def check_options(
-    *,
-    path: str | os.PathLike[str],
-    max_queue_size: float,
-    max_queue_bytes: float,
-    max_record_size: int,
-    max_batch_bytes: int,
-    flush_interval: float,
-    segment_size: int,
-    durability: Durability,
-    retention: Retention,
-    compression: Literal["none", "zstd"] | None,
-    verify_bytes: float,
-    trust_directory: bool,
-) -> tuple[LogOptions, LocalOptions]:
-    """The arguments of `open_wal`, or the error that names the wrong one."""
-    if not isinstance(retention, Retention):
-        raise TypeError(
-            "retention must be None or made of KeepAll, KeepSegments, KeepFor and KeepBytes, "
-            f"not {type(retention).__name__}"
-        )
-    check_one_of("durability", durability, ("sync", "interval", "none"))
-    if compression is not None:
-        check_one_of("compression", compression, ("none", "zstd"))
-        if compression == "zstd":
-            require_zstd()
-    where = check_path(path)
-    run = LogOptions(
-        max_queue_size=check_int_or_inf("max_queue_size", max_queue_size, 1),
-        max_queue_bytes=check_int_or_inf("max_queue_bytes", max_queue_bytes, 1),
-        max_record_size=check_int("max_record_size", max_record_size, 1, FRAME_BODY_MAX - 4),
-        max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, FRAME_BODY_MAX // 2),
-        flush_interval=check_seconds("flush_interval", flush_interval),
-        durability=durability,
-    )
-    local = LocalOptions(
-        path=where,
-        segment_size=check_int("segment_size", segment_size, 1, SEGMENT_SIZE_MAX),
-        retention=retention,
-        compression=compression,
-        verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
-        trust_directory=check_bool("trust_directory", trust_directory),
-    )
-    return run, local

@@ -7,16 +7,13 @@ nobody answers for.
 A thread hop per batch (`trio.to_thread.run_sync`) costs more than the sync it is for.
 So one worker is started through it, once, under a limiter of its own: the nursery
 owns the thread, and an application that uses up trio's default limiter cannot starve
-the log.  Jobs reach it through a `queue.SimpleQueue`; it answers through an eventfd
-(Linux) or `trio.lowlevel.TrioToken.run_sync_soon` (elsewhere).
+the log.  Jobs reach it through a `queue.SimpleQueue`; it answers through a bell of `_park`.
 """
 
 from __future__ import annotations
 
 import errno
 import math
-import os
-import sys
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,8 +24,7 @@ import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection, reschedule
 
-from ._engine import Forked
-from ._park import is_parked
+from ._park import is_parked, new_bell
 
 T = TypeVar("T")
 
@@ -86,100 +82,6 @@ class _Answer:
         self.error: BaseException | None = None
 
 
-class _Bell(Protocol):
-    """How the thread wakes the task that waits for it."""
-
-    def ring(self) -> None: ...
-
-    async def wait(self) -> None:
-        """`trio.ClosedResourceError` where it is closed, or will be."""
-        ...
-
-    def close(self) -> None: ...
-
-    def disown(self) -> None: ...
-
-
-class _TokenBell:
-    """Through trio's own wake-up, on every platform."""
-
-    def __init__(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._rung = trio.Event()
-        self._closed = False
-        self._disowned = False
-
-    def ring(self) -> None:
-        self._token.run_sync_soon(self._rung.set)
-
-    async def wait(self) -> None:
-        if not self._disowned:
-            await self._rung.wait()
-        if self._disowned:
-            raise Forked
-        if self._closed:
-            raise trio.ClosedResourceError
-        self._rung = trio.Event()
-
-    def close(self) -> None:
-        self._closed = True
-        self._rung.set()
-
-    def disown(self) -> None:
-        self._disowned = True
-
-
-if sys.platform == "linux":
-
-    class _EventFdBell:
-        """Through an eventfd (eventfd(2)): half the price of the above."""
-
-        def __init__(self) -> None:
-            self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._disowned = False
-
-        def ring(self) -> None:
-            os.eventfd_write(self._fd, 1)
-
-        async def wait(self) -> None:
-            if self._fd >= 0:
-                try:
-                    await trio.lowlevel.wait_readable(self._fd)
-                except trio.ClosedResourceError:
-                    if not self._disowned:
-                        raise
-            if self._fd < 0:
-                raise Forked if self._disowned else trio.ClosedResourceError
-            os.eventfd_read(self._fd)
-
-        def close(self) -> None:
-            fd, self._fd = self._fd, -1
-            if fd >= 0:
-                # Who still waits is told: the thread has died, of MemoryError for one.
-                trio.lowlevel.notify_closing(fd)
-                os.close(fd)
-
-        def disown(self) -> None:
-            self._disowned = True
-            fd, self._fd = self._fd, -1
-            if fd >= 0:
-                # Closed first: then trio forgets who waits, whom the parent's thread would wake
-                # once more, and cannot take it out of the epoll instance, which is shared with
-                # the parent.
-                os.close(fd)
-                # RuntimeError: forked by another thread than trio's, which is not in the child.
-                with suppress(RuntimeError):
-                    trio.lowlevel.notify_closing(fd)
-
-    def _new_bell() -> _Bell:
-        return _EventFdBell()
-
-else:
-
-    def _new_bell() -> _Bell:
-        return _TokenBell()
-
-
 def _nothing() -> None: ...
 
 
@@ -192,7 +94,7 @@ class ThreadWorker:
     def __init__(self, afterwards: Callable[[], None]) -> None:
         self._afterwards = afterwards
         self._jobs: SimpleQueue[tuple[Callable[[], object], _Answer] | None] = SimpleQueue()
-        self._bell = _new_bell()
+        self._bell = new_bell()
         self._limiter = trio.CapacityLimiter(1)
         self._died: OSError | None = None
 
@@ -286,16 +188,6 @@ class InlineWorker:
 
     def disown(self) -> None:
         pass
-
-
-def require_trio(caller: str) -> None:
-    """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
-    try:
-        current_task()
-    except RuntimeError:
-        raise RuntimeError(
-            f"trio_wal.{caller}() needs trio: run it under trio.run(), not asyncio.run()"
-        ) from None
 
 
 def _parents() -> trio.ClosedResourceError:

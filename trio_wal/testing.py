@@ -195,6 +195,8 @@ class _Folder:
     pending: list[_Change] = attrs.Factory(list[_Change])
     owner: object = None
     published: Word = NO_WORD
+    words: list[Word] = attrs.Factory(lambda: [NO_WORD])
+    """All that were published: any of them may be on the disk, for none is synced."""
 
     def change(self, change: _Change) -> None:
         change.apply(self.names)
@@ -326,6 +328,7 @@ class MemoryFiles:
                     for change in folder.pending
                 ],
                 published=folder.published,
+                words=folder.words.copy(),
             )
 
     def _lose_power(self, after: MemoryFiles, seed: int) -> None:
@@ -345,7 +348,8 @@ class MemoryFiles:
                 else:
                     disk = inode.disk = bytes(disk)
                     names[name] = _Inode(disk, disk)
-            after._folders[path] = _Folder(names, names.copy())
+            word = random.Random(seed).choice(folder.words)
+            after._folders[path] = _Folder(names, names.copy(), published=word, words=[word])
 
     def names(self, path: str) -> list[str]:
         """The files of a directory."""
@@ -708,11 +712,13 @@ class MemoryDirectory:
     def reread(self, name: str, keep: range = range(0)) -> None:
         pass
 
-    def sign(self) -> None:
-        pass
+    def sign(self, *, new: bool = False) -> None:
+        if new:
+            self._folder.published, self._folder.words = NO_WORD, [NO_WORD]
 
     def publish(self, durable_lsn: int, epoch: int) -> None:
-        self._folder.published = Word(durable_lsn, epoch)
+        word = self._folder.published = Word(durable_lsn, epoch)
+        self._folder.words.append(word)
 
     def published(self) -> Word:
         return self._folder.published

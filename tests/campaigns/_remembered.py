@@ -69,7 +69,7 @@ def _content(directory: Any, name: str) -> bytes | None:
 _NAME_OF: Final[dict[str, Callable[..., str]]] = {
     "read_meta": lambda: META_NAME,
     "read_segment": lambda name: name,
-    "_examine_last": lambda last, _: last.file_name,
+    "_examine_last": lambda last, *_: last.file_name,
     "_examine_sealed": lambda segment, *_: segment.file_name,
 }
 """Functions of recovery that are given a directory and read one file in it: which one, by

@@ -480,6 +480,8 @@ async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory:
         return Found(BEFORE)
     if records != subject.records[: len(records)]:
         return Found(SILENT, f"{len(records)} records, not those that were written")
+    if subject.files.open_directory(subject.path).published().durable_lsn >= lost[0].lsn:
+        return Found(SILENT, f"LSN {lost[0].lsn} is gone, of which the owner said it was durable")
     if not _all_hit(subject, damage, lost[0].lsn):
         return Found(SILENT, f"LSN {lost[0].lsn} to {lost[-1].lsn} are gone, and nobody was told")
     return Found(TORN)

@@ -48,7 +48,8 @@ CHUNK: Final = 40
 CASE_SECONDS: Final = 60
 PACKAGE: Final = str(Path(trio_wal.__file__).parent)
 TRACED: Final = (
-    "_queue.py", "_flusher.py", "_local.py", "_log.py", "_state.py", "_wal.py", "_worker.py",
+    "_batch.py", "_queue.py", "_watermark.py", "_flusher.py", "_local.py", "_log.py", "_state.py",
+    "_wal.py", "_worker.py", "_park.py",
     "_database.py", "_core.py", "_mvcc.py", "_readset.py", "_snapshot.py", "_transaction.py",
     "_checkpoint.py", "_layer.py", "_memtable.py", "_reader.py",
 )  # fmt: skip

@@ -227,7 +227,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
-        "self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))", "pass",
+        "                self._write_meta(meta)\n            except LogFullError",
+        "                pass\n            except LogFullError",
     ),
     mutant(
         "what stays behind a cut is not synced", "_disk/directory", "simulator:cut",
@@ -255,11 +256,11 @@ MUTANTS: Final = (
     # -- recovery --
     mutant(
         "a torn tail is not cut", "_disk/recovery", SIMULATOR,
-        "        elif torn:\n            copy_from", "        elif False:\n            copy_from",
+        "        if copy_from is None and torn:\n", "        if False:\n",
     ),
     mutant(
         "what is only in the page cache is believed", "_disk/recovery", ERRORS,
-        "        if walk.unproven:\n", "        if False:\n",
+        "        copy_from = walk.unproven()\n", "        copy_from = None\n",
     ),
     mutant(
         "the copy of an unproven tail is not synced", "_disk/repair", SIMULATOR,
@@ -272,10 +273,10 @@ MUTANTS: Final = (
         "        if False:\n            sealed.append(",
         "    finally:\n        old.close()\n    active.file.sync()",
         "    finally:\n        old.close()",
-        "        _copy_frames(directory, active, last, start, end)\n",
-        "        _copy_frames(directory, active, last, start, end)\n"
+        "        _copy_frames(directory, active, before, end)\n",
+        "        _copy_frames(directory, active, before, end)\n"
         "        if not replaces:\n"
-        "            sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))\n"
+        "            sealed.append(_seal(directory, before))\n"
         "        active.file.sync()\n",
     ),
     mutant(
@@ -311,11 +312,12 @@ MUTANTS: Final = (
         "crc32c(data[8:24] + data[32:FRAME_HEADER_SIZE], seed) != crc",
     ),
     mutant(
-        "a bad segment is skipped", "_disk/recovery", BITROT,
-        "    if not joins(walk.end, following):\n", "    if False:\n",
+        "a bad segment is skipped", "_disk/walk", BITROT,
+        "                self._say_where_it_ends(following)\n", "",
+        "            self._move_to(frame, reason)\n", "            return False\n",
     ),
     mutant(
-        "damage that a later frame calls durable is cut as torn", "_disk/chain", BITROT,
+        "damage that a later frame calls durable is cut as torn", "_disk/walk", BITROT,
         "    if covering is not None:", "    if False:",
     ),
     mutant(
@@ -323,18 +325,29 @@ MUTANTS: Final = (
         "frame.durable_lsn >= position.next_lsn:", "frame.durable_lsn > position.next_lsn:",
     ),
     mutant(
-        "the mark of a close does not vouch for what is before it", "_disk/chain", BITROT,
+        "the mark of a close does not vouch for what is before it", "_disk/walk", BITROT,
         "    if pointer is not None and pointer.offset > end.offset:", "    if False:",
     ),
     mutant(
-        "a missing last segment is not missed", "_disk/chain", "bitrot:files",
+        "an open does not believe the owner's word", "_disk/recovery", BITROT,
+        "proven_lsn(word, meta), verify_bytes)", "0, verify_bytes)",
+    ),
+    mutant(
+        "the owner says what is not yet synced", "_disk/directory", "simulator:interval",
+        "self._directory.publish(self.synced_lsn,", "self._directory.publish(self.last_lsn,",
+    ),
+    mutant(
+        "the owner's word of another history is believed", "_disk/walk", "simulator:cut",
+        "    if meta.copied or word.epoch != meta.epoch:", "    if meta.copied:",
+    ),
+    mutant(
+        "a missing last segment is not missed", "_disk/walk", "bitrot:files",
         "if last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL)",
         "if False",
     ),
     mutant(
         "a missing first segment is not missed", "_disk/chain", "bitrot:files",
-        "    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):",
-        "    if False:",
+        "if number - due_number - max(0, unread) > 0:", "if before and number > due_number:",
     ),
     mutant(
         "a segment of another log is taken", "_disk/chain", "bitrot:files",

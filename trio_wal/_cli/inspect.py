@@ -9,20 +9,20 @@ from typing import Literal
 import attrs
 from msgspec import to_builtins
 
-from trio_wal._disk import scan as _scan, verify as _verify
-from trio_wal._disk.chain import joins, judge_end, place_before
+from trio_wal._disk import scan as _scan
+from trio_wal._disk.chain import FoundSegment, Until, joins, place_before
+from trio_wal._disk.finding import Finding
 from trio_wal._disk.frame import (
     FORMAT_VERSION,
     TIME_US_MAX,
     FrameHeader,
     Kind,
-    Meta,
     SegmentHeader,
-    segment_name,
     to_datetime,
 )
 from trio_wal._disk.scan import FrameScanner, Position, start_of
-from trio_wal._disk.verify import LOOK_TRIES, Finding
+from trio_wal._disk.verify import LOOK_TRIES, Listing, list_log
+from trio_wal._disk.walk import judge_end
 from trio_wal._files import Directory, File
 from trio_wal._util import KiB, MiB
 
@@ -117,40 +117,28 @@ def _look(directory: Directory) -> _Log:
 
 
 def _look_once(directory: Directory) -> _Log:
-    verifier = _verify._Verifier(directory, None)
-    listing = verifier._listing
-    meta, found = listing.meta, list(listing.chain.values())
-    findings = list(listing.findings)
+    listing = list_log(directory)
+    meta, findings = listing.meta, list(listing.findings)
     rows: list[_Segment] = []
-    base_lsn = meta.base_lsn if meta is not None else 1
-    if meta is not None and meta.live and not found and not listing.unreadable:
-        path = f"{directory.path}/{segment_name(base_lsn)}"
-        findings.append(Finding(path, 0, "the log's segments are missing", base_lsn))
-    durable_lsn = base_lsn - 1
-    due = (meta.base_number, base_lsn) if meta is not None else None
-    for segment in found:
-        if due is not None:
-            findings += verifier._gap_before(listing, segment, *due, not rows)
-        view = listing.view(segment.number)
-        assert view is not None
-        look = _Look(directory, view)
+    durable_lsn = meta.base_lsn - 1
+    for segment in listing.segments:
+        until = listing.chain.until(segment)
+        look = _Look(directory, segment, until)
         file = directory.open(segment.file_name)
         try:
             rows.append(look.row(file))
             # Another segment follows only when all of this one is durable.
-            durable_lsn = look.check_end(file, meta) if view.is_last else rows[-1].last_lsn
-            due = segment.number + 1, rows[-1].last_lsn + 1
+            durable_lsn = look.check_end(file, listing) if until.is_last else rows[-1].last_lsn
         finally:
             file.close()
         findings += look.findings
-    features = meta.features if meta is not None else found[-1].header.features if found else 0
     return _Log(
         path=directory.path,
-        uuid=str(uuid.UUID(bytes=_verify._uuid_of(meta, found))),
+        uuid=str(uuid.UUID(bytes=meta.log_uuid)),
         format_version=FORMAT_VERSION,
-        features=feature_names(features),
-        first_lsn=rows[0].first_lsn if rows else base_lsn,
-        last_lsn=rows[-1].last_lsn if rows else base_lsn - 1,
+        features=feature_names(meta.features),
+        first_lsn=rows[0].first_lsn if rows else meta.base_lsn,
+        last_lsn=rows[-1].last_lsn if rows else meta.base_lsn - 1,
         durable_lsn=durable_lsn,
         records=sum(row.records for row in rows),
         bytes=sum(row.bytes for row in rows),
@@ -162,10 +150,10 @@ def _look_once(directory: Directory) -> _Log:
 class _Look:
     """At one segment: by its footer, where it has one, and otherwise frame by frame."""
 
-    def __init__(self, directory: Directory, view: _verify._View) -> None:
+    def __init__(self, directory: Directory, segment: FoundSegment, until: Until) -> None:
         self._directory = directory
-        self._view = view
-        self._segment = segment = view.segment
+        self._until = until
+        self._segment = segment
         self._header = segment.header
         self._position = start_of(segment.header)
         self._last: FrameHeader | None = None
@@ -175,12 +163,12 @@ class _Look:
         self.findings: list[Finding] = []
 
     def row(self, file: File) -> _Segment:
-        header, view, mark = self._header, self._view, self._segment.mark
-        following = view.following
-        state: State = "active" if view.is_last else "unsealed"
+        header, until, mark = self._header, self._until, self._segment.mark
+        following = until.following
+        state: State = "active" if until.is_last else "unsealed"
         footer = None
         if following is None:
-            is_seal = not view.is_last
+            is_seal = not until.is_last
         else:
             # Or it is of the time before a truncation that is not yet carried out.
             is_seal = mark is not None and joins(place_before(mark), following)
@@ -192,14 +180,14 @@ class _Look:
             self._position = Position(mark.end, mark.next_lsn, mark.crc)
         else:
             self._walk(file, following)
-            if view.is_last and self._last is not None and self._last.kind is Kind.CLOSE:
+            if until.is_last and self._last is not None and self._last.kind is Kind.CLOSE:
                 state = "closed"
         next_lsn = self._position.next_lsn
         if following is not None and next_lsn != following.first_lsn:
             lost = next_lsn, following.first_lsn - 1
             reason = f"the records before LSN {following.first_lsn} are missing"
             self._find(self._position.offset, self._reason or reason, lost)
-        elif state == "unsealed" and not view.may_be_open:
+        elif state == "unsealed" and not until.may_be_open:
             self._find(self._position.offset, "the segment's footer or its pointer is damaged")
         return _Segment(
             number=header.number,
@@ -228,11 +216,9 @@ class _Look:
             self._watermark = max(self._watermark, frame.durable_lsn)
         self._position, self._reason = scanner.position, scanner.reason
 
-    def check_end(self, file: File, meta: Meta | None) -> int:
+    def check_end(self, file: File, listing: Listing) -> int:
         """Whether the log ends here; returns the newest record that is known to be durable."""
-        position, pointer = self._position, self._segment.pointer
-        word = self._directory.published()
-        told = 0 if meta is None else word.told_lsn(meta.epoch)
+        position, pointer, told = self._position, self._segment.pointer, listing.told_lsn
         judged = judge_end(
             self._directory.path,
             file,
@@ -240,13 +226,11 @@ class _Look:
             position,
             reason=self._reason,
             last_kind=self._last.kind if self._last is not None else None,
-            told_lsn=0 if word.epoch is None else told,
+            told_lsn=told,
         )
         if judged.loss is not None:
-            error = judged.loss.error
-            self.findings.append(Finding(error.path, error.offset, error.reason, position.next_lsn))
-        if meta is not None and meta.history:
-            told = max(told, meta.history[-1].after_lsn)
+            lost = attrs.evolve(judged.loss.finding, first_lsn=position.next_lsn, last_lsn=None)
+            self.findings.append(lost)
         if pointer is not None:
             told = max(told, pointer.last_lsn)
         return max(self._watermark, min(told, position.next_lsn - 1))

@@ -8,8 +8,10 @@ from pathlib import Path
 import attrs
 from attrs import asdict
 
-from trio_wal._disk import verify as _verify
+from trio_wal import _admin
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
+from trio_wal._disk.finding import Finding
+from trio_wal._disk.verify import Verification, verify as verify_log
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import OsFiles
 from trio_wal._store_check import StoreCheck
@@ -28,6 +30,9 @@ from ._output import (
     write_json,
 )
 
+_TOLD = attrs.filters.exclude("cause", "harmless")
+"""What is for whoever judges, and not for who reads."""
+
 
 def verify(directory: Dir, /, *, json: Json = False) -> int:
     """Check every frame of a log and print every problem.
@@ -40,7 +45,7 @@ def verify(directory: Dir, /, *, json: Json = False) -> int:
         return _verify_database(directory, json)
     try:
         with opened(directory) as files, progress_bar("verifying", bytes_done=True) as bar:
-            result = _verify.verify(files, bar.update)
+            result = verify_log(files, bar.update)
     except CorruptLogError as exc:
         # No log at all; the error's own text would send the reader here.
         raise CommandError(f"{exc.path}: {exc.reason}") from exc
@@ -55,13 +60,13 @@ def _verify_database(directory: Path, json: bool) -> int:
     whole = OsFiles().absolute(str(directory))
     log, store = f"{whole}/{LOG_NAME}", f"{whole}/{STORE_NAME}"
     with progress_bar("verifying", bytes_done=True) as bar:
-        result = _verify.verify_database(
+        result = _admin.verify_database(
             log, store, lambda: OsFiles().open_directory(log, follow=False), bar.update
         )
     if json:
         fields = {} if result.log is None else _as_json(result.log)
         fields["ok"] = not result.findings
-        fields["findings"] = [asdict(finding) for finding in result.findings]
+        fields["findings"] = [asdict(finding, filter=_TOLD) for finding in result.findings]
         write_json({**fields, "store": _store_as_json(result.store)})
     else:
         _print_database(result)
@@ -74,7 +79,7 @@ def _store_as_json(store: StoreCheck) -> dict[str, object]:
     return {**fields, "note": store.note}
 
 
-def _print_database(result: _verify.DatabaseVerification) -> None:
+def _print_database(result: _admin.DatabaseVerification) -> None:
     store = result.store
     if result.log is not None:
         _print(attrs.evolve(result.log, findings=result.findings))
@@ -90,14 +95,14 @@ def _print_database(result: _verify.DatabaseVerification) -> None:
         say("store: empty, the log has everything")
 
 
-def _as_json(result: _verify.Verification) -> dict[str, object]:
-    fields = asdict(result)
+def _as_json(result: Verification) -> dict[str, object]:
+    fields = asdict(result, filter=_TOLD)
     fields["uuid"] = str(uuid.UUID(bytes=fields.pop("log_uuid")))
     fields["features"] = feature_names(result.features)
     return {"ok": not result.findings, **fields}
 
 
-def _print(result: _verify.Verification) -> None:
+def _print(result: Verification) -> None:
     _print_findings(result.findings)
     checked = (
         f"{count(result.segments, 'segment')}, {count(result.frames, 'frame')}, "
@@ -116,12 +121,12 @@ def _print(result: _verify.Verification) -> None:
         )
 
 
-def _print_findings(findings: tuple[_verify.Finding, ...]) -> None:
+def _print_findings(findings: tuple[Finding, ...]) -> None:
     for finding in findings:
         say(f"{finding.path}: offset {finding.offset}: {finding.reason}{_lost(finding)}")
 
 
-def _lost(finding: _verify.Finding) -> str:
+def _lost(finding: Finding) -> str:
     first, last = finding.first_lsn, finding.last_lsn
     if first is None:
         return ""

@@ -1,24 +1,19 @@
-"""The segments of a log as one chain, and what proves that there was more than there is.
+"""The segments of a log as one chain.
 
-Law: blocking, only reads, and judges nothing but what it can see: opening, verifying and
-reading ask here, and differ in what they do about it.  No trio.
+Law: blocking, only reads, and tells a reporter of what is wrong: opening, verifying and reading
+ask here, and differ in what they do about it.  No trio.
 
 A chain is whole where ``log.meta`` names its first segment, numbers have no gap, all have the
-log's UUID, and each begins with the checksum of the frame before it.  Where a scan of the last
-segment ends, the log ends, unless there is proof of loss:
-
-  a SEAL frame, or a pointer to one             the next segment was durable, and is not there
-  a pointer to a place after the end            so was all before that place
-  a later frame that names a durable LSN from   that frame was written when the sync of what is
-  the end on                                    missing here had returned
-  the owner's word (the lock file)              it was told when such a sync had returned
+log's UUID, and each begins with the checksum of the frame before it.  Whether frames lead from
+one segment to the next, and where the log ends, is judged in `walk`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Final, NoReturn
+from typing import Final
 
 import attrs
 
@@ -31,6 +26,7 @@ from trio_wal._exceptions import (
 from trio_wal._files import LOCK_NAME, Directory, File
 
 from . import scan
+from .finding import Finding, Report, finding_of, refuse
 from .frame import (
     BLOCK,
     DATA_OFFSET,
@@ -59,14 +55,6 @@ LOG_NAME: Final = "log"
 STORE_NAME: Final = "store"
 """What a database's directory holds: its log, and LMDB's files."""
 
-Report = Callable[[CorruptLogError], None]
-"""Is told of each thing that is wrong; what it raises ends the look."""
-
-
-def raise_it(error: CorruptLogError) -> NoReturn:
-    """The reporter of whoever cannot go on after damage."""
-    raise error
-
 
 @attrs.frozen
 class FoundSegment:
@@ -83,6 +71,12 @@ class FoundSegment:
     @property
     def number(self) -> int:
         return self.header.number
+
+    @property
+    def next_lsn(self) -> int | None:
+        """The first LSN after it, where its SEAL frame tells."""
+        sealed = self.mark is not None and self.mark.kind is Kind.SEAL
+        return self.mark.first_lsn if sealed and self.mark is not None else None
 
 
 def read_meta(directory: Directory) -> Meta | None:
@@ -180,6 +174,18 @@ def look_at(file: File, name: str) -> FoundSegment:
 
 
 @attrs.frozen
+class Until:
+    """What comes after a segment, and so how it must end."""
+
+    following: SegmentHeader | None
+    """The segment after it; None: there is none, or its header cannot be read."""
+    is_last: bool
+    may_be_open: bool
+    """Whether it is the last but one.  A missing footer is no damage there: a rotation or
+    a truncation was, or is, at it."""
+
+
+@attrs.frozen
 class Chain:
     """A log's segments, by number."""
 
@@ -189,24 +195,49 @@ class Chain:
     """What is this log's, too, but stands after a place where the chain is broken."""
     leftovers: list[str]
     """Names of files that the log no longer needs."""
+    unreadable: tuple[int, ...] = ()
+    """First LSNs, by file name, of segments whose header is damaged; in order."""
+
+    def find(self, number: int) -> FoundSegment | None:
+        """The segment of a number."""
+        for part in (self.segments, self.beyond):
+            at = bisect_left(part, number, key=_number_of)
+            if at < len(part) and part[at].number == number:
+                return part[at]
+        return None
+
+    def until(self, segment: FoundSegment) -> Until:
+        """What comes after one of its segments."""
+        # Of both there are as many as somebody likes to put there; all are in order.
+        number = segment.number
+        whole = bisect_right(self.segments, number, key=_number_of)
+        broken = bisect_right(self.beyond, number, key=_number_of)
+        after = [*self.segments[whole : whole + 1], *self.beyond[broken : broken + 1]][:1]
+        count = len(self.segments) - whole + len(self.beyond) - broken
+        count += len(self.unreadable) - bisect_right(self.unreadable, segment.header.first_lsn)
+        follows = bool(after) and after[0].number == number + 1
+        return Until(after[0].header if follows else None, not count, count == 1)
 
 
-def find_segments(
+def _number_of(segment: FoundSegment) -> int:
+    return segment.number
+
+
+def list_chain(
     directory: Directory,
     meta: Meta,
-    report: Report = raise_it,
+    report: Report = refuse,
     known: Mapping[str, FoundSegment] | None = None,
 ) -> Chain:
-    """The chain of segments, up to the first place where it is broken.
+    """The chain of segments, up to the first place where it is broken, and what is after that.
 
     Args:
-      report: is told of files that are foreign, renamed, duplicate or missing, by
-          `CorruptLogError`.
+      report: is told of files that are foreign, renamed, duplicate, damaged or missing.
       known: segments, by file name, whose headers need not be read again.
 
     Raises:
       FileNotFoundError: a file went away meanwhile.
-      UnsupportedFormatError
+      OSError: a header cannot be read, and that is not the file's fault.
     """
     names = directory.names()
     leftovers = temporary(names)
@@ -215,87 +246,142 @@ def find_segments(
     if cut is not None and TRUNCATE_NAME in names:
         candidates.append(TRUNCATE_NAME)
         leftovers.remove(TRUNCATE_NAME)
-    chain: dict[int, FoundSegment] = {}
-    doubtful: set[int] = set()
+    found: list[FoundSegment] = []
+    unreadable: list[int] = []
+    lsns = sorted(lsn for lsn in map(segment_name_lsn, names) if lsn is not None)
     for name in candidates:
-        found = _read_candidate(directory, meta, name, report, known or {})
-        if found is None:
+        segment = known.get(name) if known is not None else None
+        if segment is None:
+            segment = _read_candidate(directory, name, lsns, unreadable, report)
+        if segment is not None:
+            found.append(segment)
+    chain: dict[int, FoundSegment] = {}
+    doubtful: list[int] = []
+    # A file under its right name goes before one that claims the same number.
+    for segment in sorted(found, key=lambda s: s.file_name not in (s.header.name, TRUNCATE_NAME)):
+        header = segment.header
+        path = f"{directory.path}/{segment.file_name}"
+        if header.log_uuid != meta.log_uuid:
+            report(Finding(path, 0, "this segment belongs to another log"))
             continue
-        header = found.header
+        renamed = segment.file_name not in (header.name, TRUNCATE_NAME)
+        if renamed:
+            report(Finding(path, 0, f"the header says that this file is {header.name}"))
         if (cut is not None and header.number > cut.keep_number and header.salt != cut.salt) or (
             header.number < meta.base_number and header.first_lsn < meta.base_lsn
         ):
-            leftovers.append(name)
+            leftovers.append(segment.file_name)
         elif header.number in chain:
             other = chain[header.number].file_name
-            reason = f"this file and {other} are both segment {header.number}"
-            report(CorruptLogError(f"{directory.path}/{name}", 0, reason))
-            doubtful.add(header.number)
+            report(Finding(path, 0, f"both this file and {other} are segment {header.number}"))
+            doubtful += [] if renamed else [header.number]
         else:
-            chain[header.number] = found
-    if cut is not None and all(found.header.salt != cut.salt for found in chain.values()):
+            chain[header.number] = segment
+            doubtful += [header.number] if renamed else []
+    if cut is not None and all(segment.header.salt != cut.salt for segment in chain.values()):
         path = f"{directory.path}/{segment_name(cut.first_lsn)}"
         reason = "the segment in which a truncated log goes on is missing"
-        report(CorruptLogError(path, 0, reason))
+        report(Finding(path, 0, reason, cut.first_lsn))
     segments = [chain[number] for number in sorted(chain)]
-    whole = _whole_part(directory, meta, segments, report)
+    unread = tuple(sorted(unreadable))
+    whole = _whole_part(directory, meta, segments, unread, report)
     if doubtful:
-        whole = min(whole, sum(found.number < min(doubtful) for found in segments))
-    return Chain(segments[:whole], segments[whole:], leftovers)
+        whole = min(whole, sum(segment.number < min(doubtful) for segment in segments))
+    return Chain(segments[:whole], segments[whole:], leftovers, unread)
 
 
 def _read_candidate(
-    directory: Directory,
-    meta: Meta,
-    name: str,
-    report: Report,
-    known: Mapping[str, FoundSegment],
+    directory: Directory, name: str, lsns: list[int], unreadable: list[int], report: Report
 ) -> FoundSegment | None:
-    """A file that has a segment's name, if it is one of this log's."""
+    """A file that has a segment's name, if it can be read as one.
+
+    Args:
+      lsns: that segments are named after, in order.
+      unreadable: gets what this file is named after, if it cannot be read.
+    """
     path = f"{directory.path}/{name}"
     lsn = segment_name_lsn(name)
     if lsn is None and name != TRUNCATE_NAME:
-        report(CorruptLogError(path, 0, "this is not the name of a segment"))
+        report(Finding(path, 0, "this is not the name of a segment"))
         return None
     try:
-        found = known.get(name) or read_segment(directory, name)
-    except CorruptLogError as exc:
-        report(exc)
+        return read_segment(directory, name)
+    except FileNotFoundError:
+        raise
+    except (CorruptLogError, UnsupportedFormatError, OSError) as exc:
+        later = bisect_right(lsns, lsn or 0)
+        end = lsns[later] - 1 if later < len(lsns) else None
+        report(attrs.evolve(finding_of(exc, path), first_lsn=lsn, last_lsn=end))
+        unreadable += [] if lsn is None else [lsn]
         return None
-    header = found.header
-    if header.log_uuid != meta.log_uuid:
-        report(CorruptLogError(path, 0, "this segment belongs to another log"))
-        return None
-    if lsn is not None and lsn != header.first_lsn:
-        reason = f"the header says that this file is {segment_name(header.first_lsn)}"
-        report(CorruptLogError(path, 0, reason))
-        return None
-    return found
+
+
+def list_unborn(directory: Directory, names: Iterable[str], report: Report) -> list[str]:
+    """The segments of a log whose creation was interrupted: nothing was ever accepted."""
+    segments = [name for name in names if name.startswith("wal-")]
+    for name in segments:
+        if segment_name_lsn(name) is None:
+            report(Finding(f"{directory.path}/{name}", 0, "this is not the name of a segment"))
+    for name in segments[1:]:
+        reason = "a log that was never in use has segments"
+        report(Finding(f"{directory.path}/{name}", 0, reason))
+    return segments
 
 
 def _whole_part(
-    directory: Directory, meta: Meta, segments: list[FoundSegment], report: Report
+    directory: Directory,
+    meta: Meta,
+    segments: list[FoundSegment],
+    unreadable: tuple[int, ...],
+    report: Report,
 ) -> int:
     """How many segments follow each other without a gap, from the log's first one on."""
-    base_path = f"{directory.path}/{segment_name(meta.base_lsn)}"
-    if not segments:
-        report(CorruptLogError(base_path, 0, "the log's segments are missing"))
-        return 0
-    first = segments[0]
-    if (first.number, first.header.first_lsn) != (meta.base_number, meta.base_lsn):
-        reason = f"segment {meta.base_number} is missing: the log starts with it"
-        report(CorruptLogError(base_path, 0, reason))
-        return 0
-    for index, (segment, after) in enumerate(pairwise(segments), 1):
-        path = f"{directory.path}/{after.file_name}"
-        if after.number != segment.number + 1:
-            report(CorruptLogError(path, 0, f"segment {segment.number + 1} before it is missing"))
-            return index
-        if after.header.first_lsn < segment.header.first_lsn:
-            reason = "its first LSN is below that of the segment before"
-            report(CorruptLogError(path, 0, reason))
-            return index
-    return len(segments)
+    whole: int | None = None
+    before: FoundSegment | None = None
+    for index, segment in enumerate(segments):
+        number, lsn = segment.number, segment.header.first_lsn
+        due_number: int = meta.base_number
+        due_lsn: int | None = meta.base_lsn
+        if before is not None:
+            due_number, due_lsn = before.number + 1, before.next_lsn
+        start = before.header.first_lsn + 1 if before is not None else meta.base_lsn
+        unread = bisect_right(unreadable, lsn) - bisect_left(unreadable, start)
+        wrong: Finding | None = None
+        if number - due_number - max(0, unread) > 0:
+            wrong = _missing(directory, segment, due_number, due_lsn, is_first=before is None)
+        elif before is not None and lsn < before.header.first_lsn:
+            path = f"{directory.path}/{segment.file_name}"
+            wrong = Finding(path, 0, "its first LSN is below that of the segment before")
+        elif before is None and (number < due_number or (number == due_number and lsn != due_lsn)):
+            reason = f"it says that the log starts with segment {due_number} and LSN {due_lsn}"
+            reason += f", but that is {segment.file_name}"
+            wrong = Finding(f"{directory.path}/{META_NAME}", 0, reason)
+        if wrong is not None:
+            report(wrong)
+        if whole is None and (wrong is not None or number != due_number):
+            whole = index
+        before = segment
+    if not segments and not unreadable:
+        path = f"{directory.path}/{segment_name(meta.base_lsn)}"
+        report(Finding(path, 0, "the log's segments are missing", meta.base_lsn))
+    return len(segments) if whole is None else whole
+
+
+def _missing(
+    directory: Directory, segment: FoundSegment, number: int, lsn: int | None, *, is_first: bool
+) -> Finding:
+    """Segments are missing before one.
+
+    Args:
+      number: of the first of them.
+      lsn: its first LSN; None: not known.
+    """
+    last, end = segment.number - 1, segment.header.first_lsn - 1
+    which = f"segment {last} is" if last == number else f"segments {number} to {last} are"
+    why = "the log starts there" if is_first else f"{segment.file_name} comes after it"
+    name = segment.file_name if lsn is None else segment_name(lsn)
+    lost = (lsn, end) if lsn is not None and lsn <= end else (None, None)
+    return Finding(f"{directory.path}/{name}", 0, f"{which} missing: {why}", *lost)
 
 
 # -- how parts of the chain join ------------------------------------------------------
@@ -344,8 +430,9 @@ def check_joins(
             third = segments[index + 1] if index + 1 < len(segments) else None
             odd = third and _end_before(directory, meta, after, third.header, {})
             whole = index if odd else index - 1
-        report(CorruptLogError(path, offset, reason))
-        return Chain(segments[:whole], [*segments[whole:], *chain.beyond], chain.leftovers)
+        report(Finding(path, offset, reason))
+        beyond = [*segments[whole:], *chain.beyond]
+        return attrs.evolve(chain, segments=segments[:whole], beyond=beyond)
     return chain
 
 
@@ -385,72 +472,3 @@ def _end_before(
         return _Break(scanner.position.offset, scanner.reason)
     finally:
         file.close()
-
-
-# -- where the log ends -----------------------------------------------------------------
-
-
-@attrs.frozen
-class Loss:
-    """Proof that more was durable than there is."""
-
-    error: CorruptLogError
-    durable_lsn: int
-    """Up to here it proves it, at least."""
-
-
-@attrs.frozen
-class End:
-    """What `judge_end` says of the place at which a scan of the last segment ended."""
-
-    loss: Loss | None
-    torn_end: int
-    """Offset after what is left of an unfinished batch; the place itself where nothing is."""
-
-
-def judge_end(
-    directory_path: str,
-    file: File,
-    segment: FoundSegment,
-    end: Position,
-    *,
-    reason: str,
-    last_kind: Kind | None,
-    told_lsn: int = 0,
-    look_behind: bool = True,
-) -> End:
-    """Whether the log ends where the frames of its last segment do.
-
-    Args:
-      segment: with its pointer as read before the scan.
-      reason: why the scan ended.
-      last_kind: of the last frame.
-      told_lsn: what the log's owner has said is durable.
-      look_behind: whether to search all that stands after ``end``.
-    """
-    pointer = segment.pointer
-    if last_kind is Kind.SEAL or (pointer is not None and pointer.kind is Kind.SEAL):
-        # Either is written only when the segment behind is durable.
-        path = f"{directory_path}/{segment_name(end.next_lsn)}"
-        text = f"segment {segment.number + 1} is missing: {segment.file_name} is sealed"
-        proven = end.next_lsn - 1 if pointer is None else max(end.next_lsn - 1, pointer.last_lsn)
-        return End(Loss(CorruptLogError(path, 0, text), proven), end.offset)
-    if pointer is not None and pointer.offset > end.offset:
-        text = reason or "frames that had been durable are missing"
-        return End(Loss(CorruptLogError(file.path, end.offset, text), pointer.last_lsn), end.offset)
-    if not look_behind:
-        return End(None, end.offset)
-    tail = scan.examine_tail(file.pread, segment.size, segment.header, end, file.next_data)
-    covering = tail.covering
-    if covering is not None:
-        text = (
-            f"{reason or 'a frame is missing'}; the frame at offset {covering.offset} "
-            f"says that LSN {end.next_lsn} had been durable"
-        )
-        error = CorruptLogError(file.path, end.offset, text)
-        return End(Loss(error, max(tail.durable_lsn, told_lsn)), tail.torn_end)
-    if told_lsn >= end.next_lsn:
-        text = f"{reason or 'a frame is missing'}; the log's owner has said that LSN {told_lsn} "
-        error = CorruptLogError(file.path, end.offset, f"{text}is durable")
-        return End(Loss(error, told_lsn), tail.torn_end)
-    return End(None, tail.torn_end)

@@ -36,7 +36,8 @@ from trio_wal._retention import Retention
 from trio_wal._util import KiB
 
 from . import scan
-from .chain import META_NEW_NAME, TRUNCATE_NAME, read_meta
+from .chain import META_NEW_NAME, TRUNCATE_NAME, FoundSegment, read_meta, read_segment
+from .finding import refuse
 from .frame import (
     BLOCK,
     FEATURE_DATABASE,
@@ -61,11 +62,13 @@ from .segment import (
     FIRST_CAPACITY,
     SPARE_PREFIX,
     ActiveSegment,
+    Extent,
     SegmentInfo,
     capacity_for,
     create_segment,
     encode,
 )
+from .walk import Walk
 
 ZERO_CHUNK: Final = 256 * KiB
 SPARE_RETRY_SECONDS: Final = 1.0
@@ -559,11 +562,11 @@ class LogDirectory:
 
     def _cut(self, lsn: int) -> None:
         self.sync()
-        keep, position, counts, records = self._find_cut(lsn)
+        keep, position, records = self._find_cut(lsn)
         history = branch(self._meta.history, lsn, self._files.random_bytes(4))
         header = SegmentHeader(
             self.active.header.log_uuid,
-            keep.number + 1 if keep is not None else self._meta.base_number,
+            keep.header.number + 1 if keep is not None else self._meta.base_number,
             position.next_lsn,
             self._files.random_bytes(16),
             self._files.time_us(),
@@ -574,82 +577,77 @@ class LogDirectory:
         spare = self._take_spare(body.stored_length)
         try:
             spare.file.pwrite([header.encode()], 0)
-            new = ActiveSegment(spare.file, header, spare.capacity)
+            new = ActiveSegment(spare.file, Extent(header, spare.capacity))
             new.position = attrs.evolve(new.position, time_us=position.time_us)
             if records:
                 new.write(body, position.next_lsn - 1, position.time_us)
             spare.file.sync()
             self._directory.rename(spare.name, TRUNCATE_NAME)
             self._directory.sync()
-            keep_number = keep.number if keep is not None else self._meta.base_number - 1
+            keep_number = header.number - 1
             cut = Truncation(
                 header.salt, keep_number, position.offset, position.previous, header.first_lsn
             )
+            meta = attrs.evolve(self._meta, truncation=cut, history=history)
             try:
-                self._write_meta(attrs.evolve(self._meta, truncation=cut, history=history))
+                self._write_meta(meta)
             except LogFullError:
                 self._directory.unlink(TRUNCATE_NAME)
                 raise
             # The block of the old one is free now, and the next write must not fail.
             self._reserve_meta()
-            meta = attrs.evolve(self._meta, history=history)
-            self._finish_truncation(new, keep, position, counts, meta)
-        except BaseException:
+            self._finish_truncation(meta, keep, new.extent)
+        finally:
             close_quietly(spare.file)
-            raise
 
-    def _finish_truncation(
-        self,
-        new: ActiveSegment,
-        keep: SegmentHeader | None,
-        position: Position,
-        counts: tuple[int, int],
-        meta: Meta,
-    ) -> None:
-        """Carry out what ``log.meta`` now says (`recovery` does the same after a crash)."""
-        old = self.active
-        keep_number = keep.number if keep is not None else self._meta.base_number - 1
-        dropped = [
-            segment.header for segment in self._sealed if segment.header.number > keep_number
-        ]
-        if old.header.number > keep_number:
-            dropped.append(old.header)
-        for dead in dropped:
-            self._directory.unlink(dead.name)
-        self._directory.rename(TRUNCATE_NAME, new.header.name)
-        self._directory.sync()
-        old.file.close()
-        sealed = [s for s in self._sealed if s.header.number < keep_number]
-        if keep is not None:
-            file = self._directory.open(keep.name, writable=True)
-            sealed.append(
-                ActiveSegment(
-                    file, keep, file.size(), position, records=counts[0], frames=counts[1]
-                ).seal()
-            )
-        # Decided is decided: an error here breaks the log, and recovery goes on from there.
+    def _finish_truncation(self, meta: Meta, keep: Extent | None, new: Extent) -> None:
+        """Carry out what ``log.meta`` now says, as recovery would after a crash.
+
+        Decided is decided: an error here breaks the log, and recovery goes on from there.
+        """
+        assert meta.truncation is not None
+        keep_number = meta.truncation.keep_number
+        everything = [*(info.header for info in self._sealed), self.active.header]
+        last = FoundSegment(new.header, TRUNCATE_NAME, new.capacity, None, None)
+        plan = Plan(
+            meta,
+            leftovers=tuple(header.name for header in everything if header.number > keep_number),
+            sealed=tuple(info for info in self._sealed if info.header.number < keep_number),
+            last=last,
+            end=new,
+            marks_offset=new.end.offset,
+            seal_previous=keep,
+            clean=False,
+        )
         reserved, self._meta_reserved = self._meta_reserved, False
-        write_meta(self._directory, meta, reserved=reserved)
+        done = repair(
+            self._files,
+            self._directory,
+            plan,
+            segment_size=self._segment_size,
+            features=self.features,
+            meta_reserved=reserved,
+        )
+        self.active.file.close()
         with self._shape:
-            self._meta = meta
-            self._sealed = sealed
-            self.active = new
+            self._meta = done.meta
+            self._sealed = done.sealed
+            self.active = done.active
         self.cuts += 1
         self._untouched = False
         self.synced_lsn = self.last_lsn
 
-    def _find_cut(
-        self, lsn: int
-    ) -> tuple[SegmentHeader | None, Position, tuple[int, int], list[bytes]]:
-        """Where the log will end: (last segment that stays, its end, its counts, the records
-        behind that end which stay)."""
+    def _find_cut(self, lsn: int) -> tuple[Extent | None, Position, list[bytes]]:
+        """Where the log will end: (the last segment that stays, up to there; that place in the
+        chain; the records after it which stay)."""
         sealed = [s for s in self._sealed if s.first_lsn <= lsn + 1]
-        header = self.active.header
+        header, capacity = self.active.header, self.active.capacity
         if header.first_lsn > lsn + 1:
-            header = sealed.pop().header
+            info = sealed.pop()
+            header, capacity = info.header, info.bytes
         file = self._directory.open(header.name)
         records: list[bytes] = []
-        total = frames = 0
+        frames = 0
         try:
             scanner = FrameScanner(file.pread, header, start_of(header))
             position = scanner.position
@@ -659,48 +657,32 @@ class LogDirectory:
                         records = self._payloads(file, frame, body)[: lsn + 1 - frame.first_lsn]
                         position = attrs.evolve(position, time_us=frame.time_us)
                     break
-                total += frame.count
                 frames += bool(frame.count)
                 position = scanner.position
             else:
                 raise self._damage(file, scanner)
         finally:
             file.close()
-        if position.next_lsn == header.first_lsn:
-            # Nothing of this segment stays: the new one takes its place in the chain.
-            previous = attrs.evolve(position, previous=header.previous)
-            return (
-                (sealed[-1].header if sealed else None),
-                *self._sealed_end(sealed, previous),
-                records,
-            )
-        return header, position, (total, frames), records
-
-    def _sealed_end(
-        self, sealed: list[SegmentInfo], fallback: Position
-    ) -> tuple[Position, tuple[int, int]]:
-        """The end of the last sealed segment, before its footer."""
+        if position.next_lsn > header.first_lsn:
+            return Extent(header, capacity, position, frames), position, records
+        # Nothing of this segment stays: the new one takes its place in the chain.
+        previous = attrs.evolve(position, previous=header.previous)
         if not sealed:
-            return fallback, (0, 0)
-        header = sealed[-1].header
-        file = self._directory.open(header.name)
+            return None, previous, records
+        keep = self._whole_extent(sealed[-1], header)
+        time_us = max(keep.end.time_us, position.time_us)
+        return keep, attrs.evolve(keep.end, time_us=time_us), records
+
+    def _whole_extent(self, info: SegmentInfo, following: SegmentHeader) -> Extent:
+        """A sealed segment, up to where the one after it goes on."""
+        segment = read_segment(self._directory, info.name)
+        file = self._directory.open(info.name)
         try:
-            scanner = FrameScanner(file.pread, header, start_of(header))
-            position, total, frames = scanner.position, 0, 0
-            for frame, _ in scanner:
-                if frame.next_lsn > fallback.next_lsn or (
-                    frame.next_lsn == fallback.next_lsn and frame.previous == fallback.previous
-                ):
-                    break
-                total += frame.count
-                frames += bool(frame.count)
-                position = scanner.position
-            else:
-                raise self._damage(file, scanner)
+            walk = Walk(file, segment, refuse)
+            walk.check_up_to(following)
         finally:
             file.close()
-        time_us = max(position.time_us, fallback.time_us)
-        return attrs.evolve(position, time_us=time_us), (total, frames)
+        return walk.extent()
 
     def _damage(self, file: File, scanner: FrameScanner) -> CorruptLogError:
         """The frames end before the place that was looked for: what is to stay is not there."""
@@ -850,7 +832,7 @@ def open_log_directory(
             if read_from is not None:
                 plan = check_records(directory, plan, read_from)
         # Only now, when nothing can be refused any more, is anything written.
-        directory.sign()
+        directory.sign(new=plan.meta is None)
         return LogDirectory(
             files,
             directory,

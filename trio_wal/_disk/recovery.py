@@ -18,14 +18,13 @@ What can be there after a crash, and what becomes of it:
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import pairwise
 from typing import Final
 
 import attrs
 
 from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
-from trio_wal._files import Directory, File
+from trio_wal._files import Directory, File, Word
 from trio_wal._util import KiB, MiB
 
 from . import scan
@@ -33,31 +32,22 @@ from .chain import (
     TRUNCATE_NAME,
     Chain,
     FoundSegment,
-    find_segments,
+    Until,
     is_foreign,
     joins,
-    judge_end,
+    list_chain,
+    list_unborn,
     no_log,
     place_before,
     read_meta,
     read_segment,
     temporary,
 )
-from .frame import (
-    DATA_OFFSET,
-    POINTER_OFFSET,
-    Footer,
-    FrameError,
-    FrameHeader,
-    Kind,
-    Meta,
-    SegmentHeader,
-    decode_footer,
-    index_step,
-    segment_name_lsn,
-)
-from .scan import FrameScanner, Position, start_of
-from .segment import SegmentInfo
+from .finding import refuse
+from .frame import DATA_OFFSET, Footer, FrameHeader, Kind, Meta, SegmentHeader, segment_name_lsn
+from .scan import FrameScanner, Position
+from .segment import Extent, SegmentInfo
+from .walk import Walk, check_last, check_segment, proven_lsn
 
 VERIFY_BYTES: Final = 32 * MiB
 """How much of the log is checked record by record on every open, newest first."""
@@ -75,19 +65,15 @@ class Plan:
     leftovers: tuple[str, ...] = ()
     """Files to unlink: nothing of the log needs them."""
     sealed: tuple[SegmentInfo, ...] = ()
+    """The segments before the last, but for `seal_previous`."""
     last: FoundSegment | None = None
-    end: Position | None = None
-    """Behind the last valid frame."""
-    counts: tuple[int, int] = (0, 0)
-    """(records, data frames) of the last segment."""
-    index: tuple[tuple[int, int], ...] = ()
+    end: Extent | None = None
+    """The last segment, up to the last valid frame."""
     marks_offset: int = 0
     """Behind the last frame with records: CLOSE frames may stand between here and ``end``."""
-    copy_from: Position | None = None
-    """Frames from here on go into a new segment; None: go on in the last one."""
-    copy_counts: tuple[int, int] = (0, 0)
-    """(records, data frames) before ``copy_from``."""
-    seal_previous: tuple[FoundSegment, _Walk] | None = None
+    copy_from: Extent | None = None
+    """The last segment up to the frames that go into a new one; None: go on in the last one."""
+    seal_previous: Extent | None = None
     """The last segment but one, up to its end: it gets its missing footer."""
     previous: FoundSegment | None = None
     """The last segment but one."""
@@ -100,7 +86,7 @@ class Plan:
 
     @property
     def last_lsn(self) -> int:
-        return 0 if self.end is None else self.end.next_lsn - 1
+        return 0 if self.end is None else self.end.end.next_lsn - 1
 
 
 def reread_tail(directory: Directory) -> None:
@@ -137,117 +123,28 @@ def _proven_durable(directory: Directory, name: str) -> range:
 # -- examine ----------------------------------------------------------------------
 
 
-@attrs.define
-class _Walk:
-    """A pass over one segment, or its end: what `examine` needs to know of it."""
-
-    start: Position
-    end: Position
-    data_end: Position
-    """Behind the last frame with records: only CLOSE frames may stand between here and ``end``."""
-    records: int = 0
-    frames: int = 0
-    bytes: int = 0
-    reason: str = ""
-    last_kind: Kind | None = None
-    index: list[tuple[int, int]] = attrs.Factory(list[tuple[int, int]])
-    unproven: deque[tuple[Position, int, int]] = attrs.Factory(deque[tuple[Position, int, int]])
-    """For each frame not proven durable: where the frame with records before it ended, and how
-    many records and frames were before.  CLOSE frames between the two are passed over: nothing
-    proves that they are on the disk, and nothing may be chained to them."""
-
-
-def _walk(
-    file: File,
-    segment: FoundSegment,
-    start: Position,
-    *,
-    counts: tuple[int, int] = (0, 0),
-    until: SegmentHeader | FrameHeader | None = None,
-    chained: bool = True,
-    data_end: Position | None = None,
-) -> _Walk:
-    """Check every frame from ``start`` on; stops before the segment, or the SEAL or CLOSE
-    frame, ``until``.  With ``chained=False`` it is not known what is before ``start``;
-    ``data_end`` says where the records before it end, if that is not there."""
-    scanner = FrameScanner(file.pread, segment.header, start, chained=chained, skim=True)
-    walk = _Walk(start, start, data_end or start, *counts)
-    step = index_step(segment.size)
-    here = start
-    frames = iter(scanner)
-    while until is None or not joins(here, until):
-        frame_body = next(frames, None)
-        if frame_body is None:
-            break
-        frame, body = frame_body
-        try:
-            scan.check_body(frame, body)
-        except FrameError as exc:
-            raise CorruptLogError(file.path, frame.offset, str(exc)) from exc
-        if frame.kind is Kind.DATA:
-            if not walk.index or frame.offset - walk.index[-1][1] >= step:
-                walk.index.append((frame.first_lsn, frame.offset))
-            walk.unproven.append((walk.data_end, walk.records, walk.frames))
-            walk.records += frame.count
-            walk.frames += 1
-            walk.data_end = scanner.position
-        here = scanner.position
-        while walk.unproven and _last_lsn_of(walk.unproven, here) <= frame.durable_lsn:
-            walk.unproven.popleft()
-        walk.last_kind = frame.kind
-        if frame.kind is Kind.SEAL:
-            break
-    walk.end = here
-    walk.bytes = here.offset - start.offset
-    walk.reason = scanner.reason
-    return walk
-
-
-def _last_lsn_of(unproven: deque[tuple[Position, int, int]], end: Position) -> int:
-    """Last LSN of the first unproven frame: one below the first of what follows it, which
-    for the newest frame is ``end``."""
-    following = unproven[1][0] if len(unproven) > 1 else end
-    return following.next_lsn - 1
-
-
-def _walk_up_to(
-    file: File, segment: FoundSegment, start: Position, following: SegmentHeader | FrameHeader
-) -> _Walk:
-    """Check the records from ``start``, a place that `_start_for` gave, up to what follows.
-
-    Raises:
-      CorruptLogError: they do not come as far as that.
-    """
-    first = segment.header.first_lsn
-    if start.offset > DATA_OFFSET:
-        counts = (start.next_lsn - first, 0)
-        walk = _walk(file, segment, start, counts=counts, until=following, chained=False)
-        if walk.frames:
-            return _check_end(file, walk, following)
-        # Damaged there, or not the place of a frame at all.
-    return _check_end(
-        file, _walk(file, segment, start_of(segment.header), until=following), following
-    )
-
-
-def _check_end(file: File, walk: _Walk, following: SegmentHeader | FrameHeader) -> _Walk:
-    if not joins(walk.end, following):
-        reason = walk.reason or f"the records before LSN {following.first_lsn} are missing"
-        raise CorruptLogError(file.path, walk.end.offset, reason)
-    return walk
-
-
 def _start_for(
-    segment: FoundSegment, mark: FrameHeader, footer: Footer | None, budget: float
-) -> Position | None:
+    file: File, segment: FoundSegment, mark: FrameHeader, footer: Footer | None, budget: float
+) -> Extent | None:
     """From where on ``budget`` pays for a check up to ``mark``; None: it pays for nothing."""
     length = mark.offset - DATA_OFFSET
     cost = 0 if footer is None else _cost(length, footer.records, footer.frames)
     if footer is None or cost <= budget:
-        return start_of(segment.header)
+        return Extent(segment.header, segment.size)
     first = mark.offset - int(length * budget / cost) if budget > 0 else mark.offset
-    places = (Position(at, lsn, 0) for lsn, at in footer.index if first <= at < mark.offset)
-    return next(places, None)
+    places = ((lsn, at) for lsn, at in footer.index if first <= at < mark.offset)
+    place = next(places, None)
+    return None if place is None else _from_place(file, segment, place)
+
+
+def _from_place(file: File, segment: FoundSegment, place: tuple[int, int]) -> Extent:
+    """The segment up to a frame that an index tells of; up to its first one, if none is there."""
+    lsn, offset = place
+    whole = Extent(segment.header, segment.size)
+    frame = scan.frame_at(file.pread, segment.header, offset)
+    if frame is None or frame.first_lsn != lsn:
+        return whole
+    return attrs.evolve(whole, end=place_before(frame))
 
 
 def _cost(length: int, records: int, frames: int) -> int:
@@ -274,33 +171,27 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
         return Plan(None, tuple(temporary(names)))
     if not meta.live:
         # Its creation was interrupted; nothing was ever accepted.
-        segments = [name for name in names if name.startswith("wal-")]
-        strange = [name for name in segments if segment_name_lsn(name) is None]
-        if strange:
-            raise CorruptLogError(
-                f"{directory.path}/{strange[0]}", 0, "this is not the name of a segment"
-            )
-        if len(segments) > 1:
-            raise CorruptLogError(
-                f"{directory.path}/{segments[1]}", 0, "a log that was never in use has segments"
-            )
+        segments = list_unborn(directory, names, refuse)
         return Plan(None, (*temporary(names), *segments))
-    chain = find_segments(directory, meta)
-    return _examine_chain(directory, meta, chain, verify_bytes)
+    # Before the files: what it speaks of is in them then.
+    word = directory.published()
+    chain = list_chain(directory, meta, refuse)
+    return _examine_chain(directory, meta, chain, word, verify_bytes)
 
 
 def _examine_chain(
     directory: Directory,
     meta: Meta,
     chain: Chain,
+    word: Word,
     verify_bytes: float,
 ) -> Plan:
     found = chain.segments
     last = found[-1]
-    tail = _examine_last(directory, last, verify_bytes)
+    tail = _examine_last(directory, last, proven_lsn(word, meta), verify_bytes)
     assert tail.end is not None
     verified_lsn = tail.verified_lsn
-    budget = verify_bytes - _cost(tail.bytes_scanned, *tail.counts)
+    budget = verify_bytes - _cost(tail.bytes_scanned, tail.end.records, tail.end.frames)
     sealed: list[SegmentInfo] = []
     replayed, scanned = tail.records_replayed, tail.bytes_scanned
     seal_previous = None
@@ -308,20 +199,19 @@ def _examine_chain(
         if verified_lsn > following.header.first_lsn:
             # Where not all of a segment is checked, the ones before it are not checked either.
             budget = 0
-        may_be_open = following is last
         info, walk, unsealed = _examine_sealed(
-            directory, segment, following.header, meta, budget=budget, may_be_open=may_be_open
+            directory, segment, chain.until(segment), following.header, budget=budget
         )
-        sealed.append(info)
         if walk is not None:
             if verified_lsn <= following.header.first_lsn:
                 verified_lsn = min(verified_lsn, walk.start.next_lsn)
-            records = walk.end.next_lsn - walk.start.next_lsn
-            replayed += records
-            scanned += walk.bytes
-            budget -= _cost(walk.bytes, records, walk.frames)
+            replayed += walk.records
+            scanned += walk.length
+            budget -= _cost(walk.length, walk.records, walk.frames)
         if unsealed and walk is not None:
-            seal_previous = (segment, walk)
+            seal_previous = walk.extent()
+        else:
+            sealed.append(info)
     return attrs.evolve(
         tail,
         meta=meta,
@@ -339,33 +229,28 @@ def _examine_chain(
 def _examine_sealed(
     directory: Directory,
     segment: FoundSegment,
+    until: Until,
     following: SegmentHeader,
-    meta: Meta,
     *,
     budget: float,
-    may_be_open: bool,
-) -> tuple[SegmentInfo, _Walk | None, bool]:
+) -> tuple[SegmentInfo, Walk | None, bool]:
     """A segment with another behind it: (what it is, what was checked, footer missing)."""
-    cut = meta.truncation
-    may_be_open = may_be_open or (cut is not None and segment.number == cut.keep_number)
     seal = _seal_of(segment, following)
     walk = None
-    if budget > 0 or may_be_open or seal is None:
+    if budget > 0 or until.may_be_open or seal is None:
         file = directory.open(segment.file_name)
         try:
-            if may_be_open and seal is not None and not _is_whole_seal(file, segment, seal):
+            if until.may_be_open and seal is not None and not _is_whole_seal(file, segment, seal):
                 # A crash tore what its one sync was to cover; it is written again.
                 seal = None
             if seal is None:
-                walk = _walk_up_to(file, segment, start_of(segment.header), following)
-                if not may_be_open:
-                    raise _seal_is_damaged(file, segment, walk)
+                walk = check_segment(file, segment, until, refuse)
+                seal = walk.seal
             elif budget > 0:
                 footer = scan.read_footer(file.pread, seal)
-                start = _start_for(segment, seal, footer, budget)
+                start = _start_for(file, segment, seal, footer, budget)
                 if start is not None:
-                    walk = _walk_up_to(file, segment, start, following)
-                    _check_seal(file, segment, walk, seal)
+                    walk = check_segment(file, segment, until, refuse, start)
         finally:
             file.close()
     end = seal.end if seal is not None else segment.size
@@ -381,42 +266,10 @@ def _seal_of(segment: FoundSegment, following: SegmentHeader) -> FrameHeader | N
     return mark if fits else None
 
 
-def _seal_is_damaged(file: File, segment: FoundSegment, walk: _Walk) -> CorruptLogError:
-    """Which of the two it is: the records in front of them are whole."""
-    seal = next(iter(FrameScanner(file.pread, segment.header, walk.end)), None)
-    if seal is not None and seal[0].kind is Kind.SEAL:
-        reason = "the pointer to the segment's footer is damaged"
-        return CorruptLogError(file.path, POINTER_OFFSET, reason)
-    return CorruptLogError(file.path, walk.end.offset, "the segment's footer is damaged")
-
-
 def _is_whole_seal(file: File, segment: FoundSegment, seal: FrameHeader) -> bool:
     """Whether footer and file size are as `ActiveSegment.seal` leaves them."""
     scanner = FrameScanner(file.pread, segment.header, place_before(seal))
     return next(iter(scanner), None) is not None and segment.size == seal.end
-
-
-def _check_seal(file: File, segment: FoundSegment, walk: _Walk, seal: FrameHeader) -> None:
-    scanner = FrameScanner(file.pread, segment.header, walk.end)
-    frame_body = next(iter(scanner), None)
-    if frame_body is None or frame_body[0].crc != seal.crc:
-        raise CorruptLogError(file.path, walk.end.offset, scanner.reason or "no footer here")
-    try:
-        footer = decode_footer(frame_body[1])
-    except FrameError as exc:
-        raise CorruptLogError(file.path, seal.offset, str(exc)) from exc
-    if (footer.records, footer.last_lsn) != (walk.records, walk.end.next_lsn - 1):
-        raise CorruptLogError(
-            file.path,
-            seal.offset,
-            f"the footer counts {footer.records} records up to LSN {footer.last_lsn}, "
-            f"the segment has {walk.records} up to {walk.end.next_lsn - 1}",
-        )
-    tail = scan.examine_tail(
-        file.pread, segment.size, segment.header, scanner.position, file.next_data
-    )
-    if tail.torn_end > seal.end:
-        raise CorruptLogError(file.path, seal.end, "bytes behind the segment's footer")
 
 
 def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | None:
@@ -432,75 +285,58 @@ def _find_close(file: File, last: FoundSegment) -> tuple[FrameHeader, Footer] | 
     return frame, footer
 
 
-def _examine_last(directory: Directory, last: FoundSegment, verify_bytes: float) -> Plan:
+def _examine_last(
+    directory: Directory, last: FoundSegment, told_lsn: int, verify_bytes: float
+) -> Plan:
     """The segment in which the log ends; the rest of the plan is filled in by the caller."""
     file = directory.open(last.file_name)
     try:
-        start = start_of(last.header)
-        counts = (0, 0)
-        index: tuple[tuple[int, int], ...] = ()
-        close = _find_close(file, last)
-        checked = None
-        data_end = None
-        verified_lsn = last.header.first_lsn
-        if close is not None:
-            frame, footer = close
-            from_here = _start_for(last, frame, footer, verify_bytes)
-            if from_here != start:
-                # Too long to check all of it: go on behind the CLOSE frame.
-                start = Position(
-                    frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us
-                )
-                data_end = attrs.evolve(start, offset=frame.offset, previous=frame.previous)
-                counts, index = (footer.records, footer.frames), footer.index
-                verified_lsn = frame.first_lsn
-                if from_here is not None:
-                    checked = _walk_up_to(file, last, from_here, frame)
-                    verified_lsn = checked.start.next_lsn
-        walk = _walk(file, last, start, counts=counts, data_end=data_end)
-        where = walk.end.offset
-        pointer = last.pointer
-        ends_closed = close is not None and where == close[0].end
-        judged = judge_end(
-            directory.path,
-            file,
-            last,
-            walk.end,
-            reason=walk.reason,
-            last_kind=walk.last_kind,
-            # The first write behind a CLOSE frame takes the pointer away, in the same sync:
-            # while it stands, nothing behind it was ever acknowledged.
-            look_behind=not ends_closed or bool(walk.reason),
+        start, data_end, checked = _after_close(file, last, verify_bytes)
+        walk = check_last(
+            directory.path, file, last, refuse, told_lsn=told_lsn, start=start, data_end=data_end
         )
-        if judged.loss is not None:
-            raise judged.loss.error
-        torn_end = judged.torn_end
-        torn = torn_end > where
-        copy_from: Position | None = None
-        copy_counts = (0, 0)
-        if walk.unproven:
-            copy_from, *before = walk.unproven[0]
-            copy_counts = (before[0], before[1])
-        elif torn:
-            copy_from, copy_counts = walk.data_end, (walk.records, walk.frames)
+        torn = walk.torn_end > walk.end.offset
+        copy_from = walk.unproven()
+        if copy_from is None and torn:
+            copy_from = walk.data_extent()
+        verified_lsn = walk.start.next_lsn if checked is None else checked.start.next_lsn
         return Plan(
             None,
             last=last,
-            end=walk.end,
-            counts=(walk.records, walk.frames),
-            index=(*index, *walk.index),
+            end=walk.extent(),
             marks_offset=walk.data_end.offset,
             copy_from=copy_from,
-            copy_counts=copy_counts,
-            torn_bytes=torn_end
-            - scan.torn_start(file.pread, last.header, pointer, walk.end, torn_end),
-            clean=not torn and (ends_closed or walk.last_kind is Kind.CLOSE),
+            torn_bytes=walk.torn_bytes,
+            clean=not torn and walk.closed,
             records_replayed=walk.end.next_lsn - verified_lsn,
-            bytes_scanned=walk.bytes + (0 if checked is None else checked.bytes),
+            bytes_scanned=walk.length + (0 if checked is None else checked.length),
             verified_lsn=verified_lsn,
         )
     finally:
         file.close()
+
+
+def _after_close(
+    file: File, last: FoundSegment, verify_bytes: float
+) -> tuple[Extent, Position | None, Walk | None]:
+    """Where to begin with the last segment: (the place, where the records before it end, if
+    not there, and the check of what is just before it)."""
+    whole = Extent(last.header, last.size)
+    close = _find_close(file, last)
+    if close is None:
+        return whole, None, None
+    frame, footer = close
+    from_here = _start_for(file, last, frame, footer, verify_bytes)
+    if from_here == whole:
+        return whole, None, None
+    # Too long to check all of it: go on behind the CLOSE frame.
+    end = Position(frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us)
+    data_end = attrs.evolve(end, offset=frame.offset, previous=frame.previous)
+    checked = None
+    if from_here is not None:
+        checked = Walk(file, last, refuse, from_here)
+        checked.check_up_to(frame)
+    return attrs.evolve(whole, end=end, frames=footer.frames, index=footer.index), data_end, checked
 
 
 def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
@@ -514,14 +350,13 @@ def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
     last = plan.last
     if last is None:
         return plan
-    behind: list[SegmentHeader | FrameHeader] = [info.header for info in plan.sealed[1:]]
-    names = [info.name for info in plan.sealed]
-    if names:
-        behind.append(last.header)
+    before = () if plan.seal_previous is None else (plan.seal_previous.header,)
+    headers = [*(info.header for info in plan.sealed), *before, last.header]
+    stretches: list[tuple[str, SegmentHeader | FrameHeader]] = []
+    stretches += [(header.name, following) for header, following in pairwise(headers)]
     if last.mark is not None:
-        names.append(last.file_name)
-        behind.append(last.mark)
-    for name, following in zip(reversed(names), reversed(behind), strict=True):
+        stretches.append((last.file_name, last.mark))
+    for name, following in reversed(stretches):
         if following.first_lsn <= lsn or plan.verified_lsn <= lsn:
             break
         segment = last if name == last.file_name else read_segment(directory, name)
@@ -530,15 +365,17 @@ def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
         file = directory.open(name)
         try:
             index = scan.footer_index(file.pread, segment.header, segment.pointer)
-            places = (Position(at, first, 0) for first, at in reversed(index) if first <= lsn)
-            start = next(places, start_of(segment.header))
-            walk = _walk_up_to(file, segment, start, following)
+            places = (place for place in reversed(index) if place[0] <= lsn)
+            place = next(places, None)
+            start = None if place is None else _from_place(file, segment, place)
+            walk = Walk(file, segment, refuse, start)
+            walk.check_up_to(following)
         finally:
             file.close()
         plan = attrs.evolve(
             plan,
             records_replayed=plan.records_replayed + plan.verified_lsn - walk.start.next_lsn,
-            bytes_scanned=plan.bytes_scanned + walk.bytes,
+            bytes_scanned=plan.bytes_scanned + walk.length,
             verified_lsn=walk.start.next_lsn,
         )
     return plan

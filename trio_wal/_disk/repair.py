@@ -11,8 +11,6 @@ bytes again: an acknowledged frame is never written over before its copy is dura
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import attrs
 
 from trio_wal._engine import RecoveryReport
@@ -32,12 +30,13 @@ from .frame import (
     segment_name_lsn,
 )
 from .recovery import Plan
-from .scan import FrameScanner, Position
+from .scan import FrameScanner
 from .segment import (
     FIRST_CAPACITY,
     NEW_NAME,
     ActiveSegment,
     Body,
+    Extent,
     SegmentInfo,
     capacity_for,
 )
@@ -86,16 +85,24 @@ class OpenLog:
 
 
 def repair(
-    files: Files, directory: Directory, plan: Plan, *, segment_size: int, features: int
+    files: Files,
+    directory: Directory,
+    plan: Plan,
+    *,
+    segment_size: int,
+    features: int,
+    meta_reserved: bool = False,
 ) -> OpenLog:
     """Make the log what the plan says it is, durably.
 
+    Of an open log, too: ``truncate_after`` makes the plan that recovery would make after a crash.
     Every step leaves a directory that `examine` reads the same way, so that a crash
     here, or in the repair of that crash, changes nothing.
 
     Args:
       segment_size: bytes of a full-grown segment.
       features: what a log that does not exist yet is created with.
+      meta_reserved: after `reserve_meta`.
     """
     for name in plan.leftovers:
         directory.unlink(name)
@@ -108,7 +115,7 @@ def repair(
         if meta.truncation is not None:
             # Before a tail is copied: the copy has another salt than the one decided on.
             meta = attrs.evolve(meta, truncation=None)
-            write_meta(directory, meta)
+            write_meta(directory, meta, reserved=meta_reserved)
         active = _reopen(files, directory, plan, sealed, segment_size)
         # A segment without frames does not know what time the log had reached.
         time_us = max((s.last_time_us for s in sealed), default=0)
@@ -215,7 +222,7 @@ def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> 
             database = bool(header.features & FEATURE_DATABASE)
             raise LogFullError(directory.path, capacity, database=database) from exc
         raise
-    return ActiveSegment(file, header, capacity)
+    return ActiveSegment(file, Extent(header, capacity))
 
 
 def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
@@ -229,8 +236,7 @@ def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
     # an open that was killed between the two leaves a directory that looks clean.
     directory.sync()
     if plan.seal_previous is not None:
-        segment, walk = plan.seal_previous
-        sealed[-1] = _seal(directory, segment, walk.end, (walk.records, walk.frames), walk.index)
+        sealed.append(_seal(directory, plan.seal_previous))
     elif plan.previous is not None and not plan.clean:
         _rewrite_footer(directory, plan.previous)
     return sealed
@@ -246,35 +252,13 @@ def _reopen(
     if plan.copy_from is not None:
         return _copy_tail(files, directory, plan, sealed, segment_size)
     file = directory.open(last.header.name, writable=True)
-    return ActiveSegment(
-        file,
-        last.header,
-        last.size,
-        end,
-        records=plan.counts[0],
-        frames=plan.counts[1],
-        index=plan.index,
-        has_pointer=True,
-        marks_offset=plan.marks_offset,
-    )
+    return ActiveSegment(file, end, has_pointer=True, marks_offset=plan.marks_offset)
 
 
-def _seal(
-    directory: Directory,
-    segment: FoundSegment,
-    end: Position,
-    counts: tuple[int, int],
-    index: Iterable[tuple[int, int]],
-) -> SegmentInfo:
-    return ActiveSegment(
-        directory.open(segment.header.name, writable=True),
-        segment.header,
-        segment.size,
-        end,
-        records=counts[0],
-        frames=counts[1],
-        index=[entry for entry in index if entry[1] < end.offset],
-    ).seal()
+def _seal(directory: Directory, extent: Extent) -> SegmentInfo:
+    """Cut a segment at the extent's end, and write its footer."""
+    file = directory.open(extent.header.name, writable=True)
+    return ActiveSegment(file, extent).seal()
 
 
 def _rewrite_footer(directory: Directory, segment: FoundSegment) -> None:
@@ -298,10 +282,11 @@ def _copy_tail(
     segment_size: int,
 ) -> ActiveSegment:
     """Start a new segment with a copy of the frames that are not proven durable."""
-    last, end, start = plan.last, plan.end, plan.copy_from
+    last, end, before = plan.last, plan.end, plan.copy_from
     assert last is not None
     assert end is not None
-    assert start is not None
+    assert before is not None
+    start = before.end
     # Without a record before the copy the old segment goes: its name is the new one's.
     replaces = start.next_lsn == last.header.first_lsn
     header = attrs.evolve(
@@ -313,13 +298,13 @@ def _copy_tail(
         previous=last.header.previous if replaces else start.previous,
     )
     wanted = min(segment_size, max(FIRST_CAPACITY, last.size))
-    active = _new_segment(directory, header, capacity_for(end.offset - start.offset, wanted))
+    active = _new_segment(directory, header, capacity_for(end.end.offset - start.offset, wanted))
     try:
-        _copy_frames(directory, active, last, start, end)
+        _copy_frames(directory, active, before, end)
         directory.rename(NEW_NAME, header.name)
         directory.sync()
         if not replaces:
-            sealed.append(_seal(directory, last, start, plan.copy_counts, plan.index))
+            sealed.append(_seal(directory, before))
     except BaseException:
         close_quietly(active.file)
         raise
@@ -329,15 +314,15 @@ def _copy_tail(
 def _copy_frames(
     directory: Directory,
     active: ActiveSegment,
-    last: FoundSegment,
-    start: Position,
-    end: Position,
+    before: Extent,
+    end: Extent,
 ) -> None:
     """The records of a segment between two places, durably."""
-    old = directory.open(last.header.name)
+    start = before.end
+    old = directory.open(before.header.name)
     try:
-        for frame, body in FrameScanner(old.pread, last.header, start):
-            if frame.offset >= end.offset:
+        for frame, body in FrameScanner(old.pread, before.header, start):
+            if frame.offset >= end.end.offset:
                 break
             if frame.kind is Kind.DATA:
                 active.write(

@@ -65,6 +65,29 @@ class SegmentInfo:
         return self.header.first_lsn
 
 
+def _start_of_segment(extent: Extent) -> Position:
+    return start_of(extent.header)
+
+
+@attrs.frozen
+class Extent:
+    """A segment up to a place: what a frame written there must fit, and what a footer counts."""
+
+    header: SegmentHeader
+    capacity: int
+    """Bytes of the file."""
+    end: Position = attrs.field(default=attrs.Factory(_start_of_segment, takes_self=True))
+    """The place; the first frame's, if it is not said."""
+    frames: int = 0
+    """Data frames before it."""
+    index: tuple[tuple[int, int], ...] = ()
+    """(first LSN, offset) of some of them."""
+
+    @property
+    def records(self) -> int:
+        return self.end.next_lsn - self.header.first_lsn
+
+
 @attrs.frozen
 class Body:
     """Records encoded, and compressed where the log is."""
@@ -105,28 +128,23 @@ class ActiveSegment:
     def __init__(
         self,
         file: File,
-        header: SegmentHeader,
-        capacity: int,
-        position: Position | None = None,
+        extent: Extent,
         *,
-        records: int = 0,
-        frames: int = 0,
-        index: Sequence[tuple[int, int]] = (),
         has_pointer: bool = False,
         marks_offset: int | None = None,
     ) -> None:
+        header = extent.header
         self.file = file
-        self.header = header
-        self.capacity = capacity
+        self.header: SegmentHeader = header
+        self.capacity: int = extent.capacity
         self.zeroed: int = 0
         """So many bytes had been written, as zeros, and synced before it became a segment."""
-        self.position: Position = position or start_of(header)
-        self.records: int = records
-        self.frames: int = frames
-        self.index: list[tuple[int, int]] = list(index)
+        self.position: Position = extent.end
+        self.frames: int = extent.frames
+        self.index: list[tuple[int, int]] = list(extent.index)
         self._seed = header.seed
-        self._reserve = footer_reserve(capacity)
-        self._index_step = index_step(capacity)
+        self._reserve = footer_reserve(extent.capacity)
+        self._index_step = index_step(extent.capacity)
         self._has_pointer = has_pointer
         self._marks_offset = marks_offset
         """From here to the position stand CLOSE frames that recovery read, but whose sync
@@ -135,6 +153,15 @@ class ActiveSegment:
     def fits(self, stored_length: int) -> bool:
         end = self.position.offset + frame_size(stored_length) + self._reserve
         return end <= self.capacity
+
+    @property
+    def records(self) -> int:
+        return self.position.next_lsn - self.header.first_lsn
+
+    @property
+    def extent(self) -> Extent:
+        """All of it, as it is now."""
+        return Extent(self.header, self.capacity, self.position, self.frames, tuple(self.index))
 
     @property
     def mean_frame_bytes(self) -> int:
@@ -151,7 +178,6 @@ class ActiveSegment:
         self._write_frame(Kind.DATA, body, durable_lsn, max(time_us, here.time_us))
         if not self.index or here.offset - self.index[-1][1] >= self._index_step:
             self.index.append((here.next_lsn, here.offset))
-        self.records += body.count
         self.frames += 1
 
     def _write_frame(self, kind: Kind, body: Body, durable_lsn: int, time_us: int) -> FrameHeader:
@@ -231,12 +257,13 @@ def create_segment(
     file.sync()
     directory.rename(old_name, header.name)
     directory.sync()
-    return ActiveSegment(file, header, capacity)
+    return ActiveSegment(file, Extent(header, capacity))
 
 
 __all__ = [
     "ActiveSegment",
     "Body",
+    "Extent",
     "SegmentInfo",
     "capacity_for",
     "create_segment",

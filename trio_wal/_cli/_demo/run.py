@@ -20,8 +20,8 @@ import msgspec
 import trio
 
 from trio_wal._cli._output import CommandError
-from trio_wal._disk import verify as _verify
 from trio_wal._disk.chain import LOG_NAME
+from trio_wal._disk.verify import verify as verify_log
 from trio_wal._files import OsFiles
 from trio_wal._opening import open_database
 from trio_wal._util import MiB
@@ -289,7 +289,7 @@ class _Demo:
     def _verify_log(self, path: str) -> None:
         directory = OsFiles().open_directory(path)
         try:
-            result = _verify.verify(directory)
+            result = verify_log(directory)
         finally:
             directory.close()
         self.report.damaged = len(result.findings)

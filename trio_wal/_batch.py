@@ -1,0 +1,146 @@
+"""A batch while it fills and until its tasks are woken, and what may be put into one.
+
+Law: a batch is filled by the queue, numbered and woken by the flusher's side of it; it decides
+nothing.  Its entries stand as they will be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TypeAlias, final
+
+import attrs
+from trio.lowlevel import Task, reschedule
+
+from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError, Outcome
+from ._park import WOKEN
+
+
+@final
+@attrs.define(eq=False)
+class Unit:
+    """The records of one ``append_many``."""
+
+    records: Sequence[bytes]
+    bytes: int
+
+
+@final
+@attrs.define(eq=False)
+class Flush:
+    """No record: done when all before it is durable."""
+
+
+@final
+@attrs.define(eq=False)
+class Job:
+    """No record: done when all before it is durable and ``run`` has returned, between two
+    writes."""
+
+    run: Callable[[], Awaitable[None]]
+    error: LogFullError | CorruptLogError | LsnTruncatedError | None = None
+    """Why it could not be done; nothing was changed then."""
+
+
+Item: TypeAlias = bytes | Unit | Flush | Job
+Key: TypeAlias = Task | int
+"""Who waits for an entry's durability; a number where nobody does."""
+
+
+@final
+class Batch:
+    """Records that one write and one sync make durable together."""
+
+    __slots__ = (
+        "barrier",
+        "bytes",
+        "bytes_credit",
+        "entries",
+        "extra",
+        "failure",
+        "first_lsn",
+        "lsns",
+        "mixed",
+        "opened",
+        "queued",
+        "records_credit",
+        "refused",
+        "taken",
+        "unwaited",
+    )
+
+    def __init__(self) -> None:
+        self.entries: dict[Key, Item] = {}
+        self.bytes: int = 0
+        self.extra: int = 0
+        """Records minus entries: more for a unit, less for a flush or a job."""
+        self.unwaited: int = 0
+        """Entries that nobody waits for."""
+        self.mixed: bool = False
+        """Whether LSNs are not simply ``first_lsn`` + place: ``lsns`` has them then."""
+        self.barrier: Flush | Job | None = None
+        """The newest of these; a batch ends with a job."""
+        self.records_credit: float = 0
+        """How many entries it may have before somebody must be asked for more."""
+        self.bytes_credit: float = 0
+        """The same for its payload bytes."""
+        self.opened: float = 0.0
+        """Trio time of the first entry, where nobody waits for it."""
+        self.queued: bool = False
+        self.taken: bool = False
+        self.first_lsn: int = 0
+        self.lsns: dict[Key, int] | None = None
+        self.failure: tuple[Outcome, BaseException] | None = None
+        self.refused: dict[Key, BaseException] = {}
+
+    @property
+    def records(self) -> int:
+        return len(self.entries) + self.extra
+
+    def payload(self) -> Sequence[bytes]:
+        """The records in LSN order."""
+        if not self.mixed:
+            return list(self.entries.values())  # type: ignore[arg-type]
+        records: list[bytes] = []
+        for item in self.entries.values():
+            if isinstance(item, bytes):
+                records.append(item)
+            elif isinstance(item, Unit):
+                records.extend(item.records)
+        return records
+
+    def number(self, first_lsn: int) -> None:
+        """Fix every entry's LSN."""
+        self.first_lsn = first_lsn
+        if self.mixed:
+            lsns: dict[Key, int] = {}
+            for key, item in self.entries.items():
+                lsns[key] = first_lsn
+                first_lsn += count_of(item)
+            self.lsns = lsns
+
+    def waiters(self) -> Iterator[Task]:
+        for key in self.entries:
+            if not isinstance(key, int):
+                yield key
+
+    def wake(self) -> None:
+        """Wake every task that waits for an entry: it finds here what became of it."""
+        if self.unwaited:
+            for task in self.waiters():
+                reschedule(task, WOKEN)
+        else:
+            for key in self.entries:
+                reschedule(key, WOKEN)  # type: ignore[arg-type]
+
+
+def count_of(item: Item) -> int:
+    if isinstance(item, bytes):
+        return 1
+    return len(item.records) if isinstance(item, Unit) else 0
+
+
+def bytes_of(item: Item) -> int:
+    if isinstance(item, bytes):
+        return len(item)
+    return item.bytes if isinstance(item, Unit) else 0
