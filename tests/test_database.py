@@ -525,6 +525,35 @@ async def _close_within_a_transaction(db: Database) -> None:
                 use()
 
 
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("aborted_first", [False, True])
+async def test_who_gives_up_a_transaction_is_not_told_that_it_was_not_committed(
+    home: Home, aborted_first: bool, reads: bool
+) -> None:
+    """Nothing was to reach the log; whether the database was closed before or after that does
+    not matter.  To use it is an error all the same."""
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        async with db.transaction() as tx:
+            if reads:
+                assert tx.get(b"a") == b"1"
+            tx.put(b"a", b"2")
+            if aborted_first:
+                tx.abort()
+            await db.aclose()
+            tx.abort()
+            for use in (lambda: tx.get(b"a"), lambda: tx.put(b"a", b"3"), lambda: tx.delete(b"a")):
+                with pytest.raises(trio.ClosedResourceError, match=r"^this transaction has ended$"):
+                    use()
+            with pytest.raises(trio.ClosedResourceError, match=r"^this transaction has ended$"):
+                await tx.commit()
+            tx.abort()
+        assert tx.lsn is None
+    assert db.statistics().open_readers == 0
+    async with home.open() as db:
+        await check_content(db, {b"a": b"1"})
+
+
 async def test_a_transaction_that_had_not_read_is_not_committed_after_closing(home: Home) -> None:
     async with home.open() as db:
 

@@ -402,9 +402,19 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
         assert db.statistics().checkpoint_lsn == 0
         # What the log has can be read; what only the store can know cannot, and that is said.
         assert db.get(b"key") == b"value"
-        unreadable = partial(pytest.raises, OSError, match="the store cannot be read")
-        with unreadable():
-            db.get(b"none")
+        message = (
+            r"^\[Errno 5\] the store cannot be read: its file could not be opened again: "
+            r"LMDB says: .*: Input/output error: '.*data\.mdb'$"
+        )
+        unreadable = partial(pytest.raises, OSError, match=message)
+        for _ in range(2):
+            with unreadable() as caught:
+                db.get(b"none")
+            cause = caught.value.__cause__
+            assert isinstance(cause, OSError)
+            assert str(cause).startswith("[Errno 5] LMDB says: ")
+            assert isinstance(cause.__cause__, lmdb.Error)
+            assert caught.value.filename == cause.filename
         with unreadable():
             list(db.scan())
         with db.snapshot() as snapshot, unreadable():
@@ -429,6 +439,36 @@ async def test_a_store_that_cannot_be_opened_again_is_tried_until_it_can(
     monkeypatch.undo()
     async with trio_wal.open_database(tmp_path / "db") as db:
         assert dict(db.scan()) == {b"key": b"other"}
+
+
+async def test_a_store_that_was_found_damaged_when_it_was_opened_again_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(tmp_path / "db" / "store" / DATA_NAME)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise lmdb.CorruptedError("mdb_env_open: MDB_CORRUPTED")
+
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"key", b"value")
+        db._core._store._env = _Refusing(db._core._store._env)  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match=r"checkpoint failed"):
+            await db.checkpoint()
+        monkeypatch.setattr(lmdb, "open", fail)
+        with pytest.raises(CorruptLogError):
+            await db.checkpoint()
+        with pytest.raises(CorruptLogError) as caught:
+            db.get(b"none")
+        assert (caught.value.path, caught.value.offset) == (data, 0)
+        assert caught.value.reason.startswith(
+            "the store cannot be read: its file could not be opened again: LMDB says: mdb_env_open"
+        )
+        assert isinstance(caught.value.__cause__, CorruptLogError)
+        monkeypatch.undo()
+        assert await db.checkpoint() == 1
+        assert db.get(b"none") is None
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        assert dict(db.scan()) == {b"key": b"value"}
 
 
 async def test_checkpoints_go_on_after_a_write_of_the_store_has_failed(tmp_path: Path) -> None:

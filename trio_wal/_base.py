@@ -7,7 +7,7 @@ a dict in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NoReturn, Protocol, runtime_checkable
 
 import attrs
 
@@ -118,25 +118,33 @@ class Stores(Protocol):
 class Unreadable:
     """In the place of a read transaction that could not be had: whoever reads is told."""
 
-    def __init__(self, cause: OSError | CorruptLogError) -> None:
-        self._cause = cause
+    def __init__(self, error: OSError | CorruptLogError) -> None:
+        self._error = error
+
+    def _again(self) -> NoReturn:
+        """A traceback belongs to one: the same error for one more, with the same cause."""
+        error = self._error
+        cause = error.__cause__ or error
+        if isinstance(error, CorruptLogError):
+            raise CorruptLogError(*error.args) from cause
+        raise OSError(error.errno, error.strerror, error.filename) from cause
 
     def get(self, key: bytes) -> bytes | None:
         """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
+        self._again()
 
     def items(
         self, start: bytes | None, stop: bytes | None, reverse: bool
     ) -> Iterator[tuple[bytes, bytes]]:
         """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
+        self._again()
 
     def explain(self, exc: BaseException) -> None:
         pass
 
     def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
         """Raises `OSError` or `CorruptLogError`."""
-        raise type(self._cause)(*self._cause.args) from self._cause
+        self._again()
 
     def close(self) -> None:
         pass

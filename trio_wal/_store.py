@@ -164,6 +164,8 @@ class LmdbStore:
         self.path = path
         make_directory(path)
         self._entries: int = 0
+        self._unopened: OSError | CorruptLogError | None = None
+        """Why the file, which was closed, could not be opened again."""
         self._open(map_size)
 
     def _open(self, map_size: int) -> None:
@@ -230,6 +232,8 @@ class LmdbStore:
         return self._env.begin(db=self._data)
 
     def read(self) -> ReadTransaction:
+        if self._unopened is not None:
+            raise unreadable(self._unopened) from self._unopened
         try:
             return _LmdbRead(self)
         except self.lmdb_error as exc:
@@ -289,7 +293,12 @@ class LmdbStore:
         if self._suspect:
             # Closed first: what is mapped stays in the cache.
             self._env.close()
-            self._open(self._map_size)
+            try:
+                self._open(self._map_size)
+            except (OSError, CorruptLogError) as exc:
+                self._unopened = exc
+                raise
+            self._unopened = None
             return
         wanted = self._map_size = self._env.info()["map_size"] * MAP_GROWTH
         try:
@@ -357,6 +366,14 @@ def explained(
             "database with a smaller map_size, or raise the limit (ulimit -v)"
         )
     return OSError(number, text, data_file(path))
+
+
+def unreadable(cause: OSError | CorruptLogError) -> OSError | CorruptLogError:
+    """For whoever reads a store whose file could not be opened again."""
+    what = "the store cannot be read: its file could not be opened again"
+    if isinstance(cause, CorruptLogError):
+        return CorruptLogError(cause.path, cause.offset, f"{what}: {cause.reason}")
+    return OSError(cause.errno, f"{what}: {cause.strerror or cause}", cause.filename)
 
 
 def read_everything(path: str) -> int:

@@ -306,7 +306,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
 
     @enable_ki_protection
     def abort(self) -> None:
-        """Give up; nothing reaches the log.  Also after the end, where it does nothing."""
+        """Give up; nothing reaches the log.  Also after the end, where it does nothing, and after
+        the database was closed: the block is then left without an error."""
         if not self._ended:
             if not self._versions.closed:
                 self._check()
