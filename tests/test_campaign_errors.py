@@ -91,7 +91,7 @@ def test_a_wrong_outcome_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         self._queue.status.loss = "not written"
 
     monkeypatch.setattr(Flusher, "_fail", fail)
-    assert "was said to be not written" in first_error("appends", "EIO", "once")
+    assert "which must not be there" in first_error("appends", "EIO", "once")
 
 
 def test_an_error_with_another_cause_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ UNSYNCED = """\
 import sys
 from trio_wal._files import OsFile
 
-OsFile.sync = lambda self: None
+OsFile.sync = lambda self, *, in_place=False: None
 from campaigns import powercut
 keep, folder = sys.argv[1:]
 for seed in range(20):

@@ -24,12 +24,13 @@ from trio_wal._local import DirectoryLocator
 from trio_wal._operations import decode_transaction, encode_transaction
 from trio_wal.testing import MemoryFiles
 
-from ._oracle import Pair, Wrong
+from ._promises import State, Wrong, apply
 from ._remembered import Memory
 
 LOG = "/log"
 DB = "/db"
-State = dict[bytes, bytes]
+Pair = tuple[int, bytes]
+"""(LSN, payload)"""
 
 
 @attrs.frozen
@@ -125,19 +126,6 @@ def replayed(found: Recovered) -> State:
         if lsn > found.store_lsn:
             apply(state, decode_transaction(payload))
     return state
-
-
-def apply(state: State, writes: dict[bytes, bytes | None]) -> None:
-    for key, value in writes.items():
-        if value is None:
-            state.pop(key, None)
-        else:
-            state[key] = value
-
-
-def transaction_key(payload: bytes) -> tuple[tuple[bytes, bytes | None], ...]:
-    """By what a transaction's record is recognized: all that it writes, in order."""
-    return tuple(decode_transaction(payload).items())
 
 
 AFTER = encode_transaction({b"after": b"the crash"})

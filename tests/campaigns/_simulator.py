@@ -29,22 +29,20 @@ import trio
 from trio.testing import MockClock
 
 import trio_wal
+from trio_wal._operations import decode_transaction
 from trio_wal.testing import MemoryFiles
 
 from ._images import (
     DB,
     LOG,
     Recovered,
-    State,
     append_after,
-    apply,
     fingerprint,
     recover_database,
     recover_log,
     replayed,
-    transaction_key,
 )
-from ._oracle import Timeline, Wrong
+from ._promises import Promises, State, Wrong, anything, apply
 from ._remembered import Memory
 from ._report import replay_command
 
@@ -163,7 +161,7 @@ class Simulation:
     files: MemoryFiles = attrs.Factory(MemoryFiles)
     rng: random.Random = attrs.Factory(random.Random)
     options: dict[str, Any] = attrs.Factory(dict)
-    timeline: Timeline = attrs.Factory(Timeline)
+    promises: Promises = attrs.Factory(lambda: Promises(complete=True))
     quiet: bool = True
     """Nothing is looked at: between sessions, behind the crash of a session, at the end."""
     live: Any = None
@@ -172,6 +170,8 @@ class Simulation:
     """State of a database after each LSN."""
     written_us: dict[int, int] = attrs.Factory(dict)
     """When the record of this LSN was written, by the clock of then."""
+    highest_first: int = 1
+    """The highest first LSN of any image: the live log must come to it."""
     store_floor: int = 0
     """A checkpoint has returned this LSN."""
     _operation: int = 0
@@ -196,12 +196,8 @@ class Simulation:
         self.options.setdefault("segment_size", 1)
         self.files = MemoryFiles(seed=self.rng.getrandbits(32))
         if self.workload.database:
-            self.timeline.key_of = transaction_key
-            self.timeline.learned = self._learned
             # How much of its log a database may drop, its store says: see `_check_store`.
-            self.timeline.lets_go = lambda first_lsn: True
-        else:
-            self.timeline.learned = self._written
+            self.promises.lets_go = anything
         try:
             for _ in range(self.rng.randint(2, 4)):
                 self._session()
@@ -218,14 +214,16 @@ class Simulation:
     def _is_replayed(self) -> bool:
         return self.only is not None and 0 < self.only[0][0] <= self._operation
 
-    def _written(self, lsn: int, key: Any) -> None:
-        self.written_us[lsn] = self.files.time_us()
-
-    def _learned(self, lsn: int, key: Any) -> None:
-        del self.states[lsn:]
-        state = dict(self.states[lsn - 1])
-        apply(state, dict(key))
-        self.states.append(state)
+    def _learn(self, found: Recovered) -> None:
+        """An image shows all that was written: what of it is new."""
+        for record in self.promises.learn(found.pairs):
+            lsn = record.lsn or 0
+            self.written_us[lsn] = self.files.time_us()
+            if self.workload.database:
+                del self.states[lsn:]
+                state = dict(self.states[lsn - 1])
+                apply(state, decode_transaction(dict(found.pairs)[lsn]))
+                self.states.append(state)
 
     # -- sessions --
 
@@ -300,10 +298,10 @@ class Simulation:
 
     def _closed(self) -> None:
         """After a clean close: all is durable, and says so."""
-        timeline = self.timeline
-        if timeline.waiting():
+        promises = self.promises
+        if promises.unknown():
             raise Wrong("lost", "the log was closed, and a record was accepted and not written")
-        timeline.settle_durable(len(timeline.known))
+        promises.settle_durable(promises.last)
         image = self.files.crash_image(self._damage_seed(0), "power")
         found = self._recover(image, math.inf)
         self.result.points += 1
@@ -320,7 +318,8 @@ class Simulation:
         try:
             found = self._recover(image.crash_image(kind="kill"), math.inf)
             self._check(found, killed=self._next_killed)
-            self.timeline.crashed(found.pairs, found.first_lsn)
+            self.promises.crashed(found.pairs, found.first_lsn)
+            self.highest_first = found.first_lsn
         except Exception as exc:  # noqa: BLE001
             self.fail(exc, TOLD, "after the crash of a session")
 
@@ -339,8 +338,15 @@ class Simulation:
     def look_at_live(self) -> None:
         """What the open log itself says is durable, or dropped."""
         if self.live is not None:
-            self.timeline.settle_durable(self.live.durable_lsn)
-            self.timeline.settle_floor(self.live.first_lsn)
+            first_lsn = self.live.first_lsn
+            self.promises.settle_durable(self.live.durable_lsn)
+            if self.highest_first > first_lsn:
+                raise Wrong(
+                    "lost",
+                    f"an image started at LSN {self.highest_first}, the log it was taken from "
+                    f"still at {first_lsn}",
+                )
+            self.promises.raise_floor(first_lsn)
 
     def fail(self, error: Exception, path: Path, where: str) -> None:
         """The first thing that is wrong ends the simulation."""
@@ -371,8 +377,8 @@ class Simulation:
             return
         try:
             if self.live is not None:
-                self.timeline.settle_durable(self.live.durable_lsn)
-                self.timeline.raise_floor(self.live.first_lsn)
+                self.promises.settle_durable(self.live.durable_lsn)
+                self.promises.raise_floor(self.live.first_lsn)
             for damage in self._damages():
                 self._crash(number, damage)
         except _Found as exc:
@@ -411,8 +417,8 @@ class Simulation:
         kind: Any = "power" if damage else "kill"
         image = self.files.crash_image(self._damage_seed(damage), kind)
         print_of_image = fingerprint(image)
-        if self._seen_version != self.timeline.version:
-            self._seen_version = self.timeline.version
+        if self._seen_version != self.promises.version:
+            self._seen_version = self.promises.version
             self._seen.clear()
         key = (print_of_image, not damage)
         if key in self._seen:
@@ -542,7 +548,12 @@ class Simulation:
         return found
 
     def _check(self, found: Recovered, *, killed: bool, learn: bool = False) -> None:
-        self.timeline.check(found.pairs, found.first_lsn, killed=killed, learn=learn)
+        wrong = self.promises.check(found.pairs, found.first_lsn, killed=killed, new=learn)
+        if wrong:
+            raise wrong[0]
+        self.highest_first = max(self.highest_first, found.first_lsn)
+        if learn:
+            self._learn(found)
         if self.workload.database:
             self._check_store(found)
 

@@ -21,10 +21,11 @@ import trio
 import trio_wal
 from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
 from trio_wal._disk.frame import segment_name
+from trio_wal._operations import encode_transaction
 from trio_wal._retention import Retention, _Both, _Either
 
-from ._images import DB, LOG, recover_database, replayed
-from ._oracle import Pair, Submission, Wrong
+from ._images import DB, LOG, Pair, recover_database, replayed
+from ._promises import Record, Wrong, check, check_serial
 from ._simulator import Simulation, Workload
 
 SEGMENT_SIZES = (1, 1, 7_000, 12_000)
@@ -50,7 +51,7 @@ class LogWorld:
 
     sim: Simulation
     weights: dict[str, int]
-    sent: list[Submission] = attrs.Factory(list)
+    sent: list[Record] = attrs.Factory(list)
     _numbers: dict[int, int] = attrs.Factory(dict)
 
     @property
@@ -63,7 +64,7 @@ class LogWorld:
             sim.live = wal
             policy = sim.options.get("retention")
             if policy is not None:
-                sim.timeline.lets_go = partial(self._lets_go, policy, wal)
+                sim.promises.lets_go = partial(self._lets_go, policy, wal)
             await self._opened(wal)
             if wal.last_lsn - wal.first_lsn > RECORDS_KEPT:
                 # Recovering an image costs what the log holds; so much shows all there is.
@@ -81,12 +82,14 @@ class LogWorld:
                 async for record in records:
                     pairs.append((record.lsn, record.data))  # noqa: PERF401  (kept if it raises)
 
-        def check() -> None:
+        def told() -> None:
             if len(pairs) == wal.last_lsn - wal.first_lsn + 1:
-                self.sim.timeline.check(pairs, wal.first_lsn, killed=True)
-            self.sim.timeline.opened(pairs, wal.last_lsn)
+                wrong = self.sim.promises.check(pairs, wal.first_lsn, killed=True, new=False)
+                if wrong:
+                    raise wrong[0]
+            self.sim.promises.opened(pairs, wal.last_lsn)
 
-        self.sim.tell(check)
+        self.sim.tell(told)
 
     async def _task(self, wal: Any, task: int) -> None:
         names = list(self.weights)
@@ -95,10 +98,10 @@ class LogWorld:
             with self.sim.tolerating_faults():
                 await getattr(self, name)(wal, task)
 
-    def _withdraw(self, submissions: list[Submission], why: str) -> None:
-        self.sim.tell(self.sim.timeline.withdraw, submissions, why)
+    def _withdraw(self, submissions: list[Record], why: str) -> None:
+        self.sim.tell(self.sim.promises.withdraw, submissions, why)
 
-    def _failed(self, submissions: list[Submission], error: trio_wal.LogFailedError) -> None:
+    def _failed(self, submissions: list[Record], error: trio_wal.LogFailedError) -> None:
         """What was not written is absent; of what was being written nobody knows."""
         if error.outcome == "not written":
             self._withdraw(submissions, "it was said not to be written")
@@ -130,8 +133,8 @@ class LogWorld:
         # The session is part of it: payloads are unique over all of a log's life.
         return b"%d.%d.%x." % (task, number, rng.getrandbits(48)) + rng.randbytes(size)
 
-    def _submit(self, task: int, *payloads: bytes) -> list[Submission]:
-        return self.sim.timeline.submit(task, *payloads)
+    def _submit(self, task: int, *payloads: bytes) -> list[Record]:
+        return self.sim.promises.submit(task, *payloads)
 
     @property
     def _durable(self) -> bool:
@@ -150,7 +153,7 @@ class LogWorld:
         except trio_wal.LogFailedError as exc:
             self._failed([submission], exc)
             raise
-        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+        self.sim.tell(self.sim.promises.acknowledge, [submission], lsn, durable=self._durable)
 
     async def append_many(self, wal: Any, task: int) -> None:
         payloads = [self._payload(task) for _ in range(self.rng.choice((1, 2, 3, 5)))]
@@ -163,8 +166,8 @@ class LogWorld:
         except trio_wal.LogFailedError as exc:
             self._failed(submissions, exc)
             raise
-        for submission, lsn in zip(submissions, lsns, strict=True):
-            self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+        check(len(lsns) == len(submissions), f"append_many returned {lsns}")
+        self.sim.tell(self.sim.promises.acknowledge, submissions, lsns.start, durable=self._durable)
 
     async def send(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
@@ -189,37 +192,37 @@ class LogWorld:
         before = list(self.sent)
         lsn = await wal.flush()
 
-        def check() -> None:
-            if self.sim.timeline.cut is not None:
+        def told() -> None:
+            if self.sim.promises.cut is not None:
                 return  # made already, perhaps, and not yet told
             for submission in before:
                 if not submission.gone and (submission.lsn is None or submission.lsn > lsn):
                     raise Wrong("lost", f"flush returned LSN {lsn} and left {submission}")
-            self.sim.timeline.settle_durable(lsn)
+            self.sim.promises.settle_durable(lsn)
 
-        self.sim.tell(check)
+        self.sim.tell(told)
 
     async def wait_durable(self, wal: Any, task: int) -> None:
         lsn = self.rng.randint(0, wal.last_lsn)
         if self.sim.options.get("durability") == "none":
             return
-        cut = self.sim.timeline.cut is not None
+        cut = self.sim.promises.cut is not None
         with trio.move_on_after(CUT_SECONDS) as scope:
             await wal.wait_durable(lsn)
         if scope.cancelled_caught and lsn <= wal.last_lsn:
             self.sim.tell(_refuse_waiting, lsn)
         if not cut and lsn <= wal.durable_lsn:
-            self.sim.tell(self.sim.timeline.settle_durable, lsn)
+            self.sim.tell(self.sim.promises.settle_durable, lsn)
 
     async def sleep(self, wal: Any, task: int) -> None:
         """What is accepted becomes durable ``flush_interval`` later, also if nobody waits."""
-        options, timeline = self.sim.options, self.sim.timeline
-        last_lsn, cut, sent = wal.last_lsn, timeline.cut, list(self.sent)
+        options, promises = self.sim.options, self.sim.promises
+        last_lsn, cut, sent = wal.last_lsn, promises.cut, list(self.sent)
         seconds = self.rng.choice((0.001, 0.02, 5))
         await trio.sleep(seconds)
 
-        def check() -> None:
-            if timeline.cut is not None or cut is not None or wal.last_lsn < last_lsn:
+        def told() -> None:
+            if promises.cut is not None or cut is not None or wal.last_lsn < last_lsn:
                 return  # the end of the log was cut meanwhile
             if self.sim.sync_failed():
                 return
@@ -229,10 +232,10 @@ class LogWorld:
             for submission in sent:
                 if not submission.gone and (submission.lsn or math.inf) > durable_lsn:
                     raise Wrong("lost", f"{seconds} s after it was sent it is not durable")
-            timeline.settle_durable(durable_lsn)
+            promises.settle_durable(durable_lsn)
 
         if seconds > options["flush_interval"] + 0.001 and options.get("durability") != "none":
-            self.sim.tell(check)
+            self.sim.tell(told)
 
     async def cancelled(self, wal: Any, task: int) -> None:
         """A call that is cancelled some checkpoints later, or at once."""
@@ -257,25 +260,25 @@ class LogWorld:
             await self._drop_before(wal, lsn)
 
     async def _drop_before(self, wal: Any, lsn: int) -> None:
-        self.sim.tell(self.sim.timeline.begin_drop, lsn)
+        self.sim.tell(self.sim.promises.begin_drop, lsn)
         try:
             await wal.truncate_before(lsn)
         finally:
-            self.sim.tell(self.sim.timeline.end_drop, lsn)
+            self.sim.tell(self.sim.promises.end_drop, lsn)
 
     async def truncate_after(self, wal: Any, task: int) -> None:
-        timeline = self.sim.timeline
-        if timeline.cut is not None or self.sim.quiet:
+        promises = self.sim.promises
+        if promises.cut is not None or self.sim.quiet:
             return
         low = max(wal.first_lsn - 1, wal.last_lsn - 8)
         lsn = self.rng.randint(low, wal.last_lsn)
-        timeline.begin_cut(lsn)
+        promises.begin_cut(lsn)
         done = True
         try:
             await wal.truncate_after(lsn)
         except (trio_wal.LsnTruncatedError, ValueError):
             done = False
-        self.sim.tell(timeline.end_cut, done=done)
+        self.sim.tell(promises.end_cut, done=done)
 
 
 @contextlib.asynccontextmanager
@@ -305,7 +308,7 @@ class DatabaseWorld:
         ):
             sim.live = db.wal
             sim.tell(self._check_state, db)
-            sim.tell(sim.timeline.opened, [], db.durable_lsn)
+            sim.tell(sim.promises.opened, [], db.durable_lsn)
             async with trio.open_nursery() as nursery:
                 for task in range(self.rng.randint(1, 4)):
                     nursery.start_soon(self._task, db, task)
@@ -316,7 +319,7 @@ class DatabaseWorld:
         lsn = db.durable_lsn
         if dict(db.scan()) != self.sim.states[lsn]:
             raise Wrong("partial", f"the database does not show the state of LSN {lsn}")
-        self.sim.timeline.settle_durable(lsn)
+        self.sim.promises.settle_durable(lsn)
 
     async def _task(self, db: Any, task: int) -> None:
         names = list(self.weights)
@@ -338,7 +341,7 @@ class DatabaseWorld:
         reads: dict[bytes, bytes | None] = {}
         writes: dict[bytes, bytes | None] = {}
         scanned: list[tuple[bytes, bytes]] | None = None
-        submission: Submission | None = None
+        submission: Record | None = None
         try:
             async with db.transaction() as tx:
                 for _ in range(rng.randint(1, 4)):
@@ -366,37 +369,32 @@ class DatabaseWorld:
                 # Unique, so that a record in the log tells whose it is.
                 writes[b"task %d" % task] = b"%x" % rng.getrandbits(64)
                 tx.put(b"task %d" % task, writes[b"task %d" % task])
-                (submission,) = sim.timeline.submit(task, tuple(writes.items()))
+                (submission,) = sim.promises.submit(task, encode_transaction(writes))
         except trio_wal.TransactionConflict:
             if submission is not None:
-                sim.tell(sim.timeline.withdraw, [submission], "the commit raised a conflict")
+                sim.tell(sim.promises.withdraw, [submission], "the commit raised a conflict")
             return
         except trio.Cancelled:
             if submission is not None:
-                sim.tell(sim.timeline.withdraw, [submission], "the commit raised Cancelled")
+                sim.tell(sim.promises.withdraw, [submission], "the commit raised Cancelled")
             raise
         assert submission is not None
 
-        def check() -> None:
-            sim.timeline.acknowledge(submission, tx.lsn, durable=True)
-            before = sim.states[tx.lsn - 1]
-            for key, value in reads.items():
-                if before.get(key) != value:
-                    raise Wrong("other", f"LSN {tx.lsn} is not serializable: it read {key!r}")
-            if scanned is not None and scanned != sorted(before.items()):
-                raise Wrong("other", f"LSN {tx.lsn} is not serializable: it scanned")
+        def told() -> None:
+            sim.promises.acknowledge([submission], tx.lsn)
+            check_serial(tx.lsn, sim.states[tx.lsn - 1], reads, scanned)
 
-        sim.tell(check)
+        sim.tell(told)
 
     async def put(self, db: Any, task: int) -> None:
         key, value = b"task %d" % task, b"%x" % self.rng.getrandbits(64)
-        (submission,) = self.sim.timeline.submit(task, ((key, value),))
+        (submission,) = self.sim.promises.submit(task, encode_transaction({key: value}))
         try:
             lsn = await db.put(key, value)
         except trio.Cancelled:
-            self.sim.tell(self.sim.timeline.withdraw, [submission], "put raised Cancelled")
+            self.sim.tell(self.sim.promises.withdraw, [submission], "put raised Cancelled")
             raise
-        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=True)
+        self.sim.tell(self.sim.promises.acknowledge, [submission], lsn)
 
     async def look(self, db: Any, task: int) -> None:
         self.sim.tell(self._check_state, db)
@@ -405,11 +403,11 @@ class DatabaseWorld:
     async def checkpoint(self, db: Any, task: int) -> None:
         lsn = await db.checkpoint()
 
-        def check() -> None:
+        def told() -> None:
             self.sim.store_floor = max(self.sim.store_floor, lsn)
-            self.sim.timeline.settle_durable(lsn)
+            self.sim.promises.settle_durable(lsn)
 
-        self.sim.tell(check)
+        self.sim.tell(told)
 
     async def cancelled(self, db: Any, task: int) -> None:
         call = self.rng.choice((self.transact, self.put, self.checkpoint))
@@ -432,14 +430,14 @@ class DatabaseWorld:
         path = f"/backup {task} {self.backups} {self.rng.getrandbits(32):x}"
         lsn = await db.backup(path)
 
-        def check() -> None:
+        def told() -> None:
             # Durable as a whole when it returns, whatever happens next.
             image = sim.files.crash_image(self.rng.getrandbits(32), "power")
             found = recover_database(image, path, segment_size=sim.options["segment_size"])
             if (found.log.last_lsn, replayed(found)) != (lsn, sim.states[lsn]):
                 raise Wrong("partial", f"the backup is not the state of LSN {lsn}")
 
-        sim.tell(check)
+        sim.tell(told)
         # Its first segment is a full-grown one: every later image would be slow to make.
         sim.files._folders.pop(f"{path}/log")
         sim.files._folders.pop(path, None)

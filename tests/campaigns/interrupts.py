@@ -37,8 +37,9 @@ from trio_wal import Database, KeepAll, WriteAheadLog
 from trio_wal.testing import MemoryFiles
 
 from . import _report, errors
+from ._promises import Wrong, check
 from ._simulator import seeded_run
-from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, check
+from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Witness
 from .hostile import described, limited_time
 
 PARTS: Final = ("cancel", "ctrl-c", "memory")
@@ -69,28 +70,10 @@ class Run:
     entered: bool = False
     """Whether the log was open."""
 
-    async def write(
-        self, task: bytes, records: list[bytes], call: Callable[[], Awaitable[Any]]
-    ) -> None:
-        try:
-            await self.witness.write(task, records, call)
-        except trio.Cancelled:
-            self.witness.absent.update(records)
-            raise
-
-    async def ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        return await self.witness.ask(call)
-
 
 async def _writer(run: Run, wal: WriteAheadLog, name: bytes, scope: trio.CancelScope) -> None:
     with scope:
-        for n in range(2):
-            data = b"%s %d" % (name, n)
-            await run.write(name, [data + b" append"], partial(wal.append, data + b" append"))
-            unit = [data + b" unit", data + b" of", data + b" three"]
-            await run.write(name, unit, partial(wal.append_many, unit))
-            await run.write(name, [data + b" send"], partial(wal.send, data + b" send"))
-            await run.ask(wal.flush)
+        await errors.writer(wal, run.witness, name)
 
 
 async def log_program(files: MemoryFiles, run: Run) -> None:
@@ -103,20 +86,16 @@ async def log_program(files: MemoryFiles, run: Run) -> None:
             for number in range(2):
                 scope = trio.CancelScope()
                 nursery.start_soon(_writer, run, wal, b"%d" % number, scope)
-        await run.ask(partial(read_all, wal, wal.last_lsn))
-        await run.ask(partial(wal.wait_durable, wal.last_lsn))
-        run.witness.dropped_to = 5
-        await run.ask(partial(wal.truncate_before, 5))
-        await run.write(b"last", [b"last"], partial(wal.append, b"last"))
+        await run.witness.ask(partial(read_all, wal, wal.last_lsn))
+        await run.witness.ask(partial(wal.wait_durable, wal.last_lsn))
+        run.witness.promises.begin_drop(5)
+        await run.witness.ask(partial(wal.truncate_before, 5))
+        await run.witness.write(b"last", [b"last"], partial(wal.append, b"last"))
 
 
 async def _transactor(run: Run, db: Database, name: bytes, scope: trio.CancelScope) -> None:
     with scope:
-        try:
-            await errors.transact(db, run.witness, name, errors.markers(name, 3))
-        except trio.Cancelled:
-            run.witness.absent.add(run.witness.order[name][-1])
-            raise
+        await errors.transact(db, run.witness, name, errors.markers(name, 3))
 
 
 async def database_program(files: MemoryFiles, run: Run) -> None:
@@ -130,11 +109,11 @@ async def database_program(files: MemoryFiles, run: Run) -> None:
             for number in range(2):
                 scope = trio.CancelScope()
                 nursery.start_soon(_transactor, run, db, b"%d" % number, scope)
-            nursery.start_soon(run.ask, db.checkpoint)
+            nursery.start_soon(run.witness.ask, db.checkpoint)
         with db.snapshot() as snapshot:
             dict(snapshot.scan())
-        await run.ask(partial(db.backup, "/backup"))
-        await run.ask(db.checkpoint)
+        await run.witness.ask(partial(db.backup, "/backup"))
+        await run.witness.ask(db.checkpoint)
 
 
 PROGRAMS: Final = {"log": log_program, "database": database_program}
@@ -154,7 +133,8 @@ def look(files: MemoryFiles, run: Run, program: str) -> None:
     witness = run.witness
     if run.entered:
         # Leaving the block has drained: what was accepted is there.
-        witness.present.update(*witness.sent.values())
+        for records in witness.sent.values():
+            witness.promises.cover(records)
     for image in (files.crash_image(kind="kill"), files.crash_image(1)):
 
         async def main(image: MemoryFiles = image) -> None:
@@ -411,7 +391,7 @@ def allocations(program: str) -> int:
         middle = (low + high) // 2
         try:
             felt = starved(program, middle, MANY) != "went on, all said"
-        except Lie:
+        except Wrong:
             felt = True  # told by the cases themselves
         low, high = (middle, high) if felt else (low, middle)
     return high
@@ -562,7 +542,7 @@ def replay(text: str) -> int:
         outcome = run_case(part, program, mode, int(case))
     except (ValueError, KeyError):
         return _report.fail_usage(f"no such case: {text}")
-    except (Lie, Exception) as exc:  # noqa: BLE001, ASYNC103  (told, whatever it is)
+    except (Wrong, Exception) as exc:  # noqa: BLE001, ASYNC103  (told, whatever it is)
         print(described(exc))
         return 1
     print(outcome or "there is no such case")

@@ -32,9 +32,10 @@ import trio
 from . import _lives, _mounts, _program
 from ._blockstore import BlockStore, Fault, Recording
 from ._cuts import Cut, Cutter, Piece, choose
-from ._ledger import LOST, Ledger, new_ledger
+from ._ledger import Ledger, new_ledger
 from ._mounts import FILE_SYSTEMS, FileSystem, Loop
 from ._program import InlineFiles, Job
+from ._promises import LOST
 from ._report import (
     Report,
     add_common_arguments,

@@ -33,10 +33,11 @@ from typing import Any, Final
 import attrs
 
 from . import _lives, _mounts, _program
-from ._ledger import LOST, Ledger, new_ledger
+from ._ledger import Ledger, new_ledger
 from ._lives import Life
 from ._mounts import FILE_SYSTEMS, KIB, MIB, FileSystem, Loop
 from ._program import Job
+from ._promises import LOST
 from ._report import (
     Report,
     add_common_arguments,

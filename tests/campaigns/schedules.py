@@ -27,8 +27,8 @@ import trio_wal
 from trio_wal._disk.frame import segment_name_lsn
 from trio_wal.testing import MemoryFiles
 
-from ._images import DB, Recovered, State, apply, fingerprint, recover_database, replayed
-from ._oracle import Wrong
+from ._images import DB, Recovered, fingerprint, recover_database, replayed
+from ._promises import State, Wrong, apply, check_serial
 from ._report import (
     Report,
     add_common_arguments,
@@ -213,9 +213,7 @@ class Schedule:
             if done.lsn != len(states):
                 raise Wrong("other", f"LSN {done.lsn} after {len(states) - 1}")
             before = states[-1]
-            for key, value in done.reads.items():
-                if before.get(key) != value:
-                    raise Wrong("other", f"not serializable: LSN {done.lsn} read {key!r}")
+            check_serial(done.lsn, before, done.reads)
             after = dict(before)
             apply(after, done.writes)
             states.append(after)
