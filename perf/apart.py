@@ -55,11 +55,11 @@ class Stall:
         self._moves.set()
         real = _files.OsFile.sync
 
-        def sync(file: _files.OsFile) -> None:
+        def sync(file: _files.OsFile, *, in_place: bool = False) -> None:
             self._moves.wait()
-            real(file)
+            real(file, in_place=in_place)
 
-        _files.OsFile.sync = sync  # type: ignore[assignment, method-assign]
+        _files.OsFile.sync = sync  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
