@@ -343,5 +343,5 @@ def test_the_seeded_scheduler_leaves_trio_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"^on purpose$"):
         _simulator.seeded_run(fail, seed=1)
     with pytest.raises(ValueError, match=r"^on purpose$"):
-        schedules.controlled_run(schedules.Scheduler(), fail)
+        _simulator.controlled_run(schedules.Scheduler(), fail)
     assert (run._ALLOW_DETERMINISTIC_SCHEDULING, run._r) == before

@@ -47,8 +47,8 @@ class Recovered:
         return self.log.first_lsn
 
 
-def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
-    """Every record, as a reader of the log gets it."""
+def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Record]:
+    """Every record of an open log, as a reader gets it."""
     records: list[Record] = []
     last_lsn = log.last_lsn
     cursor = Cursor(DirectoryLocator(log), log.first_lsn)
@@ -63,7 +63,7 @@ def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
     for before, after in pairwise(records):
         if after.timestamp < before.timestamp:
             raise Wrong("other", f"the time of LSN {after.lsn} is before the one before")
-    return [(record.lsn, record.data) for record in records]
+    return records
 
 
 def recover_log(
@@ -89,7 +89,7 @@ def recover_log(
     report = log.report
     if (report.first_lsn, report.last_lsn) != (log.first_lsn, log.last_lsn):
         raise Wrong("other", f"the report tells of another log: {report}")
-    return Recovered(log, read_log(log, memory))
+    return Recovered(log, [(record.lsn, record.data) for record in read_log(log, memory)])
 
 
 def recover_database(

@@ -40,11 +40,6 @@ class Errors:
     """(class, errno, text) of each refusal to open."""
     second_sync: list[str] = attrs.Factory(list)
 
-    @property
-    def broken(self) -> bool:
-        """Whether the log was told to have failed."""
-        return any(name == "LogFailedError" for name, _, _ in self.names)
-
 
 class Ledger:
     """Of one log or database, over all its lives."""

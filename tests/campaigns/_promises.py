@@ -30,10 +30,13 @@ Found = Sequence[tuple[int, Hashable]]
 """(LSN, key) of each record in a log; None where its bytes are nobody's."""
 
 
+Kind = Literal["lost", "partial", "other"]
+
+
 class Wrong(AssertionError):
     """A promise was broken; the text says which."""
 
-    def __init__(self, kind: Literal["lost", "partial", "other"], what: str) -> None:
+    def __init__(self, kind: Kind, what: str) -> None:
         super().__init__(what if kind == "other" else f"{kind}: {what}")
         self.kind = kind
         """``lost``: acknowledged and not there; ``partial``: a unit or a cut in part."""
@@ -85,6 +88,22 @@ class Cut:
     after: dict[int, Record] = attrs.Factory(dict)
     """What was seen behind the cut, if it is done."""
     acknowledged: int = 0
+
+
+@attrs.frozen
+class _View:
+    """What may be there: as it is known, or with the cut made that is under way."""
+
+    at: Mapping[int, Record]
+    must: int = 0
+    """It may not end before this LSN."""
+    new: bool = True
+    """There may be records that were not seen before."""
+    cut: Cut | None = None
+
+    def cuts_through(self, lsn: int) -> bool:
+        """Whether of the unit of this record the rest may have been cut off."""
+        return self.cut is not None and lsn == self.cut.lsn
 
 
 @attrs.define(eq=False)
@@ -242,7 +261,7 @@ class Promises:
     def learn(self, found: Found) -> list[Record]:
         """These records are there, right as they are; gives those not seen before."""
         at, above = self.at, 0
-        if self.cut is not None and self._compare(self.at, found, new=True):
+        if self.cut is not None and found and self._compare(_View(self.at), found, found[0][0]):
             at, above = self.cut.after, self.cut.lsn
         learnt: list[Record] = []
         for lsn, key in found:
@@ -298,6 +317,11 @@ class Promises:
 
     # -- what may be found --
 
+    def expect(self, found: Found, first_lsn: int, **how: bool) -> None:
+        """`check`, and raise the first that is wrong."""
+        if wrong := self.check(found, first_lsn, **how):
+            raise wrong[0]
+
     def check(
         self, found: Found, first_lsn: int, *, killed: bool = False, new: bool = True
     ) -> list[Wrong]:
@@ -316,13 +340,13 @@ class Promises:
             wrong.append(Wrong("other", told))
         wrong += self._check_asked(first_lsn, self.lets_go is not None)
         must = max(self.durable, self.written) if killed else self.durable
-        uncut = self._compare(self.at, found, first_lsn, must, new=new)
+        uncut = self._compare(_View(self.at, must, new), found, first_lsn)
         uncut += self._check_sure(found, first_lsn)
         cut = self.cut
         if uncut and cut is not None:
             kept = {lsn: record for lsn, record in self.at.items() if lsn <= cut.lsn} | cut.after
             must = max(cut.lsn, cut.acknowledged)
-            made = self._compare(kept, found, first_lsn, must, new=new, cut=cut)
+            made = self._compare(_View(kept, must, new, cut), found, first_lsn)
             told = f"the cut after LSN {cut.lsn} is neither not made ({uncut[0]}) nor made"
             uncut = [Wrong("partial", f"{told} ({made[0]})")] if made else []
         return wrong + uncut
@@ -342,84 +366,46 @@ class Promises:
             if above + 1 >= first_lsn and record.key not in there
         ]
 
-    def _compare(
-        self,
-        at: Mapping[int, Record],
-        found: Found,
-        first_lsn: int = 1,
-        must: int = 0,
-        *,
-        new: bool,
-        cut: Cut | None = None,
-    ) -> list[Wrong]:
-        """Compare with what is known to be there, if that cut was made."""
+    def _compare(self, view: _View, found: Found, first_lsn: int) -> list[Wrong]:
         wrong: list[Wrong] = []
-        last_lsn = found[-1][0] if found else first_lsn - 1
-        if found:
-            first_lsn = found[0][0]
-        if last_lsn < must:
-            wrong.append(Wrong("lost", f"ends at LSN {last_lsn}, durable was {must}"))
+        last_lsn = first_lsn + len(found) - 1
+        if last_lsn < view.must:
+            wrong.append(Wrong("lost", f"ends at LSN {last_lsn}, durable was {view.must}"))
+        at = view.at
         before = at.get(first_lsn - 1)
         if self.complete and before is None and first_lsn > 1:
             told = f"starts at LSN {first_lsn}, only {max(at, default=0)} were written"
             wrong.append(Wrong("other", told))
-        cut_through = 0 if cut is None else cut.lsn
-        if before is not None and not before.last and first_lsn != cut_through + 1:
+        if before is not None and not before.last and not view.cuts_through(first_lsn - 1):
             wrong.append(Wrong("partial", f"starts at LSN {first_lsn}, inside of a unit"))
         if self.complete and all(lsn in at and at[lsn].key == key for lsn, key in found):
             # Looked at when it was learnt.
             before = at.get(last_lsn)
         else:
-            before = self._compare_each(at, found, first_lsn, new, cut, wrong)
-        if before is not None and not before.last and last_lsn != cut_through:
+            before = self._compare_each(view, found, wrong)
+        if before is not None and not before.last and not view.cuts_through(last_lsn):
             wrong.append(Wrong("partial", f"ends at LSN {last_lsn}, inside of a unit"))
         return wrong
 
-    def _compare_each(
-        self,
-        at: Mapping[int, Record],
-        found: Found,
-        first_lsn: int,
-        new: bool,
-        cut: Cut | None,
-        wrong: list[Wrong],
-    ) -> Record | None:
-        """The same for each record; gives the last one."""
+    def _compare_each(self, view: _View, found: Found, wrong: list[Wrong]) -> Record | None:
+        """Record by record; gives the last one."""
         before: Record | None = None
         there: list[Record] = []
         for lsn, key in found:
             record = self.records.get(key)
-            if cut is not None and lsn == cut.lsn + 1:
-                before = None  # of its unit a part may have been cut off
-            wrong += self._check_place(lsn, key, record, at.get(lsn), cut, new)
+            if view.cuts_through(lsn - 1):
+                before = None
+            if (what := _misplaced(view, lsn, record)) is not None:
+                kind: Kind = "lost" if lsn in view.at else "other"
+                wrong.append(Wrong(kind, f"LSN {lsn} holds {repr(key)[:40]}, {what}"))
             if record is not None:
                 if not _follows(before, record):
                     wrong.append(Wrong("partial", f"{record} at LSN {lsn} is in another's unit"))
                 there.append(record)
             before = record
-        wrong += self._check_tasks(there, first_lsn, 0 if cut is None else cut.order)
+        if there:
+            wrong += self._check_tasks(there, found[0][0], view.cut.order if view.cut else 0)
         return before
-
-    def _check_place(
-        self,
-        lsn: int,
-        key: Hashable,
-        record: Record | None,
-        known: Record | None,
-        cut: Cut | None,
-        new: bool,
-    ) -> list[Wrong]:
-        """One record at its LSN."""
-        holds = f"LSN {lsn} holds {repr(key)[:40]}"
-        if known is not None:
-            return [] if record is known else [Wrong("lost", f"{holds}, {known} was there")]
-        if record is None:
-            return [Wrong("other", f"{holds}, which nobody wrote")]
-        if record.gone or record.lsn is not None or not new:
-            return [Wrong("other", f"{holds}, which must not be there")]
-        if cut is not None and record.order < cut.order:
-            return [Wrong("other", f"{holds}, handed over before the cut that it is behind")]
-        return []
 
     def _check_tasks(self, there: list[Record], first_lsn: int, since: int) -> list[Wrong]:
         """The order of each task, without a gap."""
@@ -441,6 +427,20 @@ class Promises:
             if missing:
                 wrong.append(Wrong("other", f"of task {task}, {missing} are missing in between"))
         return wrong
+
+
+def _misplaced(view: _View, lsn: int, record: Record | None) -> str | None:
+    """Why this record may not stand there."""
+    known = view.at.get(lsn)
+    if known is not None:
+        return None if record is known else f"{known} was there"
+    if record is None:
+        return "which nobody wrote"
+    if record.gone or record.lsn is not None or not view.new:
+        return "which must not be there"
+    if view.cut is not None and record.order < view.cut.order:
+        return "handed over before the cut that it is behind"
+    return None
 
 
 def _follows(before: Record | None, record: Record) -> bool:

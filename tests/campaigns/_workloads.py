@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import attrs
@@ -41,22 +41,71 @@ CUT_SECONDS = 10_000
 comes.  Virtual ones."""
 
 
-def _refuse_waiting(lsn: int) -> None:
-    raise Wrong("other", f"LSN {lsn} was written, and never called durable")
-
-
 @attrs.define(eq=False)
-class LogWorld:
-    """A session on the log: calls, and what they say."""
+class World:
+    """A session: tasks that make calls, which are methods of this, and what those say."""
 
     sim: Simulation
     weights: dict[str, int]
-    sent: list[Record] = attrs.Factory(list)
-    _numbers: dict[int, int] = attrs.Factory(dict)
+    """Of calls, by name."""
+    cancels: ClassVar[Sequence[str]]
+    """Calls that are cancelled on their way."""
 
     @property
     def rng(self) -> random.Random:
         return self.sim.rng
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for task in range(count):
+                nursery.start_soon(self._task, opened, task)
+        self.sim.closing()
+
+    async def _task(self, opened: Any, task: int) -> None:
+        names = list(self.weights)
+        for _ in range(self.rng.randint(1, CALLS_MAX)):
+            (name,) = self.rng.choices(names, list(self.weights.values()))
+            with self.sim.tolerating_faults():
+                await getattr(self, name)(opened, task)
+
+    async def cancelled(self, opened: Any, task: int) -> None:
+        """A call that is cancelled some checkpoints later, or at once."""
+        call = getattr(self, self.rng.choice(self.cancels))
+        steps = self.rng.randint(0, 10)
+
+        async def cancel(scope: trio.CancelScope) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(cancel, scope)
+                with self.sim.tolerating_faults():
+                    await call(opened, task)
+
+    async def hand_over(self, unit: list[Record], call: Awaitable[Any]) -> Any:
+        """Make a call with records, and tell where it says that they are absent."""
+        withdraw = self.sim.promises.withdraw
+        try:
+            return await call
+        except (trio.Cancelled, trio.WouldBlock) as exc:
+            self.sim.tell(withdraw, unit, f"its call raised {type(exc).__name__}")
+            raise
+        except trio_wal.LogFailedError as exc:
+            # Of what was being written nobody knows.
+            if exc.outcome == "not written":
+                self.sim.tell(withdraw, unit, "it was said not to be written")
+            raise
+
+
+@attrs.define(eq=False)
+class LogWorld(World):
+    """A session on the log."""
+
+    sent: list[Record] = attrs.Factory(list)
+    _numbers: dict[int, int] = attrs.Factory(dict)
+    cancels = ("append", "append", "append_many", "send")
 
     async def session(self) -> None:
         sim = self.sim
@@ -70,10 +119,7 @@ class LogWorld:
                 # Recovering an image costs what the log holds; so much shows all there is.
                 with sim.tolerating_faults():
                     await self._drop_before(wal, wal.last_lsn - RECORDS_KEPT // 2)
-            async with trio.open_nursery() as nursery:
-                for task in range(self.rng.choice((1, 2, 2, 3))):
-                    nursery.start_soon(self._task, wal, task)
-            sim.closing()
+            await self.tasks(wal, self.rng.choice((1, 2, 2, 3)))
 
     async def _opened(self, wal: Any) -> None:
         pairs: list[Pair] = []
@@ -84,27 +130,10 @@ class LogWorld:
 
         def told() -> None:
             if len(pairs) == wal.last_lsn - wal.first_lsn + 1:
-                wrong = self.sim.promises.check(pairs, wal.first_lsn, killed=True, new=False)
-                if wrong:
-                    raise wrong[0]
+                self.sim.promises.expect(pairs, wal.first_lsn, killed=True, new=False)
             self.sim.promises.opened(pairs, wal.last_lsn)
 
         self.sim.tell(told)
-
-    async def _task(self, wal: Any, task: int) -> None:
-        names = list(self.weights)
-        for _ in range(self.rng.randint(1, CALLS_MAX)):
-            (name,) = self.rng.choices(names, list(self.weights.values()))
-            with self.sim.tolerating_faults():
-                await getattr(self, name)(wal, task)
-
-    def _withdraw(self, submissions: list[Record], why: str) -> None:
-        self.sim.tell(self.sim.promises.withdraw, submissions, why)
-
-    def _failed(self, submissions: list[Record], error: trio_wal.LogFailedError) -> None:
-        """What was not written is absent; of what was being written nobody knows."""
-        if error.outcome == "not written":
-            self._withdraw(submissions, "it was said not to be written")
 
     def _lets_go(self, policy: Retention, wal: Any, first_lsn: int) -> bool:
         """Whether the log may just have dropped all that is below, by what it still holds."""
@@ -133,60 +162,34 @@ class LogWorld:
         # The session is part of it: payloads are unique over all of a log's life.
         return b"%d.%d.%x." % (task, number, rng.getrandbits(48)) + rng.randbytes(size)
 
-    def _submit(self, task: int, *payloads: bytes) -> list[Record]:
-        return self.sim.promises.submit(task, *payloads)
-
-    @property
-    def _durable(self) -> bool:
-        return bool(self.sim.options.get("durability", "sync") == "sync")
-
     # -- calls --
 
     async def append(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
-        (submission,) = self._submit(task, payload)
-        try:
-            lsn = await wal.append(payload)
-        except trio.Cancelled:
-            self._withdraw([submission], "append raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed([submission], exc)
-            raise
-        self.sim.tell(self.sim.promises.acknowledge, [submission], lsn, durable=self._durable)
+        await self._append(task, [payload], wal.append(payload))
 
     async def append_many(self, wal: Any, task: int) -> None:
         payloads = [self._payload(task) for _ in range(self.rng.choice((1, 2, 3, 5)))]
-        submissions = self._submit(task, *payloads)
-        try:
-            lsns = await wal.append_many(payloads)
-        except trio.Cancelled:
-            self._withdraw(submissions, "append_many raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed(submissions, exc)
-            raise
-        check(len(lsns) == len(submissions), f"append_many returned {lsns}")
-        self.sim.tell(self.sim.promises.acknowledge, submissions, lsns.start, durable=self._durable)
+        await self._append(task, payloads, wal.append_many(payloads))
+
+    async def _append(self, task: int, payloads: list[bytes], call: Awaitable[Any]) -> None:
+        unit = self.sim.promises.submit(task, *payloads)
+        answer = await self.hand_over(unit, call)
+        lsns = range(answer, answer + 1) if isinstance(answer, int) else answer
+        check(len(lsns) == len(unit), f"{len(unit)} records were given {lsns}")
+        durable = self.sim.options.get("durability", "sync") == "sync"
+        self.sim.tell(self.sim.promises.acknowledge, unit, lsns[0], durable=durable)
 
     async def send(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
-        (submission,) = self._submit(task, payload)
-        try:
-            if self.rng.random() < 0.5:
-                await wal.send(payload)
-            else:
-                wal.send_nowait(payload)
-        except trio.WouldBlock:
-            self._withdraw([submission], "send_nowait refused it")
-            return
-        except trio.Cancelled:
-            self._withdraw([submission], "send raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed([submission], exc)
-            raise
-        self.sent.append(submission)
+
+        async def send_now() -> None:
+            wal.send_nowait(payload)
+
+        unit = self.sim.promises.submit(task, payload)
+        with contextlib.suppress(trio.WouldBlock):
+            await self.hand_over(unit, wal.send(payload) if self.rng.random() < 0.5 else send_now())
+            self.sent += unit
 
     async def flush(self, wal: Any, task: int) -> None:
         before = list(self.sent)
@@ -210,7 +213,7 @@ class LogWorld:
         with trio.move_on_after(CUT_SECONDS) as scope:
             await wal.wait_durable(lsn)
         if scope.cancelled_caught and lsn <= wal.last_lsn:
-            self.sim.tell(_refuse_waiting, lsn)
+            self.sim.tell(check, False, f"LSN {lsn} was written, and never called durable")
         if not cut and lsn <= wal.durable_lsn:
             self.sim.tell(self.sim.promises.settle_durable, lsn)
 
@@ -236,22 +239,6 @@ class LogWorld:
 
         if seconds > options["flush_interval"] + 0.001 and options.get("durability") != "none":
             self.sim.tell(told)
-
-    async def cancelled(self, wal: Any, task: int) -> None:
-        """A call that is cancelled some checkpoints later, or at once."""
-        call = self.rng.choice((self.append, self.append, self.append_many, self.send))
-        steps = self.rng.randint(0, 8)
-
-        async def cancel(scope: trio.CancelScope) -> None:
-            for _ in range(steps):
-                await trio.lowlevel.checkpoint()
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as scope:
-                nursery.start_soon(cancel, scope)
-                with self.sim.tolerating_faults():
-                    await call(wal, task)
 
     async def truncate_before(self, wal: Any, task: int) -> None:
         lsn = self.rng.randint(wal.first_lsn, wal.last_lsn + 1)
@@ -281,38 +268,22 @@ class LogWorld:
         self.sim.tell(promises.end_cut, done=done)
 
 
-@contextlib.asynccontextmanager
-async def _pieces_of(size: int) -> AsyncIterator[None]:
-    """Checkpoints in pieces of so many bytes."""
-    with mock.patch.object(_checkpoint, "PIECE_BYTES", size):
-        yield
-
-
 @attrs.define(eq=False)
-class DatabaseWorld:
+class DatabaseWorld(World):
     """A session on the database."""
 
-    sim: Simulation
-    weights: dict[str, int]
     backups: int = 0
-
-    @property
-    def rng(self) -> random.Random:
-        return self.sim.rng
+    cancels = ("transact", "put", "checkpoint")
 
     async def session(self) -> None:
         sim = self.sim
-        async with (
-            _pieces_of(self.rng.choice((1, 30, 1 << 20))),
-            trio_wal.open_database(DB, files=sim.files, **sim.options) as db,
-        ):
-            sim.live = db.wal
-            sim.tell(self._check_state, db)
-            sim.tell(sim.promises.opened, [], db.durable_lsn)
-            async with trio.open_nursery() as nursery:
-                for task in range(self.rng.randint(1, 4)):
-                    nursery.start_soon(self._task, db, task)
-            sim.closing()
+        piece_bytes = self.rng.choice((1, 30, 1 << 20))
+        with mock.patch.object(_checkpoint, "PIECE_BYTES", piece_bytes):
+            async with trio_wal.open_database(DB, files=sim.files, **sim.options) as db:
+                sim.live = db.wal
+                sim.tell(self._check_state, db)
+                sim.tell(sim.promises.opened, [], db.durable_lsn)
+                await self.tasks(db, self.rng.randint(1, 4))
 
     def _check_state(self, db: Any) -> None:
         """What is read outside of a transaction is one durable state."""
@@ -320,13 +291,6 @@ class DatabaseWorld:
         if dict(db.scan()) != self.sim.states[lsn]:
             raise Wrong("partial", f"the database does not show the state of LSN {lsn}")
         self.sim.promises.settle_durable(lsn)
-
-    async def _task(self, db: Any, task: int) -> None:
-        names = list(self.weights)
-        for _ in range(self.rng.randint(1, CALLS_MAX)):
-            (name,) = self.rng.choices(names, list(self.weights.values()))
-            with self.sim.tolerating_faults():
-                await getattr(self, name)(db, task)
 
     def _key(self) -> bytes:
         return b"key %d" % self.rng.randrange(6)
@@ -370,14 +334,13 @@ class DatabaseWorld:
                 writes[b"task %d" % task] = b"%x" % rng.getrandbits(64)
                 tx.put(b"task %d" % task, writes[b"task %d" % task])
                 (submission,) = sim.promises.submit(task, encode_transaction(writes))
-        except trio_wal.TransactionConflict:
+        except (trio_wal.TransactionConflict, trio.Cancelled) as exc:
             if submission is not None:
-                sim.tell(sim.promises.withdraw, [submission], "the commit raised a conflict")
+                why = f"the commit raised {type(exc).__name__}"
+                sim.tell(sim.promises.withdraw, [submission], why)
+            if isinstance(exc, trio.Cancelled):
+                raise
             return
-        except trio.Cancelled:
-            if submission is not None:
-                sim.tell(sim.promises.withdraw, [submission], "the commit raised Cancelled")
-            raise
         assert submission is not None
 
         def told() -> None:
@@ -388,13 +351,9 @@ class DatabaseWorld:
 
     async def put(self, db: Any, task: int) -> None:
         key, value = b"task %d" % task, b"%x" % self.rng.getrandbits(64)
-        (submission,) = self.sim.promises.submit(task, encode_transaction({key: value}))
-        try:
-            lsn = await db.put(key, value)
-        except trio.Cancelled:
-            self.sim.tell(self.sim.promises.withdraw, [submission], "put raised Cancelled")
-            raise
-        self.sim.tell(self.sim.promises.acknowledge, [submission], lsn)
+        unit = self.sim.promises.submit(task, encode_transaction({key: value}))
+        lsn = await self.hand_over(unit, db.put(key, value))
+        self.sim.tell(self.sim.promises.acknowledge, unit, lsn)
 
     async def look(self, db: Any, task: int) -> None:
         self.sim.tell(self._check_state, db)
@@ -408,21 +367,6 @@ class DatabaseWorld:
             self.sim.promises.settle_durable(lsn)
 
         self.sim.tell(told)
-
-    async def cancelled(self, db: Any, task: int) -> None:
-        call = self.rng.choice((self.transact, self.put, self.checkpoint))
-        steps = self.rng.randint(0, 10)
-
-        async def cancel(scope: trio.CancelScope) -> None:
-            for _ in range(steps):
-                await trio.lowlevel.checkpoint()
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as scope:
-                nursery.start_soon(cancel, scope)
-                with self.sim.tolerating_faults():
-                    await call(db, task)
 
     async def backup(self, db: Any, task: int) -> None:
         self.backups += 1
@@ -467,20 +411,18 @@ def _options(**fixed: Any) -> Options:
 
 
 def _log(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
-    def session(sim: Simulation) -> Awaitable[None]:
-        return LogWorld(sim, weights).session()
-
-    return Workload(name, session, _options(**fixed), fails=fails)
+    return Workload(
+        name, lambda sim: LogWorld(sim, weights).session(), _options(**fixed), fails=fails
+    )
 
 
 def _database(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
-    def session(sim: Simulation) -> Awaitable[None]:
-        return DatabaseWorld(sim, weights).session()
-
     options = _options(
         checkpoint_bytes=lambda rng: rng.choice((300, 900, 1 << 20)), max_queue_size=100, **fixed
     )
-    return Workload(name, session, options, database=True, fails=fails)
+    return Workload(
+        name, lambda sim: DatabaseWorld(sim, weights).session(), options, database=True, fails=fails
+    )
 
 
 def _retention(rng: random.Random) -> Any:

@@ -19,15 +19,12 @@ import argparse
 import errno
 import functools
 import itertools
-import logging
 import math
 import random
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -252,8 +249,7 @@ class Witness:
 
     def examine(self, first_lsn: int, found: dict[int, bytes]) -> None:
         """Whether what is found bears out all that was said."""
-        if wrong := self.promises.check(list(found.items()), first_lsn):
-            raise wrong[0]
+        self.promises.expect(list(found.items()), first_lsn)
 
     def go_on(self, first_lsn: int, found: dict[int, bytes]) -> None:
         """The same of a log that is open: from here on that is the truth."""
@@ -551,6 +547,9 @@ WORKLOADS: Final = {
 }
 
 
+PARTS: Final = tuple(WORKLOADS)
+
+
 # -- one case -----------------------------------------------------------------------
 
 
@@ -559,14 +558,13 @@ class Start:
     """Where a program begins: files, and what is known of them."""
 
     files: MemoryFiles
-    witness: Witness
+    promises: Promises
 
     def copy(self, injector: Injector) -> tuple[MemoryFiles, Witness]:
         files = self.files.crash_image(kind="kill")
         files.clock_offset_us -= 3_600_000_000  # the times of records never go back
         injector.into(files)
-        known = self.witness
-        return files, Witness(injector, known.promises.copy())
+        return files, Witness(injector, self.promises.copy())
 
 
 HEALTHY: Final = Kind(0, frozenset())
@@ -579,13 +577,11 @@ def starts(name: str) -> list[Start]:
     files = MemoryFiles(seed=5)
     witness = Witness(Injector(HEALTHY, 0, 0))
     if workload.before is None:
-        return [Start(files, witness)]
+        return [Start(files, witness.promises)]
     found: list[Start] = []
 
     def crash(operation: Operation, path: str) -> None:
-        image = files.crash_image(len(found), "power")
-        _, known = Start(image, witness).copy(witness.injector)
-        found.append(Start(image, known))
+        found.append(Start(files.crash_image(len(found), "power"), witness.promises.copy()))
 
     files.after_operation = crash
     play(partial(workload.before, files, witness))
@@ -631,30 +627,19 @@ def run_case(case: Case) -> Result:
     injector = Injector(kind, case.number, MODES[case.mode])
     files, witness = starts(case.workload)[case.start].copy(injector)
     images = 0
-    error = ""
-    try:
+
+    def run() -> None:
+        nonlocal images
         play(partial(WORKLOADS[case.workload].program, files, witness))
         if injector.failed:
             check(not injector.retried, "touched again after it had failed:", injector.retried)
             images = examine(files, witness)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-        error = " | ".join(_lines(exc))
+
+    error = _report.found_in(run)
     if not injector.failed and not error:
         return Result("", {})
     first = injector.failed[0][0] if injector.failed else "none"
     return Result(first, dict(witness.told), images, error)
-
-
-def _lines(exc: BaseException) -> Iterator[str]:
-    nested = getattr(exc, "exceptions", None)
-    if nested is None:
-        place = traceback.extract_tb(exc.__traceback__)[-1:]
-        where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in place)
-        yield f"{type(exc).__name__}: {exc}{where}"
-    for inner in nested or ():
-        yield from _lines(inner)
 
 
 def examine(files: MemoryFiles, witness: Witness) -> int:
@@ -718,31 +703,44 @@ class Loop:
     stride: int
 
 
-def run_loop(loop: Loop) -> list[tuple[Case, Result]]:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-    results: list[tuple[Case, Result]] = []
+def run_loop(loop: Loop) -> _report.Answer:
+    rows: dict[tuple[str, str], Counter[str]] = {}
+    failures: list[tuple[object, str]] = []
     for number in itertools.count(loop.case.number, loop.stride):
         case = attrs.evolve(loop.case, number=number)
         result = run_case(case)
         if not result.operation:
             break
-        results.append((case, result))
-    return results
+        row = rows.setdefault((result.operation, case.kind), Counter())
+        row.update((case.workload, case.mode))
+        row["images"] += result.images
+        row["unnoticed"] += not result.told
+        row.update({SHOWN[name]: count for name, count in result.told.items()})
+        if result.error:
+            row["false"] += 1
+            failures.append((case, f"{case}, {result.operation}: {result.error}"))
+    return _report.Answer(1, loop.case.workload, rows, failures)
+
+
+def first_cases(
+    workloads: Iterable[str], kinds: Iterable[str] = KINDS, modes: Iterable[str] = MODES
+) -> list[Case]:
+    """Of each loop."""
+    return [
+        Case(name, start, kind, mode, 0)
+        for name in workloads
+        for start in range(WORKLOADS[name].moments or 1)
+        for kind in kinds
+        for mode in modes
+    ]
 
 
 def loops(arguments: argparse.Namespace) -> list[Loop]:
     """All of them; with a stride each begins at another n."""
     stride = arguments.stride
-    cases = [
-        Case(name, start, kind, mode, 0)
-        for name in arguments.workloads or WORKLOADS
-        for start in range(WORKLOADS[name].moments or 1)
-        for kind in KINDS
-        for mode in MODES
-    ]
     found = [
         Loop(attrs.evolve(case, number=(place + arguments.seed) % stride), stride)
-        for place, case in enumerate(cases)
+        for place, case in enumerate(first_cases(arguments.parts or PARTS))
     ]
     # Where the time is too short for all of them, some of each kind are done.
     random.Random(arguments.seed).shuffle(found)
@@ -751,13 +749,10 @@ def loops(arguments: argparse.Namespace) -> list[Loop]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all"
-    )
-    parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="every N-th operation only"
     )
     parser.add_argument("--replay", metavar="CASE", help="one case again")
-    _report.add_common_arguments(parser)
+    _report.add_common_arguments(parser, parts=WORKLOADS)
 
 
 SHOWN: Final = {
@@ -771,10 +766,6 @@ SHOWN: Final = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return replay(arguments.replay)
-    if unknown := set(arguments.workloads) - set(WORKLOADS):
-        return _report.fail_usage(f"no such workload: {', '.join(sorted(unknown))}")
     report = _report.Report(
         "errors",
         arguments,
@@ -783,38 +774,17 @@ def run(arguments: argparse.Namespace) -> int:
         | {column: f"told: {column}" for column in SHOWN.values()}
         | {"unnoticed": "no effect", "images": "images", "false": "FALSE"},
     )
-    figures: dict[tuple[str, str], Counter[str]] = {}
-    cases = Counter[str]()
     todo = loops(arguments)
-    with _report.progress_bar("errors", minutes=arguments.minutes, count=len(todo)) as bar:
-        for answer in _report.in_processes(run_loop, todo, arguments.workers, bar.over):
-            for case, result in answer:
-                row = figures.setdefault((result.operation, case.kind), Counter())
-                row[case.mode] += 1
-                row["images"] += result.images
-                row["unnoticed"] += not result.told
-                row.update({SHOWN[name]: count for name, count in result.told.items()})
-                cases[case.workload] += 1
-                if result.error:
-                    row["false"] += 1
-                    if row["false"] <= 2:
-                        replayed = _report.replay_command("errors", "--replay", f"'{case}'")
-                        report.find(f"{case}, {result.operation}: {result.error}", replayed)
-            bar.advance(1, answer[-1][0].workload if answer else "")
-        seconds = bar.seconds
+    figures, seconds = _report.collect(report, run_loop, todo, len(todo))
+    columns = (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
+    every: Counter[str] = Counter()
     for (operation, kind), row in sorted(figures.items()):
-        columns = (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
         report.add(operation=operation, error=kind, **{name: row[name] for name in columns})
-    total = cases.total()
-    images = sum(row["images"] for row in figures.values())
-    report.add(
-        operation="all",
-        error=f"{len(KINDS)} kinds",
-        **{
-            name: sum(row[name] for row in figures.values())
-            for name in (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
-        },
-    )
+        every.update(row)
+    kinds = f"{len(KINDS)} kinds"
+    report.add(operation="all", error=kinds, **{name: every[name] for name in columns})
+    cases = {name: every[name] for name in WORKLOADS if every[name]}
+    total, images = sum(cases.values()), every["images"]
     report.note(
         f"{total:,} faults, {images:,} images opened afterwards; "
         f"{_report.per_minute(total, seconds):,} faults a minute; "
@@ -824,13 +794,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def replay(text: str) -> int:
-    try:
-        name, start, kind, mode, number = text.split(":")
-        case = Case(name, int(start), kind, mode, int(number))
-        logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-        result = run_case(case)
-    except (ValueError, KeyError, IndexError):
-        return _report.fail_usage(f"no such case: {text}")
+    name, start, kind, mode, number = text.split(":")
+    case = Case(name, int(start), kind, mode, int(number))
+    result = run_case(case)
     print(f"{case}: {result.operation or 'no such operation'} failed; told: {result.told}")
     print(result.error or "nothing false")
     return 1 if result.error else 0

@@ -10,33 +10,22 @@ public API.
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from itertools import count
 from typing import Any, Literal
 
 import attrs
 import trio
-from helpers import AtStep
+from helpers import AtStep, read_all
 
 import trio_wal
 from trio_wal.testing import MemoryFiles
 
 from ._images import DB, LOG, fingerprint
 from ._promises import Promises, Record, Wrong, check
-from ._report import (
-    Report,
-    add_common_arguments,
-    bound,
-    fail_usage,
-    in_processes,
-    per_minute,
-    progress_bar,
-    replay_command,
-)
-from ._simulator import VIRTUAL_SECONDS_MAX, Failure, Result, _trace, seeded_run
+from ._report import Report, add_common_arguments
+from ._simulator import ENDS, VIRTUAL_SECONDS_MAX, Result, report_results, seeded_run, until_found
 
 POWER_IMAGES = 2
 SHARE = 20
@@ -50,11 +39,7 @@ COLUMNS = {
     "runs": "runs",
     "points": "crash points",
     "images": "distinct images",
-    "lost": "lost",
-    "partial": "partial",
-    "other": "other",
-    "per_minute": "per minute",
-    "bound": "3/N",
+    **ENDS,
 }
 
 
@@ -167,14 +152,12 @@ async def _log_program(run: Run) -> None:
 
 async def _log_check(run: Run, files: MemoryFiles, drained: bool) -> None:
     async with trio_wal.open_wal(LOG, files=files, segment_size=1) as wal:
-        async with wal.read() as records:
-            pairs = [(record.lsn, record.data) async for record in records]
+        pairs = list((await read_all(wal)).items())
         report = wal.recovery
     if drained and not report.clean_shutdown:
         raise Wrong("other", f"the block was left, but: {report}")
     promises, seen = run.promised(drained)
-    if wrong := promises.check(pairs, pairs[0][0] if pairs else 1):
-        raise wrong[0]
+    promises.expect(pairs, pairs[0][0] if pairs else 1)
     if run.seen[:seen] != pairs[:seen]:
         raise Wrong("lost", f"a follower was given {seen} records that are not all there")
 
@@ -285,33 +268,17 @@ def run_steps(program: str, seed: int, mode: Mode, steps: range, images: set[int
                 result.points += 1
                 seeded_run(look, run, image, drained, seed=seed + killed)
         except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
-            kind = exc.kind if isinstance(exc, Wrong) else "other"
-            setattr(result, kind, getattr(result, kind) + 1)
-            told = str(exc) if isinstance(exc, Wrong) else _trace(exc)
-            result.first_failure = Failure(
-                f"{program}, seed {seed}, {mode} cancelled at step {step}, {where}: {told}",
-                replay_command("whole", "--replay", f"{program}:{seed}:{mode}:{step}"),
-                result.points,
-                kind,
-            )
+            told = f"{program}, seed {seed}, {mode} cancelled at step {step}, {where}"
+            result.fail(exc, told, "whole", f"{program}:{seed}:{mode}:{step}")
             return result
     return result
 
 
 def run_whole(seed: int, *, seconds: float | None = None, points: int | None = None) -> Result:
     """With seeds from ``seed`` on, until the budget is used up or something is found."""
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
-    total = Result("whole")
     images: set[int] = set()
-    for task in _tasks(seed, None):
-        more = run_task(task, images)
-        total.add(more)
-        failure = total.first_failure
-        if failure is not None:
-            total.first_failure = attrs.evolve(failure, points=total.points)
-        over = total.points >= points if points is not None else False
-        if failure is not None or over or time.monotonic() >= deadline:
-            break
+    parts = (run_task(task, images) for task in _tasks(seed, None))
+    total = until_found(Result("whole"), parts, seconds, points)
     total.images = len(images)
     return total
 
@@ -348,45 +315,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return _replay(arguments)
     report = Report("whole", arguments, COLUMNS)
-    rows: dict[str, Result] = {}
-    with progress_bar("whole", minutes=arguments.minutes, count=arguments.count) as bar:
-        tasks = _tasks(arguments.seed, arguments.program)
-
-        def over() -> bool:
-            return bar.over() or len(report.findings) >= 10
-
-        for result in in_processes(run_task, tasks, arguments.workers, over):
-            rows.setdefault(result.workload, Result(result.workload)).add(result)
-            if result.first_failure is not None:
-                report.find(result.first_failure.what, result.first_failure.replay)
-            bar.advance(result.points, f"{bar.done + result.points:,} points")
-        seconds = bar.seconds
-    for row in rows.values():
-        report.add(
-            workload=row.workload,
-            runs=row.runs,
-            points=row.points,
-            images=row.images,
-            lost=row.lost,
-            partial=row.partial,
-            other=row.other,
-            per_minute=per_minute(row.points, seconds),
-            bound=bound(row.points),
-        )
-    return report.finish()
+    tasks = _tasks(arguments.seed, arguments.program)
+    return report_results(report, run_task, tasks, arguments.minutes)
 
 
-def _replay(arguments: argparse.Namespace) -> int:
-    try:
-        program, seed, mode, step = arguments.replay.split(":")
-        case = (PROGRAMS[program], int(seed), MODES.index(mode), int(step))
-    except (ValueError, KeyError):
-        return fail_usage(f"no case: {arguments.replay!r}")
-    result = run_steps(program, case[1], MODES[case[2]], range(case[3], case[3] + 1), set())
-    report = Report("whole", arguments, {})
-    if result.first_failure is not None:
-        report.find(result.first_failure.what, result.first_failure.replay)
-    return report.finish()
+def replay(case: str) -> int:
+    program, seed, mode, step = case.split(":")
+    steps = range(int(step), int(step) + 1)
+    if program not in PROGRAMS:
+        raise ValueError(program)
+    result = run_steps(program, int(seed), MODES[MODES.index(mode)], steps, set())
+    return result.report_to(Report("whole", None, {}))
