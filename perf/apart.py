@@ -59,7 +59,7 @@ class Stall:
             self._moves.wait()
             real(file, in_place=in_place)
 
-        _files.OsFile.sync = sync  # type: ignore[assignment, method-assign]
+        _files.OsFile.sync = sync  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

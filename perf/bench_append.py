@@ -17,19 +17,8 @@ from typing import Any, Final
 
 import load
 import trio
-from harness import (
-    Comparison,
-    Contender,
-    MiB,
-    Report,
-    Requirement,
-    Setting,
-    Spread,
-    compare,
-    number,
-    percentile,
-    table,
-)
+from harness import Comparison, Contender, MiB, Setting, Spread, compare, percentile
+from report import Report, Requirement, number, table
 
 import trio_wal
 

@@ -16,17 +16,8 @@ from typing import Final
 
 import trio
 from apart import apart
-from harness import (
-    Contender,
-    Report,
-    Requirement,
-    Setting,
-    Spread,
-    compare,
-    number,
-    percentile,
-    table,
-)
+from harness import Contender, Setting, Spread, compare, percentile
+from report import Report, Requirement, number, table
 
 import trio_wal
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import trio
 from apart import Stall, apart, forget_peak, memory
-from harness import MiB, Report, Requirement, Setting, Spread, number, table
+from harness import MiB, Setting, Spread
+from report import Report, Requirement, number, table
 
 import trio_wal
 

@@ -23,7 +23,8 @@ from typing import Any, Final
 
 import google_crc32c
 import trio
-from harness import Comparison, Contender, Report, Requirement, Setting, compare, number, table
+from harness import Comparison, Contender, Setting, compare
+from report import Report, Requirement, number, table
 
 import trio_wal
 

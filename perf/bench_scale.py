@@ -25,18 +25,8 @@ import load
 import trio
 import trio.testing
 from apart import Stall, apart, forget_peak, memory
-from harness import (
-    Contender,
-    ForeignLoad,
-    Report,
-    Requirement,
-    Setting,
-    Spread,
-    compare,
-    number,
-    percentile,
-    table,
-)
+from harness import Contender, ForeignLoad, Setting, Spread, compare, percentile
+from report import Report, Requirement, number, table
 
 import trio_wal
 

@@ -19,7 +19,8 @@ from typing import Any, Final
 import attrs
 import load
 import trio
-from harness import MiB, Report, Requirement, Setting, Spread, percentile, table
+from harness import MiB, Setting, Spread, percentile
+from report import Report, Requirement, table
 
 import trio_wal
 

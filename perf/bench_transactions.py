@@ -16,19 +16,9 @@ from typing import Any, Final
 
 import load
 import trio
-from harness import (
-    Comparison,
-    Contender,
-    MiB,
-    Report,
-    Requirement,
-    Setting,
-    Spread,
-    compare,
-    number,
-    table,
-)
+from harness import Comparison, Contender, MiB, Setting, Spread, compare
 from peers import ARRANGEMENTS, PEERS, Peer, Sqlite, arrange
+from report import Report, Requirement, number, table
 
 import trio_wal
 

@@ -19,7 +19,8 @@ import load
 import trio
 import trio.testing
 from apart import apart
-from harness import Report, Requirement, Setting, Spread, number, table
+from harness import Setting, Spread
+from report import Report, Requirement, number, table
 
 import trio_wal
 

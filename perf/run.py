@@ -37,23 +37,24 @@ def main() -> None:
     # the installed one.  The benchmarks themselves are not installed.
     sys.path.append(str(Path(__file__).resolve().parent))
     import harness
+    import report as found
 
     directory = harness.scratch_directory(arguments.dir)
     setting = harness.Setting(directory, brief=arguments.brief or not arguments.names)
     facts = {**harness.machine(directory), "mode": setting.mode}
-    harness.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
-    plots = Path(arguments.plots) if arguments.plots else harness.RESULTS
+    found.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
+    plots = Path(arguments.plots) if arguments.plots else found.RESULTS
     harness.touch_memory(directory)
-    requirements: list[harness.Requirement] = []
+    requirements: list[found.Requirement] = []
     for name in arguments.names or NAMES:
         report = importlib.import_module(f"bench_{name}").run(setting)
-        harness.show(report)
-        harness.save(report, facts, plots)
+        found.show(report)
+        found.save(report, facts, plots)
         requirements += report.requirements
-    harness.show_requirements(requirements)
-    harness.show_regressions(requirements, facts)
+    found.show_requirements(requirements)
+    found.show_regressions(requirements, facts)
     if arguments.store:
-        harness.store_ratios(requirements, facts)
+        found.store_ratios(requirements, facts)
 
 
 if __name__ == "__main__":

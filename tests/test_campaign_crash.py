@@ -21,7 +21,6 @@ from campaigns import (
     whole,
 )
 from campaigns._images import fingerprint
-from campaigns._oracle import Timeline, Wrong
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
@@ -150,7 +149,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 
 def _no_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(MemoryFile, "sync", lambda self: None)
+    patch.setattr(MemoryFile, "sync", lambda self, *, in_place=False: None)
 
 
 def _acknowledged_early(patch: pytest.MonkeyPatch) -> None:
@@ -259,169 +258,6 @@ def test_schedules_find_a_bug_and_show_it_again(
     assert campaigns.main(["schedules", "--replay", case_of(failure)]) == 0
 
 
-# -- the oracle ----------------------------------------------------------------------
-
-
-def timeline_of(*tasks: tuple[int, bytes], durable: int = 0) -> Timeline:
-    """A log of these records, (task, payload) each."""
-    timeline = Timeline()
-    submissions = [timeline.submit(task, payload)[0] for task, payload in tasks]
-    pairs = [(lsn, payload) for lsn, (_, payload) in enumerate(tasks, 1)]
-    timeline.check(pairs, 1, killed=True, learn=True)
-    for lsn in range(1, durable + 1):
-        timeline.acknowledge(submissions[lsn - 1], lsn, durable=True)
-    return timeline
-
-
-A, B, C, D = ((lsn, payload) for lsn, payload in enumerate((b"a", b"b", b"c", b"d"), 1))
-
-
-def test_the_oracle_knows_what_is_lost_and_what_came_back() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=2)
-    for pairs in ([A, B], [A, B, C]):
-        timeline.check(pairs, 1, killed=False)
-    timeline.begin_drop(4)
-    timeline.check([B, C], 2, killed=False)
-    with pytest.raises(Wrong, match=r"^lost: ends at LSN 1, LSN 2 had been acknowledged$"):
-        timeline.check([A], 1, killed=False)
-    timeline.settle_floor(2)
-    with pytest.raises(Wrong, match=r"^starts at LSN 1, what is below 2 came back$"):
-        timeline.check([A, B], 1, killed=False)
-    timeline.check([], 3, killed=False)
-    with pytest.raises(Wrong, match=r"^lost: an image started at LSN 3"):
-        timeline.settle_floor(2)
-
-
-def test_the_oracle_knows_what_was_not_written() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"))
-    timeline.begin_drop(4)
-    for pairs, first, reason in (
-        ([A, (2, b"x")], 1, r"^LSN 2 holds b'x', which was not written there$"),
-        ([A, C], 1, r"^LSNs \[1, 3\] from 1 on$"),
-        ([C], 3, r"^LSN 3 holds b'c', which was not written there$"),
-        ([D], 4, r"^starts at LSN 4, only 2 were written$"),
-    ):
-        with pytest.raises(Wrong, match=reason):
-            timeline.check(pairs, first, killed=False)
-    with pytest.raises(Wrong, match=r"^LSN 3 holds b'x', which nobody wrote$"):
-        timeline.check([A, B, (3, b"x")], 1, killed=True, learn=True)
-    with pytest.raises(Wrong, match=r"^LSN 3 holds b'a', which was lost or taken back$"):
-        timeline.check([A, B, (3, b"a")], 1, killed=True, learn=True)
-
-
-def test_the_oracle_knows_the_order_of_a_task_and_what_was_withdrawn() -> None:
-    timeline = Timeline()
-    (first,), (second,) = timeline.submit(0, b"a"), timeline.submit(0, b"b")
-    with pytest.raises(Wrong, match=r"^LSN 1 came before record 0 of the same task$"):
-        timeline.check([(1, b"b")], 1, killed=True, learn=True)
-    timeline.withdraw([first], "append raised Cancelled")
-    timeline.check([(1, b"b")], 1, killed=True, learn=True)
-    with pytest.raises(Wrong, match=r"^append raised Cancelled, but LSN 1 is in the file$"):
-        timeline.withdraw([second], "append raised Cancelled")
-    with pytest.raises(Wrong, match=r"^LSN 2 holds b'a', which was lost or taken back$"):
-        timeline.check([(1, b"b"), (2, b"a")], 1, killed=True, learn=True)
-
-
-def test_the_oracle_knows_a_unit_in_part() -> None:
-    timeline = Timeline()
-    timeline.submit(0, b"a", b"b", b"c")
-    timeline.submit(1, b"d")
-    with pytest.raises(Wrong, match=r"^partial: LSN 2 stands inside of another's unit$"):
-        timeline.check([A, (2, b"d")], 1, killed=True, learn=True)
-    timeline = Timeline()
-    timeline.submit(0, b"a", b"b", b"c")
-    timeline.check([A, B, C], 1, killed=True, learn=True)
-    timeline.check([], 1, killed=False)
-    with pytest.raises(Wrong, match=r"^partial: ends at LSN 2, inside of a unit$"):
-        timeline.check([A, B], 1, killed=False)
-    timeline.begin_drop(2)
-    with pytest.raises(Wrong, match=r"^partial: starts at LSN 2, inside of a unit$"):
-        timeline.check([B, C], 2, killed=False)
-
-
-def test_the_oracle_knows_a_cut_in_part() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
-    timeline.begin_cut(1)
-    (late,) = timeline.submit(2, b"d")
-    for pairs in ([A], [A, B, C]):
-        timeline.check(pairs, 1, killed=False)
-    with pytest.raises(Wrong, match=r"^partial: the cut after LSN 1 is neither not made "):
-        timeline.check([A, B], 1, killed=False)
-    timeline.check([A, (2, b"d")], 1, killed=True, learn=True)
-    timeline.acknowledge(late, 2, durable=True)
-    timeline.end_cut(done=True)
-    timeline.check([A, (2, b"d")], 1, killed=False)
-    with pytest.raises(Wrong, match=r"^lost: ends at LSN 1, LSN 2 had been acknowledged$"):
-        timeline.check([A], 1, killed=False)
-    with pytest.raises(Wrong, match=r"^LSN 2 holds b'b', which was not written there$"):
-        timeline.check([A, B, C], 1, killed=False)
-
-
-def test_the_oracle_knows_what_nobody_asked_to_drop() -> None:
-    told = r"^lost: starts at LSN 3, only what is below 2 was to be dropped$"
-    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
-    timeline.begin_drop(2)
-    timeline.check([B, C], 2, killed=False)
-    for killed in (False, True):
-        with pytest.raises(Wrong, match=told):
-            timeline.check([C], 3, killed=killed)
-    with pytest.raises(Wrong, match=told):
-        timeline.raise_floor(3)
-    timeline.end_drop(2)
-    timeline.settle_floor(2)
-    with pytest.raises(Wrong, match=told):
-        timeline.check([C], 3, killed=False)
-    with pytest.raises(Wrong, match=r"^starts at LSN 1, what is below 2 came back$"):
-        timeline.check([A, B, C], 1, killed=True)
-
-
-def test_the_oracle_forgets_what_was_asked_behind_a_cut_and_before_a_crash() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
-    timeline.begin_drop(4)
-    timeline.end_drop(4)
-    timeline.begin_cut(1)
-    timeline.end_cut(done=True)
-    timeline.submit(2, b"d")
-    timeline.check([A, (2, b"d")], 1, killed=True, learn=True)
-    timeline.check([(2, b"d")], 2, killed=True)
-    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 2 was to be"):
-        timeline.check([], 3, killed=True)
-    timeline.begin_drop(3)
-    timeline.check([], 3, killed=True)
-    # The session dies in that call, and its records are there.
-    timeline.crashed([A, (2, b"d")], 1)
-    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 1 was to be"):
-        timeline.check([], 3, killed=True)
-
-
-def test_the_oracle_asks_retention_once_the_open_log_has_dropped() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"), (0, b"c"), durable=3)
-    timeline.lets_go = lambda first_lsn: first_lsn <= 2
-    timeline.check([C], 3, killed=False)
-    with pytest.raises(Wrong, match=r"^lost: an image started at LSN 3, the log it was taken"):
-        timeline.settle_floor(2)
-    timeline.raise_floor(2)
-    with pytest.raises(Wrong, match=r"^lost: starts at LSN 3, only what is below 1 was to be"):
-        timeline.settle_floor(3)
-
-
-def test_the_oracle_does_not_believe_an_acknowledgement_that_no_image_showed() -> None:
-    timeline = Timeline()
-    (submission,) = timeline.submit(0, b"a")
-    with pytest.raises(Wrong, match=r"^lost: LSN 1 is acknowledged, but was never seen"):
-        timeline.acknowledge(submission, 1, durable=True)
-    assert timeline.waiting()
-
-
-def test_what_a_crash_of_a_session_took_never_comes_back() -> None:
-    timeline = timeline_of((0, b"a"), (1, b"b"), durable=1)
-    timeline.crashed([A], 1)
-    timeline.submit(1, b"c")
-    timeline.check([A, (2, b"c")], 1, killed=True, learn=True)
-    with pytest.raises(Wrong, match=r"^LSN 2 holds b'b', which was not written there$"):
-        timeline.check([A, B], 1, killed=False)
-
-
 # -- the campaign as a command -------------------------------------------------------
 
 
@@ -502,5 +338,5 @@ def test_the_seeded_scheduler_leaves_trio_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"^on purpose$"):
         _simulator.seeded_run(fail, seed=1)
     with pytest.raises(ValueError, match=r"^on purpose$"):
-        schedules.controlled_run(schedules.Scheduler(), fail)
+        _simulator.controlled_run(schedules.Scheduler(), fail)
     assert (run._ALLOW_DETERMINISTIC_SCHEDULING, run._r) == before

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from campaigns import __main__ as campaigns, _forge, hostile
+from campaigns._promises import Wrong
+from campaigns._report import described
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from trio_wal import _files, _store, _store_files
@@ -81,7 +83,7 @@ def test_a_link_that_is_followed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     for module in (_store, _store_files):
         monkeypatch.setattr(module, "open_store_directory", open_directory)
-    with pytest.raises(hostile.Finding, match=r"the outside was changed|a link was followed"):
+    with pytest.raises(Wrong, match=r"the outside was changed|a link was followed"):
         hostile.examine_place("store", "link to a store", tmp_path)
 
 
@@ -94,7 +96,7 @@ def findings(seeds: range) -> list[str]:
         try:
             hostile.run_input(random.Random(seed), real=False)
         except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
-            found.append(hostile.described(exc))
+            found.append(described(exc))
     return found
 
 
@@ -137,7 +139,7 @@ def test_a_finding_ends_no_more_than_its_own_input(monkeypatch: pytest.MonkeyPat
         if case == "65":
             raise hostile.Slow("more than 30 seconds")
         if case == "68":
-            raise hostile.Finding("not as it should be")
+            raise Wrong("other", "not as it should be")
         return hostile.Outcomes(hostile.Counter({"looked": 1}))
 
     seen: list[str] = []
@@ -146,10 +148,10 @@ def test_a_finding_ends_no_more_than_its_own_input(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hostile, "limit_once", lambda extra: None)
     answer = hostile.run_task(hostile.Task("inputs", tuple(cases)))
     assert seen == cases
-    assert answer.counts == {"looked": 8}
+    assert answer.rows["inputs"] == {"looked": 8}
     assert [(case, what.partition(" (")[0]) for case, what in answer.failures] == [
-        ("65", "Slow: more than 30 seconds"),
-        ("68", "Finding: not as it should be"),
+        ("inputs:65", "Slow: more than 30 seconds"),
+        ("inputs:68", "Wrong: not as it should be"),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 from campaigns import __main__ as campaigns, interrupts
-from campaigns.errors import Lie
+from campaigns._promises import Wrong
 from campaigns.hostile import limited_time
 from campaigns.interrupts import PROGRAMS, run_case
 
@@ -79,7 +79,7 @@ def lies(part: str, program: str, mode: str, cases: range) -> list[str]:
     for case in cases:
         try:
             run_case(part, program, mode, case)
-        except Lie as exc:
+        except Wrong as exc:
             found.append(str(exc))
     return found
 
@@ -95,7 +95,7 @@ def test_a_record_that_is_not_withdrawn_is_found(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(WriteQueue, "withdraw", withdraw)
     found = lies("cancel", "log", "one", range(5, 60))
-    assert any("was said to be not written" in what for what in found)
+    assert any("which must not be there" in what for what in found)
 
 
 def test_a_close_that_does_not_drain_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

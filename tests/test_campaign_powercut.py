@@ -294,10 +294,10 @@ def test_what_cannot_be_run_is_skipped_with_its_reason(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("powercut", "all"), "all: no part of this"),
+        (("powercut", "all"), "no such part: all"),
         (("powercut", "--systems", "ext4,fat"), "--systems fat: not known"),
-        (("realerrors", "some"), "some: no part of this"),
-        (("realerrors", "--replay", "x"), "--replay x: not a case"),
+        (("realerrors", "some"), "no such part: some"),
+        (("realerrors", "--replay", "x"), "no such case: x"),
     ],
 )
 def test_a_wrong_option_is_usage(arguments: tuple[str, ...], message: str) -> None:

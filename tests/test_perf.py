@@ -35,12 +35,19 @@ def perf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
 
 
 @pytest.fixture
-def harness(perf: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """With nothing stored, and nothing else running on the machine."""
+def harness(perf: Import, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With nothing else running on the machine."""
     module: Any = perf("harness")
+    monkeypatch.setattr(module.ForeignLoad, "cores", lambda self: 0.0)
+    return module
+
+
+@pytest.fixture
+def report(perf: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With nothing stored."""
+    module: Any = perf("report")
     monkeypatch.setattr(module, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module.ForeignLoad, "cores", lambda self: 0.0)
     return module
 
 
@@ -112,10 +119,10 @@ def test_a_disturbed_trial_is_repeated_and_the_least_disturbed_counts(
 
 
 def requirement(
-    harness: Any, measured: float, *, key: str = "it", limit: float = 2.0, **more: Any
+    report: Any, measured: float, *, key: str = "it", limit: float = 2.0, **more: Any
 ) -> Any:
-    spread = harness.Spread(measured, measured - 1, measured + 1)
-    return harness.Requirement(key, f"what {key} is", "2", limit, spread, **more)
+    spread = report.Spread(measured, measured - 1, measured + 1)
+    return report.Requirement(key, f"what {key} is", "2", limit, spread, **more)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +137,9 @@ def requirement(
     ],
 )
 def test_a_limit_itself_is_reached(
-    harness: Any, measured: float, at_most: bool, reached: bool
+    report: Any, measured: float, at_most: bool, reached: bool
 ) -> None:
-    assert requirement(harness, measured, at_most=at_most).reached is reached
+    assert requirement(report, measured, at_most=at_most).reached is reached
 
 
 FACTS = {
@@ -146,8 +153,8 @@ FACTS = {
 }
 
 
-def store(harness: Any, *requirements: Any, **facts: str) -> None:
-    harness.store_ratios(requirements, {**FACTS, **facts})
+def store(report: Any, *requirements: Any, **facts: str) -> None:
+    report.store_ratios(requirements, {**FACTS, **facts})
 
 
 @pytest.mark.parametrize(
@@ -162,10 +169,10 @@ def store(harness: Any, *requirements: Any, **facts: str) -> None:
     ],
 )
 def test_what_is_worse_by_more_than_15_percent_is_told(
-    harness: Any, measured: float, at_most: bool, told: bool
+    report: Any, measured: float, at_most: bool, told: bool
 ) -> None:
-    store(harness, requirement(harness, 10.0, at_most=at_most))
-    lines = harness.regressions([requirement(harness, measured, at_most=at_most)], FACTS)
+    store(report, requirement(report, 10.0, at_most=at_most))
+    lines = report.regressions([requirement(report, measured, at_most=at_most)], FACTS)
     assert len(lines) == told
     if told:
         sign = "+" if at_most else "-"
@@ -173,70 +180,70 @@ def test_what_is_worse_by_more_than_15_percent_is_told(
         assert lines[0].endswith(f"stored 10.0 ({sign}16%)")
 
 
-def test_only_what_was_measured_and_stored_is_compared(harness: Any) -> None:
-    store(harness, requirement(harness, 10.0), requirement(harness, 0.0, key="nothing"))
-    other = [requirement(harness, 1.0, key="new"), requirement(harness, 0.0, key="nothing")]
-    assert harness.regressions(other, FACTS) == []
+def test_only_what_was_measured_and_stored_is_compared(report: Any) -> None:
+    store(report, requirement(report, 10.0), requirement(report, 0.0, key="nothing"))
+    other = [requirement(report, 1.0, key="new"), requirement(report, 0.0, key="nothing")]
+    assert report.regressions(other, FACTS) == []
 
 
-def test_seconds_are_not_stored_and_not_compared(harness: Any) -> None:
+def test_seconds_are_not_stored_and_not_compared(report: Any) -> None:
     """They are one machine's; a ratio with the same key would be another figure."""
-    store(harness, requirement(harness, 10.0), requirement(harness, 5.0, key="t", unit="ms"))
-    assert set(json.loads(harness.RATIOS.read_text())["brief"]["ratios"]) == {"it"}
-    assert harness.regressions([requirement(harness, 1.0, unit="ms")], FACTS) == []
+    store(report, requirement(report, 10.0), requirement(report, 5.0, key="t", unit="ms"))
+    assert set(json.loads(report.RATIOS.read_text())["brief"]["ratios"]) == {"it"}
+    assert report.regressions([requirement(report, 1.0, unit="ms")], FACTS) == []
 
 
-def test_a_long_run_is_not_compared_with_a_short_one(harness: Any) -> None:
-    store(harness, requirement(harness, 10.0))
+def test_a_long_run_is_not_compared_with_a_short_one(report: Any) -> None:
+    store(report, requirement(report, 10.0))
     at_length = {**FACTS, "mode": "at length"}
-    lines = harness.regressions([requirement(harness, 1.0)], at_length)
+    lines = report.regressions([requirement(report, 1.0)], at_length)
     assert lines == ["No ratios are stored that were measured at length."]
-    store(harness, requirement(harness, 1.0), mode="at length")
-    assert harness.regressions([requirement(harness, 1.0)], at_length) == []
-    assert len(harness.regressions([requirement(harness, 1.0)], FACTS)) == 1
+    store(report, requirement(report, 1.0), mode="at length")
+    assert report.regressions([requirement(report, 1.0)], at_length) == []
+    assert len(report.regressions([requirement(report, 1.0)], FACTS)) == 1
 
 
-def test_nothing_stored_at_all_is_said(harness: Any) -> None:
-    lines = harness.regressions([requirement(harness, 1.0)], FACTS)
+def test_nothing_stored_at_all_is_said(report: Any) -> None:
+    lines = report.regressions([requirement(report, 1.0)], FACTS)
     assert lines == ["No ratios are stored that were measured briefly."]
 
 
-def test_ratios_of_another_machine_are_compared_and_named(harness: Any) -> None:
-    store(harness, requirement(harness, 10.0), processor="Q", load="7")
-    lines = harness.regressions([requirement(harness, 1.0)], FACTS)
+def test_ratios_of_another_machine_are_compared_and_named(report: Any) -> None:
+    store(report, requirement(report, 10.0), processor="Q", load="7")
+    lines = report.regressions([requirement(report, 1.0)], FACTS)
     assert lines[0].startswith("regression: ")
     assert lines[1:] == ["The stored ratios are another machine's: processor: Q."]
 
 
-def test_storing_keeps_what_this_run_did_not_measure(harness: Any) -> None:
-    store(harness, requirement(harness, 10.0), requirement(harness, 3.0, key="other"))
-    store(harness, requirement(harness, 11.0), load="2")
-    stored = json.loads(harness.RATIOS.read_text())["brief"]
+def test_storing_keeps_what_this_run_did_not_measure(report: Any) -> None:
+    store(report, requirement(report, 10.0), requirement(report, 3.0, key="other"))
+    store(report, requirement(report, 11.0), load="2")
+    stored = json.loads(report.RATIOS.read_text())["brief"]
     assert stored["ratios"] == {"it": 11.0, "other": 3.0}
     assert stored["machine"]["load"] == "2"
 
 
-def test_ratios_of_two_machines_are_not_stored_together(harness: Any) -> None:
-    store(harness, requirement(harness, 10.0), requirement(harness, 3.0, key="other"))
-    store(harness, requirement(harness, 9.0), mode="at length")
-    store(harness, requirement(harness, 11.0), cores="64")
-    stored = json.loads(harness.RATIOS.read_text())
+def test_ratios_of_two_machines_are_not_stored_together(report: Any) -> None:
+    store(report, requirement(report, 10.0), requirement(report, 3.0, key="other"))
+    store(report, requirement(report, 9.0), mode="at length")
+    store(report, requirement(report, 11.0), cores="64")
+    stored = json.loads(report.RATIOS.read_text())
     assert stored["brief"]["ratios"] == {"it": 11.0}
     assert stored["at length"]["ratios"] == {"it": 9.0}
 
 
 def test_the_stored_ratios_are_of_the_form_that_is_read(perf: Import) -> None:
-    harness: Any = perf("harness")
-    for mode, stored in json.loads(harness.RATIOS.read_text()).items():
+    report: Any = perf("report")
+    for mode, stored in json.loads(report.RATIOS.read_text()).items():
         assert mode in {"brief", "at length"}
-        assert set(harness.SAME) <= set(stored["machine"])
+        assert set(report.SAME) <= set(stored["machine"])
         assert all(type(ratio) is float for ratio in stored["ratios"].values())
 
 
-def test_what_was_found_is_saved_as_json(harness: Any, tmp_path: Path) -> None:
-    report = harness.Report("it", data={"spread": harness.Spread(2.0, 1.0, 3.0)})
-    report.requirements.append(requirement(harness, 2.0))
-    harness.save(report, FACTS, tmp_path)
+def test_what_was_found_is_saved_as_json(report: Any, tmp_path: Path) -> None:
+    made = report.Report("it", data={"spread": report.Spread(2.0, 1.0, 3.0)})
+    made.requirements.append(requirement(report, 2.0))
+    report.save(made, FACTS, tmp_path)
     saved = json.loads((tmp_path / "results" / "it.json").read_text())
     assert saved["machine"] == FACTS
     assert saved["data"]["spread"] == {"median": 2.0, "low": 1.0, "high": 3.0}

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ._report import fail_usage, quiet
+
 HERE = Path(__file__).parent
 
 
@@ -38,6 +40,20 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def run(campaign: Any, arguments: argparse.Namespace) -> int:
+    """A campaign, or one of its cases again: ``replay`` raises `ValueError` or `LookupError`
+    where there is none of that name."""
+    quiet()
+    if unknown := set(getattr(arguments, "parts", ())) - set(getattr(campaign, "PARTS", ())):
+        return fail_usage(f"no such part: {', '.join(sorted(unknown))}")
+    if getattr(arguments, "replay", None) is None:
+        return int(campaign.run(arguments))
+    try:
+        return int(campaign.replay(arguments.replay))
+    except (ValueError, LookupError):
+        return fail_usage(f"no such case: {arguments.replay}")
+
+
 def main(argv: Sequence[str]) -> int:
     known = names()
     if not argv or argv[0] in ("-h", "--help"):
@@ -50,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"there is no campaign {name!r}, only {', '.join(known)}", file=sys.stderr)
         return 2
     try:
-        return int(load(name).run(parser_of(name).parse_args(rest)))
+        return run(load(name), parser_of(name).parse_args(rest))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import attrs
@@ -47,6 +47,7 @@ from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
 Contents = dict[str, bytes]
+"""The files of a log's directory."""
 
 BOMB_BYTES: Final = 16 * MiB
 """What a bomb of the random inputs decompresses to at most."""
@@ -189,7 +190,7 @@ def take_apart(contents: Contents) -> Log:
         data = contents[name]
         header = decode_segment_header(data)
         pointer = decode_pointer(data[POINTER_OFFSET:], header.seed)
-        scanner = FrameScanner(functools.partial(_slice, data), header, start_of(header))
+        scanner = FrameScanner(functools.partial(slice_of, data), header, start_of(header))
         frames: list[Frame] = []
         points_to = None
         for frame, body in scanner:
@@ -218,7 +219,7 @@ def take_apart(contents: Contents) -> Log:
     return Log(meta, segments, bool(meta.features & FEATURE_DATABASE), others)
 
 
-def _slice(data: bytes, length: int, offset: int) -> bytes:
+def slice_of(data: bytes, length: int, offset: int) -> bytes:
     return data[offset : offset + length]
 
 
@@ -232,10 +233,10 @@ TRANSACTIONS: Final[tuple[dict[bytes, bytes | None], ...]] = (
 )
 
 
-def _two_sessions() -> MemoryFiles:
-    files = make_log(*BATCHES[:2])
+def two_sessions(first: Sequence[list[bytes]], second: Sequence[list[bytes]]) -> MemoryFiles:
+    files = make_log(*first)
     log = open_log(files)
-    for batch in BATCHES[2:]:
+    for batch in second:
         append(log, *batch)
     log.close()
     return files
@@ -264,7 +265,7 @@ def _cut() -> MemoryFiles:
 BASES: Final[dict[str, Callable[[], MemoryFiles]]] = {
     "closed": lambda: make_log(*BATCHES),
     "crashed": lambda: make_log(*BATCHES, close=False),
-    "two sessions": _two_sessions,
+    "two sessions": lambda: two_sessions(BATCHES[:2], BATCHES[2:]),
     "dropped": _dropped,
     "cut": _cut,
     "one segment": lambda: make_log(*BATCHES, segment_size=16 * 1024),

@@ -24,12 +24,13 @@ from trio_wal._local import DirectoryLocator
 from trio_wal._operations import decode_transaction, encode_transaction
 from trio_wal.testing import MemoryFiles
 
-from ._oracle import Pair, Wrong
+from ._promises import State, Wrong, apply
 from ._remembered import Memory
 
 LOG = "/log"
 DB = "/db"
-State = dict[bytes, bytes]
+Pair = tuple[int, bytes]
+"""(LSN, payload)"""
 
 
 @attrs.frozen
@@ -46,8 +47,8 @@ class Recovered:
         return self.log.first_lsn
 
 
-def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
-    """Every record, as a reader of the log gets it."""
+def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Record]:
+    """Every record of an open log, as a reader gets it."""
     records: list[Record] = []
     last_lsn = log.last_lsn
     cursor = Cursor(DirectoryLocator(log), log.first_lsn)
@@ -62,7 +63,7 @@ def read_log(log: LogDirectory, memory: Memory | None = None) -> list[Pair]:
     for before, after in pairwise(records):
         if after.timestamp < before.timestamp:
             raise Wrong("other", f"the time of LSN {after.lsn} is before the one before")
-    return [(record.lsn, record.data) for record in records]
+    return records
 
 
 def recover_log(
@@ -88,7 +89,7 @@ def recover_log(
     report = log.report
     if (report.first_lsn, report.last_lsn) != (log.first_lsn, log.last_lsn):
         raise Wrong("other", f"the report tells of another log: {report}")
-    return Recovered(log, read_log(log, memory))
+    return Recovered(log, [(record.lsn, record.data) for record in read_log(log, memory)])
 
 
 def recover_database(
@@ -125,19 +126,6 @@ def replayed(found: Recovered) -> State:
         if lsn > found.store_lsn:
             apply(state, decode_transaction(payload))
     return state
-
-
-def apply(state: State, writes: dict[bytes, bytes | None]) -> None:
-    for key, value in writes.items():
-        if value is None:
-            state.pop(key, None)
-        else:
-            state[key] = value
-
-
-def transaction_key(payload: bytes) -> tuple[tuple[bytes, bytes | None], ...]:
-    """By what a transaction's record is recognized: all that it writes, in order."""
-    return tuple(decode_transaction(payload).items())
 
 
 AFTER = encode_transaction({b"after": b"the crash"})

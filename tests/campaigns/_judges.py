@@ -7,12 +7,12 @@ something or its time is over.
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,10 @@ import trio
 import trio_wal
 from trio_wal._disk.verify import verify
 from trio_wal._files import OsFiles
+
+from . import _report
+from .__main__ import load
+from ._promises import check
 
 OPERATIONS: Final = 400
 """More than a workload of `errors` has."""
@@ -48,7 +52,7 @@ Cases = Iterator[str]
 def _until_found(cases: Cases, seconds: float) -> Judgement:
     from .hostile import Slow, limited_time
 
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+    _report.quiet()
     started = time.monotonic()
     number = 0
     found = ""
@@ -64,35 +68,15 @@ def _until_found(cases: Cases, seconds: float) -> Judgement:
     return Judgement(number, found, time.monotonic() - started)
 
 
-def simulator(seed: int, seconds: float, only: str = "") -> Judgement:
-    from ._simulator import run_points
-
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+def _first_failure(campaign: str, run: str, seed: int, seconds: float, only: str) -> Judgement:
+    """Of a campaign that runs until it finds something; ``only`` is one of its workloads."""
+    _report.quiet()
     started = time.monotonic()
-    result = run_points(seed, seconds=seconds, workload=only or None)
+    more = {"workload": only} if only else {}
+    result = getattr(load(campaign), run)(seed, seconds=seconds, **more)
     found = result.first_failure
     cases = result.points + result.nested
     return Judgement(cases, found.what if found else "", time.monotonic() - started)
-
-
-def whole(seed: int, seconds: float, only: str = "") -> Judgement:
-    from .whole import run_whole
-
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-    started = time.monotonic()
-    result = run_whole(seed, seconds=seconds)
-    found = result.first_failure
-    return Judgement(result.points, found.what if found else "", time.monotonic() - started)
-
-
-def schedules(seed: int, seconds: float, only: str = "") -> Judgement:
-    from .schedules import run_schedules
-
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-    started = time.monotonic()
-    result = run_schedules(seed, seconds=seconds)
-    found = result.first_failure
-    return Judgement(result.points, found.what if found else "", time.monotonic() - started)
 
 
 def leaks(seed: int, seconds: float, only: str = "") -> Judgement:
@@ -104,22 +88,15 @@ def leaks(seed: int, seconds: float, only: str = "") -> Judgement:
 
 def errors(seed: int, seconds: float, only: str = "") -> Judgement:
     """A fault at some operation, drawn; ``only`` is ``WORKLOAD[/KIND[/MODE]]``."""
-    from .errors import KINDS, MODES, WORKLOADS, Case, run_case
+    from .errors import KINDS, MODES, WORKLOADS, first_cases, run_case
 
     def cases() -> Cases:
         rng = random.Random(seed)
         wanted = only.split("/") if only else []
         every: list[list[str]] = [list(WORKLOADS), list(KINDS), list(MODES)]
-        names, kinds, modes = (
-            [given] if given else choices for given, choices in zip_longest(wanted, every)
+        loops = first_cases(
+            *([given] if given else choices for given, choices in zip_longest(wanted, every))
         )
-        loops = [
-            Case(name, start, kind, mode, 0)
-            for name in names
-            for start in range(WORKLOADS[name].moments or 1)
-            for kind in kinds
-            for mode in modes
-        ]
         # How many operations there are turns out when one of them is asked for.
         numbers = {loop: rng.sample(range(OPERATIONS), OPERATIONS) for loop in loops}
         while loops:
@@ -171,61 +148,35 @@ def bitrot(seed: int, seconds: float, only: str = "") -> Judgement:
             # With whatever was damaged before, a reader that stays open must have done.
             some = range(max(0, case - 3), case + 1)
             failures = run_task(Task(part, name, mode, some)).failures
-            yield failures[0][0] if failures else ""
+            yield failures[0][1] if failures else ""
 
     return _until_found(cases(), seconds)
 
 
 def hostile(seed: int, seconds: float, only: str = "") -> Judgement:
-    from .hostile import MEMORY_BYTES, PLACES, STORE_KINDS, described, limit_once, run_case
+    from .hostile import MEMORY_BYTES, PLACES, STORE_KINDS, limit_once, run_case
 
     def places() -> Cases:
         first = ("log", "link to a log"), ("store", "link to a store")
         first += ("store/data.mdb", "link to an empty file"), ("store/lock.mdb", "hard link")
         every = [(target, kind) for kind in STORE_KINDS for target in PLACES]
         for target, kind in dict.fromkeys((*first, *every)):
-            try:
-                run_case("places", f"{target}|{kind}")
-            except KeyboardInterrupt:
-                raise
-            except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding)
-                yield described(exc)
-            else:
-                yield ""
+            yield _report.found_in(run_case, "places", f"{target}|{kind}")
 
     def cases() -> Cases:
         limit_once(MEMORY_BYTES)
         for number in itertools.count((seed << 32) + 1):
-            try:
-                run_case("inputs", str(number))
-            except KeyboardInterrupt:
-                raise
-            except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-                yield described(exc)
-            else:
-                yield ""
+            yield _report.found_in(run_case, "inputs", str(number))
 
     return _until_found(places() if only == "places" else cases(), seconds)
 
 
 def bombs(seed: int, seconds: float, only: str = "") -> Judgement:
     """Those that are stopped long before they have taken much memory."""
-    from .hostile import BOMBS, MEMORY_BYTES, described, run_case
+    from .hostile import BOMBS, MEMORY_BYTES, run_case
 
     names = [name for name, (_, limit) in BOMBS.items() if limit == MEMORY_BYTES]
-
-    def cases() -> Cases:
-        for name in names:
-            try:
-                run_case("bombs", name)
-            except KeyboardInterrupt:
-                raise
-            except Exception as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-                yield described(exc)
-            else:
-                yield ""
-
-    return _until_found(cases(), seconds)
+    return _until_found((_report.found_in(run_case, "bombs", name) for name in names), seconds)
 
 
 def pages(seed: int, seconds: float, only: str = "") -> Judgement:
@@ -271,14 +222,8 @@ def store(seed: int, seconds: float, only: str = "") -> Judgement:
     def cases() -> Cases:
         for number in itertools.count(seed):
             with tempfile.TemporaryDirectory() as folder:
-                try:
-                    trio.run(_database_on_disk, Path(folder), random.Random(number))
-                except KeyboardInterrupt:
-                    raise
-                except Exception as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-                    yield f"{type(exc).__name__}: {exc}"
-                else:
-                    yield ""
+                rng = random.Random(number)
+                yield _report.found_in(trio.run, _database_on_disk, Path(folder), rng)
 
     return _until_found(cases(), seconds)
 
@@ -291,7 +236,7 @@ async def _database_on_disk(folder: Path, rng: random.Random) -> None:
         async with trio_wal.open_database(
             folder / "db", segment_size=1, checkpoint_bytes=rng.choice((200, 1 << 20))
         ) as db:
-            _check(dict(db.scan()) == expected, f"life {life}: {dict(db.scan())}, not {expected}")
+            check(dict(db.scan()) == expected, f"life {life}: {dict(db.scan())}, not {expected}")
             for _ in range(rng.randrange(1, 12)):
                 async with db.transaction() as tx:
                     for key in rng.sample(keys, rng.randrange(1, 4)):
@@ -303,15 +248,15 @@ async def _database_on_disk(folder: Path, rng: random.Random) -> None:
                             tx.put(key, expected[key])
                 if rng.random() < 0.3:
                     await db.checkpoint()
-            _check(list(db.scan()) == sorted(expected.items()), "the scan is another")
+            check(list(db.scan()) == sorted(expected.items()), "the scan is another")
             back = list(db.scan(reverse=True))
-            _check(back == sorted(expected.items(), reverse=True), "the scan backwards is another")
+            check(back == sorted(expected.items(), reverse=True), "the scan backwards is another")
             if rng.random() < 0.5:
                 backup = folder / f"backup {life}", dict(expected)
                 await db.backup(backup[0])
     if backup is not None:
         async with trio_wal.open_database(backup[0]) as db:
-            _check(dict(db.scan()) == backup[1], "the backup is another")
+            check(dict(db.scan()) == backup[1], "the backup is another")
     await _mixed_up(folder)
 
 
@@ -334,7 +279,7 @@ async def _mixed_up(folder: Path) -> None:
             while db.wal.first_lsn == 1:  # noqa: ASYNC110  (nothing tells of it)
                 await trio.sleep(0.01)
     await trio.to_thread.run_sync(shutil.rmtree, folder / "later" / "store")
-    _check(first_lsn(folder / "later") > 1, "nothing of the log was dropped")
+    check(first_lsn(folder / "later") > 1, "nothing of the log was dropped")
     await _refused(folder / "later", "a missing store was passed over")
 
 
@@ -352,15 +297,10 @@ async def _refused(path: Path, otherwise: str) -> None:
     raise AssertionError(otherwise)
 
 
-def _check(condition: object, what: str) -> None:
-    if not condition:
-        raise AssertionError(what)
-
-
 JUDGES: Final[dict[str, Judge]] = {
-    "simulator": simulator,
-    "whole": whole,
-    "schedules": schedules,
+    "simulator": partial(_first_failure, "_simulator", "run_points"),
+    "whole": partial(_first_failure, "whole", "run_whole"),
+    "schedules": partial(_first_failure, "schedules", "run_schedules"),
     "errors": errors,
     "leaks": leaks,
     "bitrot": bitrot,

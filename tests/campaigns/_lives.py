@@ -6,6 +6,7 @@ heard: what stands in a pipe outlives who wrote it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,16 +15,26 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import attrs
 
 from . import _program
 from ._ledger import Ledger, new_ledger
 from ._program import Job
+from ._promises import LOST
+from ._report import Report, bound, fail_usage, in_processes, per_minute, progress_bar
+
+T = TypeVar("T")
+
+
+OPENING_SECONDS: Final = 0.02
+"""So long opening takes, about."""
+CLOSING_SECONDS: Final = 0.004
 
 
 @attrs.frozen
@@ -33,6 +44,26 @@ class Kill:
     messages: int = 0
     name: str = ""
     delay: float = 0.0
+
+
+def random_end(
+    rng: Random,
+    operations: int,
+    *,
+    messages: int,
+    steps: int,
+) -> tuple[Kill | None, dict[str, Any]]:
+    """How a life ends: killed from outside, or by itself, as these fields of its job say."""
+    found = {"operations": operations, "ending": "close"}
+    match rng.choices(("opening", "closing", "message", "step"), (3, 2, 4, 4))[0]:
+        case "opening":
+            return Kill(delay=rng.uniform(0, OPENING_SECONDS)), found
+        case "closing":
+            found["operations"] = rng.randint(1, operations)
+            return Kill(name="closing", delay=rng.uniform(0, CLOSING_SECONDS)), found
+        case "message":
+            return Kill(messages=rng.randint(1, messages), delay=rng.uniform(0, 0.002)), found
+    return None, found | {"ending": "kill", "kill_at": rng.randint(1, steps)}
 
 
 @attrs.define
@@ -185,20 +216,112 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+# -- a campaign of lives ---------------------------------------------------------------
+
+FINDINGS_MAX: Final = 10
+"""So many, and the campaign ends: the rest is most likely the same."""
+
+
+@attrs.frozen
+class Task:
+    """The lives of one directory."""
+
+    kind: str
+    seed: int
+    directory: str
+    keep: str
+
+    @property
+    def kept(self) -> Path:
+        """Where a failing case goes."""
+        return Path(self.keep).absolute() / f"{self.kind}-{self.seed}"
+
+
+@attrs.define
+class Outcome:
+    """What the lives of one directory came to."""
+
+    kind: str
+    seed: int
+    figures: Counter[str] = attrs.Factory(Counter)
+    """By column; ``opening``, ``working`` and ``closing`` are of the kills."""
+    problems: list[str] = attrs.Factory(list)
+    kept: str = ""
+
+    def count(self, life: Life) -> None:
+        self.figures["lives"] += 1
+        if life.killed:
+            self.figures.update(("kills", life.moment))
+        self.figures["torn"] += life.torn_bytes > 0
+
+
+def add_arguments(parser: argparse.ArgumentParser, campaign: str) -> None:
+    parser.add_argument("--directory", type=Path, help="where the files go (a temporary folder)")
+    keep_in = Path(f"{campaign}-failures")
+    parser.add_argument(
+        "--keep", type=Path, default=keep_in, help="for failing cases (%(default)s)"
+    )
+
+
+def run_all(
+    campaign: str,
+    arguments: argparse.Namespace,
+    columns: dict[str, str],
+    kinds: Iterable[str],
+    lives_of: Callable[[T], Outcome],
+    tasks: Callable[[str], Iterable[T]],
+    replayed: Callable[[Outcome], str],
+) -> int:
+    """Directory after directory until the budget is used up, with a row for each kind.
+
+    ``tasks`` is given the folder in which they stand; ``replayed`` the way to show a finding.
+    """
+    if arguments.directory is not None and not arguments.directory.is_dir():
+        return fail_usage(f"--directory {arguments.directory} is no folder")
+    ends = {"per_minute": "kills/min", "bound": "bound"}
+    report = Report(campaign, arguments, {"kind": "of a", **columns, **ends})
+    totals = {kind: Counter(dict.fromkeys(columns, 0)) for kind in kinds}
+    with (
+        scratch(campaign.partition(",")[0], arguments.directory) as folder,
+        progress_bar(campaign, minutes=arguments.minutes, count=arguments.count) as bar,
+    ):
+        for outcome in in_processes(lives_of, tasks(folder), arguments.workers, bar.over):
+            total = totals[outcome.kind]
+            total.update(outcome.figures)
+            if outcome.problems:
+                is_loss = any(text.startswith(LOST) for text in outcome.problems)
+                total.update(("wrong", "lost" if is_loss else "other"))
+                case = f"{outcome.kind}:{outcome.seed}"
+                what = f"{case}: {outcome.problems[0].splitlines()[0]} (kept: {outcome.kept})"
+                report.find(what, replayed(outcome))
+            kills = sum(one["kills"] for one in totals.values())
+            bar.advance(outcome.figures["kills"], f"{kills:,} kills")
+            if len(report.findings) >= FINDINGS_MAX:
+                break
+        seconds = bar.seconds
+    for kind, total in totals.items():
+        kills = total["kills"]
+        report.add(
+            **{"kind": kind, **total, "per_minute": per_minute(kills, seconds)}, bound=bound(kills)
+        )
+    return report.finish()
+
+
 # -- a failing case, kept --------------------------------------------------------------
 
 
-def keep(where: Path, files: dict[str, Path], job: Job, said: list[str], last: list[str]) -> None:
-    """Everything that `replay` needs: the files before and after the life that showed it, what
-    lives before it had said, and what it said."""
+def keep(where: Path, files: dict[str, Path], texts: dict[str, list[str]], job: Any) -> str:
+    """Everything that shows a failing case: files, what was said, and the life that showed it;
+    gives where that is."""
     shutil.rmtree(where, ignore_errors=True)
     where.mkdir(parents=True)
     for name, path in files.items():
         if path.exists():
             shutil.copytree(path, where / name)
-    for name, lines in (("said", said), ("last", last)):
+    for name, lines in texts.items():
         (where / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     (where / "job.json").write_text(job.json() + "\n", encoding="utf-8")
+    return str(where)
 
 
 def replay(where: Path, *, power: bool) -> list[str]:

@@ -18,6 +18,8 @@ from zlib import crc32
 
 import attrs
 
+from ._promises import Wrong, check
+
 SIZE_MAX: Final = 3000
 CUTS_MAX: Final = 1000
 """In one life."""
@@ -59,10 +61,6 @@ def mark_of(seed: int, data: bytes) -> Mark | None:
     return mark if size <= SIZE_MAX and record(seed, mark, size) == data else None
 
 
-class Wrong(Exception):
-    """A stream gave what it must not give."""
-
-
 @attrs.define
 class Chain:
     """What one stream has given."""
@@ -79,17 +77,16 @@ class Chain:
 
     def give(self, lsn: int, data: bytes) -> None:
         """Raises `Wrong`."""
-        if self.next_lsn and lsn != self.next_lsn:
-            raise Wrong(f"LSN {lsn} was given where {self.next_lsn} is due")
+        due = self.next_lsn or lsn
+        check(lsn == due, f"LSN {lsn} was given where {due} is due")
         self.next_lsn = lsn + 1
         self.first_lsn = self.first_lsn or lsn
         if not data:
             return
         mark = mark_of(self.seed, data)
         if mark is None:
-            raise Wrong(f"LSN {lsn} has other bytes than were written")
-        if mark.lsn != lsn:
-            raise Wrong(f"LSN {lsn} is the record of LSN {mark.lsn}")
+            raise Wrong("other", f"LSN {lsn} has other bytes than were written")
+        check(mark.lsn == lsn, f"LSN {lsn} is the record of LSN {mark.lsn}")
         before, self.known = self.known, mark
         if before is not None:
             _check_next(before, mark)
@@ -120,12 +117,12 @@ def _check_next(before: Mark, mark: Mark) -> None:
         fits = before.history == mark.history
     else:
         fits = mark.parent in (before.history, 0) and mark.lsn == mark.base_lsn
-    if not fits:
-        raise Wrong(
-            f"two histories in one stream: LSN {before.lsn} is of history {before.history}, "
-            f"LSN {mark.lsn} of history {mark.history}, which goes on from {mark.parent} "
-            f"at LSN {mark.base_lsn}"
-        )
+    check(
+        fits,
+        f"two histories in one stream: LSN {before.lsn} is of history {before.history}, "
+        f"LSN {mark.lsn} of history {mark.history}, which goes on from {mark.parent} "
+        f"at LSN {mark.base_lsn}",
+    )
 
 
 # -- the owner's side ----------------------------------------------------------------------
@@ -270,8 +267,7 @@ class History:
 
     def _must(self, at: int) -> int:
         """What whoever begins to read at a time must come to, but for cuts."""
-        place = bisect_right(self._seen, at, key=lambda pair: pair[0]) - 1
-        return self._seen[place][1] if place >= 0 else 0
+        return self._between(self._seen, at, 0)
 
     def _between(self, pairs: list[tuple[int, int]], at: int, default: int) -> int:
         place = bisect_right(pairs, at, key=lambda pair: pair[0]) - 1

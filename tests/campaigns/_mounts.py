@@ -139,12 +139,9 @@ def _in_child(function: object) -> None:
 # -- mounts ----------------------------------------------------------------------------
 
 
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _call(name: str, *arguments: object) -> None:
-    if getattr(_libc(), name)(*arguments) != 0:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
@@ -184,6 +181,12 @@ def unmount(target: str, flags: int = 0) -> None:
 @contextlib.contextmanager
 def mounted(device: str, target: str, kind: str, flags: int = 0) -> Iterator[None]:
     mount(device, target, kind, flags)
+    with unmounted_after(target):
+        yield
+
+
+@contextlib.contextmanager
+def unmounted_after(target: str) -> Iterator[None]:
     try:
         yield
     except BaseException:

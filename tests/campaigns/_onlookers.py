@@ -33,8 +33,9 @@ import trio_wal
 from trio_wal import Bookmark
 
 from . import _program
-from ._marks import Chain, Wrong
+from ._marks import Chain
 from ._owner import HEAD, Stream, now
+from ._promises import Wrong
 
 FOLLOWERS: Final = 3
 READERS: Final = 5
@@ -141,12 +142,12 @@ class _Readers:
     def rng(self, who: object) -> Random:
         return Random(f"{self.onlooker.seed} reading {who}")
 
-    def stream(self, who: str, kind: str, start: int | Bookmark | None = None) -> Stream:
+    def stream(self, who: str, kind: str, start: int | Bookmark | None, **more: Any) -> Stream:
         self.numbers += 1
         onlooker = self.onlooker
         database = onlooker.kind == "database"
         name = f"{who}.{self.numbers}"
-        return Stream(self.tell, name, kind, onlooker.seed, start, database)
+        return Stream(self.tell, name, kind, onlooker.seed, start, database, **more)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -192,16 +193,13 @@ class _Readers:
         start: int | Bookmark | None = None
         chain: Chain | None = None
         while True:
-            stream = self.stream(who, "follow", start)
+            count = rng.choice((rng.randint(1, 200), math.inf))
+            stream = self.stream(who, "follow", start, count=count, pause=pause)
+            stream.first_lsn = lambda: reader.first_lsn
             if start is not None and chain is not None:
                 stream.chain = chain
             self.followers[who] = stream
-            end = await stream.run(
-                reader.follow,
-                first_lsn=lambda: reader.first_lsn,
-                pause=pause,
-                count=rng.choice((rng.randint(1, 200), math.inf)),
-            )
+            end = await stream.run(reader.follow)
             start, chain = stream.again(end), stream.chain
             # Where it stays away for long, the log may have been cut, more than once.
             away = AWAY_SECONDS_MAX if rng.random() < AWAY_SHARE else 0.01
@@ -231,12 +229,11 @@ class _Readers:
             return
         if kind == "some":
             # A follower that leaves.
-            stream = self.stream(who, "follow", start)
+            stream = self.stream(who, "follow", start, count=rng.randint(1, 100))
             with trio.move_on_after(rng.uniform(0, 0.1)):
-                await stream.run(reader.follow, first_lsn=lambda: 1, count=rng.randint(1, 100))
+                await stream.run(reader.follow)
             return
-        stream = self.stream(who, "read", start)
-        await stream.run(reader.read, first_lsn=lambda: 1)
+        await self.stream(who, "read", start).run(reader.read)
 
     async def asked(self) -> None:
         stream = trio.lowlevel.FdStream(self.onlooker.command)
@@ -354,7 +351,7 @@ def _dumped(line: dict[str, Any]) -> tuple[int, bytes]:
         for operation in line["operations"]:
             if _bytes(operation["key"]) == HEAD:
                 return line["lsn"], _bytes(operation["value"])
-        raise Wrong(f"LSN {line['lsn']} is nobody's transaction")
+        raise Wrong("other", f"LSN {line['lsn']} is nobody's transaction")
     return line["lsn"], _bytes(line)
 
 

@@ -10,14 +10,12 @@ Its own streams tell as those of `_onlookers` do.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import count
 from operator import attrgetter
 from random import Random
 from typing import Any, Final
@@ -44,49 +42,29 @@ from ._marks import (
     Chain,
     Mark,
     Runs,
-    Wrong,
     mark_of,
     record,
     runs_of,
 )
-from ._program import BROKEN, KillAtStep, Tell, leaves, teller
+from ._program import BaseJob, Life, Tell, leaves, run_told, teller
+from ._promises import Wrong, check
 
 HEAD: Final = b"head"
 """The key of a database that has the record of its newest transaction."""
-PAUSE_SECONDS_MAX: Final = 0.02
 TELL_RECORDS: Final = 8
 """A stream tells what it has been given so often, and at its end."""
 
 
 @attrs.frozen(kw_only=True)
-class Owner:
-    """One life."""
+class Owner(BaseJob):
+    """One life; its kind may also be "streams": a log."""
 
-    kind: str
-    """"log", "database", or "streams": a log."""
-    path: str
-    seed: int
-    life: int = 0
-    tasks: int = 4
-    operations: int = 20
-    """Of each task."""
-    ending: str = "close"
-    """"close": in order; "exit": the process ends when its tasks have; "kill": at a step."""
-    kill_at: int = 0
     streams: int = 2
     """Of its own readers."""
     runs: list[list[int]] = attrs.Factory(lambda: [[], []])
     """`_marks.Runs` of what the lives before have written."""
-    drops: bool = True
-    """Whether `truncate_before` is among what it does."""
-    cuts: bool = True
-    """Whether `truncate_after` is among what it does."""
     keep: int = 0
     """Segments that retention keeps; 0: all, of a database what its store has not."""
-    options: dict[str, Any] = attrs.Factory(dict)
-
-    def json(self) -> str:
-        return json.dumps(attrs.asdict(self))
 
     def open(self) -> Any:
         retention = KeepSegments(self.keep) if self.keep else None
@@ -154,20 +132,20 @@ class Stream:
     position: int = 0
     """The last LSN that it is beyond."""
     running: bool = True
+    first_lsn: Callable[[], int] = lambda: 1
+    """Where the log starts, as far as anybody asks for the position."""
+    count: float = math.inf
+    """It leaves after so many."""
+    each: Callable[[int], None] = lambda lsn: None
+    """Called with the LSN of each."""
+    pause: Callable[[], float | None] = lambda: None
+    """So long it waits after one."""
 
-    async def run(
-        self,
-        open_stream: Callable[[int | Bookmark | None], Any],
-        *,
-        first_lsn: Callable[[], int],
-        count: float = math.inf,
-        each: Callable[[int], None] | None = None,
-        pause: Callable[[], float | None] | None = None,
-    ) -> str:
+    async def run(self, open_stream: Callable[[int | Bookmark | None], Any]) -> str:
         """Gives how it ended: "end", "left", "truncated", "diverged", "closed", "error"."""
         end: list[Any] = ["error", "cancelled"]
         try:
-            end = await self._read(open_stream, first_lsn, count, each, pause)
+            end = await self._read(open_stream)
         except LogDivergedError as exc:
             if exc.parted_after is not None:
                 self.common = Bookmark(exc.parted_after, exc.bookmark.epoch)
@@ -203,36 +181,28 @@ class Stream:
             return self.common
         return None
 
-    async def _read(
-        self,
-        open_stream: Callable[[int | Bookmark | None], Any],
-        first_lsn: Callable[[], int],
-        count: float,
-        each: Callable[[int], None] | None,
-        pause: Callable[[], float | None] | None,
-    ) -> list[Any]:
+    async def _read(self, open_stream: Callable[[int | Bookmark | None], Any]) -> list[Any]:
         first = self.first
         if first is not None:
             self.chain.next_lsn = max(1, first)
         given = 0
         async with open_stream(self.start) as records:
             self.entered = now()
-            self.position = (first_lsn() if first is None else max(1, first)) - 1
+            self.position = (self.first_lsn() if first is None else max(1, first)) - 1
             async for item in records:
                 data = payload(item) if self.database else item.data
                 self.chain.give(item.lsn, data)
                 self.position = item.lsn
-                if each is not None:
-                    each(item.lsn)
+                self.each(item.lsn)
                 given += 1
                 if given % TELL_RECORDS == 0:
                     self._tell_given()
-                if given >= count:
+                if given >= self.count:
                     self.bookmark = records.bookmark
-                    if self.bookmark.lsn != item.lsn:
-                        raise Wrong(f"after LSN {item.lsn} the bookmark is {self.bookmark}")
+                    told = f"after LSN {item.lsn} the bookmark is {self.bookmark}"
+                    check(self.bookmark.lsn == item.lsn, told)
                     return ["left"]
-                if pause is not None and (seconds := pause()) is not None:
+                if (seconds := self.pause()) is not None:
                     self._tell_given()
                     await trio.sleep(seconds)
         return ["end"]
@@ -251,58 +221,22 @@ def payload(item: Any) -> bytes:
         writes = decode_transaction(item.data)
     value = writes.get(HEAD)
     if value is None:
-        raise Wrong(f"LSN {item.lsn} is nobody's transaction")
+        raise Wrong("other", f"LSN {item.lsn} is nobody's transaction")
     return value
 
 
 # -- the lives -----------------------------------------------------------------------------
 
 
-class _Gate:
-    """Operations beside each other, or one call alone."""
+class _Life(Life):
+    writer: Writer
+    wal: WriteAheadLog
 
-    def __init__(self) -> None:
-        self._running = 0
-        self._shut = False
-        self._lot = trio.lowlevel.ParkingLot()
-
-    @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        while self._shut:
-            await self._lot.park()
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            self._lot.unpark_all()
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        while self._shut:
-            await self._lot.park()
-        self._shut = True
-        try:
-            while self._running:
-                await self._lot.park()
-            yield
-        finally:
-            self._shut = False
-            self._lot.unpark_all()
-
-
-class _Life:
     def __init__(self, owner: Owner, tell: Tell) -> None:
+        super().__init__(owner, tell)
         self.owner = owner
-        self.tell = tell
-        self.gate = _Gate()
-        self.writer: Writer
-        self.wal: WriteAheadLog
         self.durable_max = 0
-        self.is_sync = owner.options.get("durability", "sync") == "sync"
-
-    def rng(self, who: object) -> Random:
-        return Random(f"{self.owner.seed} {self.owner.life} {who}")
+        self.numbers = count(1)
 
     def say(self, name: str, *words: object) -> None:
         self.tell(name, now(), *words)
@@ -335,64 +269,38 @@ class _Life:
             except LsnTruncatedError:
                 continue
 
-    async def tasks(self, *beside: Callable[[Random], Awaitable[None]]) -> None:
-        async def task(index: int) -> None:
-            rng = self.rng(index)
-            for _ in range(self.owner.operations):
-                async with self.gate.shared():
-                    await self.act(rng)
+    async def go(self, *beside: Callable[[Random], Awaitable[None]]) -> None:
+        streams = [partial(self.read_on, place) for place in range(self.owner.streams)]
+        await self.tasks(self.act, *beside, *streams)
 
-        async def other(function: Callable[[Random], Awaitable[None]], rng: Random) -> None:
-            while True:
-                await trio.sleep(rng.uniform(0, PAUSE_SECONDS_MAX))
-                await function(rng)
-
-        async with trio.open_nursery() as aside:
-            for place, function in enumerate(beside):
-                aside.start_soon(other, function, self.rng(f"beside {place}"))
-            for place in range(self.owner.streams):
-                aside.start_soon(self.read_on, place, self.rng(f"stream {place}"))
-            async with trio.open_nursery() as nursery:
-                for index in range(self.owner.tasks):
-                    nursery.start_soon(task, index)
-            aside.cancel_scope.cancel()
-
-    async def act(self, rng: Random) -> None:
+    async def act(self, task: int, number: int, rng: Random) -> int:
         raise NotImplementedError
 
     async def read_on(self, place: int, rng: Random) -> None:
-        """One stream after the other, in the owner's process."""
-        who = f"life {self.owner.life}, own stream {place}"
-        number = 0
-        while True:
-            number += 1
-            await self.read_once(f"{who}.{number}", place, rng)
-            await trio.sleep(rng.uniform(0, PAUSE_SECONDS_MAX))
+        """A stream in the owner's process."""
+        who = f"life {self.owner.life}, own stream {place}.{next(self.numbers)}"
+        await self.read_once(who, place, rng)
 
     async def read_once(self, who: str, place: int, rng: Random) -> None:
         raise NotImplementedError
 
     def check_durable(self, lsn: int) -> None:
         self.durable_max = max(self.durable_max, self.wal.durable_lsn)
-        if lsn > self.durable_max:
-            raise Wrong(f"LSN {lsn} was given, durable is {self.durable_max}")
+        check(lsn <= self.durable_max, f"LSN {lsn} was given, durable is {self.durable_max}")
 
     def acknowledge(self, last: int, expected: int, seen: int) -> None:
         if last != expected:
             self.tell("strange", f"LSN {last} was given to the record of LSN {expected}")
-        if self.is_sync:
+        if self.synced:
             self.say("ack", last, self.writer.runs.of(last), seen)
 
 
 class _LogLife(_Life):
     async def run(self, wal: WriteAheadLog) -> None:
         await self.look(wal)
-        if self.owner.operations:
-            owner = self.owner
-            beside = [self.drop] * owner.drops + [self.cut] * owner.cuts
-            await self.tasks(*beside)
+        await self.go(*[self.drop] * self.owner.drops, *[self.cut] * self.owner.cuts)
 
-    async def act(self, rng: Random) -> None:
+    async def act(self, task: int, number: int, rng: Random) -> int:
         wal, writer = self.wal, self.writer
         kind = rng.choices(("append", "many", "send"), (5, 2, 2))[0]
         unit = [writer.record(rng) for _ in range(1 if kind == "append" else rng.randint(2, 5))]
@@ -405,6 +313,7 @@ class _LogLife(_Life):
             for data in unit:
                 wal.send_nowait(data)
             await wal.flush()
+        return number + 1
 
     async def drop(self, rng: Random) -> None:
         wal, runs = self.wal, self.writer.runs
@@ -443,16 +352,15 @@ class _LogLife(_Life):
                 self.say("cut done", lsn)
 
     async def read_once(self, who: str, place: int, rng: Random) -> None:
-        wal = self.wal
+        wal, seed = self.wal, self.owner.seed
+        each = self.check_durable
         if place == 0:
-            stream = Stream(self.tell, who, "follow", self.owner.seed)
-            await stream.run(wal.follow, first_lsn=lambda: wal.first_lsn, each=self.check_durable)
+            await Stream(self.tell, who, "follow", seed, each=each).run(wal.follow)
             return
         start: int | None = None
         if rng.random() < 0.6:
             start = rng.randint(wal.first_lsn, wal.durable_lsn + 1)
-        stream = Stream(self.tell, who, "read", self.owner.seed, start)
-        await stream.run(wal.read, first_lsn=lambda: wal.first_lsn, each=self.check_durable)
+        await Stream(self.tell, who, "read", seed, start, each=each).run(wal.read)
 
 
 class _DatabaseLife(_Life):
@@ -461,8 +369,7 @@ class _DatabaseLife(_Life):
     async def run(self, db: Database) -> None:
         self.db = db
         await self.look(db.wal)
-        if self.owner.operations:
-            await self.tasks(self.checkpoint, self.put)
+        await self.go(self.checkpoint, self.put)
 
     async def find_runs(self) -> Runs:
         seed = self.owner.seed
@@ -479,7 +386,7 @@ class _DatabaseLife(_Life):
                 runs.begin(mark.base_lsn, mark.history)
         return runs
 
-    async def act(self, rng: Random) -> None:
+    async def act(self, task: int, number: int, rng: Random) -> int:
         db, writer = self.db, self.writer
         # No reads, so no conflicts; and what waits for a checkpoint does so on entering: the
         # order of commits is that of the calls.
@@ -489,6 +396,7 @@ class _DatabaseLife(_Life):
             tx.put(HEAD, writer.record(rng, empty=False))
             last, seen = writer.next_lsn - 1, db.durable_lsn
         self.acknowledge(tx.lsn or 0, last, seen)
+        return number + 1
 
     async def put(self, rng: Random) -> None:
         """Alone: it may have to wait for a checkpoint after its record was made."""
@@ -504,15 +412,9 @@ class _DatabaseLife(_Life):
 
     async def read_once(self, who: str, place: int, rng: Random) -> None:
         db = self.db
-        tell, seed = self.tell, self.owner.seed
-        if place == 0:
-            stream = Stream(tell, who, "follow", seed, database=True)
-            await stream.run(
-                db.changes, first_lsn=lambda: db.wal.first_lsn, each=self.check_durable
-            )
-            return
-        stream = Stream(tell, who, "read", seed, database=True)
-        await stream.run(db.wal.read, first_lsn=lambda: db.wal.first_lsn, each=self.check_durable)
+        kind, read = ("follow", db.changes) if place == 0 else ("read", db.wal.read)
+        each = self.check_durable
+        await Stream(self.tell, who, kind, self.owner.seed, database=True, each=each).run(read)
 
 
 def tell_syncs(life: _Life) -> None:
@@ -545,13 +447,4 @@ async def live(owner: Owner, tell: Tell) -> None:
 def run(owner: Owner, fd: int) -> int:
     """A life in this process, which is to end with it; gives its exit code."""
     tell = teller(fd)
-    logging.disable()
-    instruments = [KillAtStep(owner.kill_at)] if owner.ending == "kill" else []
-    try:
-        trio.run(live, owner, tell, instruments=instruments)
-    except BrokenPipeError:
-        return 1
-    except Exception as exc:  # noqa: BLE001  (told, and a finding)
-        tell("strange", f"{leaves(exc)}\n{traceback.format_exc()}")
-        return BROKEN
-    return 0
+    return run_told(owner, tell, live, owner, tell)

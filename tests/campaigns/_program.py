@@ -22,8 +22,8 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import lru_cache
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import lru_cache, partial
 from hashlib import shake_128
 from random import Random
 from typing import Any, Final
@@ -37,6 +37,8 @@ from trio_wal import Database, Transaction, TransactionConflict, WriteAheadLog
 from trio_wal._disk.segment import SPARE_PREFIX
 from trio_wal._files import Files, OsDirectory, OsFile, OsFiles
 from trio_wal._operations import decode_transaction
+
+from . import _report
 
 Tell = Callable[..., None]
 Mark = tuple[int, int, int, int, int]
@@ -69,8 +71,8 @@ POISON: Final = b"the disk does not take this"
 
 
 @attrs.frozen(kw_only=True)
-class Job:
-    """One life."""
+class BaseJob:
+    """One life of a program that writes into a log."""
 
     kind: str
     """"log" or "database"."""
@@ -88,6 +90,17 @@ class Job:
     """Whether `truncate_after` is among what it does."""
     drops: bool = True
     """Whether `truncate_before` is."""
+    options: dict[str, Any] = attrs.Factory(dict)
+    """For `open_wal` or `open_database`."""
+
+    def json(self) -> str:
+        return json.dumps(attrs.asdict(self))
+
+
+@attrs.frozen(kw_only=True)
+class Job(BaseJob):
+    """One life of this program."""
+
     large: bool = False
     """Appends only, of records so large that segments are not written with zeros in advance, and
     each the first in its blocks of the file system."""
@@ -101,10 +114,6 @@ class Job:
     in the file system's journal, and we may then be told nothing."""
     ballast: str = ""
     """A file that is removed at the first `LogFullError`, to make room."""
-    options: dict[str, Any] = attrs.Factory(dict)
-
-    def json(self) -> str:
-        return json.dumps(attrs.asdict(self))
 
 
 class InlineFiles(OsFiles):
@@ -176,10 +185,10 @@ def account_key(place: int) -> bytes:
     return b"account/%d" % place
 
 
-# -- the log ---------------------------------------------------------------------------
+# -- lives -----------------------------------------------------------------------------
 
 
-class _Gate:
+class Gate:
     """Operations beside each other, or one call alone."""
 
     def __init__(self) -> None:
@@ -200,6 +209,8 @@ class _Gate:
 
     @contextlib.asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
+        while self._shut:
+            await self._lot.park()
         self._shut = True
         try:
             while self._running:
@@ -210,41 +221,29 @@ class _Gate:
             self._lot.unpark_all()
 
 
-class _Life:
-    """What log and database have in common."""
+class Life:
+    """What every program has that writes into a log: tasks, and what goes on beside them."""
 
-    def __init__(self, job: Job, tell: Tell) -> None:
+    def __init__(self, job: Any, tell: Tell) -> None:
         self.job = job
         self.tell = tell
         self.failed = False
-        self.gate = _Gate()
+        self.gate = Gate()
         self.synced = job.options.get("durability", "sync") == "sync"
         """Whether an acknowledgement means durable."""
 
-    def size(self, rng: Random) -> int:
-        return LARGE if self.job.large else _size(rng)
-
     def rng(self, who: object) -> Random:
         return Random(f"{self.job.seed} {self.job.life} {who}")
-
-    def error(self, exc: BaseException, task: int = -1, number: int = -1) -> None:
-        """Say how a call failed."""
-        cause = exc if isinstance(exc, OSError) else exc.__cause__
-        outcome = getattr(exc, "outcome", "")
-        name = type(exc).__name__
-        self.tell("error", task, number, name, outcome, getattr(cause, "errno", None))
-        if isinstance(exc, trio_wal.LogFullError) and os.path.exists(self.job.ballast):
-            os.unlink(self.job.ballast)
-            self.tell("room")
-        if isinstance(exc, trio.BrokenResourceError):
-            self.failed = True
 
     async def tasks(
         self,
         act: Callable[[int, int, Random], Awaitable[int]],
         *beside: Callable[[Random], Awaitable[None]],
     ) -> None:
-        """All tasks, and beside them what goes on until they are done."""
+        """All tasks, and beside them what goes on until they are done.
+
+        ``act`` is given a task's index and the number of its operation, and gives the next one's.
+        """
 
         async def task(index: int) -> None:
             rng, number = self.rng(index), 0
@@ -269,6 +268,47 @@ class _Life:
                     nursery.start_soon(task, index)
             aside.cancel_scope.cancel()
 
+
+# -- the log ---------------------------------------------------------------------------
+
+
+class _Life(Life):
+    """What log and database have in common."""
+
+    def size(self, rng: Random) -> int:
+        return LARGE if self.job.large else _size(rng)
+
+    def error(self, exc: BaseException, task: int = -1, number: int = -1) -> None:
+        """Say how a call failed."""
+        cause = exc if isinstance(exc, OSError) else exc.__cause__
+        outcome = getattr(exc, "outcome", "")
+        name = type(exc).__name__
+        self.tell("error", task, number, name, outcome, getattr(cause, "errno", None))
+        if isinstance(exc, trio_wal.LogFullError) and os.path.exists(self.job.ballast):
+            os.unlink(self.job.ballast)
+            self.tell("room")
+        if isinstance(exc, trio.BrokenResourceError):
+            self.failed = True
+
+    @contextlib.contextmanager
+    def telling(self, task: int = -1, number: int = -1) -> Iterator[None]:
+        """A call may fail as it is documented, which is told."""
+        try:
+            yield
+        except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
+            self.error(exc, task, number)
+
+    async def probe(self, wal: WriteAheadLog, write: Callable[[], Awaitable[int]]) -> None:
+        """A log that has failed takes nothing more, and says so."""
+        if not self.failed:
+            return
+        try:
+            lsn = await write()
+        except trio.BrokenResourceError:
+            self.tell("dead", wal.durable_lsn)
+        else:
+            self.tell("strange", f"a failed log took LSN {lsn}")
+
     async def cancelling(
         self, rng: Random, task: int, number: int, call: Callable[[], Awaitable[int]]
     ) -> None:
@@ -276,10 +316,8 @@ class _Life:
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as scope:
                 nursery.start_soon(self._cancel, scope, rng.randrange(6))
-                try:
+                with self.telling(task, number):
                     self.acknowledge(task, number, await call())
-                except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
-                    self.error(exc, task, number)
             if scope.cancelled_caught:
                 # That is the promise: raised means absent.
                 self.tell("absent", task, number)
@@ -322,17 +360,7 @@ class _LogLife(_Life):
         if self.job.cuts:
             beside.append(self.cut)
         await self.tasks(self.act, *beside)
-        if self.failed:
-            await self.is_dead()
-
-    async def is_dead(self) -> None:
-        """A log that has failed takes nothing more, and says so."""
-        try:
-            lsn = await self.wal.append(b"after the failure")
-        except trio.BrokenResourceError:
-            self.tell("dead", self.wal.durable_lsn)
-        else:
-            self.tell("strange", f"a failed log took LSN {lsn}")
+        await self.probe(wal, partial(wal.append, b"after the failure"))
 
     async def act(self, task: int, number: int, rng: Random) -> int:
         """One operation; gives the number of the next."""
@@ -344,7 +372,7 @@ class _LogLife(_Life):
             kind = "poison"
         sizes = [self.size(rng) for _ in range(1 if kind == "append" else rng.randint(2, 5))]
         seed, life = self.job.seed, self.job.life
-        try:
+        with self.telling(task, number):
             if kind == "send":
                 await self.send(task, number, sizes)
                 return number + len(sizes)
@@ -362,8 +390,6 @@ class _LogLife(_Life):
                 if kind == "poison":
                     units = [units[0] + POISON]
                 self.acknowledge(task, number, await wal.append(units[0]))
-        except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
-            self.error(exc, task, number)
         return number + 1
 
     async def send(self, task: int, number: int, sizes: list[int]) -> None:
@@ -543,22 +569,11 @@ class _DatabaseLife(_Life):
         await self.look(db)
         if not self.job.operations:
             return
-        try:
+        with self.telling():
             if db.get(SETUP) is None:
                 await self.set_up()
             await self.tasks(self.act, self.checkpoint, self.snapshot)
-        except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
-            self.error(exc)
-        if self.failed:
-            await self.is_dead()
-
-    async def is_dead(self) -> None:
-        try:
-            lsn = await self.db.put(SETUP, b"after the failure")
-        except trio.BrokenResourceError:
-            self.tell("dead", self.db.wal.durable_lsn)
-        else:
-            self.tell("strange", f"a failed database took LSN {lsn}")
+        await self.probe(db.wal, partial(db.put, SETUP, b"after the failure"))
 
     async def set_up(self) -> None:
         self.tell("set up")
@@ -571,15 +586,13 @@ class _DatabaseLife(_Life):
 
     async def act(self, task: int, number: int, rng: Random) -> int:
         self.tell("will", task, number, 1)
-        try:
+        with self.telling(task, number):
             if rng.random() < 0.1:
                 await self.cancelling(rng, task, number, lambda: self.commit(task, number, rng))
             else:
                 self.acknowledge(task, number, await self.commit(task, number, rng))
                 if not self.synced and rng.random() < 0.2:
                     self.tell("seen", await self.db.wal.flush())
-        except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
-            self.error(exc, task, number)
         return number + 1
 
     async def commit(self, task: int, number: int, rng: Random) -> int:
@@ -616,10 +629,8 @@ class _DatabaseLife(_Life):
             tx.put(account_key(target), b"%d" % (read[1] + amount))
 
     async def checkpoint(self, rng: Random) -> None:
-        try:
+        with self.telling():
             self.tell("seen", await self.db.checkpoint())
-        except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
-            self.error(exc)
 
     async def snapshot(self, rng: Random) -> None:
         """What a snapshot shows is whole and durable, also while checkpoints go on."""
@@ -643,24 +654,19 @@ class _DatabaseLife(_Life):
 
 async def live(job: Job, tell: Tell, files: Files | None = None) -> None:
     """Open, tell, work, close; every error of the package's is told."""
-    life: _LogLife | _DatabaseLife
+    is_log = job.kind == "log"
+    life: Any = (_LogLife if is_log else _DatabaseLife)(job, tell)
+    opening: Any = trio_wal.open_wal if is_log else trio_wal.open_database
     tell("life", job.life)
     stage = "open"
     try:
-        if job.kind == "log":
-            life = _LogLife(job, tell)
-            async with trio_wal.open_wal(job.path, files=files, **job.options) as wal:
-                stage = "run"
-                await life.run(wal)
-                stage = "close"
-                _end(job, tell)
-        else:
-            life = _DatabaseLife(job, tell)
-            async with trio_wal.open_database(job.path, files=files, **job.options) as db:
-                stage = "run"
-                await life.run(db)
-                stage = "close"
-                _end(job, tell)
+        async with opening(job.path, files=files, **job.options) as opened:
+            stage = "run"
+            await life.run(opened)
+            stage = "close"
+            tell("closing")
+            if job.ending == "exit":
+                os._exit(0)
     except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
         if stage == "open" or (stage == "run" and isinstance(exc, OSError)):
             # Also where what was opened could not be read.
@@ -672,12 +678,6 @@ async def live(job: Job, tell: Tell, files: Files | None = None) -> None:
                 tell("strange", f"{exc!r}\n{traceback.format_exc()}")
     else:
         tell("closed")
-
-
-def _end(job: Job, tell: Tell) -> None:
-    tell("closing")
-    if job.ending == "exit":
-        os._exit(0)
 
 
 class KillAtStep(trio.abc.Instrument):
@@ -773,8 +773,6 @@ def run(job: Job, fd: int) -> int:
     """A life in this process, which is to end with it; gives its exit code."""
     tell = teller(fd)
     said: list[str] = []
-    # What goes wrong on purpose is told, not logged.
-    logging.disable()
 
     def tell_and_see(*words: object) -> None:
         said.append(str(words[0]))
@@ -784,23 +782,30 @@ def run(job: Job, fd: int) -> int:
         let_stranger_sync_first(os.path.dirname(job.path))
     if job.faulty:
         tell_syncs(tell)
+    if code := run_told(job, tell, live, job, tell_and_see):
+        return code
+    if job.faulty and "error" in said and os.path.exists(job.path):
+        tell("second sync", sync_again(job.path))
+    return FAILED if {"error", "refused"} & set(said) else 0
+
+
+def run_told(job: Any, tell: Tell, main: Callable[..., Awaitable[None]], *args: Any) -> int:
+    """Run a life's program; an error of its own is told, and a finding.  Gives the exit code."""
+    # What goes wrong on purpose is told, not logged.
+    logging.disable()
     instruments = [KillAtStep(job.kill_at)] if job.ending == "kill" else []
     try:
-        trio.run(live, job, tell_and_see, instruments=instruments)
-        if job.faulty and "error" in said and os.path.exists(job.path):
-            tell("second sync", sync_again(job.path))
+        trio.run(main, *args, instruments=instruments)
     except BrokenPipeError:
         return 1
     except Exception as exc:  # noqa: BLE001  (told, and a finding)
         tell("strange", f"{leaves(exc)}\n{traceback.format_exc()}")
         return BROKEN
-    return FAILED if {"error", "refused"} & set(said) else 0
+    return 0
 
 
 def leaves(exc: BaseException) -> str:
-    """What is in a group, without the group."""
-    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
-    return ", ".join(map(leaves, inner)) if inner else repr(exc)
+    return ", ".join(map(repr, _report.leaves(exc)))
 
 
 def ignore_interrupts() -> None:

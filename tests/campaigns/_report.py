@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -35,6 +39,9 @@ R = TypeVar("R")
 
 LINE_SECONDS = 20.0
 """Without a terminal the progress is told this often."""
+ALIKE_MAX = 2
+"""Findings, of failures that are alike."""
+MEMORY = "/dev/shm"
 NARROW = 130
 """Columns of the tables where there is no terminal."""
 
@@ -48,8 +55,11 @@ def add_common_arguments(
     minutes: float | None = None,
     count: int | None = None,
     workers: bool = True,
+    parts: Iterable[str] = (),
 ) -> None:
     """The options that all campaigns have; ``minutes`` or ``count`` is the default budget."""
+    if parts:
+        parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all")
     parser.add_argument("--minutes", type=float, default=minutes, help="how long (%(default)s)")
     parser.add_argument("--count", type=int, default=count, help="how many cases (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of everything random (%(default)s)")
@@ -134,11 +144,53 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=NARROW)
 
 
+# -- cases ------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """What goes wrong on purpose is not logged."""
+    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
+
+
+def leaves(exc: BaseException) -> list[BaseException]:
+    """What is in a group, without the group."""
+    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    return [leaf for one in inner for leaf in leaves(one)] if inner else [exc]
+
+
+def described(exc: BaseException) -> str:
+    """What was raised, and where."""
+
+    def one(leaf: BaseException) -> str:
+        place = traceback.extract_tb(leaf.__traceback__)[-1:]
+        where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in place)
+        return f"{type(leaf).__name__}: {leaf}{where}"
+
+    return " | ".join(map(one, leaves(exc)))
+
+
+def found_in(case: Callable[..., object], *arguments: object) -> str:
+    """What a case raises, which is a finding, whatever it is; nothing: it raises nothing."""
+    try:
+        case(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # noqa: BLE001, ASYNC103  (see above)
+        return described(exc)
+    return ""
+
+
+def fast_folder() -> str | None:
+    """Where files that are written again and again go; None: it is not there."""
+    return MEMORY if os.access(MEMORY, os.W_OK) else None
+
+
 # -- processes --------------------------------------------------------------------
 
 
-def _collect_less() -> None:
-    """Of a worker: garbage in cycles is little, and what is alive is looked through often."""
+def _begin_worker() -> None:
+    quiet()
+    # Garbage in cycles is little, and what is alive is looked through often.
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
 
@@ -166,7 +218,7 @@ def in_processes(
     # Not forked: this process has threads (the progress bar's).
     context = multiprocessing.get_context("spawn")
     iterator = iter(tasks)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_collect_less) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         running: set[Future[R]] = set()
         try:
             while True:
@@ -190,6 +242,45 @@ def in_processes(
                 future.cancel()
 
 
+@attrs.frozen
+class Answer:
+    """What came of the cases of one task."""
+
+    cases: int
+    """So much is done of what the bar counts."""
+    note: str
+    """Behind the bar."""
+    rows: dict[Any, Counter[str]]
+    """Figures, by row."""
+    failures: list[tuple[object, str]] = attrs.Factory(list)
+    """(the case as ``--replay`` wants it, what is wrong)"""
+
+
+def collect(
+    report: Report, job: Callable[[T], Answer], tasks: Iterable[T], count: int | None
+) -> tuple[dict[Any, Counter[str]], float]:
+    """The answers to all tasks: (figures by row, seconds).  Of failures that are alike some are
+    findings, and how many there were is noted."""
+    arguments = report.arguments
+    assert arguments is not None
+    rows: dict[Any, Counter[str]] = {}
+    alike: Counter[str] = Counter()
+    with progress_bar(report.campaign, minutes=arguments.minutes, count=count) as bar:
+        for answer in in_processes(job, tasks, arguments.workers, bar.over):
+            for row, figures in answer.rows.items():
+                rows.setdefault(row, Counter()).update(figures)
+            for case, what in answer.failures:
+                kind = re.sub(r"\d+", "", what)[:60]
+                alike[kind] += 1
+                if alike[kind] <= ALIKE_MAX:
+                    report.find(what, replay_command(report.campaign, "--replay", f"'{case}'"))
+            bar.advance(answer.cases, answer.note)
+        seconds = bar.seconds
+    for kind, number in alike.items():
+        report.note(f"{number:,} times {kind}")
+    return rows, seconds
+
+
 # -- the report -------------------------------------------------------------------
 
 
@@ -210,7 +301,8 @@ class Report:
     """
 
     campaign: str
-    arguments: argparse.Namespace
+    arguments: argparse.Namespace | None
+    """None: one case is run again."""
     columns: dict[str, str]
     rows: list[dict[str, Any]] = attrs.Factory(list)
     findings: list[dict[str, str]] = attrs.Factory(list)

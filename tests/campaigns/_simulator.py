@@ -19,38 +19,50 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import attrs
 import trio
+from helpers import read_all
 from trio.testing import MockClock
 
 import trio_wal
+from trio_wal._operations import decode_transaction
 from trio_wal.testing import MemoryFiles
 
 from ._images import (
     DB,
     LOG,
     Recovered,
-    State,
     append_after,
-    apply,
     fingerprint,
     recover_database,
     recover_log,
     replayed,
-    transaction_key,
 )
-from ._oracle import Timeline, Wrong
+from ._promises import Promises, State, Wrong, anything, apply
 from ._remembered import Memory
-from ._report import replay_command
+from ._report import Report, bound, in_processes, per_minute, progress_bar, replay_command
 
 # A broken log says so; here logs are broken by the thousand.
 logging.getLogger("trio_wal").addHandler(logging.NullHandler())
 
+T = TypeVar("T")
+
+ENDS = {
+    "lost": "lost",
+    "partial": "partial",
+    "other": "other",
+    "per_minute": "per minute",
+    "bound": "3/N",
+}
+"""Last columns of a table of results."""
+FINDINGS_MAX = 10
+"""So many, and a campaign ends: the rest is most likely the same."""
 POWER_IMAGES = 6
 """Damage seeds of an operation; fewer where little can be damaged."""
 NESTED_IMAGES = 2
@@ -112,6 +124,37 @@ class Result:
         self.deepest = max(self.deepest, more.deepest)
         self.first_failure = self.first_failure or more.first_failure
 
+    def fail(self, error: Exception, where: str, campaign: str, case: str) -> None:
+        """Something is wrong; ``case`` is what ``--replay`` wants."""
+        kind = error.kind if isinstance(error, Wrong) else "other"
+        setattr(self, kind, getattr(self, kind) + 1)
+        told = str(error) if isinstance(error, Wrong) else _trace(error)
+        replay = replay_command(campaign, "--replay", case)
+        points = self.points + self.nested
+        self.first_failure = Failure(f"{where}: {told}", replay, points, kind)
+
+    def found_by(self, part: Result) -> bool:
+        """Add a part; whether it, or one before it, has found something, after so many points."""
+        self.add(part)
+        if failure := self.first_failure:
+            points = self.points + self.nested
+            self.first_failure = attrs.evolve(failure, points=points)
+        return failure is not None
+
+    def figures(self, seconds: float | None = None) -> dict[str, Any]:
+        """A row of a table."""
+        cases = self.points + self.nested
+        figures = attrs.asdict(self, filter=attrs.filters.exclude("first_failure"))
+        if seconds is not None:
+            figures["per_minute"] = per_minute(cases, seconds)
+        return {**figures, "bound": bound(cases)}
+
+    def report_to(self, report: Report) -> int:
+        """As the only finding, of a case that is run again."""
+        if self.first_failure is not None:
+            report.find(self.first_failure.what, self.first_failure.replay)
+        return report.finish()
+
 
 @attrs.frozen
 class Workload:
@@ -139,14 +182,14 @@ class _Found(Exception):
 
 def seeded_run(main: Callable[..., Awaitable[Any]], *args: object, seed: int) -> Any:
     """`trio.run` with a virtual clock, and the order of tasks from a seed."""
+    return controlled_run(random.Random(seed), main, *args)
+
+
+def controlled_run(rng: Any, main: Callable[..., Awaitable[Any]], *args: object) -> Any:
+    """The same, with something in the place of trio's random numbers."""
     run: Any = trio._core._run
-    before = run._ALLOW_DETERMINISTIC_SCHEDULING
-    run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    run._r.seed(seed)
-    try:
+    with mock.patch.multiple(run, _ALLOW_DETERMINISTIC_SCHEDULING=True, _r=rng):
         return trio.run(main, *args, clock=MockClock(autojump_threshold=0))
-    finally:
-        run._ALLOW_DETERMINISTIC_SCHEDULING = before
 
 
 @attrs.define(eq=False)
@@ -163,7 +206,7 @@ class Simulation:
     files: MemoryFiles = attrs.Factory(MemoryFiles)
     rng: random.Random = attrs.Factory(random.Random)
     options: dict[str, Any] = attrs.Factory(dict)
-    timeline: Timeline = attrs.Factory(Timeline)
+    promises: Promises = attrs.Factory(lambda: Promises(complete=True))
     quiet: bool = True
     """Nothing is looked at: between sessions, behind the crash of a session, at the end."""
     live: Any = None
@@ -172,6 +215,8 @@ class Simulation:
     """State of a database after each LSN."""
     written_us: dict[int, int] = attrs.Factory(dict)
     """When the record of this LSN was written, by the clock of then."""
+    highest_first: int = 1
+    """The highest first LSN of any image: the live log must come to it."""
     store_floor: int = 0
     """A checkpoint has returned this LSN."""
     _operation: int = 0
@@ -196,12 +241,8 @@ class Simulation:
         self.options.setdefault("segment_size", 1)
         self.files = MemoryFiles(seed=self.rng.getrandbits(32))
         if self.workload.database:
-            self.timeline.key_of = transaction_key
-            self.timeline.learned = self._learned
             # How much of its log a database may drop, its store says: see `_check_store`.
-            self.timeline.lets_go = lambda first_lsn: True
-        else:
-            self.timeline.learned = self._written
+            self.promises.lets_go = anything
         try:
             for _ in range(self.rng.randint(2, 4)):
                 self._session()
@@ -218,14 +259,16 @@ class Simulation:
     def _is_replayed(self) -> bool:
         return self.only is not None and 0 < self.only[0][0] <= self._operation
 
-    def _written(self, lsn: int, key: Any) -> None:
-        self.written_us[lsn] = self.files.time_us()
-
-    def _learned(self, lsn: int, key: Any) -> None:
-        del self.states[lsn:]
-        state = dict(self.states[lsn - 1])
-        apply(state, dict(key))
-        self.states.append(state)
+    def _learn(self, found: Recovered) -> None:
+        """An image shows all that was written: what of it is new."""
+        for record in self.promises.learn(found.pairs):
+            lsn = record.lsn or 0
+            self.written_us[lsn] = self.files.time_us()
+            if self.workload.database:
+                del self.states[lsn:]
+                state = dict(self.states[lsn - 1])
+                apply(state, decode_transaction(dict(found.pairs)[lsn]))
+                self.states.append(state)
 
     # -- sessions --
 
@@ -300,10 +343,10 @@ class Simulation:
 
     def _closed(self) -> None:
         """After a clean close: all is durable, and says so."""
-        timeline = self.timeline
-        if timeline.waiting():
+        promises = self.promises
+        if promises.unknown():
             raise Wrong("lost", "the log was closed, and a record was accepted and not written")
-        timeline.settle_durable(len(timeline.known))
+        promises.settle_durable(promises.last)
         image = self.files.crash_image(self._damage_seed(0), "power")
         found = self._recover(image, math.inf)
         self.result.points += 1
@@ -320,7 +363,8 @@ class Simulation:
         try:
             found = self._recover(image.crash_image(kind="kill"), math.inf)
             self._check(found, killed=self._next_killed)
-            self.timeline.crashed(found.pairs, found.first_lsn)
+            self.promises.crashed(found.pairs, found.first_lsn)
+            self.highest_first = found.first_lsn
         except Exception as exc:  # noqa: BLE001
             self.fail(exc, TOLD, "after the crash of a session")
 
@@ -339,25 +383,25 @@ class Simulation:
     def look_at_live(self) -> None:
         """What the open log itself says is durable, or dropped."""
         if self.live is not None:
-            self.timeline.settle_durable(self.live.durable_lsn)
-            self.timeline.settle_floor(self.live.first_lsn)
+            first_lsn = self.live.first_lsn
+            self.promises.settle_durable(self.live.durable_lsn)
+            if self.highest_first > first_lsn:
+                raise Wrong(
+                    "lost",
+                    f"an image started at LSN {self.highest_first}, the log it was taken from "
+                    f"still at {first_lsn}",
+                )
+            self.promises.raise_floor(first_lsn)
 
     def fail(self, error: Exception, path: Path, where: str) -> None:
         """The first thing that is wrong ends the simulation."""
         self.quiet = True
         if self.result.first_failure is not None:
             return
-        kind = error.kind if isinstance(error, Wrong) else "other"
-        setattr(self.result, kind, getattr(self.result, kind) + 1)
-        told = str(error) if isinstance(error, Wrong) else _trace(error)
         steps = ":".join(f"{operation}.{damage}" for operation, damage in path)
-        case = f"{self.workload.name}:{self.seed}:{steps}"
-        self.result.first_failure = Failure(
-            f"{self.workload.name}, seed {self.seed}, {where}: {told}",
-            replay_command("crash", "--replay", case),
-            self.result.points + self.result.nested,
-            kind,
-        )
+        name = self.workload.name
+        case = f"{name}:{self.seed}:{steps}"
+        self.result.fail(error, f"{name}, seed {self.seed}, {where}", "crash", case)
 
     # -- crashes --
 
@@ -371,8 +415,8 @@ class Simulation:
             return
         try:
             if self.live is not None:
-                self.timeline.settle_durable(self.live.durable_lsn)
-                self.timeline.raise_floor(self.live.first_lsn)
+                self.promises.settle_durable(self.live.durable_lsn)
+                self.promises.raise_floor(self.live.first_lsn)
             for damage in self._damages():
                 self._crash(number, damage)
         except _Found as exc:
@@ -411,8 +455,8 @@ class Simulation:
         kind: Any = "power" if damage else "kill"
         image = self.files.crash_image(self._damage_seed(damage), kind)
         print_of_image = fingerprint(image)
-        if self._seen_version != self.timeline.version:
-            self._seen_version = self.timeline.version
+        if self._seen_version != self.promises.version:
+            self._seen_version = self.promises.version
             self._seen.clear()
         key = (print_of_image, not damage)
         if key in self._seen:
@@ -542,7 +586,10 @@ class Simulation:
         return found
 
     def _check(self, found: Recovered, *, killed: bool, learn: bool = False) -> None:
-        self.timeline.check(found.pairs, found.first_lsn, killed=killed, learn=learn)
+        self.promises.expect(found.pairs, found.first_lsn, killed=killed, new=learn)
+        self.highest_first = max(self.highest_first, found.first_lsn)
+        if learn:
+            self._learn(found)
         if self.workload.database:
             self._check_store(found)
 
@@ -594,12 +641,53 @@ class Simulation:
             return
         options = {**self.options, "retention": None}
         async with trio_wal.open_wal(LOG, files=image, **options) as wal:
-            async with wal.read() as records:
-                pairs = [(record.lsn, record.data) async for record in records]
+            pairs = list((await read_all(wal)).items())
             if pairs != found.pairs or wal.last_lsn != lsn:
                 raise Wrong("lost", "open_wal shows other records than the recovery")
             if await wal.append(b"after") != lsn + 1:
                 raise Wrong("other", "the next record has not the next LSN")
+
+
+def until_found(
+    total: Result, parts: Iterable[Result], seconds: float | None, points: int | None
+) -> Result:
+    """Add parts until the budget is used up, or something is found."""
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    for part in parts:
+        enough = points is not None and total.points + part.points >= points
+        if total.found_by(part) or enough or time.monotonic() >= deadline:
+            break
+    return total
+
+
+def report_results(
+    report: Report,
+    job: Callable[[T], Result],
+    tasks: Iterable[T],
+    minutes: float | None,
+) -> int:
+    """Results of tasks until the budget is used up or enough is found: a row of each workload,
+    and of all."""
+    arguments = report.arguments
+    assert arguments is not None
+    rows: dict[str, Result] = {}
+    total = Result("all")
+    with progress_bar(report.campaign, minutes=minutes, count=arguments.count) as bar:
+
+        def over() -> bool:
+            return bar.over() or len(report.findings) >= FINDINGS_MAX
+
+        for result in in_processes(job, tasks, arguments.workers, over):
+            rows.setdefault(result.workload, Result(result.workload)).add(result)
+            total.add(result)
+            if result.first_failure is not None:
+                report.find(result.first_failure.what, result.first_failure.replay)
+            note = f"{total.points:,} points, {total.nested:,} nested"
+            bar.advance(result.points, f"{note}, {len(report.findings)} found")
+        seconds = bar.seconds
+    for row in (*rows.values(), total):
+        report.add(**row.figures(seconds if row is total else None))
+    return report.finish()
 
 
 def _trace(error: BaseException) -> str:
@@ -631,7 +719,7 @@ def run_points(
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     limit = math.inf if points is None else points
     number = 0
-    while total.first_failure is None and total.points < limit and time.monotonic() < deadline:
+    while total.points < limit and time.monotonic() < deadline:
         simulation = Simulation(WORKLOADS[names[number % len(names)]], seed + number // len(names))
         result = simulation.result
         before = total.points
@@ -640,11 +728,9 @@ def run_points(
             return before + result.points >= limit or time.monotonic() >= deadline
 
         simulation.over = over
-        total.add(simulation.run())
+        if total.found_by(simulation.run()):
+            break
         number += 1
-    if total.first_failure is not None:
-        points = total.points + total.nested
-        total.first_failure = attrs.evolve(total.first_failure, points=points)
     return total
 
 

@@ -14,11 +14,13 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
+    AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
     contextmanager,
 )
 from typing import Any, Final
+from unittest import mock
 
 import attrs
 import trio
@@ -132,11 +134,19 @@ async def _one_go(seen: Seen) -> AsyncIterator[trio.CancelScope]:
         seen.strange = f"it tries for ever, after LSN {seen.last_lsn}"
 
 
-async def _read(reader: Any, seen: Seen) -> None:
+async def _read(reader: Any, seen: Seen, *, ends: bool = False) -> None:
+    """``ends``: also what is called durable, where it comes to an end."""
     start = seen.start if seen.start > 1 else None
     async with _one_go(seen), reader.read(start) as records:
         async for record in records:
             seen.records.append(record)
+    if ends:
+        _end(reader, seen)
+
+
+def _end(reader: Any, seen: Seen) -> None:
+    if seen.error is None and not seen.strange:
+        seen.durable_lsn = reader.durable_lsn
 
 
 async def _follow(stream: Any, seen: Seen, given: list[Any]) -> None:
@@ -164,8 +174,7 @@ async def _anew(scene: Scene) -> AsyncIterator[See]:
         with scene.damaged(changes), _ending(*goes):
             async with trio_wal.open_reader(scene.path, files=scene.files) as reader:
                 await _dump_all(scene, reader, whole)
-                if whole.error is None and not whole.strange:
-                    whole.durable_lsn = reader.durable_lsn
+                _end(reader, whole)
                 await _read(reader, middle)
                 await _follow(reader.follow(), follow, follow.records)
         return goes
@@ -197,9 +206,7 @@ async def _no_word(scene: Scene) -> AsyncIterator[See]:
         whole = Seen("read")
         with scene.damaged(changes), _ending(whole):
             async with trio_wal.open_reader(scene.path, files=scene.files) as reader:
-                await _read(reader, whole)
-                if whole.error is None and not whole.strange:
-                    whole.durable_lsn = reader.durable_lsn
+                await _read(reader, whole, ends=True)
         return [whole]
 
     yield see
@@ -220,9 +227,7 @@ async def _under_a_reader(scene: Scene) -> AsyncIterator[See]:
                     middle.records.append(await records.__anext__())
                     with scene.damaged(changes):
                         await _follow(_Entered(records), middle, middle.records)
-                        await _read(reader, whole)
-                        if whole.error is None and not whole.strange:
-                            whole.durable_lsn = reader.durable_lsn
+                        await _read(reader, whole, ends=True)
             if before.error is not None or before.strange:
                 before.strange = f"it was not forgotten: {before.error or before.strange}"
             return [middle, whole, *([before] if before.strange else [])]
@@ -243,11 +248,9 @@ class _Entered:
         pass
 
 
-@contextmanager
-def _frame_by_frame() -> Iterator[None]:
+def _frame_by_frame() -> AbstractContextManager[Any]:
     """A chunk has one frame."""
-    with _changed(_cursor, "CHUNK_BYTES", 1):
-        yield
+    return mock.patch.object(_cursor, "CHUNK_BYTES", 1)
 
 
 @asynccontextmanager
@@ -314,18 +317,6 @@ WRITERS: Final = (OWNER,)
 """These may write."""
 
 
-@contextmanager
-def _changed(module: Any, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-@contextmanager
-def quick() -> Iterator[None]:
+def quick() -> AbstractContextManager[Any]:
     """Nobody writes here: what looks wrong need not be given time."""
-    with _changed(_reader, "RETRY_SECONDS", 0):
-        yield
+    return mock.patch.object(_reader, "RETRY_SECONDS", 0)

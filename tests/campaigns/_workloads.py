@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import attrs
@@ -21,10 +21,11 @@ import trio
 import trio_wal
 from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
 from trio_wal._disk.frame import segment_name
+from trio_wal._operations import encode_transaction
 from trio_wal._retention import Retention, _Both, _Either
 
-from ._images import DB, LOG, recover_database, replayed
-from ._oracle import Pair, Submission, Wrong
+from ._images import DB, LOG, Pair, recover_database, replayed
+from ._promises import Record, Wrong, check, check_serial
 from ._simulator import Simulation, Workload
 
 SEGMENT_SIZES = (1, 1, 7_000, 12_000)
@@ -40,22 +41,71 @@ CUT_SECONDS = 10_000
 comes.  Virtual ones."""
 
 
-def _refuse_waiting(lsn: int) -> None:
-    raise Wrong("other", f"LSN {lsn} was written, and never called durable")
-
-
 @attrs.define(eq=False)
-class LogWorld:
-    """A session on the log: calls, and what they say."""
+class World:
+    """A session: tasks that make calls, which are methods of this, and what those say."""
 
     sim: Simulation
     weights: dict[str, int]
-    sent: list[Submission] = attrs.Factory(list)
-    _numbers: dict[int, int] = attrs.Factory(dict)
+    """Of calls, by name."""
+    cancels: ClassVar[Sequence[str]]
+    """Calls that are cancelled on their way."""
 
     @property
     def rng(self) -> random.Random:
         return self.sim.rng
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for task in range(count):
+                nursery.start_soon(self._task, opened, task)
+        self.sim.closing()
+
+    async def _task(self, opened: Any, task: int) -> None:
+        names = list(self.weights)
+        for _ in range(self.rng.randint(1, CALLS_MAX)):
+            (name,) = self.rng.choices(names, list(self.weights.values()))
+            with self.sim.tolerating_faults():
+                await getattr(self, name)(opened, task)
+
+    async def cancelled(self, opened: Any, task: int) -> None:
+        """A call that is cancelled some checkpoints later, or at once."""
+        call = getattr(self, self.rng.choice(self.cancels))
+        steps = self.rng.randint(0, 10)
+
+        async def cancel(scope: trio.CancelScope) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(cancel, scope)
+                with self.sim.tolerating_faults():
+                    await call(opened, task)
+
+    async def hand_over(self, unit: list[Record], call: Awaitable[Any]) -> Any:
+        """Make a call with records, and tell where it says that they are absent."""
+        withdraw = self.sim.promises.withdraw
+        try:
+            return await call
+        except (trio.Cancelled, trio.WouldBlock) as exc:
+            self.sim.tell(withdraw, unit, f"its call raised {type(exc).__name__}")
+            raise
+        except trio_wal.LogFailedError as exc:
+            # Of what was being written nobody knows.
+            if exc.outcome == "not written":
+                self.sim.tell(withdraw, unit, "it was said not to be written")
+            raise
+
+
+@attrs.define(eq=False)
+class LogWorld(World):
+    """A session on the log."""
+
+    sent: list[Record] = attrs.Factory(list)
+    _numbers: dict[int, int] = attrs.Factory(dict)
+    cancels = ("append", "append", "append_many", "send")
 
     async def session(self) -> None:
         sim = self.sim
@@ -63,16 +113,13 @@ class LogWorld:
             sim.live = wal
             policy = sim.options.get("retention")
             if policy is not None:
-                sim.timeline.lets_go = partial(self._lets_go, policy, wal)
+                sim.promises.lets_go = partial(self._lets_go, policy, wal)
             await self._opened(wal)
             if wal.last_lsn - wal.first_lsn > RECORDS_KEPT:
                 # Recovering an image costs what the log holds; so much shows all there is.
                 with sim.tolerating_faults():
                     await self._drop_before(wal, wal.last_lsn - RECORDS_KEPT // 2)
-            async with trio.open_nursery() as nursery:
-                for task in range(self.rng.choice((1, 2, 2, 3))):
-                    nursery.start_soon(self._task, wal, task)
-            sim.closing()
+            await self.tasks(wal, self.rng.choice((1, 2, 2, 3)))
 
     async def _opened(self, wal: Any) -> None:
         pairs: list[Pair] = []
@@ -81,27 +128,12 @@ class LogWorld:
                 async for record in records:
                     pairs.append((record.lsn, record.data))  # noqa: PERF401  (kept if it raises)
 
-        def check() -> None:
+        def told() -> None:
             if len(pairs) == wal.last_lsn - wal.first_lsn + 1:
-                self.sim.timeline.check(pairs, wal.first_lsn, killed=True)
-            self.sim.timeline.opened(pairs, wal.last_lsn)
+                self.sim.promises.expect(pairs, wal.first_lsn, killed=True, new=False)
+            self.sim.promises.opened(pairs, wal.last_lsn)
 
-        self.sim.tell(check)
-
-    async def _task(self, wal: Any, task: int) -> None:
-        names = list(self.weights)
-        for _ in range(self.rng.randint(1, CALLS_MAX)):
-            (name,) = self.rng.choices(names, list(self.weights.values()))
-            with self.sim.tolerating_faults():
-                await getattr(self, name)(wal, task)
-
-    def _withdraw(self, submissions: list[Submission], why: str) -> None:
-        self.sim.tell(self.sim.timeline.withdraw, submissions, why)
-
-    def _failed(self, submissions: list[Submission], error: trio_wal.LogFailedError) -> None:
-        """What was not written is absent; of what was being written nobody knows."""
-        if error.outcome == "not written":
-            self._withdraw(submissions, "it was said not to be written")
+        self.sim.tell(told)
 
     def _lets_go(self, policy: Retention, wal: Any, first_lsn: int) -> bool:
         """Whether the log may just have dropped all that is below, by what it still holds."""
@@ -130,96 +162,70 @@ class LogWorld:
         # The session is part of it: payloads are unique over all of a log's life.
         return b"%d.%d.%x." % (task, number, rng.getrandbits(48)) + rng.randbytes(size)
 
-    def _submit(self, task: int, *payloads: bytes) -> list[Submission]:
-        return self.sim.timeline.submit(task, *payloads)
-
-    @property
-    def _durable(self) -> bool:
-        return bool(self.sim.options.get("durability", "sync") == "sync")
-
     # -- calls --
 
     async def append(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
-        (submission,) = self._submit(task, payload)
-        try:
-            lsn = await wal.append(payload)
-        except trio.Cancelled:
-            self._withdraw([submission], "append raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed([submission], exc)
-            raise
-        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+        await self._append(task, [payload], wal.append(payload))
 
     async def append_many(self, wal: Any, task: int) -> None:
         payloads = [self._payload(task) for _ in range(self.rng.choice((1, 2, 3, 5)))]
-        submissions = self._submit(task, *payloads)
-        try:
-            lsns = await wal.append_many(payloads)
-        except trio.Cancelled:
-            self._withdraw(submissions, "append_many raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed(submissions, exc)
-            raise
-        for submission, lsn in zip(submissions, lsns, strict=True):
-            self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=self._durable)
+        await self._append(task, payloads, wal.append_many(payloads))
+
+    async def _append(self, task: int, payloads: list[bytes], call: Awaitable[Any]) -> None:
+        unit = self.sim.promises.submit(task, *payloads)
+        answer = await self.hand_over(unit, call)
+        lsns = range(answer, answer + 1) if isinstance(answer, int) else answer
+        check(len(lsns) == len(unit), f"{len(unit)} records were given {lsns}")
+        durable = self.sim.options.get("durability", "sync") == "sync"
+        self.sim.tell(self.sim.promises.acknowledge, unit, lsns[0], durable=durable)
 
     async def send(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
-        (submission,) = self._submit(task, payload)
-        try:
-            if self.rng.random() < 0.5:
-                await wal.send(payload)
-            else:
-                wal.send_nowait(payload)
-        except trio.WouldBlock:
-            self._withdraw([submission], "send_nowait refused it")
-            return
-        except trio.Cancelled:
-            self._withdraw([submission], "send raised Cancelled")
-            raise
-        except trio_wal.LogFailedError as exc:
-            self._failed([submission], exc)
-            raise
-        self.sent.append(submission)
+
+        async def send_now() -> None:
+            wal.send_nowait(payload)
+
+        unit = self.sim.promises.submit(task, payload)
+        with contextlib.suppress(trio.WouldBlock):
+            await self.hand_over(unit, wal.send(payload) if self.rng.random() < 0.5 else send_now())
+            self.sent += unit
 
     async def flush(self, wal: Any, task: int) -> None:
         before = list(self.sent)
         lsn = await wal.flush()
 
-        def check() -> None:
-            if self.sim.timeline.cut is not None:
+        def told() -> None:
+            if self.sim.promises.cut is not None:
                 return  # made already, perhaps, and not yet told
             for submission in before:
                 if not submission.gone and (submission.lsn is None or submission.lsn > lsn):
                     raise Wrong("lost", f"flush returned LSN {lsn} and left {submission}")
-            self.sim.timeline.settle_durable(lsn)
+            self.sim.promises.settle_durable(lsn)
 
-        self.sim.tell(check)
+        self.sim.tell(told)
 
     async def wait_durable(self, wal: Any, task: int) -> None:
         lsn = self.rng.randint(0, wal.last_lsn)
         if self.sim.options.get("durability") == "none":
             return
-        cut = self.sim.timeline.cut is not None
+        cut = self.sim.promises.cut is not None
         with trio.move_on_after(CUT_SECONDS) as scope:
             await wal.wait_durable(lsn)
         if scope.cancelled_caught and lsn <= wal.last_lsn:
-            self.sim.tell(_refuse_waiting, lsn)
+            self.sim.tell(check, False, f"LSN {lsn} was written, and never called durable")
         if not cut and lsn <= wal.durable_lsn:
-            self.sim.tell(self.sim.timeline.settle_durable, lsn)
+            self.sim.tell(self.sim.promises.settle_durable, lsn)
 
     async def sleep(self, wal: Any, task: int) -> None:
         """What is accepted becomes durable ``flush_interval`` later, also if nobody waits."""
-        options, timeline = self.sim.options, self.sim.timeline
-        last_lsn, cut, sent = wal.last_lsn, timeline.cut, list(self.sent)
+        options, promises = self.sim.options, self.sim.promises
+        last_lsn, cut, sent = wal.last_lsn, promises.cut, list(self.sent)
         seconds = self.rng.choice((0.001, 0.02, 5))
         await trio.sleep(seconds)
 
-        def check() -> None:
-            if timeline.cut is not None or cut is not None or wal.last_lsn < last_lsn:
+        def told() -> None:
+            if promises.cut is not None or cut is not None or wal.last_lsn < last_lsn:
                 return  # the end of the log was cut meanwhile
             if self.sim.sync_failed():
                 return
@@ -229,26 +235,10 @@ class LogWorld:
             for submission in sent:
                 if not submission.gone and (submission.lsn or math.inf) > durable_lsn:
                     raise Wrong("lost", f"{seconds} s after it was sent it is not durable")
-            timeline.settle_durable(durable_lsn)
+            promises.settle_durable(durable_lsn)
 
         if seconds > options["flush_interval"] + 0.001 and options.get("durability") != "none":
-            self.sim.tell(check)
-
-    async def cancelled(self, wal: Any, task: int) -> None:
-        """A call that is cancelled some checkpoints later, or at once."""
-        call = self.rng.choice((self.append, self.append, self.append_many, self.send))
-        steps = self.rng.randint(0, 8)
-
-        async def cancel(scope: trio.CancelScope) -> None:
-            for _ in range(steps):
-                await trio.lowlevel.checkpoint()
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as scope:
-                nursery.start_soon(cancel, scope)
-                with self.sim.tolerating_faults():
-                    await call(wal, task)
+            self.sim.tell(told)
 
     async def truncate_before(self, wal: Any, task: int) -> None:
         lsn = self.rng.randint(wal.first_lsn, wal.last_lsn + 1)
@@ -257,73 +247,50 @@ class LogWorld:
             await self._drop_before(wal, lsn)
 
     async def _drop_before(self, wal: Any, lsn: int) -> None:
-        self.sim.tell(self.sim.timeline.begin_drop, lsn)
+        self.sim.tell(self.sim.promises.begin_drop, lsn)
         try:
             await wal.truncate_before(lsn)
         finally:
-            self.sim.tell(self.sim.timeline.end_drop, lsn)
+            self.sim.tell(self.sim.promises.end_drop, lsn)
 
     async def truncate_after(self, wal: Any, task: int) -> None:
-        timeline = self.sim.timeline
-        if timeline.cut is not None or self.sim.quiet:
+        promises = self.sim.promises
+        if promises.cut is not None or self.sim.quiet:
             return
         low = max(wal.first_lsn - 1, wal.last_lsn - 8)
         lsn = self.rng.randint(low, wal.last_lsn)
-        timeline.begin_cut(lsn)
+        promises.begin_cut(lsn)
         done = True
         try:
             await wal.truncate_after(lsn)
         except (trio_wal.LsnTruncatedError, ValueError):
             done = False
-        self.sim.tell(timeline.end_cut, done=done)
-
-
-@contextlib.asynccontextmanager
-async def _pieces_of(size: int) -> AsyncIterator[None]:
-    """Checkpoints in pieces of so many bytes."""
-    with mock.patch.object(_checkpoint, "PIECE_BYTES", size):
-        yield
+        self.sim.tell(promises.end_cut, done=done)
 
 
 @attrs.define(eq=False)
-class DatabaseWorld:
+class DatabaseWorld(World):
     """A session on the database."""
 
-    sim: Simulation
-    weights: dict[str, int]
     backups: int = 0
-
-    @property
-    def rng(self) -> random.Random:
-        return self.sim.rng
+    cancels = ("transact", "put", "checkpoint")
 
     async def session(self) -> None:
         sim = self.sim
-        async with (
-            _pieces_of(self.rng.choice((1, 30, 1 << 20))),
-            trio_wal.open_database(DB, files=sim.files, **sim.options) as db,
-        ):
-            sim.live = db.wal
-            sim.tell(self._check_state, db)
-            sim.tell(sim.timeline.opened, [], db.durable_lsn)
-            async with trio.open_nursery() as nursery:
-                for task in range(self.rng.randint(1, 4)):
-                    nursery.start_soon(self._task, db, task)
-            sim.closing()
+        piece_bytes = self.rng.choice((1, 30, 1 << 20))
+        with mock.patch.object(_checkpoint, "PIECE_BYTES", piece_bytes):
+            async with trio_wal.open_database(DB, files=sim.files, **sim.options) as db:
+                sim.live = db.wal
+                sim.tell(self._check_state, db)
+                sim.tell(sim.promises.opened, [], db.durable_lsn)
+                await self.tasks(db, self.rng.randint(1, 4))
 
     def _check_state(self, db: Any) -> None:
         """What is read outside of a transaction is one durable state."""
         lsn = db.durable_lsn
         if dict(db.scan()) != self.sim.states[lsn]:
             raise Wrong("partial", f"the database does not show the state of LSN {lsn}")
-        self.sim.timeline.settle_durable(lsn)
-
-    async def _task(self, db: Any, task: int) -> None:
-        names = list(self.weights)
-        for _ in range(self.rng.randint(1, CALLS_MAX)):
-            (name,) = self.rng.choices(names, list(self.weights.values()))
-            with self.sim.tolerating_faults():
-                await getattr(self, name)(db, task)
+        self.sim.promises.settle_durable(lsn)
 
     def _key(self) -> bytes:
         return b"key %d" % self.rng.randrange(6)
@@ -338,7 +305,7 @@ class DatabaseWorld:
         reads: dict[bytes, bytes | None] = {}
         writes: dict[bytes, bytes | None] = {}
         scanned: list[tuple[bytes, bytes]] | None = None
-        submission: Submission | None = None
+        submission: Record | None = None
         try:
             async with db.transaction() as tx:
                 for _ in range(rng.randint(1, 4)):
@@ -366,37 +333,27 @@ class DatabaseWorld:
                 # Unique, so that a record in the log tells whose it is.
                 writes[b"task %d" % task] = b"%x" % rng.getrandbits(64)
                 tx.put(b"task %d" % task, writes[b"task %d" % task])
-                (submission,) = sim.timeline.submit(task, tuple(writes.items()))
-        except trio_wal.TransactionConflict:
+                (submission,) = sim.promises.submit(task, encode_transaction(writes))
+        except (trio_wal.TransactionConflict, trio.Cancelled) as exc:
             if submission is not None:
-                sim.tell(sim.timeline.withdraw, [submission], "the commit raised a conflict")
+                why = f"the commit raised {type(exc).__name__}"
+                sim.tell(sim.promises.withdraw, [submission], why)
+            if isinstance(exc, trio.Cancelled):
+                raise
             return
-        except trio.Cancelled:
-            if submission is not None:
-                sim.tell(sim.timeline.withdraw, [submission], "the commit raised Cancelled")
-            raise
         assert submission is not None
 
-        def check() -> None:
-            sim.timeline.acknowledge(submission, tx.lsn, durable=True)
-            before = sim.states[tx.lsn - 1]
-            for key, value in reads.items():
-                if before.get(key) != value:
-                    raise Wrong("other", f"LSN {tx.lsn} is not serializable: it read {key!r}")
-            if scanned is not None and scanned != sorted(before.items()):
-                raise Wrong("other", f"LSN {tx.lsn} is not serializable: it scanned")
+        def told() -> None:
+            sim.promises.acknowledge([submission], tx.lsn)
+            check_serial(tx.lsn, sim.states[tx.lsn - 1], reads, scanned)
 
-        sim.tell(check)
+        sim.tell(told)
 
     async def put(self, db: Any, task: int) -> None:
         key, value = b"task %d" % task, b"%x" % self.rng.getrandbits(64)
-        (submission,) = self.sim.timeline.submit(task, ((key, value),))
-        try:
-            lsn = await db.put(key, value)
-        except trio.Cancelled:
-            self.sim.tell(self.sim.timeline.withdraw, [submission], "put raised Cancelled")
-            raise
-        self.sim.tell(self.sim.timeline.acknowledge, submission, lsn, durable=True)
+        unit = self.sim.promises.submit(task, encode_transaction({key: value}))
+        lsn = await self.hand_over(unit, db.put(key, value))
+        self.sim.tell(self.sim.promises.acknowledge, unit, lsn)
 
     async def look(self, db: Any, task: int) -> None:
         self.sim.tell(self._check_state, db)
@@ -405,26 +362,11 @@ class DatabaseWorld:
     async def checkpoint(self, db: Any, task: int) -> None:
         lsn = await db.checkpoint()
 
-        def check() -> None:
+        def told() -> None:
             self.sim.store_floor = max(self.sim.store_floor, lsn)
-            self.sim.timeline.settle_durable(lsn)
+            self.sim.promises.settle_durable(lsn)
 
-        self.sim.tell(check)
-
-    async def cancelled(self, db: Any, task: int) -> None:
-        call = self.rng.choice((self.transact, self.put, self.checkpoint))
-        steps = self.rng.randint(0, 10)
-
-        async def cancel(scope: trio.CancelScope) -> None:
-            for _ in range(steps):
-                await trio.lowlevel.checkpoint()
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as scope:
-                nursery.start_soon(cancel, scope)
-                with self.sim.tolerating_faults():
-                    await call(db, task)
+        self.sim.tell(told)
 
     async def backup(self, db: Any, task: int) -> None:
         self.backups += 1
@@ -432,14 +374,14 @@ class DatabaseWorld:
         path = f"/backup {task} {self.backups} {self.rng.getrandbits(32):x}"
         lsn = await db.backup(path)
 
-        def check() -> None:
+        def told() -> None:
             # Durable as a whole when it returns, whatever happens next.
             image = sim.files.crash_image(self.rng.getrandbits(32), "power")
             found = recover_database(image, path, segment_size=sim.options["segment_size"])
             if (found.log.last_lsn, replayed(found)) != (lsn, sim.states[lsn]):
                 raise Wrong("partial", f"the backup is not the state of LSN {lsn}")
 
-        sim.tell(check)
+        sim.tell(told)
         # Its first segment is a full-grown one: every later image would be slow to make.
         sim.files._folders.pop(f"{path}/log")
         sim.files._folders.pop(path, None)
@@ -469,20 +411,18 @@ def _options(**fixed: Any) -> Options:
 
 
 def _log(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
-    def session(sim: Simulation) -> Awaitable[None]:
-        return LogWorld(sim, weights).session()
-
-    return Workload(name, session, _options(**fixed), fails=fails)
+    return Workload(
+        name, lambda sim: LogWorld(sim, weights).session(), _options(**fixed), fails=fails
+    )
 
 
 def _database(name: str, weights: dict[str, int], *, fails: bool = False, **fixed: Any) -> Workload:
-    def session(sim: Simulation) -> Awaitable[None]:
-        return DatabaseWorld(sim, weights).session()
-
     options = _options(
         checkpoint_bytes=lambda rng: rng.choice((300, 900, 1 << 20)), max_queue_size=100, **fixed
     )
-    return Workload(name, session, options, database=True, fails=fails)
+    return Workload(
+        name, lambda sim: DatabaseWorld(sim, weights).session(), options, database=True, fails=fails
+    )
 
 
 def _retention(rng: random.Random) -> Any:

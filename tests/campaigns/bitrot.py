@@ -33,8 +33,6 @@ from logs import LOG, TINY, append, copy_of, make_log, open_log
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
 from trio_wal._disk.chain import META_NAME
-from trio_wal._disk.cursor import Cursor
-from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
@@ -49,11 +47,13 @@ from trio_wal._disk.frame import (
 from trio_wal._disk.recovery import VERIFY_BYTES
 from trio_wal._disk.scan import FrameScanner, frame_at, read_pointer, start_of
 from trio_wal._disk.verify import verify
-from trio_wal._local import DirectoryLocator
 from trio_wal._util import KiB
 from trio_wal.testing import MemoryFiles
 
 from . import _report, _ways
+from ._forge import Contents, slice_of, two_sessions
+from ._images import read_log
+from ._promises import Wrong
 from ._remembered import Memory
 from ._ways import NO_WORD, OPEN, OWNER, WAYS, WRITERS, Seen
 
@@ -80,9 +80,6 @@ not say gets (of a small log everything too), only headers, footers and the log'
 OFFLINE: Final = "offline"
 """What ``trio-wal verify`` says, instead of an open."""
 PARTS: Final = ("flips", "verify", "files", "random", "ways", "stale")
-
-Contents = dict[str, bytes]
-"""The files of a log's directory."""
 
 
 # -- what is damaged ----------------------------------------------------------------
@@ -150,7 +147,7 @@ def parts_of(contents: Contents) -> dict[str, list[Part]]:
             found[name] = [Part(0, len(data), "header")]
             continue
         header = decode_segment_header(data)
-        read = functools.partial(_slice, data)
+        read = functools.partial(slice_of, data)
         pointer, _ = read_pointer(read, header)
         pointed = None if pointer is None else frame_at(read, header, pointer.offset)
         before = 0 if pointed is None else pointed.next_lsn - 1
@@ -172,10 +169,6 @@ def parts_of(contents: Contents) -> dict[str, list[Part]]:
 
 def _proven_by(frame: FrameHeader) -> int:
     return frame.durable_lsn if frame.kind is Kind.DATA else frame.next_lsn - 1
-
-
-def _slice(data: bytes, length: int, offset: int) -> bytes:
-    return data[offset : offset + length]
 
 
 def _crop(files: MemoryFiles, path: str, size: int) -> None:
@@ -207,12 +200,7 @@ def _log_crashed() -> MemoryFiles:
 
 def _log_of_two_sessions() -> MemoryFiles:
     """The mark of a close stands between records."""
-    files = make_log(FIRST[0])
-    log = open_log(files)
-    for batch in (FIRST[1], [b"between"], LAST[0]):
-        append(log, *batch)
-    log.close()
-    return files
+    return two_sessions(FIRST[:1], (FIRST[1], [b"between"], LAST[0]))
 
 
 def _log_compressed() -> MemoryFiles:
@@ -354,7 +342,7 @@ def subject(name: str) -> Subject:
         if file_name != META_NAME and not file_name.startswith("wal-"):
             files.remove_file(path, file_name)  # what the next open clears away is no part of it
     log = open_log(copy_of(files), path, database=database, verify_bytes=math.inf)
-    records = everything(log)
+    records = tuple(read_log(log))
     log.close(orderly=False)
     contents = files.contents(path)
     commits: tuple[Commit, ...] = ()
@@ -373,22 +361,6 @@ async def _commits_in(files: MemoryFiles) -> tuple[Commit, ...]:
     async with open_memory_database(copy_of(files), retention=KeepAll()) as db:
         assert 0 < db.recovery.checkpoint_lsn < db.durable_lsn
         return tuple(await commits_of(db, 1))
-
-
-def everything(log: LogDirectory, memory: Memory | None = None) -> tuple[Record, ...]:
-    """The records of an open log, times included."""
-    source = DirectoryLocator(log)
-    cursor = Cursor(source, log.first_lsn)
-    found: list[Record] = []
-    try:
-        if memory is not None:
-            for segment in log.sealed():
-                found += memory.read_sealed(log, segment, cursor)
-        while cursor.next_lsn <= log.last_lsn:
-            found += cursor.chunk(log.last_lsn + 1)
-    finally:
-        cursor.leave()
-    return tuple(found)
 
 
 def usable(name: str) -> bool:
@@ -438,22 +410,18 @@ async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory:
     """Open the damaged copy, read everything, compare."""
     image = damage.apply(subject)
     before = image.contents(subject.path)
-    opened = False
+    opened: list[bool] = []
     try:
         if subject.commits:
-            state = _Opened()
-            try:
-                with memory.of_recovery():
-                    lsn = await _read_database(subject, image, verify_bytes, state)
-            finally:
-                opened = state.opened
+            with memory.of_recovery():
+                lsn = await _read_database(subject, image, verify_bytes, opened)
             records = subject.records[:lsn]
         else:
             with memory.of_recovery():
                 log = open_log(image, subject.path, verify_bytes=verify_bytes)
-            opened = True
+            opened.append(True)
             try:
-                records = everything(log, memory)
+                records = tuple(read_log(log, memory))
             finally:
                 log.close(orderly=False)
     except (CorruptLogError, UnsupportedFormatError) as exc:
@@ -467,7 +435,7 @@ async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory:
         offset = exc.offset if isinstance(exc, CorruptLogError) else 0
         place = REFUSED if _names(subject, damage, exc.path, offset) else ELSEWHERE
         return Found(place, str(exc))
-    except _Wrong as exc:
+    except Wrong as exc:
         return Found(SILENT, str(exc))
     except Exception as exc:  # noqa: BLE001  (anything else is nobody's to expect)
         return Found(SILENT, f"no typed error: {exc!r}")
@@ -494,31 +462,22 @@ def _is_refused(subject: Subject, image: MemoryFiles) -> bool:
     return False
 
 
-class _Wrong(Exception):
-    """A database shows what was never committed."""
-
-
-@attrs.define
-class _Opened:
-    opened: bool = False
-
-
 async def _read_database(
-    subject: Subject, image: MemoryFiles, verify_bytes: float, state: _Opened
+    subject: Subject, image: MemoryFiles, verify_bytes: float, opened: list[bool]
 ) -> int:
     """The newest LSN of a database that holds what was committed up to there."""
     async with open_memory_database(
         image, segment_size=TINY, retention=KeepAll(), verify_bytes=verify_bytes
     ) as db:
-        state.opened = True
+        opened.append(True)
         lsn = db.durable_lsn
         expected = after_commits({}, subject.commits[:lsn])
         try:
             await check_content(db, expected)
         except AssertionError as exc:
-            raise _Wrong(f"the state is not the one after LSN {lsn}") from exc
+            raise Wrong("other", f"the state is not the one after LSN {lsn}") from exc
         if tuple(await commits_of(db, 1)) != subject.commits[:lsn]:
-            raise _Wrong("the commits are not those that were made")
+            raise Wrong("other", "the commits are not those that were made")
         return lsn
 
 
@@ -865,14 +824,6 @@ class Task:
     cases: range
 
 
-@attrs.frozen
-class Answer:
-    task: Task
-    counts: dict[str, int]
-    failures: tuple[tuple[str, str], ...]
-    """(what, the case as ``--replay`` wants it)"""
-
-
 def run_case(part: str, name: str, mode: str, case: int) -> tuple[Damage, list[Found]]:
     subject(name)  # is made by a run of its own
     told: list[tuple[Damage, list[Found]]] = []
@@ -915,7 +866,7 @@ async def _run_cases(task: Task, each: Callable[[int, Damage, list[Found]], None
                 each(case, damage, [await examine(made, damage, MODES[mode], memory)])
 
 
-def run_task(task: Task) -> Answer:
+def run_task(task: Task) -> _report.Answer:
     subject(task.subject)
     with _ways.quick():
         return trio.run(_answer, task, clock=_clock())
@@ -926,23 +877,21 @@ def _clock() -> trio.testing.MockClock:
     return trio.testing.MockClock(autojump_threshold=0)
 
 
-async def _answer(task: Task) -> Answer:
+async def _answer(task: Task) -> _report.Answer:
     counts: Counter[str] = Counter()
-    failures: list[tuple[str, str]] = []
+    failures: list[tuple[object, str]] = []
+    row = (task.part, task.subject, task.mode)
 
     def each(case: int, damage: Damage, goes: list[Found]) -> None:
         for found in goes:
             counts[found.outcome] += 1
             if found.outcome == SILENT:
-                failures.append(
-                    (
-                        f"{task.subject}, {damage.what}: {found.error}",
-                        f"'{task.part}:{task.subject}:{task.mode}:{case}'",
-                    )
-                )
+                what = f"{task.subject}, {damage.what}: {found.error}"
+                failures.append((":".join((*row, str(case))), what))
 
     await _run_cases(task, each)
-    return Answer(task, dict(counts), tuple(failures))
+    note = f"{task.part}: {task.subject}"
+    return _report.Answer(len(task.cases), note, {row: counts}, failures)
 
 
 def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
@@ -958,24 +907,20 @@ def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
         for name in subjects:
             made = subject(name)
             bits = range(arguments.seed % step, made.bits(), step)
-            modes: list[str] = []
-            match part:
-                case "flips":
-                    modes, cases = [*MODES], bits
-                case "verify":
-                    modes, cases = [OFFLINE], bits
-                case "ways":
-                    modes, cases = [*ways], bits
-                case "files":
-                    cases = range(len(list_of(part, name)))
-                    modes = [*ways] if made.commits else ["all", "least", OFFLINE, *ways]
-                case "stale":
-                    cases = range(len(list_of(part, name)))
-                    modes = ["all", "least", OFFLINE, *ways]
-                case _:
-                    modes = [*MODES, *ways]
-                    count = arguments.count // (len(LARGE) * len(modes))
-                    cases = range(arguments.seed, arguments.seed + count)
+            modes = {
+                "flips": [*MODES],
+                "verify": [OFFLINE],
+                "ways": [*ways],
+                "random": [*MODES, *ways],
+            }.get(part, ["all", "least", OFFLINE, *ways])
+            cases = bits
+            if part == "random":
+                count = arguments.count // (len(LARGE) * len(modes))
+                cases = range(arguments.seed, arguments.seed + count)
+            elif part in ("files", "stale"):
+                cases = range(len(list_of(part, name)))
+                if part == "files" and made.commits:
+                    modes = [*ways]
             for mode in modes:
                 wanted[part, name, mode] = cases
     return wanted
@@ -989,7 +934,6 @@ def tasks_of(wanted: dict[tuple[str, str, str], range]) -> Iterator[Task]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="flip every N-th bit only (%(default)s)"
     )
@@ -1001,14 +945,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"to read: {', '.join(WAYS)}; all",
     )
     parser.add_argument("--replay", metavar="PART:SUBJECT:MODE:CASE", help="one case again")
-    _report.add_common_arguments(parser, count=60_000)
+    _report.add_common_arguments(parser, count=60_000, parts=PARTS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return replay(arguments.replay)
-    if unknown := set(arguments.parts) - set(PARTS):
-        return _report.fail_usage(f"no such part: {', '.join(sorted(unknown))}")
     if arguments.stride < 1:
         return _report.fail_usage("--stride must be 1 or more")
     report = _report.Report(
@@ -1018,21 +958,14 @@ def run(arguments: argparse.Namespace) -> int:
         | {name: name for name in OUTCOMES},
     )
     wanted = rows(arguments)
-    counts: dict[tuple[str, str, str], Counter[str]] = {key: Counter() for key in wanted}
     total = sum(map(len, wanted.values()))
-    with _report.progress_bar("bit rot", minutes=arguments.minutes, count=total) as bar:
-        todo = list(tasks_of(wanted))
-        if arguments.minutes is not None:
-            # Where the time is too short for all of them, some of each row are done.
-            random.Random(arguments.seed).shuffle(todo)
-        for answer in _report.in_processes(run_task, todo, arguments.workers, bar.over):
-            task = answer.task
-            counts[task.part, task.subject, task.mode].update(answer.counts)
-            for what, case in answer.failures[:3]:
-                report.find(what, _report.replay_command("bitrot", "--replay", case))
-            bar.advance(len(task.cases), f"{task.part}: {task.subject}")
-        seconds = bar.seconds
-    for (part, name, mode), found in counts.items():
+    todo = list(tasks_of(wanted))
+    if arguments.minutes is not None:
+        # Where the time is too short for all of them, some of each row are done.
+        random.Random(arguments.seed).shuffle(todo)
+    counts, seconds = _report.collect(report, run_task, todo, total)
+    for part, name, mode in wanted:
+        found = counts.setdefault((part, name, mode), Counter())
         report.add(
             part=part,
             subject=name,
@@ -1052,11 +985,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def replay(case: str) -> int:
-    try:
-        part, name, mode, number = case.split(":")
-        damage, found = run_case(part, name, mode, int(number))
-    except (ValueError, KeyError, IndexError, StopIteration):
-        return _report.fail_usage(f"no such case: {case}")
+    part, name, mode, number = case.split(":")
+    damage, found = run_case(part, name, mode, int(number))
     print(f"{name}: {damage.what}")
     for one in found:
         print(f"checked: {mode}; outcome: {one.outcome}; {one.error}")

@@ -10,17 +10,9 @@ import argparse
 from collections.abc import Iterator
 from itertools import count
 
-from . import __main__ as campaigns
-from ._report import (
-    Report,
-    add_common_arguments,
-    bound,
-    fail_usage,
-    in_processes,
-    per_minute,
-    progress_bar,
-)
-from ._simulator import Result, Simulation, replay
+from . import __main__ as campaigns, _simulator
+from ._report import Report, add_common_arguments
+from ._simulator import ENDS, Result, Simulation, report_results
 from ._workloads import WORKLOADS
 
 SHARES = {
@@ -36,8 +28,7 @@ SHARES = {
     "realerrors": 1,
 }
 """How the minutes are divided among the parts."""
-FINDINGS_MAX = 10
-"""So many, and the campaign ends: the rest is most likely the same."""
+PARTS = tuple(SHARES)
 
 COLUMNS = {
     "workload": "workload",
@@ -47,31 +38,18 @@ COLUMNS = {
     "images": "distinct",
     "nested": "nested",
     "deepest": "deepest",
-    "lost": "lost",
-    "partial": "partial",
-    "other": "other",
-    "per_minute": "per minute",
-    "bound": "3/N",
+    **ENDS,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, minutes=5)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(SHARES)}; without: all"
-    )
+    add_common_arguments(parser, minutes=5, parts=PARTS)
     parser.add_argument("--workload", choices=WORKLOADS, help="simulate this one only")
     parser.add_argument("--replay", metavar="CASE", help="one case of the simulator again")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return _replay(arguments)
-    known = [name for name in SHARES if name == "simulator" or name in campaigns.names()]
-    parts = arguments.parts or known
-    for name in parts:
-        if name not in known:
-            return fail_usage(f"there is no part {name!r}, only {', '.join(known)}")
+    parts = arguments.parts or PARTS
     total = sum(SHARES[name] for name in parts)
     code = 0
     for name in parts:
@@ -109,47 +87,8 @@ def simulate_one(task: tuple[str, int]) -> Result:
 
 def simulate(arguments: argparse.Namespace, minutes: float) -> int:
     report = Report("crash", arguments, COLUMNS)
-    rows: dict[str, Result] = {}
-    total = Result("all")
-    with progress_bar("simulator", minutes=minutes, count=arguments.count) as bar:
-
-        def over() -> bool:
-            return bar.over() or len(report.findings) >= FINDINGS_MAX
-
-        for result in in_processes(simulate_one, _tasks(arguments), arguments.workers, over):
-            rows.setdefault(result.workload, Result(result.workload)).add(result)
-            total.add(result)
-            if result.first_failure is not None:
-                report.find(result.first_failure.what, result.first_failure.replay)
-            bar.advance(
-                result.points,
-                f"{total.points:,} points, {total.nested:,} nested, {len(report.findings)} found",
-            )
-        seconds = bar.seconds
-    for row in (*rows.values(), total):
-        report.add(
-            workload=row.workload,
-            runs=row.runs,
-            operations=row.operations,
-            points=row.points,
-            images=row.images,
-            nested=row.nested,
-            deepest=row.deepest,
-            lost=row.lost,
-            partial=row.partial,
-            other=row.other,
-            per_minute=per_minute(total.points + total.nested, seconds) if row is total else None,
-            bound=bound(row.points + row.nested),
-        )
-    return report.finish()
+    return report_results(report, simulate_one, _tasks(arguments), minutes)
 
 
-def _replay(arguments: argparse.Namespace) -> int:
-    try:
-        result = replay(arguments.replay)
-    except ValueError as exc:
-        return fail_usage(str(exc))
-    report = Report("crash", arguments, {})
-    if result.first_failure is not None:
-        report.find(result.first_failure.what, result.first_failure.replay)
-    return report.finish()
+def replay(case: str) -> int:
+    return _simulator.replay(case).report_to(Report("crash", None, {}))

@@ -19,15 +19,13 @@ import argparse
 import errno
 import functools
 import itertools
-import logging
 import math
 import random
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 import trio
@@ -49,7 +47,10 @@ from trio_wal._files import NO_SPACE
 from trio_wal.testing import MemoryFiles, Operation
 
 from . import _report
+from ._promises import Promises, Record, check
 from ._simulator import seeded_run
+
+T = TypeVar("T", WriteAheadLog, Database)
 
 SEEDS: Final = 2
 """Power failures after each case."""
@@ -150,44 +151,17 @@ class Injector:
 # -- what was said ------------------------------------------------------------------
 
 
-class Lie(AssertionError):
-    """The log does not bear out what it said."""
-
-
-def check(condition: object, *what: object) -> None:
-    if not condition:
-        raise Lie(" ".join(map(str, what)))
-
-
 @attrs.define(eq=False)
 class Witness:
     """What was asked for, and what was answered."""
 
     injector: Injector
-    units: dict[bytes, tuple[bytes, ...]] = attrs.Factory(dict)
-    """Of every record that was handed over: all the records of its unit, in order."""
-    order: dict[bytes, list[bytes]] = attrs.Factory(dict)
-    """Of every task: its records in the order in which it handed them over."""
-    acknowledged: dict[int, bytes] = attrs.Factory(dict)
-    absent: set[bytes] = attrs.Factory(set)
-    """Said to be not written, or cut off."""
-    sent: dict[bytes, list[bytes]] = attrs.Factory(dict)
+    promises: Promises = attrs.Factory(Promises)
+    sent: dict[bytes, list[Record]] = attrs.Factory(dict)
     """Of every task: accepted, and nothing more was said."""
-    present: set[bytes] = attrs.Factory(set)
-    """Said to be durable, without an LSN: by a flush, or by a transaction that read it."""
-    together: list[dict[int, bytes]] = attrs.Factory(list)
-    """Of a cut with an unknown outcome: there all or none."""
-    dropped_to: int = 1
-    """Records below may have been dropped, on demand."""
     backups: dict[str, int] = attrs.Factory(dict)
     """LSN of every backup that was made."""
     told: Counter[str] = attrs.Factory(Counter)
-
-    def hand_over(self, task: bytes, records: list[bytes]) -> None:
-        for record in records:
-            assert record not in self.units, "every record is written once"
-            self.units[record] = tuple(records)
-            self.order.setdefault(task, []).append(record)
 
     def name(self, exc: BaseException) -> str:
         """The outcome's name, after a check that it is a documented one."""
@@ -214,33 +188,38 @@ class Witness:
         self, task: bytes, records: list[bytes], call: Callable[[], Awaitable[Any]]
     ) -> bool:
         """A call that appends; whether it was acknowledged."""
-        self.hand_over(task, records)
+        unit = self.promises.submit(task, *records)
         try:
             answer = await call()
+        except trio.Cancelled:
+            self.promises.withdraw(unit, "it was cancelled")
+            raise
         except (OSError, trio_wal.WalError, trio.ClosedResourceError) as exc:
             if self.name(exc) != "LogFailedError: unknown":
-                self.absent.update(records)
+                self.promises.withdraw(unit, f"it raised {exc!r}")
             return False
         if answer is None:
-            self.sent.setdefault(task, []).extend(records)
+            self.sent.setdefault(task, []).extend(unit)
         else:
             lsns = range(answer, answer + 1) if isinstance(answer, int) else answer
-            self.acknowledged.update(zip(lsns, records, strict=True))
+            check(len(lsns) == len(unit), f"{len(unit)} records got {lsns}")
+            self.promises.acknowledge(unit, lsns[0])
         return True
 
     async def flush(self, task: bytes, call: Callable[[], Awaitable[Any]]) -> None:
         """A call that makes durable what the task has sent, or tells what became of it."""
-        records = self.sent.pop(task, [])
+        records = self.sent.get(task, [])
         try:
             await call()
         except LogFullError as exc:
             self.name(exc)
-            self.sent[task] = records
+            return
         except (OSError, trio_wal.WalError, trio.ClosedResourceError) as exc:
             if self.name(exc) == "LogFailedError: not written":
-                self.absent.update(records)
+                self.promises.withdraw(records, f"it raised {exc!r}")
         else:
-            self.present.update(records)
+            self.promises.cover(records)
+        self.sent[task] = []
 
     async def ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """A call that writes nothing; its answer, or None where it failed."""
@@ -251,61 +230,33 @@ class Witness:
             return None
 
     async def cut(self, wal: WriteAheadLog, lsn: int) -> None:
-        above = {key: data for key, data in self.acknowledged.items() if key > lsn}
-        for key in above:
-            del self.acknowledged[key]
-        self.together.append(above)
+        known = self.promises.cut is None
+        if known:
+            self.promises.begin_cut(lsn)
         try:
             await wal.truncate_after(lsn)
         except (OSError, trio_wal.WalError, trio.ClosedResourceError) as exc:
-            if self.name(exc) != "LogFailedError: unknown":
-                self.together.remove(above)
-                self.acknowledged.update(above)
+            if self.name(exc) != "LogFailedError: unknown" and known:
+                self.promises.end_cut(done=False)
             return
-        self.together.remove(above)
-        self.absent.update(above.values())
+        check(known, "what became of one cut was unknown, and then another was made")
+        self.promises.end_cut(done=True)
 
     async def drop(self, wal: WriteAheadLog, lsn: int) -> None:
-        self.dropped_to = max(self.dropped_to, lsn)
+        self.promises.begin_drop(lsn)
         await self.ask(lambda: wal.truncate_before(lsn))
         check(wal.first_lsn <= lsn, f"first_lsn {wal.first_lsn} after truncate_before({lsn})")
 
     def examine(self, first_lsn: int, found: dict[int, bytes]) -> None:
         """Whether what is found bears out all that was said."""
-        check(list(found) == list(range(first_lsn, first_lsn + len(found))), "gaps:", list(found))
-        check(first_lsn <= self.dropped_to, f"the log starts at {first_lsn}, not asked for")
-        for lsn, data in self.acknowledged.items():
-            if lsn >= first_lsn:
-                check(
-                    found.get(lsn) == data, f"acknowledged LSN {lsn} {data!r}: {found.get(lsn)!r}"
-                )
-        check(
-            max(self.acknowledged, default=0) < first_lsn + len(found),
-            "acknowledged records behind the log's end",
-        )
-        values = list(found.values())
-        there = set(values)
-        check(len(there) == len(values), "a record is there twice")
-        if first_lsn == 1:
-            check(self.present <= there, f"lost: {self.present - there}, called durable")
-        for lsn, data in found.items():
-            check(data in self.units, f"LSN {lsn} {data!r} was never written")
-            check(data not in self.absent, f"LSN {lsn} {data!r} was said to be not written")
-        for lsn, data in found.items():
-            unit = self.units[data]
-            if lsn - unit.index(data) >= first_lsn:
-                start = lsn - unit.index(data)
-                whole = tuple(found.get(start + n) for n in range(len(unit)))
-                check(whole == unit, f"of the unit {unit} there is only {whole}")
-        for records in self.order.values():
-            mine = set(records)
-            check(
-                [data for data in values if data in mine] == [r for r in records if r in there],
-                "the records of a task changed their order",
-            )
-        for group in self.together:
-            kept = [found.get(lsn) == data for lsn, data in group.items() if lsn >= first_lsn]
-            check(all(kept) or not any(kept), f"of a cut half is done: {group}")
+        self.promises.expect(list(found.items()), first_lsn)
+
+    def go_on(self, first_lsn: int, found: dict[int, bytes]) -> None:
+        """The same of a log that is open: from here on that is the truth."""
+        self.examine(first_lsn, found)
+        pairs = list(found.items())
+        self.promises.crashed(pairs, first_lsn)
+        self.promises.opened(pairs, first_lsn + len(pairs) - 1)
 
     async def examine_database(self, db: Database) -> dict[int, bytes]:
         """The same for a database: its log's commits, and the state that follows from them."""
@@ -320,17 +271,21 @@ class Witness:
             if commit.lsn == 1 or commit.lsn - 1 in found:
                 check(before == found.get(commit.lsn - 1, b""), f"{commit} has read {before!r}")
         first_lsn = db.wal.first_lsn
-        self.dropped_to = max(self.dropped_to, db.recovery.checkpoint_lsn + 1)
+        self.promises.begin_drop(db.recovery.checkpoint_lsn + 1)
         self.examine(first_lsn, found)
         check(after({} if first_lsn == 1 else state, commits) == state, "the state is another")
-        known = self.present.union(self.acknowledged.values())
-        for task, markers in self.order.items():
+        for task, records in self.promises.by_task.items():
+            assert isinstance(task, bytes)
             last = state.get(task)
             check(last == state.get(b"both " + task), f"half a transaction of {task!r}")
-            check(last is None or last in markers, f"{task!r} has {last!r}, never written")
-            check(last not in self.absent, f"{last!r} was said to be not written")
-            shown = 0 if last is None else markers.index(last) + 1
-            check(not known & set(markers[shown:]), f"{task!r} has {last!r}: acknowledged is more")
+            shown = 0
+            if last is not None:
+                keys = [record.key for record in records]
+                check(last in keys, f"{task!r} has {last!r}, never written")
+                shown = keys.index(last) + 1
+                check(not records[shown - 1].gone, f"{last!r} was said to be not written")
+            more = any(map(self.promises.is_sure, records[shown:]))
+            check(not more, f"{task!r} has {last!r}: acknowledged is more")
         return found
 
 
@@ -339,27 +294,35 @@ class Witness:
 OPTIONS: Final[dict[str, Any]] = {"segment_size": TINY_SEGMENT, "flush_interval": 0}
 
 
+def open_log(files: MemoryFiles, **options: Any) -> AbstractAsyncContextManager[WriteAheadLog]:
+    return trio_wal.open_wal(LOG, files=files, **{**OPTIONS, **options})
+
+
+def open_db(files: MemoryFiles, **options: Any) -> AbstractAsyncContextManager[Database]:
+    return trio_wal.open_database(DB, files=files, **{**OPTIONS, **options})
+
+
 async def session(
-    files: MemoryFiles,
+    opening: AbstractAsyncContextManager[T],
     witness: Witness,
-    body: Callable[[WriteAheadLog], Awaitable[None]],
-    **options: Any,
+    body: Callable[[T], Awaitable[None]],
 ) -> None:
-    """One life of a log."""
+    """One life of a log, or of a database."""
     injector = witness.injector
     injector.reopened()
     told = witness.told.total()
     try:
-        async with trio_wal.open_wal(LOG, files=files, **{**OPTIONS, **options}) as wal:
-            await body(wal)
-            await _probe(witness, wal, wal)
+        async with opening as opened:
+            await body(opened)
+            await _probe(witness, opened)
     except (OSError, trio_wal.WalError) as exc:
         witness.name(exc)
     check(not injector.dead or witness.told.total() > told, "a failed write was told to nobody")
 
 
-async def _probe(witness: Witness, wal: WriteAheadLog, writes: Any) -> None:
+async def _probe(witness: Witness, writes: Any) -> None:
     """A broken log is dead for good."""
+    wal = writes.wal if isinstance(writes, Database) else writes
     failed = wal.statistics().state == "failed"
     check(failed or not witness.injector.dead, "a failed write, and the log goes on")
     if not failed:
@@ -414,7 +377,7 @@ async def appends(files: MemoryFiles, witness: Witness) -> None:
                 nursery.start_soon(writer, wal, witness, b"%d-%d" % (life, number))
 
     for life in range(2):  # noqa: B007  (the body asks for it)
-        await session(files, witness, body)
+        await session(open_log(files), witness, body)
 
 
 async def truncations(files: MemoryFiles, witness: Witness) -> None:
@@ -431,7 +394,7 @@ async def truncations(files: MemoryFiles, witness: Witness) -> None:
         await witness.drop(wal, wal.last_lsn + 1)
         await append_some(wal, witness, b"e", 1)
 
-    await session(files, witness, body)
+    await session(open_log(files), witness, body)
 
 
 async def retention(files: MemoryFiles, witness: Witness) -> None:
@@ -439,44 +402,45 @@ async def retention(files: MemoryFiles, witness: Witness) -> None:
 
     async def body(wal: WriteAheadLog) -> None:
         for n in range(9):
-            witness.dropped_to = max(witness.dropped_to, wal.last_lsn + 1)
+            witness.promises.begin_drop(wal.last_lsn + 1)
             data = b"%d" % n
             await witness.write(b"a", [data], partial(wal.append, data))
             await trio.sleep(1)
 
-    await session(files, witness, body, retention=KeepSegments(1))
+    await session(open_log(files, retention=KeepSegments(1)), witness, body)
 
 
 async def late_syncs(durability: str, files: MemoryFiles, witness: Witness) -> None:
     """Answered when it is written: only what a flush covers must survive."""
 
     async def body(wal: WriteAheadLog) -> None:
-        written: dict[int, bytes] = {}
+        promises = witness.promises
         for n in range(12):
             data = b"%d" % n
-            witness.hand_over(b"a", [data])
+            unit = promises.submit(b"a", data)
             lsn = await witness.ask(partial(wal.append, data))
             if lsn is not None:
-                written[lsn] = data
+                promises.acknowledge(unit, lsn, durable=False)
             if n % 4 == 3:
                 durable = await witness.ask(wal.flush)
                 if durable is not None:
-                    check(durable >= max(written, default=0), f"flush gave {durable}")
-                    witness.acknowledged.update(written)
+                    check(durable >= promises.written, f"flush gave {durable}")
+                    promises.settle_durable(durable)
         await trio.sleep(3)
 
-    await session(files, witness, body, durability=durability, flush_interval=1)
+    opening = open_log(files, durability=durability, flush_interval=1)
+    await session(opening, witness, body)
 
 
 async def after_a_crash(files: MemoryFiles, witness: Witness) -> None:
     """A log is recovered, written and closed, and recovered again."""
 
     async def body(wal: WriteAheadLog) -> None:
-        witness.examine(wal.first_lsn, await read_all(wal))
+        witness.go_on(wal.first_lsn, await read_all(wal))
         await append_some(wal, witness, b"life %d" % life, 2)
 
     for life in range(2):  # noqa: B007  (the body asks for it)
-        await session(files, witness, body)
+        await session(open_log(files), witness, body)
 
 
 # -- programs on a database ---------------------------------------------------------
@@ -487,30 +451,12 @@ AFTER: Final = b" after "
 """Every transaction puts itself, and the one that it found there, into the shared key."""
 
 
-async def database_session(
-    files: MemoryFiles,
-    witness: Witness,
-    body: Callable[[Database], Awaitable[None]],
-    **options: Any,
-) -> None:
-    injector = witness.injector
-    injector.reopened()
-    told = witness.told.total()
-    try:
-        async with trio_wal.open_database(DB, files=files, **{**OPTIONS, **options}) as db:
-            await body(db)
-            await _probe(witness, db.wal, db)
-    except (OSError, trio_wal.WalError) as exc:
-        witness.name(exc)
-    check(not injector.dead or witness.told.total() > told, "a failed write was told to nobody")
-
-
 async def look_on(db: Database, witness: Witness) -> None:
     """Read-only transactions: what one has read is durable when it returns."""
     for _ in range(6):
         shared = await witness.ask(partial(db.run, lambda tx: tx.get(SHARED)))
         if shared is not None:
-            witness.present.add(shared.partition(AFTER)[0])
+            witness.promises.cover([witness.promises.records[shared.partition(AFTER)[0]]])
 
 
 async def transact(db: Database, witness: Witness, name: bytes, markers: list[bytes]) -> None:
@@ -558,13 +504,9 @@ async def database(keep: bool, files: MemoryFiles, witness: Witness) -> None:
         await transact(db, witness, name, markers(name, 1))
 
     for life in range(2):  # noqa: B007  (the body asks for it)
-        await database_session(
-            files,
-            witness,
-            body,
-            checkpoint_bytes=400,
-            retention=KeepAll() if keep else None,
-        )
+        retention = KeepAll() if keep else None
+        opening = open_db(files, checkpoint_bytes=400, retention=retention)
+        await session(opening, witness, body)
 
 
 async def database_after_a_crash(files: MemoryFiles, witness: Witness) -> None:
@@ -575,7 +517,8 @@ async def database_after_a_crash(files: MemoryFiles, witness: Witness) -> None:
         await witness.ask(db.checkpoint)
 
     for life in range(2):  # noqa: B007  (the body asks for it)
-        await database_session(files, witness, body, checkpoint_bytes=400, retention=KeepAll())
+        opening = open_db(files, checkpoint_bytes=400, retention=KeepAll())
+        await session(opening, witness, body)
 
 
 Program = Callable[[MemoryFiles, Witness], Awaitable[None]]
@@ -604,6 +547,9 @@ WORKLOADS: Final = {
 }
 
 
+PARTS: Final = tuple(WORKLOADS)
+
+
 # -- one case -----------------------------------------------------------------------
 
 
@@ -612,26 +558,13 @@ class Start:
     """Where a program begins: files, and what is known of them."""
 
     files: MemoryFiles
-    witness: Witness
+    promises: Promises
 
     def copy(self, injector: Injector) -> tuple[MemoryFiles, Witness]:
         files = self.files.crash_image(kind="kill")
         files.clock_offset_us -= 3_600_000_000  # the times of records never go back
         injector.into(files)
-        known = self.witness
-        return files, attrs.evolve(
-            known,
-            injector=injector,
-            units=dict(known.units),
-            order={task: list(records) for task, records in known.order.items()},
-            acknowledged=dict(known.acknowledged),
-            absent=set(known.absent),
-            sent={task: list(records) for task, records in known.sent.items()},
-            present=set(known.present),
-            together=[dict(group) for group in known.together],
-            told=Counter(),
-            backups={},
-        )
+        return files, Witness(injector, self.promises.copy())
 
 
 HEALTHY: Final = Kind(0, frozenset())
@@ -644,13 +577,11 @@ def starts(name: str) -> list[Start]:
     files = MemoryFiles(seed=5)
     witness = Witness(Injector(HEALTHY, 0, 0))
     if workload.before is None:
-        return [Start(files, witness)]
+        return [Start(files, witness.promises)]
     found: list[Start] = []
 
     def crash(operation: Operation, path: str) -> None:
-        image = files.crash_image(len(found), "power")
-        _, known = Start(image, witness).copy(witness.injector)
-        found.append(Start(image, known))
+        found.append(Start(files.crash_image(len(found), "power"), witness.promises.copy()))
 
     files.after_operation = crash
     play(partial(workload.before, files, witness))
@@ -696,53 +627,45 @@ def run_case(case: Case) -> Result:
     injector = Injector(kind, case.number, MODES[case.mode])
     files, witness = starts(case.workload)[case.start].copy(injector)
     images = 0
-    error = ""
-    try:
+
+    def run() -> None:
+        nonlocal images
         play(partial(WORKLOADS[case.workload].program, files, witness))
         if injector.failed:
             check(not injector.retried, "touched again after it had failed:", injector.retried)
             images = examine(files, witness)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-        error = " | ".join(_lines(exc))
+
+    error = _report.found_in(run)
     if not injector.failed and not error:
         return Result("", {})
     first = injector.failed[0][0] if injector.failed else "none"
     return Result(first, dict(witness.told), images, error)
 
 
-def _lines(exc: BaseException) -> Iterator[str]:
-    nested = getattr(exc, "exceptions", None)
-    if nested is None:
-        place = traceback.extract_tb(exc.__traceback__)[-1:]
-        where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in place)
-        yield f"{type(exc).__name__}: {exc}{where}"
-    for inner in nested or ():
-        yield from _lines(inner)
-
-
 def examine(files: MemoryFiles, witness: Witness) -> int:
     """Open what is left, as it is and after crashes; returns how many images."""
-    is_database = files.exists(DB)
-    look = _look_at_database if is_database else _look_at_log
     alive = files.crash_image(kind="kill")
-    shown = look(alive, witness, power_seeds=range(SEEDS))
+    shown = _look_at(alive, witness, power_seeds=range(SEEDS))
     for seed in range(SEEDS):
-        look(files.crash_image(seed), witness)
+        _look_at(files.crash_image(seed), witness)
     for path, lsn in witness.backups.items():
         _look_at_backup(alive, path, lsn, shown)
     return 1 + 2 * SEEDS
 
 
-def _look_at_log(
+def _look_at(
     files: MemoryFiles, witness: Witness, power_seeds: Iterable[int] = ()
 ) -> dict[int, bytes]:
     shown: dict[int, bytes] = {}
     images: list[MemoryFiles] = []
 
     async def main() -> None:
-        async with trio_wal.open_wal(LOG, files=files, **OPTIONS) as wal:
+        if files.exists(DB):
+            async with open_db(files, retention=KeepAll()) as db:
+                shown.update(await witness.examine_database(db))
+                images.extend(files.crash_image(seed) for seed in power_seeds)
+            return
+        async with open_log(files) as wal:
             async with wal.read() as records:
                 found = [record async for record in records]
             shown.update((record.lsn, record.data) for record in found)
@@ -753,25 +676,7 @@ def _look_at_log(
 
     trio.run(main)
     for image in images:
-        again = _look_at_log(image, witness)
-        check(again == shown, "what an open had shown is gone after the loss of power")
-    return shown
-
-
-def _look_at_database(
-    files: MemoryFiles, witness: Witness, power_seeds: Iterable[int] = ()
-) -> dict[int, bytes]:
-    shown: dict[int, bytes] = {}
-    images: list[MemoryFiles] = []
-
-    async def main() -> None:
-        async with trio_wal.open_database(DB, files=files, **OPTIONS, retention=KeepAll()) as db:
-            shown.update(await witness.examine_database(db))
-            images.extend(files.crash_image(seed) for seed in power_seeds)
-
-    trio.run(main)
-    for image in images:
-        again = _look_at_database(image, witness)
+        again = _look_at(image, witness)
         check(again == shown, "what an open had shown is gone after the loss of power")
     return shown
 
@@ -798,31 +703,44 @@ class Loop:
     stride: int
 
 
-def run_loop(loop: Loop) -> list[tuple[Case, Result]]:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-    results: list[tuple[Case, Result]] = []
+def run_loop(loop: Loop) -> _report.Answer:
+    rows: dict[tuple[str, str], Counter[str]] = {}
+    failures: list[tuple[object, str]] = []
     for number in itertools.count(loop.case.number, loop.stride):
         case = attrs.evolve(loop.case, number=number)
         result = run_case(case)
         if not result.operation:
             break
-        results.append((case, result))
-    return results
+        row = rows.setdefault((result.operation, case.kind), Counter())
+        row.update((case.workload, case.mode))
+        row["images"] += result.images
+        row["unnoticed"] += not result.told
+        row.update({SHOWN[name]: count for name, count in result.told.items()})
+        if result.error:
+            row["false"] += 1
+            failures.append((case, f"{case}, {result.operation}: {result.error}"))
+    return _report.Answer(1, loop.case.workload, rows, failures)
+
+
+def first_cases(
+    workloads: Iterable[str], kinds: Iterable[str] = KINDS, modes: Iterable[str] = MODES
+) -> list[Case]:
+    """Of each loop."""
+    return [
+        Case(name, start, kind, mode, 0)
+        for name in workloads
+        for start in range(WORKLOADS[name].moments or 1)
+        for kind in kinds
+        for mode in modes
+    ]
 
 
 def loops(arguments: argparse.Namespace) -> list[Loop]:
     """All of them; with a stride each begins at another n."""
     stride = arguments.stride
-    cases = [
-        Case(name, start, kind, mode, 0)
-        for name in arguments.workloads or WORKLOADS
-        for start in range(WORKLOADS[name].moments or 1)
-        for kind in KINDS
-        for mode in MODES
-    ]
     found = [
         Loop(attrs.evolve(case, number=(place + arguments.seed) % stride), stride)
-        for place, case in enumerate(cases)
+        for place, case in enumerate(first_cases(arguments.parts or PARTS))
     ]
     # Where the time is too short for all of them, some of each kind are done.
     random.Random(arguments.seed).shuffle(found)
@@ -831,13 +749,10 @@ def loops(arguments: argparse.Namespace) -> list[Loop]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all"
-    )
-    parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="every N-th operation only"
     )
     parser.add_argument("--replay", metavar="CASE", help="one case again")
-    _report.add_common_arguments(parser)
+    _report.add_common_arguments(parser, parts=WORKLOADS)
 
 
 SHOWN: Final = {
@@ -851,10 +766,6 @@ SHOWN: Final = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return replay(arguments.replay)
-    if unknown := set(arguments.workloads) - set(WORKLOADS):
-        return _report.fail_usage(f"no such workload: {', '.join(sorted(unknown))}")
     report = _report.Report(
         "errors",
         arguments,
@@ -863,38 +774,17 @@ def run(arguments: argparse.Namespace) -> int:
         | {column: f"told: {column}" for column in SHOWN.values()}
         | {"unnoticed": "no effect", "images": "images", "false": "FALSE"},
     )
-    figures: dict[tuple[str, str], Counter[str]] = {}
-    cases = Counter[str]()
     todo = loops(arguments)
-    with _report.progress_bar("errors", minutes=arguments.minutes, count=len(todo)) as bar:
-        for answer in _report.in_processes(run_loop, todo, arguments.workers, bar.over):
-            for case, result in answer:
-                row = figures.setdefault((result.operation, case.kind), Counter())
-                row[case.mode] += 1
-                row["images"] += result.images
-                row["unnoticed"] += not result.told
-                row.update({SHOWN[name]: count for name, count in result.told.items()})
-                cases[case.workload] += 1
-                if result.error:
-                    row["false"] += 1
-                    if row["false"] <= 2:
-                        replayed = _report.replay_command("errors", "--replay", f"'{case}'")
-                        report.find(f"{case}, {result.operation}: {result.error}", replayed)
-            bar.advance(1, answer[-1][0].workload if answer else "")
-        seconds = bar.seconds
+    figures, seconds = _report.collect(report, run_loop, todo, len(todo))
+    columns = (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
+    every: Counter[str] = Counter()
     for (operation, kind), row in sorted(figures.items()):
-        columns = (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
         report.add(operation=operation, error=kind, **{name: row[name] for name in columns})
-    total = cases.total()
-    images = sum(row["images"] for row in figures.values())
-    report.add(
-        operation="all",
-        error=f"{len(KINDS)} kinds",
-        **{
-            name: sum(row[name] for row in figures.values())
-            for name in (*MODES, *SHOWN.values(), "unnoticed", "images", "false")
-        },
-    )
+        every.update(row)
+    kinds = f"{len(KINDS)} kinds"
+    report.add(operation="all", error=kinds, **{name: every[name] for name in columns})
+    cases = {name: every[name] for name in WORKLOADS if every[name]}
+    total, images = sum(cases.values()), every["images"]
     report.note(
         f"{total:,} faults, {images:,} images opened afterwards; "
         f"{_report.per_minute(total, seconds):,} faults a minute; "
@@ -904,13 +794,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def replay(text: str) -> int:
-    try:
-        name, start, kind, mode, number = text.split(":")
-        case = Case(name, int(start), kind, mode, int(number))
-        logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
-        result = run_case(case)
-    except (ValueError, KeyError, IndexError):
-        return _report.fail_usage(f"no such case: {text}")
+    name, start, kind, mode, number = text.split(":")
+    case = Case(name, int(start), kind, mode, int(number))
+    result = run_case(case)
     print(f"{case}: {result.operation or 'no such operation'} failed; told: {result.told}")
     print(result.error or "nothing false")
     return 1 if result.error else 0

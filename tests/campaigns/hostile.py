@@ -17,11 +17,9 @@ import hashlib
 import importlib
 import importlib.util
 import io
-import logging
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -40,6 +38,7 @@ import attrs
 import msgspec
 import trio
 from databases import DB
+from helpers import read_all
 from logs import LOG, TINY
 
 import trio_wal
@@ -57,6 +56,7 @@ from trio_wal.testing import MemoryFiles
 
 from . import _forge, _report
 from ._forge import Contents
+from ._promises import Wrong, check
 
 MEMORY_BYTES: Final = 512 * MiB
 """What a process may take for the inputs, beyond what it has before the first."""
@@ -70,23 +70,16 @@ SECONDS_MAX: Final = 30
 """Of one input, with room for a machine that does other things."""
 COUNT: Final = 100_000
 CHUNK: Final = 400
+CASES: Final = "cases"
+"""Row of how many there were of each part."""
 REAL_EVERY: Final = 64
 """One of so many inputs is also put on real files and given to the command line."""
 PARTS: Final = ("inputs", "names", "places", "bombs")
 OPTIONS: Final[dict[str, Any]] = {"segment_size": TINY, "flush_interval": 0}
 
 
-class Finding(Exception):
-    """Something came of an input that must not."""
-
-
 class Slow(BaseException):
     """An input takes too long; nobody may catch this."""
-
-
-def check(condition: object, what: str) -> None:
-    if not condition:
-        raise Finding(what)
 
 
 # -- an input, on files in memory ---------------------------------------------------
@@ -158,8 +151,7 @@ async def _open_log(outcomes: Outcomes, contents: Contents, verify_bytes: float)
         async with trio_wal.open_wal(LOG, files=files, **options) as wal:
             opened = True
             with outcomes.of("read own"):
-                async with wal.read() as records:
-                    whole = [record.data async for record in records]
+                whole = list((await read_all(wal)).values())
                 check(len(whole) == wal.last_lsn - wal.first_lsn + 1, "records are missing")
                 with outcomes.of("append"):
                     lsn = await wal.append(b"after")
@@ -170,20 +162,26 @@ async def _open_log(outcomes: Outcomes, contents: Contents, verify_bytes: float)
     if not acknowledged:
         return
     again: list[bytes] = []
-    try:
+    with accepted():
         async with trio_wal.open_wal(LOG, files=files, **options) as wal:
             with outcomes.of("read again"):
-                async with wal.read() as records:
-                    again = [record.data async for record in records]
+                again = list((await read_all(wal)).values())
                 check(
                     again == [*whole, b"after"] or unchecked, "what was acknowledged is not there"
                 )
             with outcomes.of("truncate"):
                 await wal.truncate_after(wal.first_lsn)
                 await wal.truncate_before(wal.last_lsn + 1)
-    except (WalError, OSError) as exc:
-        raise Finding(f"accepted, written, and then refused: {exc}") from exc
     check(again or unchecked, "accepted, written, and then not to be read")
+
+
+@contextlib.contextmanager
+def accepted() -> Iterator[None]:
+    """What was accepted once, and written, must be so again."""
+    try:
+        yield
+    except (WalError, OSError) as exc:
+        raise Wrong("other", f"accepted, written, and then refused: {exc}") from exc
 
 
 def _command(name: str) -> Any:
@@ -222,13 +220,11 @@ async def _open_database(outcomes: Outcomes, contents: Contents) -> None:
                 await db.put(b"after", b"1")
                 acknowledged = True
     if acknowledged:
-        try:
+        with accepted():
             async with trio_wal.open_database(DB, files=files) as db:
                 again = dict(db.scan())
                 with outcomes.of("checkpoint"):
                     await db.checkpoint()
-        except (WalError, OSError) as exc:
-            raise Finding(f"accepted, written, and then refused: {exc}") from exc
         check(again == {**before, b"after": b"1"}, "what was committed is not there")
 
 
@@ -302,9 +298,7 @@ async def _open_real(outcomes: Outcomes, path: Path) -> None:
     with outcomes.of("open, real files"):
         async with trio_wal.open_wal(path, **OPTIONS) as wal:
             with outcomes.of("read, real files"):
-                async with wal.read() as records:
-                    async for _ in records:
-                        pass
+                await read_all(wal)
 
 
 # -- names: what is no regular file, and where none should be ------------------------
@@ -381,18 +375,13 @@ def examine_name(target: str, kind: str, folder: Path) -> Outcomes:
     path, canary = folder / "log", folder / "canary"
     path.mkdir()
     (canary / "log").mkdir(parents=True)
-    (canary / "file").write_bytes(b"outside")
     for name, data in contents.items():
         (path / name).write_bytes(data)
         (canary / "log" / name).write_bytes(data)
-    before = _tree(canary)
-    try:
-        (path / target).unlink(missing_ok=True)
-        try:
-            KINDS[kind](path / target, canary)
-        except PermissionError:
-            outcomes.counts["not permitted here"] += 1
+    with _removed(path, canary):
+        if not put(outcomes, KINDS[kind], path / target, canary):
             return outcomes
+        before = _tree(canary)
         look_at_real(outcomes, path)
         for _ in range(2):
             trio.run(_open_real, outcomes, path)
@@ -401,10 +390,31 @@ def examine_name(target: str, kind: str, folder: Path) -> Outcomes:
         same = _tree(canary) == before
         # The lock file says who has the log, also where it has a second name elsewhere.
         check(same or (target, kind) == (LOCK_NAME, "hard link"), "the outside was changed")
-    finally:
-        shutil.rmtree(path)
-        shutil.rmtree(canary)
     return outcomes
+
+
+def put(outcomes: Outcomes, kind: Place, place: Path, canary: Path) -> bool:
+    """Put something in the place of a file or directory; False: the system does not permit it."""
+    (canary / "file").write_bytes(b"outside")
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    try:
+        kind(place, canary)
+    except PermissionError:
+        outcomes.counts["not permitted here"] += 1
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _removed(*folders: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
 
 
 # -- places: the same in a database's directory --------------------------------------
@@ -437,20 +447,11 @@ def examine_place(target: str, kind: str, folder: Path) -> Outcomes:
     for name in ("log", "store"):
         shutil.copytree(path / name, canary / name)
     (canary / "empty").mkdir()
-    (canary / "file").write_bytes(b"outside")
     (canary / "nothing in it").touch()
-    before = _tree(canary)
-    place = path / target
-    try:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
-        try:
-            STORE_KINDS[kind](place, canary)
-        except PermissionError:
-            outcomes.counts["not permitted here"] += 1
+    with _removed(path, canary):
+        if not put(outcomes, STORE_KINDS[kind], path / target, canary):
             return outcomes
+        before = _tree(canary)
         look_at_real(outcomes, path)
         for how in ("auto", "child", "none"):
             with outcomes.of("open database"):
@@ -458,16 +459,13 @@ def examine_place(target: str, kind: str, folder: Path) -> Outcomes:
         check(_tree(canary) == before, "the outside was changed")
         if kind.startswith("link ") and target != "store/other":
             check(outcomes.counts["open database: ok"] == 0, "a link was followed")
-    finally:
-        shutil.rmtree(path)
-        shutil.rmtree(canary)
     return outcomes
 
 
 @functools.lru_cache
 def _database() -> Path:
     """One to be copied; removed with the process."""
-    folder = tempfile.mkdtemp(dir=_fast_folder())
+    folder = tempfile.mkdtemp(dir=_report.fast_folder())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     trio.run(_make_database, Path(folder) / "db")
     return Path(folder) / "db"
@@ -643,14 +641,6 @@ class Task:
     cases: tuple[str, ...]
 
 
-@attrs.frozen
-class Answer:
-    task: Task
-    counts: dict[str, int]
-    failures: tuple[tuple[str, str], ...]
-    """(case, what)"""
-
-
 _limits: list[int] = []
 
 
@@ -663,25 +653,25 @@ def limit_once(extra: int) -> None:
         limit_memory(extra)
 
 
-def run_task(task: Task) -> Answer:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
+def run_task(task: Task) -> _report.Answer:
     if task.part != "bombs":
         limit_once(MEMORY_BYTES)
     counts: Counter[str] = Counter()
-    failures: list[tuple[str, str]] = []
+    failures: list[tuple[object, str]] = []
     left = deque(task.cases)
+
+    def run() -> None:
+        if task.part == "inputs" and not is_real(left[0]):
+            trio.run(_run_inputs, left, counts)
+        else:
+            counts.update(run_case(task.part, left[0]).counts)
+            left.popleft()
+
     while left:
-        try:
-            if task.part == "inputs" and not is_real(left[0]):
-                trio.run(_run_inputs, left, counts)
-            else:
-                counts.update(run_case(task.part, left[0]).counts)
-                left.popleft()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-            failures.append((left.popleft(), described(exc)))
-    return Answer(task, dict(counts), tuple(failures))
+        if found := _report.found_in(run):
+            failures.append((f"{task.part}:{left.popleft()}", found))
+    rows = {task.part: counts, CASES: Counter({task.part: len(task.cases)})}
+    return _report.Answer(len(task.cases), task.part, rows, failures)
 
 
 async def _run_inputs(left: deque[str], counts: Counter[str]) -> None:
@@ -705,7 +695,7 @@ def run_case(part: str, case: str) -> Outcomes:
     with limited_time(BOMB_SECONDS_MAX if part == "bombs" else SECONDS_MAX):
         if part == "inputs":
             return run_input(random.Random(int(case)), real=is_real(case))
-        with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
+        with tempfile.TemporaryDirectory(dir=_report.fast_folder()) as folder:
             if part == "bombs":
                 return in_a_process(case) if not _limits else examine_bomb(case, Path(folder))
             target, _, kind = case.partition("|")
@@ -719,25 +709,9 @@ def run_input(rng: random.Random, *, real: bool) -> Outcomes:
     contents, database = _forge.mutated(rng)
     outcomes = trio.run(examine, contents, database, rng)
     if real:
-        with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
+        with tempfile.TemporaryDirectory(dir=_report.fast_folder()) as folder:
             outcomes.counts.update(examine_real(contents, database, Path(folder)).counts)
     return outcomes
-
-
-def _fast_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def described(exc: BaseException) -> str:
-    nested = getattr(exc, "exceptions", ())
-    if nested:
-        return " | ".join(map(described, nested))
-    where = ""
-    trace = exc.__traceback__
-    while trace is not None:
-        where = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(exc).__name__}: {exc}{where}"
 
 
 def _count(arguments: argparse.Namespace) -> int:
@@ -768,39 +742,18 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[Task]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument("--replay", metavar="PART:CASE", help="one case again")
-    _report.add_common_arguments(parser)
+    _report.add_common_arguments(parser, parts=PARTS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return replay(arguments.replay)
-    if unknown := set(arguments.parts) - set(PARTS):
-        return _report.fail_usage(f"no such part: {', '.join(sorted(unknown))}")
     columns = {"part": "part", "looked": "looked at by", "cases": "times"}
     report = _report.Report("hostile", arguments, columns | {"ok": "ok", "errors": "typed errors"})
     total = None
     if arguments.minutes is None or arguments.count is not None:
         total = sum(len(task.cases) for task in tasks_of(arguments))
-    counts: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
-    cases: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    with _report.progress_bar("hostile files", minutes=arguments.minutes, count=total) as bar:
-        for answer in _report.in_processes(
-            run_task, tasks_of(arguments), arguments.workers, bar.over
-        ):
-            part = answer.task.part
-            counts[part].update(answer.counts)
-            cases[part] += len(answer.task.cases)
-            for case, what in answer.failures:
-                kind = re.sub(r"\d+", "", what)[:60]
-                kinds[kind] += 1
-                if kinds[kind] == 1:  # one of each kind is enough
-                    replayed = _report.replay_command("hostile", "--replay", f"'{part}:{case}'")
-                    report.find(what, replayed)
-            bar.advance(len(answer.task.cases), part)
-        seconds = bar.seconds
+    counts, seconds = _report.collect(report, run_task, tasks_of(arguments), total)
+    cases = counts.pop(CASES, Counter())
     for part, found in counts.items():
         for name in dict.fromkeys(key.rpartition(": ")[0] for key in found):
             errors = {
@@ -818,8 +771,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"{done:,} inputs ({', '.join(f'{part} {number:,}' for part, number in cases.items())}), "
         f"{_report.per_minute(done, seconds):,} a minute"
     )
-    for kind, number in kinds.items():
-        report.note(f"{number:,} times {kind}")
     report.note(f"memory: {MEMORY_BYTES // MiB} MiB above the start of a process, by RLIMIT_AS")
     if "bombs" in (arguments.parts or PARTS):
         why = missing_memory()
@@ -830,14 +781,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def replay(text: str) -> int:
     part, _, case = text.partition(":")
-    try:
-        if part not in PARTS:
-            raise KeyError(part)
-        limit_once(BOMBS[case][1] if part == "bombs" else MEMORY_BYTES)
-        answer = run_task(Task(part, (case,)))
-    except (KeyError, ValueError):
-        return _report.fail_usage(f"no such case: {text}")
-    for what, number in sorted(answer.counts.items()):
+    if part not in PARTS:
+        raise KeyError(part)
+    limit_once(BOMBS[case][1] if part == "bombs" else MEMORY_BYTES)
+    answer = run_task(Task(part, (case,)))
+    for what, number in sorted(answer.rows[part].items()):
         print(f"{number:6} {what}")
     for _, what in answer.failures:
         print(what)

@@ -12,15 +12,13 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import logging
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -33,13 +31,14 @@ from databases import DB
 from helpers import LOG, AtStep, read_all
 
 import trio_wal
-from trio_wal import Database, KeepAll, WriteAheadLog
+from trio_wal import KeepAll
 from trio_wal.testing import MemoryFiles
 
 from . import _report, errors
+from ._promises import Wrong, check
 from ._simulator import seeded_run
-from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Lie, Witness, check
-from .hostile import described, limited_time
+from .errors import HANG_SECONDS, HEALTHY, OPTIONS, Injector, Witness
+from .hostile import limited_time
 
 PARTS: Final = ("cancel", "ctrl-c", "memory")
 STEPS: Final = 800
@@ -71,28 +70,20 @@ class Run:
     entered: bool = False
     """Whether the log was open."""
 
-    async def write(
-        self, task: bytes, records: list[bytes], call: Callable[[], Awaitable[Any]]
-    ) -> None:
-        try:
-            await self.witness.write(task, records, call)
-        except trio.Cancelled:
-            self.witness.absent.update(records)
-            raise
 
-    async def ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        return await self.witness.ask(call)
+async def _three(run: Run, work: Callable[[bytes], Awaitable[None]], *beside: Any) -> None:
+    """A victim and two others do the same, with a call beside them."""
 
+    async def one(name: bytes, scope: trio.CancelScope) -> None:
+        with scope:
+            await work(name)
 
-async def _writer(run: Run, wal: WriteAheadLog, name: bytes, scope: trio.CancelScope) -> None:
-    with scope:
-        for n in range(2):
-            data = b"%s %d" % (name, n)
-            await run.write(name, [data + b" append"], partial(wal.append, data + b" append"))
-            unit = [data + b" unit", data + b" of", data + b" three"]
-            await run.write(name, unit, partial(wal.append_many, unit))
-            await run.write(name, [data + b" send"], partial(wal.send, data + b" send"))
-            await run.ask(wal.flush)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one, b"victim", run.victim)
+        for number in range(2):
+            nursery.start_soon(one, b"%d" % number, trio.CancelScope())
+        for call in beside:
+            nursery.start_soon(run.witness.ask, call)
 
 
 async def log_program(files: MemoryFiles, run: Run) -> None:
@@ -100,25 +91,12 @@ async def log_program(files: MemoryFiles, run: Run) -> None:
     options = {**OPTIONS, "flush_interval": 10}
     async with trio_wal.open_wal(LOG, files=files, max_queue_size=3, **options) as wal:
         run.entered = True
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_writer, run, wal, b"victim", run.victim)
-            for number in range(2):
-                scope = trio.CancelScope()
-                nursery.start_soon(_writer, run, wal, b"%d" % number, scope)
-        await run.ask(partial(read_all, wal, wal.last_lsn))
-        await run.ask(partial(wal.wait_durable, wal.last_lsn))
-        run.witness.dropped_to = 5
-        await run.ask(partial(wal.truncate_before, 5))
-        await run.write(b"last", [b"last"], partial(wal.append, b"last"))
-
-
-async def _transactor(run: Run, db: Database, name: bytes, scope: trio.CancelScope) -> None:
-    with scope:
-        try:
-            await errors.transact(db, run.witness, name, errors.markers(name, 3))
-        except trio.Cancelled:
-            run.witness.absent.add(run.witness.order[name][-1])
-            raise
+        await _three(run, partial(errors.writer, wal, run.witness))
+        await run.witness.ask(partial(read_all, wal, wal.last_lsn))
+        await run.witness.ask(partial(wal.wait_durable, wal.last_lsn))
+        run.witness.promises.begin_drop(5)
+        await run.witness.ask(partial(wal.truncate_before, 5))
+        await run.witness.write(b"last", [b"last"], partial(wal.append, b"last"))
 
 
 async def database_program(files: MemoryFiles, run: Run) -> None:
@@ -127,16 +105,15 @@ async def database_program(files: MemoryFiles, run: Run) -> None:
         DB, files=files, checkpoint_bytes=400, retention=KeepAll(), **OPTIONS
     ) as db:
         run.entered = True
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_transactor, run, db, b"victim", run.victim)
-            for number in range(2):
-                scope = trio.CancelScope()
-                nursery.start_soon(_transactor, run, db, b"%d" % number, scope)
-            nursery.start_soon(run.ask, db.checkpoint)
+
+        async def work(name: bytes) -> None:
+            await errors.transact(db, run.witness, name, errors.markers(name, 3))
+
+        await _three(run, work, db.checkpoint)
         with db.snapshot() as snapshot:
             dict(snapshot.scan())
-        await run.ask(partial(db.backup, "/backup"))
-        await run.ask(db.checkpoint)
+        await run.witness.ask(partial(db.backup, "/backup"))
+        await run.witness.ask(db.checkpoint)
 
 
 PROGRAMS: Final = {"log": log_program, "database": database_program}
@@ -146,17 +123,13 @@ def fresh() -> tuple[MemoryFiles, Run]:
     return MemoryFiles(seed=6), Run(Witness(Injector(HEALTHY, 0, 0)))
 
 
-def deterministic_run(main: Callable[[], Awaitable[None]]) -> None:
-    """The same steps in the same order each time, on a clock that jumps."""
-    seeded_run(main, seed=0)
-
-
 def look(files: MemoryFiles, run: Run, program: str) -> None:
     """Open what was left, and hold it against what was said."""
     witness = run.witness
     if run.entered:
         # Leaving the block has drained: what was accepted is there.
-        witness.present.update(*witness.sent.values())
+        for records in witness.sent.values():
+            witness.promises.cover(records)
     for image in (files.crash_image(kind="kill"), files.crash_image(1)):
 
         async def main(image: MemoryFiles = image) -> None:
@@ -192,7 +165,7 @@ def cancelled(program: str, mode: str, step: int) -> bool:
                 await PROGRAMS[program](files, run)
         check(not patience.cancelled_caught, "it hangs")
 
-    deterministic_run(main)
+    seeded_run(main, seed=0)
     assert at_step is not None
     look(files, run, program)
     return at_step.done
@@ -241,27 +214,19 @@ def interrupted(program: str, number: int, tracer: Tracer | None = None) -> bool
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
-        deterministic_run(main)
+        seeded_run(main, seed=0)
         came_out = False
     except BaseException as exc:  # noqa: BLE001, ASYNC103  (what it is, is looked at)
         came_out = True
         sys.settrace(before)
-        kinds = set(_leaves(exc))
-        check(kinds == {KeyboardInterrupt}, f"Ctrl-C came out as {described(exc)}")
+        kinds = set(map(type, _report.leaves(exc)))
+        check(kinds == {KeyboardInterrupt}, f"Ctrl-C came out as {_report.described(exc)}")
     finally:
         sys.settrace(before)
         signal.signal(signal.SIGINT, handler)
     check(came_out == tracer.done, "Ctrl-C was swallowed")
     look(files, run, program)
     return tracer.done
-
-
-def _leaves(exc: BaseException) -> Iterator[type[BaseException]]:
-    nested = getattr(exc, "exceptions", None)
-    if nested is None:
-        yield type(exc)
-    for inner in nested or ():
-        yield from _leaves(inner)
 
 
 @functools.cache
@@ -337,10 +302,10 @@ def starved(program: str, number: int, burst: int) -> str:
     """What became of a child whose allocations from the n-th on fail, so many of them."""
     testcapi: Any = importlib.import_module("_testcapi")
     _load_all()
-    folder = tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    path = f"{folder}/{'db' if program == 'database' else 'log'}"
     read_end, write_end = os.pipe()
-    try:
+    where = _report.fast_folder()
+    with tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as folder:
+        path = f"{folder}/{'db' if program == 'database' else 'log'}"
         child = os.fork()
         if child == 0:
             _in_child(testcapi, path, write_end, number, burst)
@@ -351,8 +316,6 @@ def starved(program: str, number: int, burst: int) -> str:
         outcome = _outcome(status)
         _judge_child(path, [int(n) for n in said])
         return f"{outcome}, all said" if len(said) == ROUNDS else outcome
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_child(testcapi: Any, path: str, pipe: int, number: int, burst: int) -> None:
@@ -372,7 +335,7 @@ def _in_child(testcapi: Any, path: str, pipe: int, number: int, burst: int) -> N
             code = 0
         except BaseException as exc:  # noqa: BLE001, ASYNC103  (the exit code tells what it was)
             testcapi.remove_mem_hooks()
-            kinds = set(_leaves(exc))
+            kinds = set(map(type, _report.leaves(exc)))
             named = (MemoryError, trio_wal.WalError, OSError)
             code = 1 if all(issubclass(kind, named) for kind in kinds) else 2
         testcapi.remove_mem_hooks()
@@ -413,7 +376,7 @@ def allocations(program: str) -> int:
         middle = (low + high) // 2
         try:
             felt = starved(program, middle, MANY) != "went on, all said"
-        except Lie:
+        except Wrong:
             felt = True  # told by the cases themselves
         low, high = (middle, high) if felt else (low, middle)
     return high
@@ -431,13 +394,6 @@ class Task:
     """Steps, places among `lines`, or allocations."""
 
 
-@attrs.frozen
-class Answer:
-    task: Task
-    counts: dict[str, int]
-    failures: tuple[tuple[int, str], ...]
-
-
 def run_case(part: str, program: str, mode: str, case: int) -> str:
     """What came of it; nothing: there is no such case."""
     with limited_time(CASE_SECONDS):
@@ -452,28 +408,29 @@ def run_case(part: str, program: str, mode: str, case: int) -> str:
         return "interrupted" if interrupted(program, moments[case]) else ""
 
 
-def run_task(task: Task) -> Answer:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
+def run_task(task: Task) -> _report.Answer:
     counts: Counter[str] = Counter()
-    failures: list[tuple[int, str]] = []
+    failures: list[tuple[object, str]] = []
+    row = (task.part, task.program, task.mode)
     for case in task.cases:
-        try:
+        outcome = ""
+
+        def run(case: int = case) -> None:
+            nonlocal outcome
             outcome = run_case(task.part, task.program, task.mode, case)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as exc:  # noqa: BLE001, ASYNC103  (whatever it is, it is a finding)
-            failures.append((case, described(exc)))
-            counts["FOUND"] += 1
-            continue
+
+        if found := _report.found_in(run):
+            failures.append((":".join((*row, str(case))), f"{', '.join(row)}: {found}"))
+            outcome = "FOUND"
         if not outcome:
             break
         counts[outcome] += 1
-    return Answer(task, dict(counts), tuple(failures))
+    return _report.Answer(1, f"{task.part}: {task.program}", {row: counts}, failures)
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     stride, seed = arguments.stride, arguments.seed
-    found: list[Task] = []
+    found: list[list[Task]] = []
     for part in arguments.parts or PARTS:
         for program in PROGRAMS:
             if part == "cancel":
@@ -489,19 +446,14 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
                 cases = range(seed % step, count, step)
                 # A child that is stuck takes its seconds.
                 size = 5 if part == "memory" else CHUNK
-                found += [
-                    Task(part, program, mode, cases[start : start + size])
-                    for start in range(0, len(cases), size)
-                ]
+                starts = list(range(0, len(cases), size))
+                if part == "memory":
+                    random.Random(seed).shuffle(starts)
+                found.append(
+                    [Task(part, program, mode, cases[start : start + size]) for start in starts]
+                )
     # Where the time is too short for all of them, some of each row are done.
-    rows_of: dict[tuple[str, str, str], list[Task]] = {}
-    for task in found:
-        rows_of.setdefault((task.part, task.program, task.mode), []).append(task)
-    for (part, _, _), tasks in rows_of.items():
-        if part == "memory":
-            random.Random(seed).shuffle(tasks)
-    turns = zip_longest(*rows_of.values())
-    return [task for turn in turns for task in turn if task is not None]
+    return [task for turn in zip_longest(*found) for task in turn if task is not None]
 
 
 ALLOCATIONS_STRIDE: Final = 5
@@ -509,36 +461,20 @@ ALLOCATIONS_STRIDE: Final = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="every N-th moment only (%(default)s)"
     )
     parser.add_argument("--replay", metavar="PART:PROGRAM:MODE:CASE", help="one case again")
-    _report.add_common_arguments(parser)
+    _report.add_common_arguments(parser, parts=PARTS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return replay(arguments.replay)
-    if unknown := set(arguments.parts) - set(PARTS):
-        return _report.fail_usage(f"no such part: {', '.join(sorted(unknown))}")
     columns = {"part": "part", "program": "program", "mode": "mode", "cases": "cases"}
     report = _report.Report(
         "interrupts", arguments, columns | {"came": "what came of it", "found": "FOUND"}
     )
     todo = tasks_of(arguments)
-    rows: dict[tuple[str, str, str], Counter[str]] = {}
-    with _report.progress_bar("interrupts", minutes=arguments.minutes, count=len(todo)) as bar:
-        for answer in _report.in_processes(run_task, todo, arguments.workers, bar.over):
-            task = answer.task
-            row = rows.setdefault((task.part, task.program, task.mode), Counter())
-            row.update(answer.counts)
-            for case, what in answer.failures[:2]:
-                name = f"'{task.part}:{task.program}:{task.mode}:{case}'"
-                replayed = _report.replay_command("interrupts", "--replay", name)
-                report.find(f"{task.part}, {task.program} {task.mode}: {what}", replayed)
-            bar.advance(1, f"{task.part}: {task.program}")
-        seconds = bar.seconds
+    rows, seconds = _report.collect(report, run_task, todo, len(todo))
     for (part, program, mode), row in sorted(rows.items()):
         came = ", ".join(f"{name} {n:,}" for name, n in sorted(row.items()) if name != "FOUND")
         report.add(
@@ -557,15 +493,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def replay(text: str) -> int:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
-    part, _, rest = text.partition(":")
-    try:
-        program, mode, case = rest.split(":")
-        outcome = run_case(part, program, mode, int(case))
-    except (ValueError, KeyError):
-        return _report.fail_usage(f"no such case: {text}")
-    except (Lie, Exception) as exc:  # noqa: BLE001, ASYNC103  (told, whatever it is)
-        print(described(exc))
-        return 1
-    print(outcome or "there is no such case")
-    return 0
+    part, program, mode, case = text.split(":")
+    answer = run_task(Task(part, program, mode, range(int(case), int(case) + 1)))
+    told = [what for _, what in answer.failures] or [*answer.rows[part, program, mode]]
+    print("\n".join(told) or "there is no such case")
+    return 1 if answer.failures else 0

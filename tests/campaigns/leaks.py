@@ -17,10 +17,8 @@ import argparse
 import errno
 import functools
 import itertools
-import logging
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,14 +28,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
+from unittest import mock
 
 import attrs
 import trio
+from helpers import read_all
 
 import trio_wal
 from trio_wal import _files, _worker
 
 from . import _report
+from ._promises import Wrong, check
 from .hostile import limited_time
 
 CASE_SECONDS: Final = 60
@@ -59,15 +60,6 @@ ERRORS: Final[dict[str, tuple[int, ...]]] = {
 }
 OTHERS: Final = (errno.EIO, errno.ENOMEM)
 LIMITS: Final = ("descriptors", "memory", "threads")
-
-
-class Leak(AssertionError):
-    """Something is left, or lost."""
-
-
-def check(condition: object, *what: object) -> None:
-    if not condition:
-        raise Leak(" ".join(map(str, what)))
 
 
 # -- failing calls ------------------------------------------------------------------
@@ -112,22 +104,20 @@ class Failing:
 
         wrapped = {name: self.wrap(name, getattr(os, name)) for name in CALLS if hasattr(os, name)}
         fake = SimpleNamespace(**{**vars(os), **wrapped})
-        flock, run_sync = fcntl.flock, trio.to_thread.run_sync
+        run_sync = trio.to_thread.run_sync
 
         async def in_thread(*args: Any, **options: Any) -> Any:
             if self.due("thread") is not None:
                 raise RuntimeError("can't start new thread")
             return await run_sync(*args, **options)
 
-        _files.os = _worker.os = fake  # type: ignore[assignment]
-        fcntl.flock = self.wrap("flock", flock)
-        trio.to_thread.run_sync = in_thread  # type: ignore[assignment]
-        try:
+        with (
+            mock.patch.object(_files, "os", fake),
+            mock.patch.object(_worker, "os", fake),
+            mock.patch.object(fcntl, "flock", self.wrap("flock", fcntl.flock)),
+            mock.patch.object(trio.to_thread, "run_sync", in_thread),
+        ):
             yield
-        finally:
-            _files.os = _worker.os = os  # type: ignore[attr-defined]
-            fcntl.flock = flock
-            trio.to_thread.run_sync = run_sync
 
 
 # -- what is left -------------------------------------------------------------------
@@ -180,9 +170,7 @@ async def _log(path: str, said: Said, opened: list[bool]) -> None:
                 lsn = await _ask(wal.append(data))
                 if lsn is not None and not cut:
                     said[lsn] = data
-            async with wal.read() as records:
-                async for _ in records:
-                    pass
+            await read_all(wal)
             if wal.last_lsn > 4:
                 cut = True
                 said.clear()
@@ -247,8 +235,7 @@ async def _open_again(program: str, path: str, said: Said) -> None:
             await db.put(b"again", b"again")
         return
     async with trio_wal.open_wal(path) as wal:
-        async with wal.read() as records:
-            found = {record.lsn: record.data async for record in records}
+        found = await read_all(wal)
         for lsn, data in said.items():
             check(found.get(lsn) == data, f"LSN {lsn} was {data!r}, and is {found.get(lsn)!r}")
         await wal.append(b"again")
@@ -256,19 +243,16 @@ async def _open_again(program: str, path: str, said: Said) -> None:
 
 def run_case(program: str, number: float, choice: int = 0, only: str = "") -> Result:
     """A program with one failing call, and what is left of it."""
-    folder = tempfile.mkdtemp(prefix="leaks-")
-    path = os.path.join(folder, "parent", "here")
     failing = Failing(number, choice, only)
-    try:
-        trio.run(_warm)
-        with limited_time(CASE_SECONDS):
-            return _judge(program, path, failing)
-    except Leak as exc:
-        return Result(failing.failed or "nothing", found=str(exc))
-    except Exception as exc:  # noqa: BLE001  (whatever it is)
-        return Result(failing.failed or "nothing", found=f"then: {exc!r}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="leaks-", ignore_cleanup_errors=True) as folder:
+        try:
+            trio.run(_warm)
+            with limited_time(CASE_SECONDS):
+                return _judge(program, os.path.join(folder, "parent", "here"), failing)
+        except Wrong as exc:
+            return Result(failing.failed or "nothing", found=str(exc))
+        except Exception as exc:  # noqa: BLE001  (whatever it is)
+            return Result(failing.failed or "nothing", found=f"then: {exc!r}")
 
 
 def _judge(program: str, path: str, failing: Failing) -> Result:
@@ -387,9 +371,10 @@ class Task:
     limit: str = ""
 
 
-def run_task(task: Task) -> list[tuple[str, Result]]:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
-    results: list[tuple[str, Result]] = []
+def run_task(task: Task) -> _report.Answer:
+    rows: dict[str, Counter[str]] = {}
+    failures: list[tuple[object, str]] = []
+    name = f"{task.program}:{task.limit or task.choice}"
     for number in task.numbers:
         if task.limit:
             result = run_limited(task.limit, task.program, number)
@@ -398,20 +383,19 @@ def run_task(task: Task) -> list[tuple[str, Result]]:
         if not result.failed:
             break
         if result.failed != "nothing" or result.found:
-            results.append((f"{task.program}:{task.limit or task.choice}:{number}", result))
-    return results
+            call = result.failed.partition(" ")[0]
+            rows.setdefault(call, Counter())[result.outcome or "LEFT"] += 1
+        if result.found:
+            failures.append((f"{name}:{number}", f"{name}, {result.failed}: {result.found}"))
+    return _report.Answer(1, name, rows, failures)
 
 
 @functools.cache
 def calls_of(program: str) -> int:
     """How many calls a program makes, about: threads come in any order."""
-    folder = tempfile.mkdtemp(prefix="leaks-")
     failing = Failing(-1)
-    try:
-        with failing():
-            trio.run(PROGRAMS[program], os.path.join(folder, "here"), {}, [])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="leaks-") as folder, failing():
+        trio.run(PROGRAMS[program], os.path.join(folder, "here"), {}, [])
     return failing.count
 
 
@@ -462,26 +446,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not sys.platform.startswith("linux"):
         print("leaks: not run: it looks into /proc")
         return 0
-    if arguments.replay is not None:
-        return replay(arguments.replay)
     report = _report.Report(
         "leaks",
         arguments,
         {"call": "call", "cases": "cases", "outcomes": "the program", "found": "LEFT"},
     )
-    rows: dict[str, Counter[str]] = {}
     todo = tasks_of(arguments)
-    with _report.progress_bar("leaks", minutes=arguments.minutes, count=len(todo)) as bar:
-        for answer in _report.in_processes(run_task, todo, arguments.workers, bar.over):
-            for name, result in answer:
-                call = result.failed.partition(" ")[0]
-                row = rows.setdefault(call, Counter())
-                row[result.outcome or "LEFT"] += 1
-                if result.found and row["LEFT"] <= 2:
-                    replayed = _report.replay_command("leaks", "--replay", f"'{name}'")
-                    report.find(f"{name}, {result.failed}: {result.found}", replayed)
-            bar.advance(1, answer[-1][0] if answer else "")
-        seconds = bar.seconds
+    rows, seconds = _report.collect(report, run_task, todo, len(todo))
     for call, row in sorted(rows.items()):
         outcomes = ", ".join(f"{name} {n:,}" for name, n in sorted(row.items()) if name != "LEFT")
         report.add(call=call, cases=row.total(), outcomes=outcomes, found=row["LEFT"])
@@ -493,14 +464,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def replay(text: str) -> int:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL + 1)
-    try:
-        program, kind, number = text.split(":")
-        if kind in LIMITS:
-            result = run_limited(kind, program, int(number))
-        else:
-            result = run_case(program, int(number), int(kind))
-    except (ValueError, KeyError):
-        return _report.fail_usage(f"no such case: {text}")
+    program, kind, number = text.split(":")
+    if kind in LIMITS:
+        result = run_limited(kind, program, int(number))
+    else:
+        result = run_case(program, int(number), int(kind))
     print(f"{text}: {result.failed or 'no such call'}: {result.found or result.outcome}")
     return 1 if result.found else 0

@@ -32,14 +32,17 @@ import trio
 from . import _lives, _mounts, _program
 from ._blockstore import BlockStore, Fault, Recording
 from ._cuts import Cut, Cutter, Piece, choose
-from ._ledger import LOST, Ledger, new_ledger
+from ._ledger import Ledger, new_ledger
+from ._lives import FINDINGS_MAX
 from ._mounts import FILE_SYSTEMS, FileSystem, Loop
 from ._program import InlineFiles, Job
+from ._promises import LOST
 from ._report import (
     Report,
     add_common_arguments,
     bound,
     fail_usage,
+    fast_folder,
     in_processes,
     per_minute,
     progress_bar,
@@ -50,8 +53,6 @@ PARTS = ("cuts", "faults")
 KINDS = ("log", "database")
 CUTS = 120
 """Of one recording."""
-FINDINGS_MAX = 10
-"""So many, and the campaign ends: the rest is most likely the same."""
 GENERATIONS = 2
 """Recordings in a row: each next one begins with a disk that a cut of the one before left."""
 LIVES = 3
@@ -66,13 +67,10 @@ STEPS = 250
 """About so many steps has the event loop in a life."""
 DAMAGED = (errno.EBADMSG, errno.EUCLEAN)
 """What a file system answers when it finds its own structures damaged."""
-MEMORY = "/dev/shm"
-"""Where images go, if it is there: they are written thousands of times."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, count=12_000)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="of cuts, faults; without: both")
+    add_common_arguments(parser, count=12_000, parts=PARTS)
     parser.add_argument(
         "--systems", default=",".join(FILE_SYSTEMS), help="file systems (%(default)s)"
     )
@@ -140,14 +138,16 @@ class Outcome:
     found: list[Found] = attrs.Factory(list)
 
     def add(self, other: Outcome) -> None:
-        for name in (
-            *("recordings", "writes", "barriers", "cuts", "opening", "distinct", "torn"),
-            *("unmountable", "acknowledged", "failed", "told", "forgotten", "retaken"),
-            "false_syncs",
-        ):
+        for name in FIGURES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.errors += other.errors
         self.found += other.found
+
+
+FIGURES = (
+    *("recordings", "writes", "barriers", "cuts", "distinct", "opening", "torn"),
+    *("unmountable", "acknowledged", "failed", "told", "forgotten", "retaken", "false_syncs"),
+)
 
 
 # -- the campaign ----------------------------------------------------------------------
@@ -157,14 +157,10 @@ def run(arguments: argparse.Namespace) -> int:
     systems = arguments.systems.split(",")
     if unknown := set(systems) - set(FILE_SYSTEMS):
         return fail_usage(f"--systems {', '.join(sorted(unknown))}: not known")
-    if unknown := set(arguments.parts) - set(PARTS):
-        return fail_usage(f"{', '.join(sorted(unknown))}: no part of this")
     reason = _mounts.why_not((), fuse=True)
     if reason is not None:
         print(f"skipped: {reason}")
         return 0
-    if arguments.replay is not None:
-        return replay(arguments.replay)
     missing = {name: why for name in systems if (why := _mounts.why_not([name]))}
     for name, why in missing.items():
         print(f"skipped on {name}: {why}")
@@ -176,11 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, systems: list[str]) -> int:
     parts = arguments.parts or list(PARTS)
-    report = _report(arguments)
+    report = Report("powercut", arguments, COLUMNS)
     totals: dict[tuple[str, str, str], Outcome] = {}
     cuts = 0
     with (
-        _lives.scratch("powercut", _memory()) as folder,
+        _lives.scratch("powercut", fast_folder()) as folder,
         progress_bar("powercut", minutes=arguments.minutes, count=arguments.count) as bar,
     ):
         tasks = _tasks(arguments, parts, systems, folder)
@@ -206,26 +202,21 @@ def _run(arguments: argparse.Namespace, systems: list[str]) -> int:
     return report.finish()
 
 
-def _report(arguments: argparse.Namespace) -> Report:
-    return Report(
-        "powercut",
-        arguments,
-        {
-            "part": "part",
-            "system": "on",
-            "kind": "of a",
-            "recordings": "recordings",
-            "writes": "writes",
-            "barriers": "barriers",
-            "cuts": "cuts",
-            "distinct": "distinct",
-            "opening": "opening",
-            "torn": "torn",
-            "lost": "lost",
-            "other": "other",
-            "bound": "bound",
-        },
-    )
+COLUMNS = {
+    "part": "part",
+    "system": "on",
+    "kind": "of a",
+    "recordings": "recordings",
+    "writes": "writes",
+    "barriers": "barriers",
+    "cuts": "cuts",
+    "distinct": "distinct",
+    "opening": "opening",
+    "torn": "torn",
+    "lost": "lost",
+    "other": "other",
+    "bound": "bound",
+}
 
 
 def _add_row(report: Report, total: Outcome, seconds: float) -> None:
@@ -235,14 +226,7 @@ def _add_row(report: Report, total: Outcome, seconds: float) -> None:
         part=task.part,
         system=task.system,
         kind=task.kind,
-        **{
-            name: getattr(total, name)
-            for name in (
-                *("recordings", "writes", "barriers", "cuts", "distinct", "opening", "torn"),
-                *("unmountable", "acknowledged", "failed", "told", "forgotten", "retaken"),
-                "false_syncs",
-            )
-        },
+        **{name: getattr(total, name) for name in FIGURES},
         errors=dict(total.errors),
         lost=lost,
         other=len(total.found) - lost,
@@ -272,10 +256,6 @@ def _add_sum(
         f"{cuts:,} cuts, {per_minute(cuts, seconds):,} a minute; "
         f"no loss in so many: at most {bound(cuts)} of all cuts lose, at 95 %"
     )
-
-
-def _memory() -> str | None:
-    return MEMORY if os.path.isdir(MEMORY) else None
 
 
 def _tasks(
@@ -487,7 +467,6 @@ class Judge:
         self._messages = case.recording.messages
         self._next = 0
         self.ledger = case.ledger.copy()
-        self._opened = self.ledger.opened
         self.opening = True
         """Whether the last place is one at which a life had not yet opened what it found."""
 
@@ -522,11 +501,8 @@ def look(case: Case, ledger: Ledger, image: Image, *, deep: bool) -> tuple[list[
         options=case.options,
     )
     later = ledger.copy() if deep else ledger
-    try:
-        with image.mounted():
-            problems, torn = _look(job, later, deep)
-    except _MountError as exc:
-        raise Unmountable(str(exc)) from exc
+    with image.mounted():
+        problems, torn = _look(job, later, deep)
     if any(f" {number} " in text for number in DAMAGED for text in problems):
         raise Unmountable(problems[0])
     if deep and not problems:
@@ -581,10 +557,6 @@ def _count_faults(outcome: Outcome, case: Case, codes: list[int]) -> None:
 # -- disks -----------------------------------------------------------------------------
 
 
-class _MountError(Exception):
-    pass
-
-
 class Image:
     """A disk in memory, made again and again."""
 
@@ -609,13 +581,9 @@ class Image:
         try:
             _mounts.mount(self._loop.device, self._target, self._system.name)
         except OSError as exc:
-            raise _MountError(str(exc)) from exc
-        try:
+            raise Unmountable(str(exc)) from exc
+        with _mounts.unmounted_after(self._target):
             yield
-        except BaseException:
-            _mounts.unmount(self._target, _mounts.MNT_DETACH)
-            raise
-        _mounts.unmount(self._target)
 
     def close(self) -> None:
         self._loop.close()
@@ -710,15 +678,14 @@ def _serve(store: BlockStore, path: str, others: tuple[int, ...]) -> int:
 
 def replay(text: str) -> int:
     name, _, numbers = text.partition(":")
-    path = Path(name)
+    place, damage = map(int, numbers.split(":"))
     try:
-        place, damage = map(int, numbers.split(":"))
-        case = Case.load(path)
-    except (OSError, ValueError) as exc:
+        case = Case.load(Path(name))
+    except OSError as exc:
         return fail_usage(f"--replay {text}: {exc}")
     _mounts.private_namespace()
     cut = Cut(place, damage)
-    with _lives.scratch("powercut", _memory()) as folder:
+    with _lives.scratch("powercut", fast_folder()) as folder:
         disk = Disk(FILE_SYSTEMS[case.recording.system], Path(folder))
         cutter = Cutter(case.recording, disk.system.whole)
         pieces = cutter.advance(cut)

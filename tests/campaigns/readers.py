@@ -14,8 +14,8 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -24,20 +24,11 @@ from typing import Any, Final
 import attrs
 
 from . import _lives, _onlookers, _owner, _program
-from ._lives import Kill, Life
+from ._lives import Kill, Life, Outcome
 from ._marks import History
 from ._onlookers import Onlooker, Reports
 from ._owner import Owner
-from ._report import (
-    Report,
-    add_common_arguments,
-    bound,
-    fail_usage,
-    in_processes,
-    per_minute,
-    progress_bar,
-    replay_command,
-)
+from ._report import add_common_arguments, fail_usage, replay_command
 
 PARTS: Final = ("live", "streams")
 KINDS: Final = ("log", "log", "log", "database")
@@ -45,12 +36,9 @@ LIVES: Final = 45
 """Of one directory."""
 ORDERLY: Final = 9
 """After so many kills one life ends in order, and the followers must come to the log's end."""
-FINDINGS_MAX: Final = 10
 OPERATIONS: Final = 20
 STEPS: Final = 300
 MESSAGES: Final = 100
-OPENING_SECONDS: Final = 0.02
-CLOSING_SECONDS: Final = 0.004
 STREAMS: Final = "streams"
 ENDLESS: Final = 1 << 40
 STREAMS_SEGMENT: Final = 12_000
@@ -60,15 +48,8 @@ STREAMS_MINUTES: Final = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
-    add_common_arguments(parser, count=1000)
-    parser.add_argument("--directory", type=Path, help="where the files go (a temporary folder)")
-    parser.add_argument(
-        "--keep",
-        type=Path,
-        default=Path("readers-failures"),
-        help="for what failing cases said (%(default)s)",
-    )
+    add_common_arguments(parser, count=1000, parts=PARTS)
+    _lives.add_arguments(parser, "readers")
     parser.add_argument("--lives", type=int, default=LIVES, help="of one directory (%(default)s)")
     parser.add_argument("--case", metavar="KIND:SEED", help="the lives of one directory again")
     parser.add_argument(
@@ -77,32 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @attrs.frozen
-class Task:
-    """The lives of one directory."""
+class Task(_lives.Task):
+    """So many of them."""
 
-    kind: str
-    seed: int
-    directory: str
-    keep: str
     lives: int = LIVES
     seconds: float = STREAMS_CASE_SECONDS
     """Of the life beside which streams are read."""
-
-
-@attrs.define
-class Outcome:
-    kind: str
-    seed: int
-    lives: int = 0
-    kills: int = 0
-    moments: Counter[str] = attrs.Factory(Counter)
-    streams: Counter[str] = attrs.Factory(Counter)
-    """By how they ended."""
-    records: int = 0
-    """That streams were given."""
-    tools: int = 0
-    problems: list[str] = attrs.Factory(list)
-    kept: str = ""
 
 
 # -- the judge -----------------------------------------------------------------------------
@@ -152,7 +113,7 @@ class Judge:
             case "looked":
                 self._looked(*words)
             case "tool":
-                self.outcome.tools += 1
+                self.outcome.figures["tools"] += 1
             case "wrong":
                 self._wrong(f"{words[1]}: {words[2]}")
             case "strange":
@@ -180,9 +141,11 @@ class Judge:
         end: list[Any],
     ) -> None:
         first, last, known, history = told
-        outcome = self.outcome
-        outcome.streams[end[0]] += 1
-        outcome.records += last - first + 1 if first else 0
+        figures = self.outcome.figures
+        figures["streams"] += 1
+        if end[0] in ("truncated", "diverged"):
+            figures[end[0]] += 1
+        figures["records"] += last - first + 1 if first else 0
         self.history.note(who, ended, known, history)
         name = f"{who} ({kind} from {start}, gave {first} to {last})"
         low, high = self.history.may_start(begun, entered or ended)
@@ -255,7 +218,7 @@ def lives_of(task: Task) -> Outcome:
         for number in range(task.lives):
             owner, kill = plan(task, number, str(place), options, keep, judge.history, rng)
             life = _lives.live(owner, kill, main=_owner.run)
-            _count(outcome, life)
+            outcome.count(life)
             if not handles:
                 handles.append(_onlookers.start(onlooker))
                 if task.kind != STREAMS:
@@ -273,7 +236,8 @@ def lives_of(task: Task) -> Outcome:
             if life.code == -14:
                 outcome.problems.append("the owner hung")
             if outcome.problems:
-                outcome.kept = _keep(task, judge, owner, place)
+                texts = {"said": judge.log, "found": outcome.problems}
+                outcome.kept = _lives.keep(task.kept, {"files": place}, texts, owner)
                 break
     finally:
         for handle in handles:
@@ -292,146 +256,61 @@ def plan(
     rng: Random,
 ) -> tuple[Owner, Kill | None]:
     """The next life, and how it is to end."""
-    kill: Kill | None = None
-    ending, step, operations = "close", 0, OPERATIONS
-    orderly = number % (ORDERLY + 1) == 0 or number == task.lives - 1
-    match rng.choices(("opening", "closing", "message", "step"), (3, 2, 4, 4))[0]:
-        case _ if task.kind == STREAMS:
-            operations = ENDLESS if number == 1 else 0
-            kill = Kill(name="open", delay=task.seconds) if number == 1 else None
-        case _ if orderly:
-            operations = rng.choice((0, OPERATIONS))
-        case "opening":
-            kill = Kill(delay=rng.uniform(0, OPENING_SECONDS))
-        case "closing":
-            kill = Kill(name="closing", delay=rng.uniform(0, CLOSING_SECONDS))
-            operations = rng.randint(1, OPERATIONS)
-        case "message":
-            kill = Kill(messages=rng.randint(1, MESSAGES), delay=rng.uniform(0, 0.002))
-        case _:
-            ending, step = "kill", rng.randint(1, STEPS)
+    kill, end = _lives.random_end(rng, OPERATIONS, messages=MESSAGES, steps=STEPS)
+    if task.kind == STREAMS:
+        kill = Kill(name="open", delay=task.seconds) if number == 1 else None
+        end = {"operations": ENDLESS if number == 1 else 0}
+    elif number % (ORDERLY + 1) == 0 or number == task.lives - 1:
+        kill, end = None, {"operations": rng.choice((0, OPERATIONS))}
     owner = Owner(
         kind=task.kind,
         path=path,
         seed=task.seed,
         life=number,
-        operations=operations,
-        ending=ending,
-        kill_at=step,
         runs=history.runs.told(),
         drops=task.kind != STREAMS,
         cuts=task.kind != STREAMS and bool(task.seed % 2),
         streams=0 if task.kind == STREAMS else 2,
         keep=keep,
         options=options,
+        **end,
     )
     return owner, kill
-
-
-def _count(outcome: Outcome, life: Life) -> None:
-    outcome.lives += 1
-    if life.killed:
-        outcome.kills += 1
-        outcome.moments[life.moment] += 1
-
-
-def _keep(task: Task, judge: Judge, owner: Owner, place: Path) -> str:
-    """All that was said, by time; and the files."""
-    where = Path(task.keep).absolute() / f"{task.kind}-{task.seed}"
-    shutil.rmtree(where, ignore_errors=True)
-    where.mkdir(parents=True)
-    (where / "said").write_text("".join(line + "\n" for line in judge.log), encoding="utf-8")
-    found = "".join(text + "\n" for text in judge.outcome.problems)
-    (where / "found").write_text(found, encoding="utf-8")
-    (where / "owner.json").write_text(owner.json() + "\n", encoding="utf-8")
-    if place.exists():
-        shutil.copytree(place, where / "files")
-    return str(where)
 
 
 # -- the campaign --------------------------------------------------------------------------
 
 
+COLUMNS: Final = {
+    "lives": "lives",
+    "kills": "kills",
+    "streams": "streams",
+    "records": "records given",
+    "truncated": "told of truncation",
+    "diverged": "told of another history",
+    "tools": "tools",
+    "wrong": "wrong",
+}
+
+
 def run(arguments: argparse.Namespace) -> int:
-    if unknown := set(arguments.parts) - set(PARTS):
-        return fail_usage(f"no such part: {', '.join(sorted(unknown))}")
-    if arguments.directory is not None and not arguments.directory.is_dir():
-        return fail_usage(f"--directory {arguments.directory} is no folder")
     if arguments.case is not None:
         return run_again(arguments)
-    code = 0
-    for part in arguments.parts or PARTS:
-        code = max(code, run_part(part, arguments))
-    return code
+    return max(run_part(part, arguments) for part in arguments.parts or PARTS)
 
 
 def run_part(part: str, arguments: argparse.Namespace) -> int:
-    minutes, kills = arguments.minutes, arguments.count
     kinds = list(dict.fromkeys(KINDS))
     if part == STREAMS:
-        minutes, kills, kinds = minutes or STREAMS_MINUTES, None, [STREAMS]
-    report = Report(
-        f"readers, {part}",
-        arguments,
-        {
-            "kind": "of a",
-            "lives": "lives",
-            "kills": "kills",
-            "streams": "streams",
-            "records": "records given",
-            "truncated": "told of truncation",
-            "diverged": "told of another history",
-            "tools": "tools",
-            "wrong": "wrong",
-            "per_minute": "kills/min",
-            "bound": "bound",
-        },
-    )
-    totals = {kind: Outcome(kind, arguments.seed) for kind in kinds}
-    wrong: Counter[str] = Counter()
-    with (
-        _lives.scratch("readers", arguments.directory) as folder,
-        progress_bar(f"readers, {part}", minutes=minutes, count=kills) as bar,
-    ):
-        tasks = _tasks(part, arguments, folder)
-        for outcome in in_processes(lives_of, tasks, arguments.workers, bar.over):
-            _add(totals[outcome.kind], outcome)
-            if outcome.problems:
-                wrong[outcome.kind] += 1
-                case = f"{outcome.kind}:{outcome.seed}"
-                report.find(
-                    f"{case}: {outcome.problems[0].splitlines()[0]} (log: {outcome.kept}/said)",
-                    replay_command("readers", "--case", case),
-                )
-            bar.advance(outcome.kills, f"{sum(t.kills for t in totals.values()):,} kills")
-            if len(report.findings) >= FINDINGS_MAX:
-                break
-        seconds = bar.seconds
-    for kind, total in totals.items():
-        report.add(
-            kind=kind,
-            lives=total.lives,
-            kills=total.kills,
-            **{name: total.moments[name] for name in ("opening", "working", "closing")},
-            streams=total.streams.total(),
-            records=total.records,
-            truncated=total.streams["truncated"],
-            diverged=total.streams["diverged"],
-            tools=total.tools,
-            wrong=wrong[kind],
-            per_minute=per_minute(total.kills, seconds),
-            bound=bound(total.kills),
-        )
-    return report.finish()
+        kinds = [STREAMS]
+        minutes = arguments.minutes or STREAMS_MINUTES
+        arguments = argparse.Namespace(**{**vars(arguments), "minutes": minutes, "count": None})
 
+    def replayed(outcome: Outcome) -> str:
+        return replay_command("readers", "--case", f"{outcome.kind}:{outcome.seed}")
 
-def _add(total: Outcome, outcome: Outcome) -> None:
-    total.lives += outcome.lives
-    total.kills += outcome.kills
-    total.moments += outcome.moments
-    total.streams += outcome.streams
-    total.records += outcome.records
-    total.tools += outcome.tools
+    name, tasks = f"readers, {part}", partial(_tasks, part, arguments)
+    return _lives.run_all(name, arguments, COLUMNS, kinds, lives_of, tasks, replayed)
 
 
 def _tasks(part: str, arguments: argparse.Namespace, folder: str) -> Iterator[Task]:

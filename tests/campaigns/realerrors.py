@@ -33,10 +33,11 @@ from typing import Any, Final
 import attrs
 
 from . import _lives, _mounts, _program
-from ._ledger import LOST, Ledger, new_ledger
-from ._lives import Life
+from ._ledger import Ledger, new_ledger
+from ._lives import FINDINGS_MAX, Life
 from ._mounts import FILE_SYSTEMS, KIB, MIB, FileSystem, Loop
 from ._program import Job
+from ._promises import LOST
 from ._report import (
     Report,
     add_common_arguments,
@@ -74,10 +75,7 @@ _NO_LOG_FLUSH: Final = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, minutes=None, count=None)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without: all"
-    )
+    add_common_arguments(parser, parts=PARTS)
     parser.add_argument(
         "--first", type=int, default=1, metavar="N", help="begin with the N-th calls (%(default)s)"
     )
@@ -122,18 +120,19 @@ class Outcome:
     acknowledged: int = 0
     problems: list[str] = attrs.Factory(list)
 
+    def live(self, ledger: Ledger, job: Job, **how: Any) -> Life:
+        """A life, and what it shows to be wrong."""
+        life = _lives.live(job, **how)
+        self.problems += _lives.judge(ledger, life)
+        return life
+
 
 # -- the campaign ----------------------------------------------------------------------
 
 
 def run(arguments: argparse.Namespace) -> int:
-    parts = arguments.parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        return fail_usage(f"{', '.join(sorted(unknown))}: no part of this")
-    if arguments.replay is not None:
-        return replay(arguments.replay)
     able = []
-    for part in parts:
+    for part in arguments.parts or PARTS:
         reason = why_not(part)
         if reason is None:
             able.append(part)
@@ -141,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"skipped {part}: {reason}")
     if not able:
         return 0
-    report = _report(arguments)
+    report = Report("realerrors", arguments, COLUMNS)
     outcomes: list[Outcome] = []
     with (
         _lives.scratch("realerrors") as folder,
@@ -202,24 +201,19 @@ def _can_trace() -> bool:
     return True
 
 
-def _report(arguments: argparse.Namespace) -> Report:
-    return Report(
-        "realerrors",
-        arguments,
-        {
-            "part": "part",
-            "what": "what fails",
-            "errors": "errors",
-            "failed": "failed",
-            "full": "full",
-            "refused": "refused",
-            "told": "told",
-            "unseen": "unseen",
-            "acknowledged": "acks",
-            "false": "false, lost",
-            "other": "other",
-        },
-    )
+COLUMNS: Final = {
+    "part": "part",
+    "what": "what fails",
+    "errors": "errors",
+    "failed": "failed",
+    "full": "full",
+    "refused": "refused",
+    "told": "told",
+    "unseen": "unseen",
+    "acknowledged": "acks",
+    "false": "false, lost",
+    "other": "other",
+}
 
 
 def _add_rows(report: Report, outcomes: list[Outcome]) -> None:
@@ -285,8 +279,6 @@ class Plan:
 
 
 ROUNDS: Final = 50
-FINDINGS_MAX: Final = 10
-"""So many, and the campaign ends: the rest is most likely the same."""
 REPLAYS: Final = 30
 
 
@@ -296,11 +288,8 @@ REPLAYS: Final = 30
 def _case_in(work: tuple[Case, str]) -> Outcome:
     _program.end_with_campaign()
     case, folder = work
-    place = tempfile.mkdtemp(dir=folder)
-    try:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
         return run_case(case, Path(place))
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def run_case(case: Case, folder: Path) -> Outcome:
@@ -325,8 +314,7 @@ def _conclude(outcome: Outcome, ledger: Ledger, job: Job, life: int) -> Outcome:
     for step, operations in enumerate((2, 0)):
         again = attrs.evolve(job, life=life + step, operations=operations, ballast="")
         before = len(ledger.errors.names) + len(ledger.errors.refused)
-        healed = _lives.live(again)
-        outcome.problems += _lives.judge(ledger, healed)
+        healed = outcome.live(ledger, again)
         if len(ledger.errors.names) + len(ledger.errors.refused) > before:
             outcome.problems.append(f"without the error: {healed.lines[-3:]}")
     outcome.acknowledged = ledger.acknowledged
@@ -446,7 +434,7 @@ def _calls(case: Case, folder: Path) -> Outcome:
     path = str(folder / "files")
     # The error meets a log that is there already, except where making one is to fail.
     if case.call != "mkdir":
-        outcome.problems += _lives.judge(ledger, _lives.live(_job(case, path, 0, rng)))
+        outcome.live(ledger, _job(case, path, 0, rng))
     job = _job(case, path, 1, rng)
     when = f"{case.number}{'+' if case.way == 'for ever' else ''}"
     trace = str(folder / "trace")
@@ -508,7 +496,7 @@ def _limit(case: Case, folder: Path) -> Outcome:
     path = str(folder / "files")
     life = 0
     if rng.random() < 0.5:
-        outcome.problems += _lives.judge(ledger, _lives.live(_job(case, path, life, rng)))
+        outcome.live(ledger, _job(case, path, life, rng))
         life = 1
     size = rng.randrange(rng.choice((4 * KIB, 40 * KIB, 200 * KIB)))
     job = _job(case, path, life, rng, operations=20)
@@ -516,7 +504,7 @@ def _limit(case: Case, folder: Path) -> Outcome:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    outcome.problems += _lives.judge(ledger, _lives.live(job, inside=limit))
+    outcome.live(ledger, job, inside=limit)
     return _conclude(outcome, ledger, job, life + 1)
 
 
@@ -536,15 +524,14 @@ def _full(case: Case, folder: Path) -> Outcome:
     ledger = new_ledger(case.kind, case.seed, power=False)
     with _disk(folder, SMALL) as (mounted, _):
         job = _job(case, f"{mounted}/files", 0, rng)
-        outcome.problems += _lives.judge(ledger, _lives.live(job))
+        outcome.live(ledger, job)
         ballast = f"{mounted}/ballast"
         space = os.statvfs(mounted)
         left = rng.randrange(min(200 * KIB, space.f_bavail * space.f_frsize))
         with open(ballast, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - left)
         job = attrs.evolve(job, life=1, operations=40, ballast=ballast)
-        life = _lives.live(job)
-        outcome.problems += _lives.judge(ledger, life)
+        outcome.live(ledger, job)
         room = ledger.errors.room
         if room is not None and room == ledger.acknowledged and not ledger.errors.dead:
             outcome.problems.append("the disk had space again, and nothing was accepted")
@@ -562,18 +549,17 @@ def _gone(case: Case, folder: Path) -> Outcome:
     ledger = new_ledger(case.kind, case.seed, power=True)
     with _disk(folder, FILE_SYSTEMS["ext4"]) as (mounted, device):
         job = _job(case, f"{mounted}/files", 0, rng, operations=20)
-        outcome.problems += _lives.judge(ledger, _lives.live(job))
+        outcome.live(ledger, job)
         job = attrs.evolve(job, life=1)
         if case.seed % 2:
             _mounts.mount(device, mounted, "ext4", _mounts.MS_REMOUNT | _mounts.MS_RDONLY)
-            life = _lives.live(job)
+            life = outcome.live(ledger, job)
             if not life.says("refused"):
                 outcome.problems.append(f"opened on a read-only file system: {life.lines[-1:]}")
-            outcome.problems += _lives.judge(ledger, life)
             _mounts.mount(device, mounted, "ext4", _mounts.MS_REMOUNT)
         else:
             down = _lives.Act(rng.randint(1, 60), lambda: _go_down(mounted))
-            outcome.problems += _lives.judge(ledger, _lives.live(job, act=down))
+            outcome.live(ledger, job, act=down)
             _mounts.unmount(mounted)
             _mounts.mount(device, mounted, "ext4")
         return _conclude(outcome, ledger, job, 2)
@@ -606,10 +592,7 @@ def _disk(folder: Path, system: FileSystem) -> Iterator[tuple[str, str]]:
 
 
 def replay(text: str) -> int:
-    try:
-        case = Case.parse(text)
-    except ValueError:
-        return fail_usage(f"--replay {text}: not a case")
+    case = Case.parse(text)
     if (reason := why_not(case.part)) is not None:
         return fail_usage(f"--replay {text}: {reason}")
     with _lives.scratch("realerrors") as folder:

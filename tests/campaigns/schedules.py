@@ -14,32 +14,20 @@ at one moment, another in every schedule, loses nothing acknowledged.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 import trio
-from trio.testing import MockClock
 
 import trio_wal
 from trio_wal._disk.frame import segment_name_lsn
 from trio_wal.testing import MemoryFiles
 
-from ._images import DB, Recovered, State, apply, fingerprint, recover_database, replayed
-from ._oracle import Wrong
-from ._report import (
-    Report,
-    add_common_arguments,
-    bound,
-    fail_usage,
-    in_processes,
-    per_minute,
-    progress_bar,
-    replay_command,
-)
-from ._simulator import VIRTUAL_SECONDS_MAX, Failure, Result, _trace, seeded_run
+from ._images import DB, Recovered, fingerprint, recover_database, replayed
+from ._promises import State, Wrong, apply, check_serial
+from ._report import Report, add_common_arguments, in_processes, progress_bar
+from ._simulator import ENDS, VIRTUAL_SECONDS_MAX, Result, controlled_run, seeded_run, until_found
 
 SHARE = 300
 """Schedules of one task for a worker process: about a second."""
@@ -51,11 +39,7 @@ COLUMNS = {
     "points": "schedules",
     "images": "distinct images",
     "choices": "choices",
-    "lost": "lost",
-    "partial": "partial",
-    "other": "other",
-    "per_minute": "per minute",
-    "bound": "3/N",
+    **ENDS,
 }
 
 
@@ -88,19 +72,6 @@ class Scheduler:
         batch[:] = [task]
 
 
-T = TypeVar("T")
-
-
-def controlled_run(scheduler: Scheduler, main: Callable[..., Awaitable[T]], *args: object) -> T:
-    run: Any = trio._core._run
-    before = run._ALLOW_DETERMINISTIC_SCHEDULING, run._r
-    run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = True, scheduler
-    try:
-        return trio.run(main, *args, clock=MockClock(autojump_threshold=0))
-    finally:
-        run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = before
-
-
 # -- the programs -------------------------------------------------------------------
 
 
@@ -121,7 +92,6 @@ class Schedule:
     files: MemoryFiles
     first: list[State]
     """State after each LSN that was there before."""
-    scheduler: Scheduler
     crash_at: int = 0
     transactions: list[Transacted] = attrs.Factory(list)
     snapshots: list[tuple[int, State]] = attrs.Factory(list)
@@ -213,9 +183,7 @@ class Schedule:
             if done.lsn != len(states):
                 raise Wrong("other", f"LSN {done.lsn} after {len(states) - 1}")
             before = states[-1]
-            for key, value in done.reads.items():
-                if before.get(key) != value:
-                    raise Wrong("other", f"not serializable: LSN {done.lsn} read {key!r}")
+            check_serial(done.lsn, before, done.reads)
             after = dict(before)
             apply(after, done.writes)
             states.append(after)
@@ -328,7 +296,7 @@ async def run_schedule(
     # Every schedule begins at the same time.
     files.clock_offset_us = -int(trio.current_time() * 1e6)
     crash_at = 1 + sum(place * 7 + choice for place, choice in enumerate(choices)) % 40
-    run = Schedule(files, prepared.states, scheduler, crash_at, recovered=recovered)
+    run = Schedule(files, prepared.states, crash_at, recovered=recovered)
     run.acknowledged = run.must = len(prepared.states) - 1
     async with trio_wal.open_database(DB, files=files, **OPTIONS) as db:
         files.after_operation = run.after_operation
@@ -378,7 +346,7 @@ def explore(
 ) -> Explored:
     """One run of trio for all of them: to begin one costs as much as a schedule's half."""
     scheduler = Scheduler()
-    return controlled_run(
+    return controlled_run(  # type: ignore[no-any-return]
         scheduler, _explore, program, schedules, cost_max, prepared or prepare(), scheduler
     )
 
@@ -398,16 +366,9 @@ async def _explore(
         try:
             run = await run_schedule(program, prepared, choices, scheduler, recovered)
         except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
-            kind = exc.kind if isinstance(exc, Wrong) else "other"
-            setattr(result, kind, getattr(result, kind) + 1)
-            told = str(exc) if isinstance(exc, Wrong) else _trace(exc)
             case = f"{list(PROGRAMS).index(program)}:{'.'.join(map(str, choices or [0]))}"
-            result.first_failure = Failure(
-                f"{program}, choices {list(choices)}: {told}",
-                replay_command("schedules", "--replay", case),
-                result.points,
-                kind,
-            )
+            told = f"{program}, choices {list(choices)}"
+            result.fail(exc, told, "schedules", case)
             return explored
         options = scheduler.options
         explored.choices = max(explored.choices, len(options))
@@ -487,30 +448,24 @@ def enumerations(cost_max: int | None) -> list[Enumeration]:
 
 def run_schedules(seed: int, *, seconds: float | None = None, points: int | None = None) -> Result:
     """All programs, cheapest schedules first; ``seed`` is not needed: nothing is random."""
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
-    limit = math.inf if points is None else points
     prepared = prepare()
     total = Result("schedules")
-    programs = enumerations(None)
-    while True:
-        idle = True
-        # The one that is least far: none is left behind.
-        for enumeration in sorted(programs, key=lambda e: e.cost):
-            task = enumeration.next_task(20)
-            if task is None:
-                continue
-            idle = False
+
+    def parts() -> Iterator[Result]:
+        programs = enumerations(None)
+        while True:
+            # The one that is least far: none is left behind.
+            ordered = sorted(programs, key=lambda e: e.cost)
+            tasks = ((enumeration, enumeration.next_task(20)) for enumeration in ordered)
+            enumeration, task = next((one for one in tasks if one[1] is not None), (None, None))
+            if enumeration is None or task is None:
+                return
             part = explore(*task, prepared=prepared)
             enumeration.done(part)
-            total.add(part.result)
             total.images += len(part.images)
-            failure = total.first_failure
-            if failure is not None:
-                total.first_failure = attrs.evolve(failure, points=total.points)
-                return total
-            break
-        if idle or total.points >= limit or time.monotonic() >= deadline:
-            return total
+            yield part.result
+
+    return until_found(total, parts(), seconds, points)
 
 
 # -- the campaign -------------------------------------------------------------------
@@ -524,8 +479,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return _replay(arguments)
     report = Report("schedules", arguments, COLUMNS)
     programs = {e.program: e for e in enumerations(arguments.cost)}
     if arguments.program is not None:
@@ -558,30 +511,13 @@ def run(arguments: argparse.Namespace) -> int:
         total.add(enumeration.result)
     rows = [(e.result, e.complete, e.choices) for e in programs.values()]
     for row, complete, choices in (*rows, (total, None, None)):
-        report.add(
-            workload=row.workload,
-            cost=complete,
-            points=row.points,
-            images=row.images,
-            choices=choices,
-            lost=row.lost,
-            partial=row.partial,
-            other=row.other,
-            per_minute=per_minute(row.points, seconds) if row is total else None,
-            bound=bound(row.points),
-        )
+        figures = row.figures(seconds if row is total else None)
+        report.add(**figures, cost=complete, choices=choices)
     return report.finish()
 
 
-def _replay(arguments: argparse.Namespace) -> int:
-    try:
-        number, _, steps = arguments.replay.partition(":")
-        program = list(PROGRAMS)[int(number)]
-        choices = bytes(map(int, steps.split(".")))
-    except (ValueError, IndexError):
-        return fail_usage(f"no case: {arguments.replay!r}")
-    part = explore(program, [choices], 0)
-    report = Report("schedules", arguments, {})
-    if part.result.first_failure is not None:
-        report.find(part.result.first_failure.what, part.result.first_failure.replay)
-    return report.finish()
+def replay(case: str) -> int:
+    number, _, steps = case.partition(":")
+    program = list(PROGRAMS)[int(number)]
+    choices = bytes(map(int, steps.split(".")))
+    return explore(program, [choices], 0).result.report_to(Report("schedules", None, {}))

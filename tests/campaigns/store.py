@@ -25,7 +25,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import random
 import shutil
@@ -122,7 +121,7 @@ SUBJECTS: Final[dict[str, Callable[[random.Random], Iterator[State]]]] = {
 @functools.lru_cache
 def subject(name: str) -> Subject:
     """Made once in a process, the same way each time."""
-    where = os.environ.get(FOLDER) or fast_folder()
+    where = os.environ.get(FOLDER) or _report.fast_folder()
     folder = Path(tempfile.mkdtemp(dir=where, prefix="trio-wal-store-"))
     state = trio.run(_make, folder / "db", name)
     content = (folder / "db" / "store" / "data.mdb").read_bytes()
@@ -548,14 +547,7 @@ async def _write_all(folder: Path, db: trio_wal.Database, seen: State) -> list[s
 # -- processes ----------------------------------------------------------------------
 
 
-@attrs.frozen
-class Answer:
-    counts: dict[str, int]
-    kinds: dict[str, int]
-    failures: tuple[tuple[int, str], ...]
-
-
-def run_task(cases: range) -> Answer:
+def run_task(cases: range) -> _report.Answer:
     """The cases, in processes of their own that may end."""
     found: list[tuple[int, Found]] = []
     at = cases.start
@@ -563,10 +555,13 @@ def run_task(cases: range) -> Answer:
         for case, one in _ask(range(at, cases.stop, cases.step)):
             found.append((case, one))
             at = case + 1
-    counts = Counter(one.outcome for _, one in found)
-    kinds = Counter(f"{damaged_kind(case)}: {one.outcome}" for case, one in found)
-    failures = tuple((c, f"{o.outcome}: {o.what}") for c, o in found if o.outcome in DEFECTS)
-    return Answer(dict(counts), dict(kinds), failures)
+    rows: dict[str, Counter[str]] = {}
+    for case, one in found:
+        rows.setdefault(damaged_kind(case), Counter())[one.outcome] += 1
+    failures: list[tuple[object, str]] = [
+        (case, f"{one.outcome}: {one.what}") for case, one in found if one.outcome in DEFECTS
+    ]
+    return _report.Answer(len(found), f"{len(failures)} found", rows, failures)
 
 
 def damaged_kind(case: int) -> str:
@@ -585,7 +580,7 @@ def _ask(cases: range) -> Iterator[tuple[int, Found]]:
     at = cases.start
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
-        tempfile.TemporaryDirectory(dir=fast_folder()) as folder,
+        tempfile.TemporaryDirectory(dir=_report.fast_folder()) as folder,
         subprocess.Popen(command, env={**environment, FOLDER: folder}, **pipes) as child,
     ):
         assert child.stdout is not None
@@ -616,7 +611,6 @@ def _tell(case: int, found: Found) -> None:
 
 
 def child(arguments: argparse.Namespace) -> int:
-    logging.getLogger("trio_wal").setLevel(logging.CRITICAL)
     try:
         for case in range(*arguments.child):
             found = judge(case, functools.partial(_tell, case, Found(UNCHECKED)))
@@ -624,10 +618,6 @@ def child(arguments: argparse.Namespace) -> int:
     finally:
         forget_subjects()
     return 0
-
-
-def fast_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 # -- the campaign -------------------------------------------------------------------
@@ -651,29 +641,21 @@ def tasks_of(arguments: argparse.Namespace) -> Iterator[range]:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.child is not None:
         return child(arguments)
-    if arguments.replay is not None:
-        return replay(arguments.replay)
     columns = {"damage": "damage", "cases": "cases"} | {name: name for name in OUTCOMES}
     report = _report.Report("store", arguments, columns)
     total = None
     if arguments.minutes is None or arguments.count is not None:
         total = sum(map(len, tasks_of(arguments)))
-    kinds: Counter[str] = Counter()
+    rows, seconds = _report.collect(report, run_task, tasks_of(arguments), total)
     counts: Counter[str] = Counter()
-    with _report.progress_bar("stores", minutes=arguments.minutes, count=total) as bar:
-        for answer in _report.in_processes(
-            run_task, tasks_of(arguments), arguments.workers, bar.over
-        ):
-            counts.update(answer.counts)
-            kinds.update(answer.kinds)
-            for case, what in answer.failures:
-                if len(report.findings) < 10:
-                    report.find(what, _report.replay_command("store", "--replay", case))
-            bar.advance(sum(answer.counts.values()), f"{len(report.findings)} found")
-        seconds = bar.seconds
-    for name in (*DAMAGES, ""):
-        row = {o: kinds[f"{name}: {o}"] if name else counts[o] for o in OUTCOMES}
-        report.add(damage=name or "all", cases=sum(row.values()), **row)
+    for row in rows.values():
+        counts.update(row)
+    rows["all"] = counts
+    for name in (*DAMAGES, "all"):
+        row = rows.get(name, Counter())
+        report.add(
+            damage=name, cases=row.total(), **{outcome: row[outcome] for outcome in OUTCOMES}
+        )
     done = counts.total()
     defects = sum(counts[name] for name in DEFECTS)
     report.note(

@@ -4,39 +4,28 @@ One program with one seed of the scheduler is run again and again; in the k-th r
 k-th step that any task makes, crash images are taken, and one writer or everything is
 cancelled.  Checked are the promises of the log: what returned is durable and what raised
 `Cancelled` is absent (1), order (2), a drained shutdown (5), recovery (6); all through the
-public API, with an oracle of its own that looks at nothing but calls and what is read.
+public API.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from itertools import count
 from typing import Any, Literal
 
 import attrs
 import trio
-from helpers import AtStep
+from helpers import AtStep, read_all
 
 import trio_wal
 from trio_wal.testing import MemoryFiles
 
 from ._images import DB, LOG, fingerprint
-from ._oracle import Wrong
-from ._report import (
-    Report,
-    add_common_arguments,
-    bound,
-    fail_usage,
-    in_processes,
-    per_minute,
-    progress_bar,
-    replay_command,
-)
-from ._simulator import VIRTUAL_SECONDS_MAX, Failure, Result, _trace, seeded_run
+from ._promises import Promises, Record, Wrong, check
+from ._report import Report, add_common_arguments
+from ._simulator import ENDS, VIRTUAL_SECONDS_MAX, Result, report_results, seeded_run, until_found
 
 POWER_IMAGES = 2
 SHARE = 20
@@ -50,25 +39,8 @@ COLUMNS = {
     "runs": "runs",
     "points": "crash points",
     "images": "distinct images",
-    "lost": "lost",
-    "partial": "partial",
-    "other": "other",
-    "per_minute": "per minute",
-    "bound": "3/N",
+    **ENDS,
 }
-
-
-@attrs.define(eq=False)
-class Call:
-    """A call with records, and what became of it."""
-
-    task: int
-    kind: str
-    payloads: tuple[bytes, ...] = attrs.field(repr=lambda p: str([data[:12] for data in p]))
-    state: Literal["called", "returned", "cancelled", "refused"] = "called"
-    lsns: tuple[int, ...] = ()
-    snapshot: str = ""
-    """Its state at the step of the crash."""
 
 
 @attrs.define(eq=False)
@@ -79,21 +51,20 @@ class Run:
     step: int
     mode: Mode
     files: MemoryFiles = attrs.Factory(MemoryFiles)
-    calls: list[Call] = attrs.Factory(list)
-    seen: list[tuple[int, bytes]] = attrs.Factory(list)
+    promises: Promises = attrs.Factory(Promises)
+    seen: list[tuple[int, Hashable]] = attrs.Factory(list)
     """What a follower was given."""
-    seen_at_crash: int = 0
+    sent: list[Record] = attrs.Factory(list)
+    """Accepted: to be drained, when the block is left."""
+    at_crash: tuple[Promises, int] | None = None
+    """What was promised then, and how much a follower had been given."""
     images: list[tuple[MemoryFiles, bool]] = attrs.Factory(list)
     """(files, whether the process alone was killed)"""
     everything: trio.CancelScope = attrs.Factory(trio.CancelScope)
     one: trio.CancelScope = attrs.Factory(trio.CancelScope)
-    cut: bool = False
 
     def at_step(self) -> None:
-        self.cut = True
-        for call in self.calls:
-            call.snapshot = call.state
-        self.seen_at_crash = len(self.seen)
+        self.at_crash = self.promises.copy(), len(self.seen)
         self.images.append((self.files.crash_image(kind="kill"), True))
         for number in range(POWER_IMAGES):
             seed = (self.seed * 65_537 + self.step) * 8 + number
@@ -103,27 +74,33 @@ class Run:
     async def call(
         self,
         task: int,
-        kind: str,
         function: Callable[..., Awaitable[Any]],
         *args: Any,
-        payloads: Sequence[bytes],
-    ) -> Any:
-        call = Call(task, kind, tuple(payloads))
-        self.calls.append(call)
+        keys: Sequence[Hashable],
+    ) -> None:
+        unit = self.promises.submit(task, *keys)
         try:
             result = await function(*args)
         except trio.Cancelled:
-            call.state = "cancelled"
+            self.promises.withdraw(unit, "it was cancelled")
             raise
         except (trio.ClosedResourceError, trio_wal.TransactionConflict):
-            call.state = "refused"
-            return None
-        call.state = "returned"
-        if isinstance(result, int):
-            call.lsns = (result,)
-        elif isinstance(result, range):
-            call.lsns = tuple(result)
-        return result
+            self.promises.withdraw(unit, "it was refused")
+            return
+        if result is None:
+            self.sent += unit
+        else:
+            lsns = [result] if isinstance(result, int) else list(result)
+            check(len(lsns) == len(unit), f"{len(unit)} records were given {lsns}")
+            self.promises.acknowledge(unit, lsns[0])
+
+    def promised(self, drained: bool) -> tuple[Promises, int]:
+        """What must be found of it, and how much of what a follower was given."""
+        if drained:
+            self.promises.cover(self.sent)
+            return self.promises, len(self.seen)
+        assert self.at_crash is not None
+        return self.at_crash
 
 
 # -- the log ------------------------------------------------------------------------
@@ -149,13 +126,10 @@ async def _log_program(run: Run) -> None:
                 kind = rng.choice(kinds)
                 if kind == "append_many":
                     data = [payload(part) for part in range(3)]
-                    await run.call(task, kind, wal.append_many, data, payloads=data)
-                elif kind == "send":
-                    one = payload(0)
-                    await run.call(task, kind, wal.send, one, payloads=[one])
+                    await run.call(task, wal.append_many, data, keys=data)
                 else:
                     one = payload(0)
-                    await run.call(task, kind, wal.append, one, payloads=[one])
+                    await run.call(task, getattr(wal, kind), one, keys=[one])
             await wal.flush()
 
     async def follower(wal: Any) -> None:
@@ -178,54 +152,14 @@ async def _log_program(run: Run) -> None:
 
 async def _log_check(run: Run, files: MemoryFiles, drained: bool) -> None:
     async with trio_wal.open_wal(LOG, files=files, segment_size=1) as wal:
-        async with wal.read() as records:
-            pairs = [(record.lsn, record.data) async for record in records]
+        pairs = list((await read_all(wal)).items())
         report = wal.recovery
     if drained and not report.clean_shutdown:
         raise Wrong("other", f"the block was left, but: {report}")
-    if [lsn for lsn, _ in pairs] != list(range(1, len(pairs) + 1)):
-        raise Wrong("other", f"LSNs {[lsn for lsn, _ in pairs]}")
-    found = dict(pairs)
-    place = {payload: lsn for lsn, payload in pairs}
-    if len(place) != len(pairs):
-        raise Wrong("other", "a record is there twice")
-    latest: dict[int, int] = {}
-    known = 0
-    missing_before: dict[int, Call] = {}
-    for call in run.calls:
-        state = call.state if drained else call.snapshot
-        there = [place.get(payload) for payload in call.payloads]
-        lsns = [lsn for lsn in there if lsn is not None]
-        known += len(lsns)
-        if lsns and len(lsns) < len(there):
-            raise Wrong("partial", f"of {call} only {there} are there")
-        if lsns and lsns != list(range(lsns[0], lsns[0] + len(lsns))):
-            raise Wrong("partial", f"{call} stands at {there}")
-        if state in ("cancelled", "refused") and lsns:
-            raise Wrong("other", f"{call} left LSN {lsns}")
-        if state == "" and lsns:
-            raise Wrong("other", f"{call} was not called yet")
-        if state == "returned":
-            if call.kind == "send":
-                if drained and not lsns:
-                    raise Wrong("lost", f"{call} was accepted, and was not drained")
-            elif tuple(there) != call.lsns or any(
-                found[lsn] != payload for lsn, payload in zip(call.lsns, call.payloads, strict=True)
-            ):
-                raise Wrong("lost", f"{call} is at {there}")
-        if lsns:
-            if call.task in missing_before:
-                raise Wrong("other", f"{call} is there, {missing_before[call.task]} before it not")
-            if lsns[0] < latest.get(call.task, 0):
-                raise Wrong("other", f"{call} stands before what its task wrote first")
-            latest[call.task] = lsns[-1]
-        elif state == "returned":
-            missing_before[call.task] = call
-    if known != len(pairs):
-        raise Wrong("other", "a record is there that nobody wrote")
-    seen = run.seen if drained else run.seen[: run.seen_at_crash]
-    if seen != pairs[: len(seen)]:
-        raise Wrong("lost", f"a follower was given {len(seen)} records that are not all there")
+    promises, seen = run.promised(drained)
+    promises.expect(pairs, pairs[0][0] if pairs else 1)
+    if run.seen[:seen] != pairs[:seen]:
+        raise Wrong("lost", f"a follower was given {seen} records that are not all there")
 
 
 # -- the database -------------------------------------------------------------------
@@ -257,8 +191,7 @@ async def _database_program(run: Run) -> None:
     async def writer(db: Any, task: int, scope: trio.CancelScope) -> None:
         with scope:
             for number in range(1, 5):
-                name = [b"%d" % number]
-                await run.call(task, "transfer", transfer, db, task, number, payloads=name)
+                await run.call(task, transfer, db, task, number, keys=[(task, number)])
 
     async def checkpointer(db: Any) -> None:
         for _ in range(2):
@@ -284,20 +217,18 @@ async def _database_check(run: Run, files: MemoryFiles, drained: bool) -> None:
         raise Wrong("other", f"the block was left, but: {report}")
     if state and sum(int(state[account]) for account in ACCOUNTS) != EACH * len(ACCOUNTS):
         raise Wrong("partial", f"money was made or lost: {state}")
+    promises, _ = run.promised(drained)
+    last = {task: int(state.get(b"task %d" % task, b"0")) for task in (0, 1)}
+    shown = {(task, number) for task in last for number in range(1, last[task] + 1)}
     commits = 1 if state else 0
-    for task in (0, 1):
-        there = int(state.get(b"task %d" % task, b"0"))
-        for call in run.calls:
-            if call.task != task:
-                continue
-            call_state = call.state if drained else call.snapshot
-            number = int(call.payloads[0])
-            if call_state == "returned" and number > there:
-                raise Wrong("lost", f"{call} returned; the last that is there is {there}")
-            if call_state in ("cancelled", "refused", "") and number == there:
-                raise Wrong("other", f"{call} is there")
-            if number <= there and call_state in ("returned", "called"):
-                commits += 1
+    for task, number in last.items():
+        record = promises.records.get((task, number))
+        if number and (record is None or record.gone):
+            raise Wrong("other", f"transaction {number} of task {task} is there")
+    for key, record in promises.records.items():
+        if record.lsn is not None and key not in shown:
+            raise Wrong("lost", f"{record} returned; the last that are there are {last}")
+        commits += key in shown and not record.gone
     if commits != report.last_lsn:
         raise Wrong("other", f"{commits} commits are there, and {report.last_lsn} LSNs")
 
@@ -314,7 +245,7 @@ PROGRAMS: dict[str, tuple[Callable[[Run], Awaitable[None]], Any]] = {
 def run_steps(program: str, seed: int, mode: Mode, steps: range, images: set[int]) -> Result:
     """Cancel and crash at each of these steps, as far as the program makes so many."""
     result = Result(program)
-    main, check = PROGRAMS[program]
+    main, look = PROGRAMS[program]
 
     async def guarded(run: Run) -> None:
         with trio.fail_after(VIRTUAL_SECONDS_MAX):
@@ -327,7 +258,7 @@ def run_steps(program: str, seed: int, mode: Mode, steps: range, images: set[int
         where = "the program failed"
         try:
             seeded_run(guarded, run, seed=seed)
-            if not run.cut:
+            if run.at_crash is None:
                 result.operations = step
                 return result
             for number, (image, killed) in enumerate((*run.images, (run.files, True))):
@@ -335,35 +266,19 @@ def run_steps(program: str, seed: int, mode: Mode, steps: range, images: set[int
                 where = "left and opened again" if drained else f"image {number}"
                 images.add(fingerprint(image))
                 result.points += 1
-                seeded_run(check, run, image, drained, seed=seed + killed)
+                seeded_run(look, run, image, drained, seed=seed + killed)
         except Exception as exc:  # noqa: BLE001  (whatever it is, it is a finding)
-            kind = exc.kind if isinstance(exc, Wrong) else "other"
-            setattr(result, kind, getattr(result, kind) + 1)
-            told = str(exc) if isinstance(exc, Wrong) else _trace(exc)
-            result.first_failure = Failure(
-                f"{program}, seed {seed}, {mode} cancelled at step {step}, {where}: {told}",
-                replay_command("whole", "--replay", f"{program}:{seed}:{mode}:{step}"),
-                result.points,
-                kind,
-            )
+            told = f"{program}, seed {seed}, {mode} cancelled at step {step}, {where}"
+            result.fail(exc, told, "whole", f"{program}:{seed}:{mode}:{step}")
             return result
     return result
 
 
 def run_whole(seed: int, *, seconds: float | None = None, points: int | None = None) -> Result:
     """With seeds from ``seed`` on, until the budget is used up or something is found."""
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
-    total = Result("whole")
     images: set[int] = set()
-    for task in _tasks(seed, None):
-        more = run_task(task, images)
-        total.add(more)
-        failure = total.first_failure
-        if failure is not None:
-            total.first_failure = attrs.evolve(failure, points=total.points)
-        over = total.points >= points if points is not None else False
-        if failure is not None or over or time.monotonic() >= deadline:
-            break
+    parts = (run_task(task, images) for task in _tasks(seed, None))
+    total = until_found(Result("whole"), parts, seconds, points)
     total.images = len(images)
     return total
 
@@ -400,45 +315,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.replay is not None:
-        return _replay(arguments)
     report = Report("whole", arguments, COLUMNS)
-    rows: dict[str, Result] = {}
-    with progress_bar("whole", minutes=arguments.minutes, count=arguments.count) as bar:
-        tasks = _tasks(arguments.seed, arguments.program)
-
-        def over() -> bool:
-            return bar.over() or len(report.findings) >= 10
-
-        for result in in_processes(run_task, tasks, arguments.workers, over):
-            rows.setdefault(result.workload, Result(result.workload)).add(result)
-            if result.first_failure is not None:
-                report.find(result.first_failure.what, result.first_failure.replay)
-            bar.advance(result.points, f"{bar.done + result.points:,} points")
-        seconds = bar.seconds
-    for row in rows.values():
-        report.add(
-            workload=row.workload,
-            runs=row.runs,
-            points=row.points,
-            images=row.images,
-            lost=row.lost,
-            partial=row.partial,
-            other=row.other,
-            per_minute=per_minute(row.points, seconds),
-            bound=bound(row.points),
-        )
-    return report.finish()
+    tasks = _tasks(arguments.seed, arguments.program)
+    return report_results(report, run_task, tasks, arguments.minutes)
 
 
-def _replay(arguments: argparse.Namespace) -> int:
-    try:
-        program, seed, mode, step = arguments.replay.split(":")
-        case = (PROGRAMS[program], int(seed), MODES.index(mode), int(step))
-    except (ValueError, KeyError):
-        return fail_usage(f"no case: {arguments.replay!r}")
-    result = run_steps(program, case[1], MODES[case[2]], range(case[3], case[3] + 1), set())
-    report = Report("whole", arguments, {})
-    if result.first_failure is not None:
-        report.find(result.first_failure.what, result.first_failure.replay)
-    return report.finish()
+def replay(case: str) -> int:
+    program, seed, mode, step = case.split(":")
+    steps = range(int(step), int(step) + 1)
+    if program not in PROGRAMS:
+        raise ValueError(program)
+    result = run_steps(program, int(seed), MODES[MODES.index(mode)], steps, set())
+    return result.report_to(Report("whole", None, {}))
