@@ -337,6 +337,19 @@ def test_inspect_lists_the_segments(cli: CommandLine, long_log: Path) -> None:
     assert re.match(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", found["uuid"])
 
 
+def test_inspect_tells_of_a_segment_of_a_later_version(cli: CommandLine, long_log: Path) -> None:
+    from trio_wal._disk.frame import _seal_sector
+
+    segment = segment_files(long_log)[1]
+    data = segment.read_bytes()
+    fields = data[:8] + b"\x09\0" + data[10 : BLOCK - 4]
+    segment.write_bytes(_seal_sector(fields) + data[BLOCK:])
+    assert cli("inspect", long_log, "--json") == 1
+    findings = json.loads(cli.out)["findings"]
+    assert "format version 9 is not supported" in findings[0]["reason"]
+    assert all("cause" not in finding for finding in findings)
+
+
 def test_inspect_prints_a_table_that_nothing_is_cut_from(
     cli: CommandLine, long_log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

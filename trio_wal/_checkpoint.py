@@ -80,14 +80,14 @@ class Checkpointer:
         self._log = log
         self._blocking = blocking
         self._room = versions.room
-        self.state = state
+        self.state: StoreState = state
         """What the store holds, durably."""
         self._one = trio.Lock()
         self._stopping = trio.CancelScope()
         self._done = trio.Event()
         self._started = False
-        self.count = 0
-        self.seconds_last = 0.0
+        self.count: int = 0
+        self.seconds_last: float = 0.0
         self._failing_since: float | None = None
         """In trio's time; None: the last one passed."""
 

@@ -23,7 +23,7 @@ from trio.lowlevel import Task, enable_ki_protection
 
 from ._base import Readable
 from ._exceptions import LogFullError, TransactionConflict
-from ._layer import Layer
+from ._layer import Layer, Version
 from ._memtable import Memtable, View
 from ._operations import Writes, encode_transaction
 from ._text import printable
@@ -293,9 +293,9 @@ class Versions:
         """Remember the parts of the current view that every read needs."""
         view = self._memtable.view
         self.view: View = view
-        self.newest = view.active.versions
+        self.newest: dict[bytes, Version] = view.active.versions
         """Of the active layer, by key."""
-        self.base_get = view.base.get
+        self.base_get: Callable[[bytes], bytes | None] = view.base.get
         """Of the store, as of the newest checkpoint."""
         self.checkpointing: bool = view.frozen is not None
         """Whether a layer is on its way into the store."""

@@ -29,18 +29,18 @@ class Status:
     __slots__ = ("disowned", "failure", "failure_told", "loss", "name", "refuses", "state")
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.state = State.OPEN
-        self.refuses = False
+        self.name: str = name
+        self.state: State = State.OPEN
+        self.refuses: bool = False
         """Whether nothing is accepted any more.  For those who ask before every record: in
         Python 3.11 it costs a quarter of a microsecond to compare `state`."""
         self.failure: BaseException | None = None
         """What broke the log."""
-        self.failure_told = False
+        self.failure_told: bool = False
         """Whether anybody has been told."""
         self.loss: Outcome = "not written"
         """After a failure: what became of the records that were accepted before it."""
-        self.disowned = False
+        self.disowned: bool = False
         """Whether this is a forked child, where all of the log is dead."""
 
     def stop(self, state: State) -> None:

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
-import msgspec
 import trio
 from databases import DB
 from helpers import read_all
@@ -205,7 +204,7 @@ def _dump(records: list[trio_wal.Record], database: bool) -> None:
 def _inspect(directory: Any) -> None:
     command = _command("inspect")
     if command is not None:
-        log = msgspec.to_builtins(attrs.asdict(command._look(directory)))
+        log = command._as_json(command._look(directory))
         Sink().write(_command("_output").to_json(log))
 
 

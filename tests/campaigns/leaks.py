@@ -35,7 +35,7 @@ import trio
 from helpers import read_all
 
 import trio_wal
-from trio_wal import _files, _worker
+from trio_wal import _files, _park
 
 from . import _report
 from ._promises import Wrong, check
@@ -113,7 +113,7 @@ class Failing:
 
         with (
             mock.patch.object(_files, "os", fake),
-            mock.patch.object(_worker, "os", fake),
+            mock.patch.object(_park, "os", fake),
             mock.patch.object(fcntl, "flock", self.wrap("flock", fcntl.flock)),
             mock.patch.object(trio.to_thread, "run_sync", in_thread),
         ):

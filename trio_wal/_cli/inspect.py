@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 from msgspec import to_builtins
 
 from trio_wal._disk import scan as _scan
 from trio_wal._disk.chain import FoundSegment, Until, joins, place_before
-from trio_wal._disk.finding import Finding
+from trio_wal._disk.finding import TOLD, Finding
 from trio_wal._disk.frame import (
     FORMAT_VERSION,
     TIME_US_MAX,
@@ -93,7 +93,7 @@ def inspect(directory: Dir, /, *, json: Json = False) -> int:
     with opened(directory) as files:
         log = _look(files)
     if json:
-        write_json(to_builtins(attrs.asdict(log)))
+        write_json(_as_json(log))
     else:
         _print(log)
     for finding in log.findings:
@@ -240,6 +240,10 @@ class _Look:
     ) -> None:
         path = f"{self._directory.path}/{self._segment.file_name}"
         self.findings.append(Finding(path, offset, reason, *lost))
+
+
+def _as_json(log: _Log) -> Any:
+    return to_builtins(attrs.asdict(log, filter=TOLD))
 
 
 def _print(log: _Log) -> None:

@@ -10,7 +10,7 @@ from attrs import asdict
 
 from trio_wal import _admin
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
-from trio_wal._disk.finding import Finding
+from trio_wal._disk.finding import TOLD, Finding
 from trio_wal._disk.verify import Verification, verify as verify_log
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import OsFiles
@@ -30,7 +30,6 @@ from ._output import (
     write_json,
 )
 
-_TOLD = attrs.filters.exclude("cause", "harmless")
 """What is for whoever judges, and not for who reads."""
 
 
@@ -66,7 +65,7 @@ def _verify_database(directory: Path, json: bool) -> int:
     if json:
         fields = {} if result.log is None else _as_json(result.log)
         fields["ok"] = not result.findings
-        fields["findings"] = [asdict(finding, filter=_TOLD) for finding in result.findings]
+        fields["findings"] = [asdict(finding, filter=TOLD) for finding in result.findings]
         write_json({**fields, "store": _store_as_json(result.store)})
     else:
         _print_database(result)
@@ -96,7 +95,7 @@ def _print_database(result: _admin.DatabaseVerification) -> None:
 
 
 def _as_json(result: Verification) -> dict[str, object]:
-    fields = asdict(result, filter=_TOLD)
+    fields = asdict(result, filter=TOLD)
     fields["uuid"] = str(uuid.UUID(bytes=fields.pop("log_uuid")))
     fields["features"] = feature_names(result.features)
     return {"ok": not result.findings, **fields}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Final
 
 import attrs
 
@@ -42,6 +43,9 @@ class Finding:
         """What to raise of it."""
         return self.cause or self.damage
 
+
+TOLD: Final = attrs.filters.exclude("cause", "harmless")
+"""For `attrs.asdict`: what is said of findings outside of this package."""
 
 Report = Callable[[Finding], None]
 """Is told of each thing that is wrong; what it raises ends the look."""
