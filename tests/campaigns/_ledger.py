@@ -256,7 +256,11 @@ class DatabaseLedger(Ledger):
             if pair[0] < self.life and last.get(pair) != number:
                 wrong.append(f"{LOST}: {pair} was at {number}, is at {last.get(pair)}")
         must = max(self.promises.durable, 0 if self.power else self.promises.written)
-        known = {unit: record.lsn for unit, (record,) in self.units.items() if record.lsn}
+        known = {
+            unit: record.lsn
+            for unit, (record,) in self.units.items()
+            if record.lsn and not record.gone
+        }
         wrong += [
             f"{LOST}: {unit} at LSN {lsn}"
             for unit, lsn in known.items()
