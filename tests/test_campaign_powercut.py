@@ -41,6 +41,20 @@ def run_campaign(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_script(script: str, *arguments: object) -> str:
+    """What a script prints that stands in this file; as `run_campaign`, and it must not fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, (arguments, done.stderr)
+    return done.stdout
+
+
 def skip_unless(reason: str | None) -> None:
     if reason is not None:
         pytest.skip(reason)
@@ -90,17 +104,8 @@ for seed in range(20):
 
 def test_a_log_that_never_syncs_is_found_and_its_cut_is_kept(tmp_path: Path) -> None:
     skip_unless(_mounts.why_not(["ext4"], fuse=True))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", UNSYNCED, tmp_path / "kept", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    again = run_campaign("powercut", "--replay", done.stdout.strip())
+    said = run_script(UNSYNCED, tmp_path / "kept", tmp_path)
+    again = run_campaign("powercut", "--replay", said.strip())
     assert again.returncode == 1, again.stdout + again.stderr
     assert re.search(r"^(lost|refused)", again.stdout, re.MULTILINE)
 
@@ -159,16 +164,7 @@ def test_a_log_goes_on_where_the_mark_of_its_end_could_not_be_written(
     Also where a segment is so long that what is before the mark stays in the page cache.
     """
     skip_unless(_mounts.why_not(["ext4"], fuse=True))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", REOPENED, tmp_path, str(after), str(folios)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(REOPENED, tmp_path, after, folios)
 
 
 TOLD_ANOTHER = """\
@@ -236,7 +232,9 @@ if armed_at < 0:
     sys.exit()
 print(len(Recording.load(str(folder / "recording")).failed), "failed")
 cut = acknowledged[-1] == "cut" if acknowledged else False
-lsns = [1, 2, 3] if cut or (4 in acknowledged and there == [1, 2, 3]) else acknowledged
+# What a cut that was under way has come to, nobody knows.
+begun = armed_at == 4 and there == [1, 2, 3]
+lsns = [1, 2, 3] if cut or begun else acknowledged
 assert there[: len(lsns)] == lsns and not (cut and there != lsns), (there, acknowledged, armed_at)
 """
 """Before our n-th sync a stranger's meets an error in ext4's journal, and is told of it."""
@@ -247,24 +245,15 @@ def test_a_failed_journal_of_which_another_program_was_told_acknowledges_nothing
 ) -> None:
     """ext4 then says of our sync, of file or directory, that it succeeded: seen on Linux 6.18."""
     skip_unless(_mounts.why_not(["ext4"], fuse=True))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     met = 0
     # Each version of Python takes another third of them.
     for number in range(sys.version_info[1] % 3, 60, 3):
         folder = tmp_path / str(number)
         folder.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", TOLD_ANOTHER, folder, str(number)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, (number, done.stderr)
-        if done.stdout.endswith("none any more\n"):
+        said = run_script(TOLD_ANOTHER, folder, number)
+        if said.endswith("none any more\n"):
             break
-        met += done.stdout.endswith("1 failed\n")
+        met += said.endswith("1 failed\n")
     assert met >= 6
 
 

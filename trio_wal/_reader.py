@@ -34,7 +34,7 @@ from ._disk.cursor import Place, place_in
 from ._disk.finding import Finding
 from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
-from ._disk.walk import judge_end
+from ._disk.walk import begun_lsn, judge_end, proven_lsn
 from ._engine import Moved, Reader, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
@@ -300,12 +300,9 @@ class WatchSource:
         as_before = seen.tail == tail and seen.evidence == evidence
         if as_before and not first_look and seen.changes == self._seen.changes:
             return seen
-        told = word.told_lsn(meta.epoch)
-        proof = 0 if word.epoch is None else told
-        if meta.history:
-            # An epoch begins with what is durable; its owner has yet to say so.
-            begun = meta.history[-1].after_lsn
-            told, proof = max(told, begun), max(proof, begun)
+        # An epoch begins with what is durable; its owner has yet to say so.
+        told = max(word.told_lsn(meta.epoch), begun_lsn(meta))
+        proof = proven_lsn(word, meta)
         if last.pointer is not None:
             # Also where the frame that it tells of is damaged: what stands before is durable.
             told = max(told, last.pointer.last_lsn)

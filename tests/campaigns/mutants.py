@@ -566,11 +566,14 @@ MUTANTS: Final = (
     ),
     mutant(
         "what a cut leaves is durable only by the owner's word", "_reader", READERS,
-        "            told, proof = max(told, begun), max(proof, begun)\n", "            pass\n",
+        "        told = max(word.told_lsn(meta.epoch), begun_lsn(meta))\n",
+        "        told = word.told_lsn(meta.epoch)\n",
+        "        proof = proven_lsn(word, meta)\n",
+        "        proof = 0 if word.epoch is None else word.told_lsn(meta.epoch)\n",
     ),
     mutant(
         "the owner's word counts in any history", "_reader", READERS,
-        "        told = word.told_lsn(meta.epoch)\n", "        told = word.durable_lsn\n",
+        "max(word.told_lsn(meta.epoch), begun_lsn(meta))", "max(word.durable_lsn, begun_lsn(meta))",
     ),
     mutant(
         "what looks wrong is believed at the first look", "_reader", READERS,

@@ -14,8 +14,8 @@ frames of the last segment end, the log ends, unless there is proof of loss:
   a SEAL frame, or a pointer to one             the next segment was durable, and is not there
   a later frame that names a durable LSN from   that frame was written when the sync of what is
   the end on                                    missing here had returned
-  the owner's word (the lock file), or the      it was told, or decided, when such a sync had
-  beginning of an epoch (``log.meta``)          returned
+  the beginning of an epoch (``log.meta``),     it was decided, or told, when such a sync had
+  and for readers the owner's word (lock file)  returned
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Readable(Protocol):
 
 
 def proven_lsn(word: Word, meta: Meta) -> int:
-    """Up to which LSN the log's owner, or an epoch that has begun, proves that there was more.
+    """Up to which LSN the log's owner, or an epoch that has begun, proves to a reader that there
+    was more; an open takes `begun_lsn` (docs/design says why).
 
     The word is written after a sync has returned, so that whatever a crash leaves of it speaks
     of what is durable.  It must be of today's epoch: LSNs above an older one's end were dropped.
@@ -117,7 +118,7 @@ def judge_end(
       segment: with its pointer as read before the scan.
       reason: why the scan ended.
       last_kind: of the last frame.
-      told_lsn: what `proven_lsn` says.
+      told_lsn: what `begun_lsn` says, or for a reader `proven_lsn`.
       look_behind: whether to search all that stands after ``end``.
     """
     pointer = segment.pointer
@@ -403,7 +404,7 @@ def check_last(
     """Check the segment in which the log ends, from ``start`` on.
 
     Args:
-      told_lsn: what `proven_lsn` says.
+      told_lsn: what `begun_lsn` says, or for a reader `proven_lsn`.
       data_end: as for `Walk`.
     """
     walk = Walk(file, segment, report, start, data_end)
