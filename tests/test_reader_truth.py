@@ -17,7 +17,7 @@ import attrs
 import pytest
 import trio
 from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
@@ -855,6 +855,39 @@ async def test_a_change_of_the_files_wakes_a_follower(
                     while not pairs or pairs[-1][1] != data:
                         await trio.lowlevel.checkpoint()
         assert all(pairs == list(numbered(payloads(30))) for pairs in found)
+
+
+async def test_what_came_before_the_watch_is_told_to_all_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """One task makes the watch and looks; who waits meanwhile hears of what that look finds."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 3600.0)
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
+    source.look()
+    append(log, b"1")
+    log.publish()
+    look, may_look, told = source.refresh, trio.Event(), []
+
+    async def refresh() -> None:
+        await may_look.wait()
+        await look()
+
+    async def wait() -> None:
+        told.append(await source.wait_beyond(0))
+
+    monkeypatch.setattr(source, "refresh", refresh)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(wait)
+                await wait_all_tasks_blocked()
+            may_look.set()
+    assert told == [True] * 3
+    await source.aclose()
+    log.close()
 
 
 async def test_the_task_that_watches_for_all_can_be_cancelled(tmp_path: Path) -> None:

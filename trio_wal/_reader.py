@@ -401,31 +401,34 @@ class WatchSource:
             await trio.sleep(POLL_SECONDS)
             await self.refresh()
             return
-        if self._watch is None:
-            self._watch = self._directory.watch()
-            self._watchable = self._watch is not None
-            # What has changed before was not watched.
-            await self.refresh()
-            return
         if self._watching:
             # One task waits for the files, and looks, for all.
             await self._others.park()
             if self._closed:
                 raise trio.ClosedResourceError(f"{printable(self.name)}: this reader is closed")
             return
-        watch, before = self._watch, self._seen
         self._watching = True
         try:
-            with trio.move_on_after(WATCHED_POLL_SECONDS) as scope:
-                await trio.lowlevel.wait_readable(watch.fileno())
-            watch.drain()
-            await self.refresh()
-            if scope.cancelled_caught and self._seen.evidence != before.evidence:
-                # This file system does not tell.
-                self._watchable = False
+            await self._watch_files()
         finally:
             self._watching = False
             self._others.unpark_all()
+
+    async def _watch_files(self) -> None:
+        if self._watch is None:
+            self._watch = self._directory.watch()
+            self._watchable = self._watch is not None
+            # What has changed before was not watched.
+            await self.refresh()
+            return
+        watch, before = self._watch, self._seen
+        with trio.move_on_after(WATCHED_POLL_SECONDS) as scope:
+            await trio.lowlevel.wait_readable(watch.fileno())
+        watch.drain()
+        await self.refresh()
+        if scope.cancelled_caught and self._seen.evidence != before.evidence:
+            # This file system does not tell.
+            self._watchable = False
 
     async def aclose(self) -> None:
         """Streams that wait get `trio.ClosedResourceError`."""
