@@ -32,13 +32,20 @@ def _quiet() -> Any:
 
 @pytest.mark.parametrize("program", leaks.PROGRAMS)
 def test_nothing_is_left_whichever_call_fails(program: str) -> None:
+    """Eight cases, and further ones until three of the programs have failed: which calls a
+    program gets over, and where they stand, is for threads to say."""
     rng = random.Random(program)
     count = leaks.calls_of(program)
     # Those of the open come first.
     numbers = [*rng.sample(range(60), 4), *rng.sample(range(60, count), 4)]
-    results = [leaks.run_case(program, number, rng.randrange(5)) for number in numbers]
-    assert [result for result in results if result.found] == []
-    assert sum(bool(result.failed) for result in results) > 2
+    failed = 0
+    for number in [*numbers, *rng.sample(range(60), 40)]:
+        if failed >= 3 and number not in numbers:
+            break
+        result = leaks.run_case(program, number, rng.randrange(5))
+        assert result.found == ""
+        failed += bool(result.failed)
+    assert failed >= 3
 
 
 @pytest.mark.parametrize("limit", leaks.LIMITS)
