@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import trio
+from cas import CasServers, open_wal_on_cas
 from engines import MemoryServer, open_database_on, open_wal_on
 from helpers import SMALL_SEGMENT, Call, append_until, open_memory, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -25,6 +26,8 @@ from trio_wal.testing import MemoryFiles
 
 class Files:
     """A log in a directory."""
+
+    replicated = False
 
     def __init__(self) -> None:
         self._files = MemoryFiles()
@@ -51,6 +54,8 @@ class Files:
 class Server:
     """A log on a server in memory."""
 
+    replicated = False
+
     def __init__(self) -> None:
         self._server = MemoryServer()
 
@@ -74,9 +79,42 @@ class Server:
         self._server.crash()
 
 
-@pytest.fixture(params=[Files, Server])
+class Replicated:
+    """A log that a majority of servers in memory keeps."""
+
+    replicated = True
+
+    def __init__(self) -> None:
+        self._servers = CasServers()
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Any]:
+        return open_wal_on_cas(self._servers, **options)
+
+    def hold(self) -> None:
+        self._servers.hold()
+
+    def release(self) -> None:
+        self._servers.release()
+
+    def fill(self) -> None:
+        self._servers.bytes_max = 0
+
+    def make_room(self) -> None:
+        self._servers.bytes_max = math.inf
+
+    def crash(self, seed: int) -> None:
+        self._servers.crash()
+
+
+@pytest.fixture(params=[Files, Server, Replicated])
 def home(request: pytest.FixtureRequest) -> Any:
     return request.param()
+
+
+def needs_cutting(home: Any) -> None:
+    """For what a replicated log does not do."""
+    if home.replicated:
+        pytest.skip("what a majority has is not taken back")
 
 
 @pytest.fixture
@@ -109,7 +147,9 @@ async def test_what_was_written_is_there_in_every_later_session(home: Any) -> No
             expected.update(enumerate(data, first))
             assert await read_all(wal) == expected
             assert await read_all(wal, 3, 5) == {3: b"", 4: b"four"}
-            assert wal.bookmark == trio_wal.Bookmark(first + 5, 0)
+            assert wal.bookmark == trio_wal.Bookmark(first + 5, wal.epoch)
+            # A replicated log begins an epoch at each open, because each open takes it over.
+            assert (wal.epoch > 0) is home.replicated
             statistics = wal.statistics()
             assert (statistics.records_appended, statistics.state) == (6, "open")
             assert statistics.durable_lsn == statistics.last_lsn == first + 5
@@ -160,6 +200,7 @@ async def test_truncate_before_drops_whole_pieces_and_readers_are_told(home: Any
 
 
 async def test_truncate_after_begins_an_epoch_and_followers_are_told(home: Any) -> None:
+    needs_cutting(home)
     async with home.open() as wal:
         for number in range(1, 11):
             await wal.append(b"old %d" % number)
@@ -314,6 +355,8 @@ async def test_after_a_crash_all_that_was_durable_is_there(home: Any, seed: int)
 
 
 async def test_durability_interval_syncs_by_itself(home: Any, autojump_clock: MockClock) -> None:
+    if home.replicated:
+        pytest.skip("what is written there is durable")
     async with home.open(durability="interval", flush_interval=1.0) as wal:
         assert await wal.append(b"one") == 1
         assert (wal.last_lsn, wal.durable_lsn) == (1, 0)

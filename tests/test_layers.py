@@ -33,6 +33,7 @@ ORDER: dict[int, list[str]] = {
         "_base",
         "_statistics",
         "_engine",
+        "_caslog",
         "_events",
         "_exports",
         "_retention",
@@ -40,6 +41,7 @@ ORDER: dict[int, list[str]] = {
         "_pages",
         "_disk.finding",
         "_disk.frame",
+        "_messages",
         "_codec",
         "_disk.scan",
         "_operations",
@@ -72,6 +74,9 @@ ORDER: dict[int, list[str]] = {
         "_flusher",
         "_stream",
         "_local",
+        "_streamlog",
+        "_appender",
+        "_replicated",
         "_log",
         "_reader",
         "_wal",
@@ -133,6 +138,7 @@ PATHS = {"PathLike", "fspath"}
 OS_ALLOWED = {
     "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
+    "_replicated": {"getpid"},
 }
 OS_FREE = {"_files", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}

@@ -26,7 +26,7 @@ from ._identity import Bookmark
 from ._park import Latch, is_parked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
-from ._statistics import WalStatistics
+from ._statistics import ReplicationStatistics, WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
@@ -72,6 +72,11 @@ def check_log_options(
         flush_interval=check_seconds("flush_interval", flush_interval),
         durability=durability,
     )
+
+
+def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
+    """The fields of `WalStatistics` that only a replicated log has."""
+    return {} if found is None else attrs.asdict(found)
 
 
 @final
@@ -197,6 +202,8 @@ class Log:
             disk_bytes=engine.disk_bytes,
             last_sync_time=engine.syncs.last_time,
             state=self.status.state.value,
+            epoch=tail.epoch,
+            **_replicated(engine.replication),
         )
 
     # -- writing --

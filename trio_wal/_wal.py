@@ -288,6 +288,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFullError: there is no space for the new end of the log; nothing was dropped.
           CorruptLogError: records that are to stay cannot be read; nothing was dropped.
           LsnTruncatedError: retention dropped the record ``lsn`` meanwhile; nothing else was.
+          UnsupportedOperationError: the log is a replicated one.
         """
         self._check_not_owned()
         check_int("lsn", lsn, 0)
