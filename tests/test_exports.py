@@ -191,6 +191,7 @@ ERRORS = [
     trio_wal.UnsupportedOperationError("/log", "truncate_after", "it is replicated"),
     trio_wal.TransactionConflict(b"key"),
     trio_wal.KeyExistsError(b"key"),
+    trio_wal.TableDecodeError("jobs", (7, "mail"), "why"),
     trio_wal.WrongDirectoryError("/log", "a database", "open_database()"),
     trio_wal.UntrustedDirectoryError("/log", "it is another's", "chown it"),
 ]

@@ -20,6 +20,7 @@ from ._exceptions import (
     LogUnavailableError as LogUnavailableError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
+    TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
     UnsupportedOperationError as UnsupportedOperationError,
@@ -32,6 +33,7 @@ from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
+from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._retention import (
     KeepAll as KeepAll,
@@ -43,6 +45,7 @@ from ._retention import (
 from ._snapshot import Snapshot as Snapshot
 from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
+from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 
