@@ -78,9 +78,13 @@ ORDER: dict[int, list[str]] = {
         "_streamlog",
         "_appender",
         "_replicated",
+        "_asyncio",
+        "_natscas",
+        "_natscheck",
+        "nats",
         "_log",
-        "_reader",
         "_wal",
+        "_reader",
     ],
     # The database on top of the log.
     3: [
@@ -147,7 +151,7 @@ OS_ALLOWED = {
 OS_FREE = {"_files", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
-EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb"}
+EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio"}
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 
@@ -438,6 +442,7 @@ def test_the_extras_are_known_at_the_edges_only() -> None:
     for module in ("cyclopts", "rich"):
         assert {source.name for source in SOURCES if imported(source, module)} == {"_cli"}
     assert {source.name for source in SOURCES if imported(source, "zstandard")} == {"_codec"}
+    assert {source.name for source in SOURCES if imported(source, "nats")} == {"_natscas", "nats"}
 
 
 def test_only_the_command_line_prints() -> None:

@@ -5,6 +5,8 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_disk`` (
 faults.
 """
 
+from importlib import import_module as _import_module
+
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
@@ -35,6 +37,7 @@ from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
+from ._replicated import RemoteLog as RemoteLog
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -52,3 +55,10 @@ from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 __version__ = "0.1.0"
 
 _exports.say_public(__name__, globals())
+
+
+def __getattr__(name: str) -> object:
+    """`trio_wal.nats` is loaded when it is used: it takes what the log alone has no need of."""
+    if name == "nats":
+        return _import_module("trio_wal.nats")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

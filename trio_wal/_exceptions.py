@@ -414,6 +414,25 @@ class UnsupportedOperationError(WalError, TypeError):
         return printable(f"{self.path}: {self.operation}() is not supported here: {self.reason}")
 
 
+class UnsuitableServersError(WalError):
+    """The servers, or the stream on them, would not keep what a log promises; nothing was written.
+
+    Attributes:
+      path: the log.
+      reason: what is wrong.
+      remedy: what to do.
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.path = path
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return printable(f"{self.path}: {self.reason}; {self.remedy}; nothing was written")
+
+
 class TransactionConflict(WalError):
     """Something that the transaction read was changed by another commit since.
 

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -57,7 +58,7 @@ from ._messages import (
 )
 from ._retention import KeepAll, Retention
 from ._statistics import EngineStatistics, ReplicationStatistics, SyncTimes
-from ._streamlog import PAUSE_SECONDS_MIN, End, Patience, StreamCursor, StreamLog
+from ._streamlog import PAUSE_SECONDS_MIN, End, Patience, StreamCursor, StreamLog, StreamSource
 from ._util import MiB
 from ._worker import Blocking
 
@@ -85,6 +86,31 @@ class ReplicatedOptions:
     takeover: bool = True
     segment_size: int = 64 * MiB
     retention: Retention = attrs.field(factory=KeepAll)
+
+
+class RemoteLog(ABC):
+    """A log that servers keep: what `trio_wal.open_wal` and the like take instead of a path.
+
+    `trio_wal.nats.Log` is one.
+    """
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """For messages: without credentials."""
+
+    unavailable_after: float
+    """Seconds that a batch in flight may be without an outcome."""
+    takeover: bool
+    """Whether to open it also while another owner is alive."""
+
+    @abstractmethod
+    async def connect(self, *, create: bool) -> tuple[CasLog, Description]:
+        """A connection to the log, which is as it should be, and what is known of it.
+
+        Args:
+          create: make it if it is missing.
+        """
 
 
 @attrs.define
@@ -533,6 +559,34 @@ class ReplicatedEngine:
 
 def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node() or 'an unnamed host'}"
+
+
+async def open_remote(
+    log: RemoteLog, segment_size: int, retention: Retention, files: Files
+) -> ReplicatedEngine:
+    """Connect, and take the log over.  Raises as `RemoteLog.connect` and `open_replicated`."""
+    cas, found = await log.connect(create=True)
+    options = ReplicatedOptions(
+        unavailable_after=log.unavailable_after,
+        takeover=log.takeover,
+        segment_size=segment_size,
+        retention=retention,
+    )
+    return await open_replicated(cas, found, options, files)
+
+
+async def open_remote_source(log: RemoteLog) -> StreamSource:
+    """Connect, to read what somebody else writes.  Raises as `RemoteLog.connect`, and what the
+    log's end has to be read for."""
+    cas, found = await log.connect(create=False)
+    source = StreamSource(StreamLog(cas, found.uuid, log.unavailable_after))
+    try:
+        await source.refresh()
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await cas.aclose()
+        raise
+    return source
 
 
 async def open_replicated(

@@ -522,6 +522,27 @@ class StreamSource:
     async def settle(self) -> None:
         await self.refresh()
 
+    @property
+    def uuid(self) -> UUID:
+        return self.log.uuid
+
+    def look(self) -> None:
+        """What is known is what `keep_up` has found."""
+
+    async def keep_up(self) -> None:
+        """Look whenever there may be more, until cancelled; what fails is tried again."""
+        while True:
+            await self.log.cas.changed(BELL_SECONDS)
+            try:
+                await self.refresh()
+            except (CorruptLogError, OSError):
+                # Whoever reads is told.
+                await trio.sleep(BELL_SECONDS)
+
+    def disown(self) -> None:
+        self._closed = True
+        self.log.cas.disown()
+
     async def wait_beyond(self, lsn: int) -> bool:
         history = self._tail.history
         while True:
