@@ -22,7 +22,12 @@ from engines import log_options
 from trio_wal import WriteAheadLog
 from trio_wal._caslog import Conflict, Denied, Description, Entry, Full, Gone, Unsure
 from trio_wal._log import Log, OpenLog
-from trio_wal._replicated import ReplicatedEngine, ReplicatedOptions, open_replicated
+from trio_wal._replicated import (
+    RemoteLog,
+    ReplicatedEngine,
+    ReplicatedOptions,
+    open_replicated,
+)
 from trio_wal._streamlog import StreamLog, StreamSource
 from trio_wal._wal import new_wal
 from trio_wal.testing import MemoryFiles
@@ -330,6 +335,26 @@ async def open_engine(cas: MemoryCas, options: ReplicatedOptions) -> ReplicatedE
         replicas_current=3,
     )
     return await open_replicated(cas, found, options, servers.files)
+
+
+class MemoryLog(RemoteLog):
+    """What `trio_wal.open_wal` and the like take, for servers in memory."""
+
+    def __init__(self, servers: CasServers, *, takeover: bool = True) -> None:
+        self.servers = servers
+        self.unavailable_after = 30.0
+        self.takeover = takeover
+        self.exists = True
+        self.ways: list[MemoryCas] = []
+
+    @property
+    def address(self) -> str:
+        return self.servers.name
+
+    async def connect(self, *, create: bool) -> tuple[MemoryCas, Description]:
+        way = MemoryCas(self.servers)
+        self.ways.append(way)
+        return way, await way.describe()
 
 
 def replicated_log(cas: MemoryCas, replication: ReplicatedOptions, **options: Any) -> OpenLog:

@@ -35,6 +35,7 @@ MADE_BY_OPENING = (
     "Database",
     "LogReader",
     "RecordStream",
+    "Replica",
     "Snapshot",
     "Transaction",
     "WriteAheadLog",

@@ -685,3 +685,43 @@ async def test_whoever_asks_first_leaves_a_live_owner_alone(cluster: Cluster) ->
         assert await wal.append(b"one") == 1
     async with trio_wal.open_wal(attrs.evolve(log, takeover=False)) as wal:
         assert wal.last_lsn == 1
+
+
+# -- a database, and a replica of it ----------------------------------------------------------
+
+
+@real
+async def test_a_standby_is_promoted_when_leader_and_server_are_gone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    log = log_on(cluster, "promoted")
+    acknowledged: dict[bytes, bytes] = {}
+
+    async def write(db: trio_wal.Database, task: int) -> None:
+        with suppress(trio_wal.LogFailedError):
+            for number in range(100_000):
+                key = b"%d.%d" % (task, number)
+                await db.put(key, b"value")
+                acknowledged[key] = b"value"
+
+    async with (
+        trio_wal.open_database(tmp_path / "leader", log=log) as leading,
+        trio.open_nursery() as nursery,
+    ):
+        for task in range(8):
+            nursery.start_soon(write, leading, task)
+        async with trio_wal.open_replica(tmp_path / "standby", log=log) as replica:
+            with trio.fail_after(20):
+                await replica.wait_for(100)
+            server = await leader(cluster, log)
+            await trio.to_thread.run_sync(server.kill)
+            began = time.monotonic()
+            async with replica.promote() as db:
+                await db.put(b"by", b"the new one")
+                assert time.monotonic() - began < 2 * GAP_SECONDS
+                assert acknowledged.items() <= dict(db.scan()).items()
+                nursery.cancel_scope.cancel()
+    # A machine that has nothing.
+    async with trio_wal.open_database(tmp_path / "new", log=log) as db:
+        assert acknowledged.items() <= dict(db.scan()).items()
+        assert db.get(b"by") == b"the new one"

@@ -33,10 +33,15 @@ from ._exceptions import (
 from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
-from ._opening import VerifyStore as VerifyStore, open_database as open_database
+from ._opening import (
+    VerifyStore as VerifyStore,
+    open_database as open_database,
+    open_replica as open_replica,
+)
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
+from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
 from ._replicated import RemoteLog as RemoteLog
 from ._retention import (
     KeepAll as KeepAll,
@@ -46,6 +51,10 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
+from ._snapshots import (
+    DirectorySnapshots as DirectorySnapshots,
+    SnapshotStore as SnapshotStore,
+)
 from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
 from ._table import Readable as Readable, Table as Table

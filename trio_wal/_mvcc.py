@@ -472,19 +472,33 @@ class Versions:
         finally:
             self._burying = False
 
-    async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
-        """A durable commit of the log's, in the log's order, before there are others."""
-        seq = self.settled_seq = self.last_seq = self.last_seq + 1
+    async def replay(self, lsn: int, writes: Writes, log_bytes: int, *, live: bool = False) -> None:
+        """A durable commit of the log's, in the log's order.
+
+        Args:
+          live: it comes from another machine while others read here.  Otherwise there are no
+              others yet.
+        """
+        seq = self.last_seq = self.last_seq + 1
+        if not live:
+            self.settled_seq = seq
         layer = self.view.active
-        if layer.add(writes, seq, seq, keep_older=False):
+        if layer.add(writes, seq, self.settled_seq, keep_older=live and bool(self._pins)):
             self._renew()
+        layer.last_lsn = lsn
+        layer.log_bytes += log_bytes
+        if live:
+            self.settled_seq, self.durable_lsn = seq, lsn
+            self.transactions += 1
+            if self.watches.begun:
+                self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
+            if layer.log_bytes >= self._checkpoint_bytes:
+                self.room.ask()
         while self._settle_layers(seq):
             if not self._dead():
                 break
             # More deletions to be buried than are at once.
             await trio.lowlevel.checkpoint()
-        layer.last_lsn = lsn
-        layer.log_bytes += log_bytes
 
     # -- room --
 

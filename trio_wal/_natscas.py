@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any, Final, TypeVar, final
 
 import attrs
@@ -113,6 +114,7 @@ class Connection:
         self.client: Final[Any] = Client()
         self._ring_bell = rung
         self._inbox = ""
+        self._tokens = count(1)
         self._inboxes: dict[str, Callable[[Msg], None]] = {}
         self._asked: set[asyncio.Task[Any]] = set()
         """Requests under way, for when it turns out that they are not permitted."""
@@ -155,7 +157,6 @@ class Connection:
         await self.client.subscribe(
             f"{self._inbox}.*", cb=self._take_answer, pending_msgs_limit=0, pending_bytes_limit=0
         )
-        await self.client.subscribe(self.access.subject, cb=self._ring)
 
     def _options(self) -> dict[str, Any]:
         access = self.access
@@ -185,6 +186,11 @@ class Connection:
         for task in self._asked:
             task.cancel()
 
+    async def listen(self) -> None:
+        """Have the bell rung from here on.  Not before somebody waits for it: an owner would have
+        each of its messages sent back to it."""
+        await self.client.subscribe(self.access.subject, cb=self._ring)
+
     async def _ring(self, _: Msg) -> None:
         self._ring_bell()
 
@@ -202,10 +208,10 @@ class Connection:
         last: Callable[[Msg], bool],
     ) -> list[Msg]:
         """The answers to one request, up to the one that is the last."""
-        token = uuid.uuid4().hex
+        token = f"{next(self._tokens):x}"
         answers: list[Msg] = []
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
+        ended: asyncio.Future[bool] = loop.create_future()
         heard = loop.time()
 
         def take(message: Msg) -> None:
@@ -213,24 +219,27 @@ class Connection:
             heard = loop.time()
             answers.append(message)
             if last(message) and not ended.done():
-                ended.set_result(None)
+                ended.set_result(True)
 
+        timers: list[asyncio.TimerHandle] = []
+
+        def expire() -> None:
+            left = heard + seconds - loop.time()
+            if left > 0:
+                timers[:] = [loop.call_later(left, expire)]
+            elif not ended.done():
+                ended.set_result(False)
+
+        timers.append(loop.call_later(seconds, expire))
         self._inboxes[token] = take
         task = asyncio.current_task()
         assert task is not None
         self._asked.add(task)
         try:
-            await self.client.publish(
-                subject,
-                payload,
-                reply=f"{self._inbox}.{token}",
-                headers=dict(headers or {}) or None,
-            )
-            while not ended.done():
-                left = heard + seconds - loop.time()
-                if left <= 0:
-                    raise Unsure(f"no answer within {seconds:.1f} seconds")
-                await asyncio.wait({ended}, timeout=left)
+            reply = f"{self._inbox}.{token}"
+            await self.client.publish(subject, payload, reply, dict(headers or {}) or None)
+            if not await ended:
+                raise Unsure(f"no answer within {seconds:.1f} seconds")
         except asyncio.CancelledError:
             if self._refusal is not None:
                 raise Denied(self._refusal) from None
@@ -238,6 +247,7 @@ class Connection:
         except (OSError, nats.errors.Error, asyncio.TimeoutError) as exc:
             raise Unsure(_text(exc)) from exc
         finally:
+            timers[0].cancel()
             self._asked.discard(task)
             del self._inboxes[token]
         status = (answers[-1].headers or {}).get("Status")
@@ -279,6 +289,7 @@ class NatsCas:
         self._rung = trio.Event()
         self._rung_at = -RING_SECONDS
         self._closed = False
+        self._listening = False
         self._uuid = uuid.UUID(int=0)
 
     async def connect(self) -> None:
@@ -456,6 +467,9 @@ class NatsCas:
         await self._thread.call(self._connection.client.force_reconnect)
 
     async def changed(self, seconds: float) -> None:
+        if not self._listening:
+            self._listening = True
+            await self._thread.call(self._connection.listen)
         if trio.current_time() - self._rung_at < RING_SECONDS:
             await trio.sleep(LOOK_SECONDS)
         else:

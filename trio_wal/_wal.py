@@ -415,6 +415,16 @@ def remote_log(path: str | os.PathLike[str] | RemoteLog) -> RemoteLog | None:
     return path if isinstance(path, RemoteLog) else None
 
 
+def check_remote_log(log: object) -> RemoteLog:
+    """The ``log`` of `open_database` and `open_replica`."""
+    if not isinstance(log, (str, RemoteLog)):
+        raise TypeError(f"log must be a trio_wal.nats.Log or its URL, not {type(log).__name__}")
+    found = remote_log(log)
+    if found is None:
+        raise ValueError(f"log must be a trio_wal.nats.Log or its URL, not {log!r}")
+    return found
+
+
 def refuse_options(what: str, **given: bool) -> None:
     """Raises `TypeError` that names the options which were given though they mean nothing."""
     if wrong := [name for name, is_given in given.items() if is_given]:
