@@ -123,6 +123,9 @@ class Opening:
           create: for a writer: who only reads need not know how what is durable became so.
         """
         log, cas = self._log, self._cas
+        if not any(cas.server_version):
+            # Between two servers: the one that was connected has died.
+            raise Unsure("the connection was lost")
         self._check_version("the server", cas.server_version)
         asks = create and not log.assume_synced
         servers = await self._ask() if asks else []
