@@ -53,6 +53,7 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("verify_bytes", "all", "verify_bytes must be an int, not str"),
     ("verify_bytes", 0.5, "verify_bytes must be an int or math.inf, not 0.5"),
     ("trust_directory", 1, "trust_directory must be True or False, not 1"),
+    ("reserve", "0.1", "reserve must be a number, not str"),
 ]
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
@@ -167,6 +168,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "compression": None,
         "verify_bytes": 32 * MiB,
         "trust_directory": False,
+        "reserve": 0.1,
         "files": None,
     }
 

@@ -8,6 +8,7 @@ faults.
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database_writer import DatabaseWriter as DatabaseWriter
 from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
@@ -38,10 +39,11 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
-from ._statistics import WalStatistics as WalStatistics
+from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
 from ._stream import RecordStream as RecordStream
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
+from ._writer import Writer as Writer
 
 __version__ = "0.1.0"
 

@@ -130,9 +130,8 @@ class Flusher:
         """Until the queue is closed and empty, or something failed."""
         try:
             with trio.CancelScope(shield=True):
-                while (batch := await self._next_batch()) is not None:
-                    await self._commit(batch)
-                    del batch  # its payload must not stay until the next one comes
+                while await self._wait_batch():
+                    await self._commit()
                 if self._engine.durable_lsn < self._engine.last_lsn:
                     await self._sync()
         except Forked:
@@ -148,40 +147,43 @@ class Flusher:
                 self._watermark.release()
                 self.done.set()
 
-    async def _next_batch(self) -> Batch | None:
-        """The oldest batch, still being filled; None when the queue is closed and empty."""
+    async def _wait_batch(self) -> bool:
+        """Until there is a batch, which is still being filled; False: the queue is closed and
+        empty."""
         while True:
             try:
-                return self._queue.batches.receive_nowait()
+                self._queue.queued.receive_nowait()
             except trio.WouldBlock:
                 pass
             except trio.EndOfChannel:
-                return None
+                return False
+            else:
+                return True
             if self._sync_due is None:
                 return await self._receive()
-            batch: Batch | None = None
+            received = False
             if self._watermark.lowest > self._engine.last_lsn:
                 with trio.move_on_at(self._sync_due) as self._sync_scope:
-                    batch = await self._receive()
+                    received = await self._receive()
                 if not self._sync_scope.cancelled_caught:
-                    return batch
+                    return received
             await self._sync()
 
-    async def _receive(self) -> Batch | None:
+    async def _receive(self) -> bool:
         try:
-            return await self._queue.batches.receive()
+            await self._queue.queued.receive()
         except trio.EndOfChannel:
-            return None
+            return False
+        return True
 
-    async def _commit(self, batch: Batch) -> None:
+    async def _commit(self) -> None:
         queue = self._queue
         if self._flush_interval and self._durability == "sync":
             awaited = self._watermark.lowest - self._engine.last_lsn
-            await queue.linger(batch, self._flush_interval, awaited)
+            await queue.linger(self._flush_interval, awaited)
         if queue.blocked or self._pressed:
             self._note_pressure()
-        queue.take(batch)
-        self.in_flight = batch
+        batch = self.in_flight = queue.take()
         while batch.entries:
             try:
                 await self._write(batch)
@@ -334,7 +336,7 @@ class Flusher:
         if in_flight is not None and outcome == "unknown":
             unsynced = True
         self._queue.fail(exc, in_flight, outcome, "unknown" if unsynced else "not written")
-        self._queue.batches.close()
+        self._queue.queued.close()
         # Last: where this fails too, of MemoryError for one, everybody has been told.
         tell(
             logging.ERROR,

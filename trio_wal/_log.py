@@ -17,20 +17,25 @@ import outcome
 import trio
 from trio.lowlevel import enable_ki_protection, reschedule
 
+from ._admission import Line
 from ._batch import Flush, Job, Unit
 from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
+from ._lines import Lines
 from ._park import Latch, is_parked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
-from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
+from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
 
+RESERVE: Final = 0.1
+"""Of the queue, for writers of high priority, while there are any."""
+RESERVE_MAX: Final = 0.9
 FORKED_TURNS: Final = 100
 """Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 
@@ -45,6 +50,7 @@ class LogOptions:
     max_batch_bytes: int
     flush_interval: float
     durability: Durability
+    reserve: float
 
 
 def check_log_options(
@@ -56,6 +62,7 @@ def check_log_options(
     max_batch_bytes: int,
     flush_interval: float,
     durability: Durability,
+    reserve: float,
 ) -> LogOptions:
     """These arguments of `open_wal`, or the error that names the wrong one.
 
@@ -71,6 +78,7 @@ def check_log_options(
         max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
         flush_interval=check_seconds("flush_interval", flush_interval),
         durability=durability,
+        reserve=check_share("reserve", reserve, RESERVE_MAX),
     )
 
 
@@ -130,15 +138,22 @@ class Log:
             # several entries is too large for the engine.
             min(options.max_batch_bytes, engine.batch_bytes_max // 2),
             min(engine.batch_records_max, engine.batch_bytes_max // 2 // RECORD_OVERHEAD),
+            options.reserve,
         )
         self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
         self.append: Final = self._queue.append
         """``await append(record, current_task())``: accept, with back-pressure, and wait until
         the record is durable; gives its LSN.  The queue's own method: a call is not passed
         through anything else."""
+        self.append_in: Final = self._queue.append_in
+        """``await append_in(line, record, current_task())``: the same through a writer's line."""
         self.accept: Final = self._queue.accept
-        """``await accept(record)``: the same without waiting for durability."""
+        """``await accept(record, line)``: the same without waiting for durability."""
         self.accept_nowait: Final = self._queue.accept_nowait
+        self.lines: Final = Lines(
+            self.status, self._queue, options.max_queue_size, options.max_queue_bytes
+        )
+        """Those of writers."""
         self._nursery: trio.Nursery
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
@@ -167,23 +182,24 @@ class Log:
         queue, flusher, tail = self._queue, self._flusher, self.engine.tail
         queue.note_peaks()
         counters, engine = queue.counters, self.engine.statistics()
-        records, waiting = queue.records_waiting, queue.bytes_waiting
-        options = self._options
+        records, waiting, bound = queue.records_waiting, queue.bytes_waiting, queue.max_queue_size
         return WalStatistics(
             records_waiting=records,
             bytes_waiting=waiting,
-            max_queue_size=options.max_queue_size,
-            max_queue_bytes=options.max_queue_bytes,
+            max_queue_size=bound,
+            max_queue_bytes=self._options.max_queue_bytes,
             queue_utilization=min(
-                1.0, max(records / options.max_queue_size, waiting / options.max_queue_bytes)
+                1.0, max(records / bound, waiting / self._options.max_queue_bytes)
             ),
             peak_records_waiting=counters.peak_records_waiting,
             peak_bytes_waiting=counters.peak_bytes_waiting,
             tasks_waiting_send=queue.blocked,
             tasks_waiting_durable=queue.tasks_waiting() + flusher.waiting,
-            backpressure_waits=queue.line.waits,
-            backpressure_seconds=queue.line.seconds,
+            backpressure_waits=queue.waits.count + queue.blocked,
+            backpressure_seconds=queue.waits.seconds_total,
+            backpressure_seconds_histogram=queue.waits.histogram(),
             rejected=counters.rejected,
+            writers=self.lines.statistics(),
             records_appended=flusher.counters.records_appended,
             bytes_appended=flusher.counters.bytes_appended,
             batches_synced=engine.syncs.count,
@@ -203,14 +219,29 @@ class Log:
 
     def own(self, owner: Owner) -> None:
         """Tell ``owner`` what becomes of each record from here on."""
-        self._queue.owner = owner
+        self._queue.own(owner)
 
-    async def append_unit(self, records: Sequence[bytes], size: int) -> int:
+    def append_in_turn(
+        self, record: bytes, line: Line | None, enter: Callable[[], None]
+    ) -> Awaitable[int]:
+        """Accept through a line, wait until the record is durable; gives its LSN.
+
+        Args:
+          enter: called in the moment in which the record is let in; it may refuse by raising.
+        """
+        if line is not None:
+            self.lines.check(line)
+        return self._queue.submit(record, line, enter)
+
+    async def append_unit(
+        self, records: Sequence[bytes], size: int, line: Line | None = None
+    ) -> int:
         """Append records of ``size`` bytes together as one; gives the first LSN."""
-        return await self._queue.submit(Unit(records, size))
+        return await self._queue.submit(Unit(records, size), line)
 
-    async def flush(self) -> int:
-        """Make everything accepted before the call durable; gives ``durable_lsn``."""
+    async def flush(self, line: Line | None = None) -> int:
+        """Make everything accepted before the call durable, of a writer's line all that is its;
+        gives ``durable_lsn``."""
         queue, engine = self._queue, self.engine
         if (
             self.status.state is State.OPEN
@@ -220,7 +251,7 @@ class Log:
         ):
             await trio.lowlevel.checkpoint()
             return engine.durable_lsn
-        await queue.submit(Flush())
+        await queue.submit(Flush(), line)
         return engine.durable_lsn
 
     def hold(self, who: str, lsn: int) -> None:

@@ -29,7 +29,7 @@ from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
-from ._log import Log, LogOptions, OpenLog, check_log_options
+from ._log import RESERVE, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
@@ -220,6 +220,7 @@ def open_database(
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    reserve: float = RESERVE,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -249,7 +250,7 @@ def open_database(
           `Database.changes`; None: nothing.
       max_queue_size, max_queue_bytes, max_record_size, max_batch_bytes: as for `open_wal`.
       flush_interval, segment_size, durability, compression: as for `open_wal`.
-      verify_bytes, trust_directory: as for `open_wal`.
+      verify_bytes, trust_directory, reserve: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, when called:
@@ -276,6 +277,7 @@ def open_database(
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
         durability=durability,
+        reserve=reserve,
     )
     where = check_local_options(
         path=f"{name}/{LOG_NAME}",
