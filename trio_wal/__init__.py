@@ -19,6 +19,7 @@ from ._exceptions import (
     LogLockedError as LogLockedError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
+    TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
     UntrustedDirectoryError as UntrustedDirectoryError,
@@ -30,6 +31,7 @@ from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
+from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._retention import (
     KeepAll as KeepAll,
@@ -41,6 +43,7 @@ from ._retention import (
 from ._snapshot import Snapshot as Snapshot
 from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
 from ._stream import RecordStream as RecordStream
+from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 from ._writer import Writer as Writer

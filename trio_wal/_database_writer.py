@@ -92,7 +92,7 @@ class DatabaseWriter(metaclass=NoPublicConstructor):
         passed = versions.readers.of(task)
         lsn = await versions.commit_in_turn({key: value}, task, self._line)
         if passed is not None:
-            passed.changed_past(key)
+            passed.changed_past((key,))
         return lsn
 
     @enable_ki_protection
@@ -109,7 +109,7 @@ class DatabaseWriter(metaclass=NoPublicConstructor):
         async with tx:
             tx.delete(key)
         if passed is not None:
-            passed.changed_past(key)
+            passed.changed_past((key,))
         return cast(int, tx.lsn)
 
     def statistics(self) -> WriterStatistics:

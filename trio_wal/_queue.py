@@ -100,6 +100,10 @@ class Owner(Protocol):
         """The batch is durable and has its LSNs; its tasks have not run yet."""
         ...
 
+    def failed(self) -> None:
+        """The log is broken: nothing more will become durable."""
+        ...
+
 
 class WriteQueue:
     """The bounded queue between the writers and the flusher."""
@@ -736,6 +740,8 @@ class WriteQueue:
             self._lose(batch)
         self._reset()
         self._dismiss_all(lambda item: self.status.failed(self._fate(item, "not written"), cause))
+        if self.owner is not None:
+            self.owner.failed()
 
     def _lose(self, batch: Batch) -> None:
         batch.shares = None
