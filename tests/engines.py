@@ -421,6 +421,7 @@ def log_options(**options: Any) -> LogOptions:
         "max_record_size": 1 << 24,
         "max_batch_bytes": 1 << 23,
         "reserve": 0.1,
+        "target_latency": None,
         "flush_interval": 0.010,
         "durability": "sync",
     }

@@ -32,6 +32,7 @@ ORDER: dict[int, list[str]] = {
         "_exceptions",
         "_base",
         "_statistics",
+        "_pace",
         "_engine",
         "_events",
         "_exports",

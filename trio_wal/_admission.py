@@ -31,6 +31,9 @@ from ._statistics import Times
 PASSED_MAX: Final = 8
 """So many records of high priority are let in past a normal line; then one of that is."""
 
+FULL: Final = 0.8
+"""A queue with so much of its records is called full: the next may be larger than the rest."""
+
 
 @final
 class Blocked:
@@ -330,6 +333,10 @@ class Admission:
             or batch.records + count_of(item) > self._max_batch_records
             or isinstance(batch.barrier, Job)
         )
+
+    def is_full(self, records: int) -> bool:
+        """Whether the bound keeps back others, where so many records wait."""
+        return records >= FULL * self._normal_size
 
     def full_of_batches(self) -> bool:
         """Whether the channel takes only the batch that is filling: it is full of batches that

@@ -74,6 +74,8 @@ class Flusher:
         self._sync_due: float | None = None
         self._sync_scope = trio.CancelScope()
         """In which the flusher waits for records until then."""
+        self._at_once = False
+        """Whether there was a batch when the one before it was done."""
         self._pressed = False
         """Whether writers waited for room when the last batch was taken."""
         self._pressed_since = 0.0
@@ -150,6 +152,7 @@ class Flusher:
     async def _wait_batch(self) -> bool:
         """Until there is a batch, which is still being filled; False: the queue is closed and
         empty."""
+        self._at_once = True
         while True:
             try:
                 self._queue.queued.receive_nowait()
@@ -159,6 +162,7 @@ class Flusher:
                 return False
             else:
                 return True
+            self._at_once = False
             if self._sync_due is None:
                 return await self._receive()
             received = False
@@ -183,7 +187,7 @@ class Flusher:
             await queue.linger(self._flush_interval, awaited)
         if queue.blocked or self._pressed:
             self._note_pressure()
-        batch = self.in_flight = queue.take()
+        batch = self.in_flight = queue.take(at_once=self._at_once)
         while batch.entries:
             try:
                 await self._write(batch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import attrs
 import outcome
@@ -25,6 +25,7 @@ from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
 from ._lines import Lines
+from ._pace import AUTO_RECORDS_MAX, AutoBound
 from ._park import Latch, is_parked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
@@ -33,6 +34,8 @@ from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
 
+TARGET_LATENCY: Final = 0.010
+TARGET_LATENCY_MIN: Final = 1e-6
 RESERVE: Final = 0.1
 """Of the queue, for writers of high priority, while there are any."""
 RESERVE_MAX: Final = 0.9
@@ -45,6 +48,9 @@ class LogOptions:
     """How a log is run, wherever its bytes are; `open_wal` says what each means."""
 
     max_queue_size: float
+    """The most that it ever is."""
+    target_latency: float | None
+    """Where the bound follows the rate of flushing; None: it is as given."""
     max_queue_bytes: float
     max_record_size: int
     max_batch_bytes: int
@@ -56,7 +62,8 @@ class LogOptions:
 def check_log_options(
     batch_bytes_max: int,
     *,
-    max_queue_size: float,
+    max_queue_size: float | Literal["auto"],
+    target_latency: float,
     max_queue_bytes: float,
     max_record_size: int,
     max_batch_bytes: int,
@@ -71,8 +78,13 @@ def check_log_options(
     """
     check_one_of("durability", durability, ("sync", "interval", "none"))
     record_size_max = batch_bytes_max - RECORD_OVERHEAD
+    auto = max_queue_size == "auto"
+    latency = check_seconds("target_latency", target_latency, TARGET_LATENCY_MIN)
+    if max_queue_size == "auto":
+        max_queue_size = AUTO_RECORDS_MAX
     return LogOptions(
         max_queue_size=check_int_or_inf("max_queue_size", max_queue_size, 1),
+        target_latency=latency if auto else None,
         max_queue_bytes=check_int_or_inf("max_queue_bytes", max_queue_bytes, 1),
         max_record_size=check_int("max_record_size", max_record_size, 1, record_size_max),
         max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
@@ -139,6 +151,7 @@ class Log:
             min(options.max_batch_bytes, engine.batch_bytes_max // 2),
             min(engine.batch_records_max, engine.batch_bytes_max // 2 // RECORD_OVERHEAD),
             options.reserve,
+            None if options.target_latency is None else AutoBound(options.target_latency),
         )
         self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
         self.append: Final = self._queue.append

@@ -46,6 +46,7 @@ from trio.lowlevel import (
 from ._admission import Admission, Blocked, Line
 from ._batch import Batch, Flush, Item, Job, Key, Share, bytes_of, count_of
 from ._exceptions import LogFullError, Outcome
+from ._pace import AutoBound
 from ._park import REUSES, WOKEN, park, request
 from ._state import State, Status
 from ._statistics import Times
@@ -116,7 +117,13 @@ class WriteQueue:
         max_batch_bytes: int,
         max_batch_records: int,
         reserve: float = 0.0,
+        auto: AutoBound | None = None,
     ) -> None:
+        """
+        Args:
+          max_queue_size: the most that it ever is.
+          auto: says how much it is.
+        """
         self.status: Final = status
         self.waits: Final = Times()
         """For room, in all lines together."""
@@ -125,13 +132,14 @@ class WriteQueue:
         self._lines: Final[list[Line]] = [self.line]
         """All of them."""
         self._admission: Final = Admission(
-            max_queue_size,
+            max_queue_size if auto is None else auto.records,
             max_queue_bytes,
             max_batch_bytes,
             max_batch_records,
             reserve,
             self.line,
         )
+        self._auto: Final = auto
         self.counters = Counters()
         self._send, self.queued = trio.open_memory_channel[None](max_queue_size)
         self._sealed: deque[Batch] = deque()
@@ -677,10 +685,16 @@ class WriteQueue:
             reschedule(task)
             self._set_limits()
 
-    def take(self) -> Batch:
+    def take(self, *, at_once: bool = False) -> Batch:
         """The batch that is next: from now on it is being written, and nothing can be withdrawn
-        from it.  It has been queued, once."""
+        from it.  It has been queued, once.
+
+        Args:
+          at_once: whether it was there when the one before it was done.
+        """
         self.note_peaks()
+        waiting = self.records_waiting
+        full = self._admission.is_full(waiting)
         if self._sealed:
             batch = self._sealed.popleft()
             self._admission.release(batch)
@@ -690,6 +704,10 @@ class WriteQueue:
         batch.taken = True
         if batch.shares is not None:
             self._take_shares(batch)
+        if self._auto is not None and self._auto.taken(
+            trio.current_time(), batch.records, waiting, full=full, at_once=at_once
+        ):
+            self._admission.bound(self._auto.records)
         self._admit()
         return batch
 

@@ -24,7 +24,7 @@ from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._identity import Bookmark
 from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
-from ._log import RESERVE, Log, OpenLog, check_log_options
+from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
@@ -411,7 +411,8 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
 def open_wal(
     path: str | os.PathLike[str],
     *,
-    max_queue_size: float = 10_000,
+    max_queue_size: float | Literal["auto"] = 10_000,
+    target_latency: float = TARGET_LATENCY,
     max_queue_bytes: float = 64 * MiB,
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
@@ -438,7 +439,13 @@ def open_wal(
 
     Args:
       path: a directory; created with mode 0700 if it is missing.
-      max_queue_size: records that may wait to be written; `math.inf`: no bound.
+      max_queue_size: records that may wait to be written; `math.inf`: no bound; ``"auto"``: it
+          follows the rate at which records are flushed, between 16 and 1,000,000, so that a
+          record waits about ``target_latency`` for its turn.  `WalStatistics.max_queue_size` is
+          the bound in force.
+      target_latency: seconds, for ``max_queue_size="auto"``.  On a disk where a single sync takes
+          about so long or longer, the bound is such that records make a round of write and
+          sync longer by half.
       max_queue_bytes: payload bytes that may wait; `math.inf`: no bound.  One larger
           record or unit may wait alone.
       max_record_size: bytes of one record.
@@ -484,6 +491,7 @@ def open_wal(
     run = check_log_options(
         LocalEngine.batch_bytes_max,
         max_queue_size=max_queue_size,
+        target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
