@@ -55,6 +55,8 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("trust_directory", 1, "trust_directory must be True or False, not 1"),
     ("target_latency", "0.1", "target_latency must be a number of seconds, not str"),
     ("target_latency", True, "target_latency must be a number of seconds, not bool"),
+    ("commit_delay", "1", "commit_delay must be a number of seconds, not str"),
+    ("commit_delay", None, "commit_delay must be a number of seconds, not NoneType"),
     ("reserve", "0.1", "reserve must be a number, not str"),
 ]
 
@@ -165,6 +167,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "max_record_size": 16 * MiB,
         "max_batch_bytes": 8 * MiB,
         "flush_interval": 0.010,
+        "commit_delay": 0.0,
         "segment_size": 64 * MiB,
         "durability": "sync",
         "retention": None,

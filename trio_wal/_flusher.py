@@ -5,8 +5,8 @@ acknowledgement it is asserted that the engine calls the records durable.  The f
 ends it; a sync is never tried again.  The loop is shielded from cancellation and from Ctrl-C
 and ends when the queue's channel is closed and empty.
 
-There is no fixed delay.  A batch is whatever queued while the last sync ran; after an
-acknowledgement the woken tasks run once before the next batch is taken, so that N
+Without ``commit_delay`` there is no delay.  A batch is whatever queued while the last sync ran;
+after an acknowledgement the woken tasks run once before the next batch is taken, so that N
 busy writers share one sync instead of falling into two halves that alternate.
 """
 
@@ -30,6 +30,7 @@ from ._exceptions import (
     LsnTruncatedError,
     Outcome,
 )
+from ._pace import Delay
 from ._queue import WriteQueue
 from ._state import State
 from ._watermark import Watermark
@@ -55,12 +56,23 @@ class Flusher:
     """The task between the queue and the engine."""
 
     def __init__(
-        self, queue: WriteQueue, engine: Engine, durability: Durability, flush_interval: float
+        self,
+        queue: WriteQueue,
+        engine: Engine,
+        durability: Durability,
+        flush_interval: float,
+        delay: Delay | None = None,
     ) -> None:
+        """
+        Args:
+          delay: how long a batch waits for more; None: not at all.
+        """
         self._queue = queue
         self._engine = engine
         self._durability = durability
         self._flush_interval = flush_interval
+        self._delay = delay if durability == "sync" else None
+        self._taken_at = 0.0
         self.counters = FlushCounters()
         self.in_flight: Batch | None = None
         self.done = trio.Event()
@@ -185,6 +197,8 @@ class Flusher:
         if self._flush_interval and self._durability == "sync":
             awaited = self._watermark.lowest - self._engine.last_lsn
             await queue.linger(self._flush_interval, awaited)
+        if self._delay is not None:
+            await self._wait_siblings(self._delay)
         if queue.blocked or self._pressed:
             self._note_pressure()
         batch = self.in_flight = queue.take(at_once=self._at_once)
@@ -195,6 +209,12 @@ class Flusher:
             except LogFullError as exc:
                 await self._wait_for_space(batch, exc)
         self.in_flight = None
+
+    async def _wait_siblings(self, delay: Delay) -> None:
+        seconds = delay.seconds
+        if seconds:
+            await self._queue.wait_siblings(seconds, delay.siblings)
+        self._taken_at = trio.current_time()
 
     def _note_pressure(self) -> None:
         """Say once where writers have been waiting for room for a while, and once where they
@@ -254,6 +274,10 @@ class Flusher:
         if sync:
             self._sync_due = None
             self._watermark.reached(engine.durable_lsn)
+        if self._delay is not None:
+            now = trio.current_time()
+            waiting, seconds = self._queue.entries_waiting, now - self._taken_at
+            self._delay.written(now, len(batch.entries), waiting, seconds)
         self._queue.acknowledge(batch, last_lsn + 1)
         self.in_flight = None
         # Let the woken run once: what they append next goes into one batch.

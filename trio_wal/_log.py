@@ -25,7 +25,7 @@ from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
 from ._lines import Lines
-from ._pace import AUTO_RECORDS_MAX, AutoBound
+from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, is_parked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
@@ -55,6 +55,7 @@ class LogOptions:
     max_record_size: int
     max_batch_bytes: int
     flush_interval: float
+    commit_delay: float | Literal["auto"]
     durability: Durability
     reserve: float
 
@@ -68,6 +69,7 @@ def check_log_options(
     max_record_size: int,
     max_batch_bytes: int,
     flush_interval: float,
+    commit_delay: float | Literal["auto"],
     durability: Durability,
     reserve: float,
 ) -> LogOptions:
@@ -89,9 +91,20 @@ def check_log_options(
         max_record_size=check_int("max_record_size", max_record_size, 1, record_size_max),
         max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
         flush_interval=check_seconds("flush_interval", flush_interval),
+        commit_delay=_check_delay(commit_delay),
         durability=durability,
         reserve=check_share("reserve", reserve, RESERVE_MAX),
     )
+
+
+def _check_delay(commit_delay: float | Literal["auto"]) -> float | Literal["auto"]:
+    return "auto" if commit_delay == "auto" else check_seconds("commit_delay", commit_delay)
+
+
+def _delay(commit_delay: float | Literal["auto"]) -> Delay | None:
+    if commit_delay == "auto":
+        return AutoDelay()
+    return FixedDelay(commit_delay) if commit_delay else None
 
 
 @final
@@ -153,7 +166,13 @@ class Log:
             options.reserve,
             None if options.target_latency is None else AutoBound(options.target_latency),
         )
-        self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
+        self._flusher = Flusher(
+            self._queue,
+            engine,
+            options.durability,
+            options.flush_interval,
+            _delay(options.commit_delay),
+        )
         self.append: Final = self._queue.append
         """``await append(record, current_task())``: accept, with back-pressure, and wait until
         the record is durable; gives its LSN.  The queue's own method: a call is not passed

@@ -216,6 +216,7 @@ def open_database(
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
+    commit_delay: float | Literal["auto"] = 0.0,
     segment_size: int = 64 * MiB,
     durability: Durability = "sync",
     compression: Literal["none", "zstd"] | None = None,
@@ -251,7 +252,7 @@ def open_database(
           `Database.changes`; None: nothing.
       max_queue_size, target_latency, max_queue_bytes: as for `open_wal`.
       max_record_size, max_batch_bytes: as for `open_wal`.
-      flush_interval, segment_size, durability, compression: as for `open_wal`.
+      flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
       verify_bytes, trust_directory, reserve: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
@@ -279,6 +280,7 @@ def open_database(
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
+        commit_delay=commit_delay,
         durability=durability,
         reserve=reserve,
     )

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import types
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -149,6 +149,8 @@ class WriteQueue:
         self._lingering: Task | None = None
         self._awaited: float = math.inf
         """While the flusher lingers: with so many records somebody waits for the filling batch."""
+        self._siblings: float | None = None
+        """While it waits for more entries: with so many there is nobody else to be expected."""
         self._wants_space = trio.Event()
         self._full: LogFullError | None = None
         self.owner: Owner | None = None
@@ -231,12 +233,14 @@ class WriteQueue:
         batch = self.filling
         if (
             self.status.state is not State.OPEN
-            or self._lingering is not None
+            or (self._lingering is not None and self._siblings is None)
             or isinstance(batch.barrier, Job)
         ):
             batch.records_credit = 0
         else:
             self._admission.credit(batch)
+            if self._siblings is not None:
+                batch.records_credit = min(batch.records_credit, self._siblings - 1)
 
     def _put(self, key: Key, item: Item, line: Line) -> Batch:
         """Accept: there is room."""
@@ -267,7 +271,7 @@ class WriteQueue:
                 batch.barrier = item
         if not batch.queued:
             self.enqueue(batch)
-        if self._lingering is not None and self._ripe():
+        if self._lingering is not None and (line.high or self._ripe()):
             self.wake_flusher()
         self._set_limits()
         return batch
@@ -645,13 +649,16 @@ class WriteQueue:
     def _ripe(self) -> bool:
         """Whether somebody waits for the filling batch, or it cannot grow any more."""
         batch = self.filling
+        if self._siblings is not None:
+            waited_for = len(batch.entries) >= self._siblings or batch.barrier is not None
+        else:
+            waited_for = len(batch.entries) > batch.unwaited or batch.records >= self._awaited
         return (
-            len(batch.entries) > batch.unwaited
+            waited_for
             or self.status.state is State.CLOSING
             or bool(self.blocked)
             or bool(self._sealed)
             or batch.bytes >= self._admission.max_batch_bytes
-            or batch.records >= self._awaited
             or not self._admission.fits(b"", batch)
         )
 
@@ -665,6 +672,23 @@ class WriteQueue:
             self._lingering = current_task()
             self._set_limits()
             await wait_task_rescheduled(self._abort_linger)
+
+    async def wait_siblings(self, seconds: float, siblings: float) -> None:
+        """Let the batch that is next, and that somebody waits for, grow for a while, or until it
+        has so many entries.  Not where it holds a barrier, or is full, or something of high
+        priority is in it, or somebody waits for room."""
+        batch = self.filling
+        lines: Iterable[Line] = batch.shares or ()
+        if len(batch.entries) == batch.unwaited or any(line.high for line in lines):
+            return
+        self._siblings = siblings
+        if not self._ripe():
+            with trio.move_on_after(seconds):
+                self._lingering = current_task()
+                self._set_limits()
+                await wait_task_rescheduled(self._abort_linger)
+        self._siblings = None
+        self._set_limits()
 
     def _abort_linger(self, _raise_cancel: object) -> Abort:
         self._lingering = None
@@ -720,6 +744,10 @@ class WriteQueue:
             if line.share is share:
                 line.share = None
             self._admission.refresh(line)
+
+    @property
+    def entries_waiting(self) -> int:
+        return sum(len(batch.entries) for batch in self._sealed) + len(self.filling.entries)
 
     def acknowledge(self, batch: Batch, first_lsn: int) -> None:
         """The batch is durable: fix its LSNs and wake its tasks."""

@@ -417,6 +417,7 @@ def open_wal(
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
+    commit_delay: float | Literal["auto"] = 0.0,
     segment_size: int = 64 * MiB,
     durability: Durability = "sync",
     retention: Retention | None = None,
@@ -452,6 +453,10 @@ def open_wal(
       max_batch_bytes: payload bytes of one write; a larger record or unit is written alone.
       flush_interval: seconds that an accepted record for which nobody waits may stay
           unsynced; 0: written at once.
+      commit_delay: seconds that a batch may wait for more records, though somebody waits for it;
+          ``"auto"``: as long as was found to be good for throughput, not at all where it is not.
+          A `WriteAheadLog.flush`, a record of high priority and a full batch end the wait.  Only
+          with ``durability="sync"``.
       segment_size: bytes of a full-grown segment file; the first ones are smaller.  A wish:
           no segment is smaller than its header, one frame and its footer (about 6 KiB).
       durability: ``"sync"``: acknowledged when a sync covers the record.  ``"interval"``:
@@ -496,6 +501,7 @@ def open_wal(
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
+        commit_delay=commit_delay,
         durability=durability,
         reserve=reserve,
     )
