@@ -279,7 +279,6 @@ class Log:
 
     def hand_out(self) -> None:
         """The open has succeeded: from here on the log is closed, not abandoned."""
-        self._handed_out = True
         report = self.engine.recovery
         text = "closed in order before" if report.clean_shutdown else "recovered"
         if report.torn_bytes:
@@ -291,6 +290,7 @@ class Log:
             f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
             **attrs.asdict(report),
         )
+        self._handed_out = True
 
     async def aclose(self) -> None:
         """Make everything accepted durable and close; neither cancellation nor Ctrl-C cuts that
