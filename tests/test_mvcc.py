@@ -306,6 +306,24 @@ async def test_whoever_reads_a_pending_commit_depends_on_it(home: Home) -> None:
     assert home.reads().dependency is None
 
 
+@pytest.mark.parametrize("keys", [(b"a", b"b"), (b"b", b"a")])
+async def test_whoever_reads_two_pending_commits_waits_for_the_newer(
+    home: Home, keys: tuple[bytes, bytes]
+) -> None:
+    home.commit("a", a=b"1")
+    home.commit("b", b=b"2")
+    reads = home.reads()
+    for key in keys:
+        assert reads.get(key) is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(home.versions.wait_for, reads.dependency)
+        await wait_all_tasks_blocked()
+        home.log.sync(1)
+        await wait_all_tasks_blocked()
+        assert nursery.child_tasks, "only one of the two is durable"
+        home.log.sync(1)
+
+
 async def test_a_lost_commit_takes_along_whoever_read_it(home: Home) -> None:
     home.commit("a", k=b"1")
     home.log.sync()
