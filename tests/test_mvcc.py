@@ -444,6 +444,40 @@ async def test_somebody_can_wait_until_nobody_reads(home: Home) -> None:
         home.versions.readers.unpin(pins[1])
 
 
+class _Collects:
+    """A reader at whose turn the garbage collector ends another."""
+
+    task: trio.lowlevel.Task | None = None
+
+    def __init__(self, home: Home, others: list[Pin]) -> None:
+        self._home, self._others = home, others
+        self.dropped = 0
+        self.view = home.versions.pin(self)
+
+    def layer_dropped(self, layer: Layer) -> None:
+        self.dropped += 1
+        while self._others:
+            self._home.versions.readers.unpin(self._others.pop())
+
+    def changed_past(self, key: bytes) -> None:
+        pass
+
+
+def test_a_scan_that_the_garbage_collector_ends_disturbs_no_checkpoint(home: Home) -> None:
+    others: list[Pin] = []
+    first = _Collects(home, others)
+    others += [Pin(home.versions), Pin(home.versions)]
+    last = _Collects(home, [])
+    home.commit("a", k=b"1")
+    home.log.sync()
+    frozen = home.versions.freeze()
+    assert frozen is not None
+    home.versions.checkpointed(frozen)
+    assert (first.dropped, last.dropped) == (1, 1)
+    left: list[object] = [*home.versions.readers.pins]
+    assert left == [first, last]
+
+
 # -- a checkpoint while deletions are buried --------------------------------------------
 
 
