@@ -459,7 +459,7 @@ class _Collects:
         while self._others:
             self._home.versions.readers.unpin(self._others.pop())
 
-    def changed_past(self, key: bytes) -> None:
+    def changed_past(self, keys: Iterable[bytes]) -> None:
         pass
 
 
