@@ -45,7 +45,7 @@ from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, 
 from trio_wal._engine import Moved
 from trio_wal._files import OsFiles
 from trio_wal._util import KiB, MiB
-from trio_wal.testing import MemoryFiles
+from trio_wal.testing import SECTOR, MemoryFile, MemoryFiles, _Inode
 
 SPARE = "spare-"
 
@@ -378,6 +378,121 @@ def test_disk_bytes_counts_segments_and_what_is_prepared() -> None:
     assert log.disk_bytes == sum(size for name, size in sizes.items() if name != "log.meta")
     log.prepare_spare()
     assert log.disk_bytes > sum(size for name, size in sizes.items() if name != "log.meta")
+
+
+# -- frames that stand in place -------------------------------------------------------------
+
+
+class InPlace:
+    """Watches which sectors of each file have been written, and which of these are synced.
+
+    The file system says what was written, be it synced or not: that is the most it may say.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.syncs: list[bool] = []
+        self.written: dict[object, set[int]] = {}
+        self.settled: dict[object, set[int]] = {}
+        write, resize, sync = MemoryFile.pwrite, _Inode.resize, MemoryFile.sync
+
+        def watched_write(file: MemoryFile, pieces: Any, offset: int) -> None:
+            write(file, pieces, offset)
+            end = offset + sum(map(len, pieces))
+            there = self.written.setdefault(file._inode, set())
+            there.update(range(offset // SECTOR, -(-end // SECTOR)))
+
+        def watched_resize(inode: _Inode, size: int) -> None:
+            resize(inode, size)
+            for known in (self.written, self.settled):
+                known[inode] = {at for at in known.get(inode, ()) if at * SECTOR < size}
+
+        def watched_sync(file: MemoryFile, *, in_place: bool = False) -> None:
+            inode, settled = file._inode, self.settled.setdefault(file._inode, set())
+            if in_place:
+                assert inode.dirty <= settled, "the file system has something to write down"
+            self.syncs.append(in_place)
+            sync(file, in_place=in_place)
+            settled |= self.written.get(inode, set())
+
+        def written_bytes(file: MemoryFile) -> int:
+            there, count = self.written.get(file._inode, set()), 0
+            while count in there:
+                count += 1
+            return count * SECTOR
+
+        monkeypatch.setattr(MemoryFile, "pwrite", watched_write)
+        monkeypatch.setattr(_Inode, "resize", watched_resize)
+        monkeypatch.setattr(MemoryFile, "sync", watched_sync)
+        monkeypatch.setattr(MemoryFile, "written_bytes", written_bytes)
+
+    def of_appends(self, log: LogDirectory, count: int) -> list[bool]:
+        """What is said of the sync of each of these."""
+        self.syncs.clear()
+        number = log.active.header.number
+        for _ in range(count):
+            append(log, b"x")
+        assert log.active.header.number == number
+        return self.syncs[:]
+
+
+def test_frames_of_a_new_log_stand_in_place_from_the_first_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = InPlace(monkeypatch)
+    log = open_log(MemoryFiles(), segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [True] * 5
+
+
+def test_a_log_opened_again_finds_what_was_written_and_synced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    append(log, b"one")
+    log.close()
+    log = open_log(files, segment_size=64 * MiB)
+    # What the file system says may not be on the disk before a sync has returned.
+    assert watch.of_appends(log, 5) == [False, *[True] * 4]
+
+
+def test_after_a_crash_frames_stand_in_place_from_the_first_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    while log.active.header.number < 3:
+        append(log, bytes(100 * KiB))
+    append(log, b"not proven to be durable")
+    assert log.active.capacity == 16 * MiB
+    log = open_log(copy_of(files), segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [True] * 5
+
+
+def test_what_is_only_reserved_is_not_taken_for_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    append(log, b"one", b"two")
+    log.truncate_after(1)
+    assert watch.of_appends(log, 5) == [False] * 5
+    log.close()
+    log = open_log(files, segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [False] * 5
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "hurried"])
+def test_the_next_segment_is_in_place_as_far_as_zeros_were_written_and_synced(
+    monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    watch = InPlace(monkeypatch)
+    log = open_log(MemoryFiles(), segment_size=64 * MiB)
+    append(log, b"one")
+    if prepared:
+        log.prepare_spare()
+    log.rotate()
+    assert watch.of_appends(log, 5) == [prepared] * 5
 
 
 # -- dropping -----------------------------------------------------------------------------

@@ -70,10 +70,10 @@ MUTANTS: Final = (
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
-        "            active.file.sync(in_place=",
+        "            self.active.sync()\n",
         "            with contextlib.suppress(OSError):\n"
-        "                active.file.sync()\n"
-        "            active.file.sync(in_place=",
+        "                self.active.sync()\n"
+        "            self.active.sync()\n",
     ),
     mutant(
         "a failed write is taken for a good one", "_disk/directory", ERRORS,
@@ -264,20 +264,20 @@ MUTANTS: Final = (
     ),
     mutant(
         "the copy of an unproven tail is not synced", "_disk/repair", SIMULATOR,
-        "    finally:\n        old.close()\n    active.file.sync()\n",
+        "    finally:\n        old.close()\n    active.sync()\n",
         "    finally:\n        old.close()\n",
     ),
     mutant(
         "the old segment is sealed before its copy is durable", "_disk/repair", SIMULATOR,
         "        if not replaces:\n            sealed.append(",
         "        if False:\n            sealed.append(",
-        "    finally:\n        old.close()\n    active.file.sync()",
+        "    finally:\n        old.close()\n    active.sync()",
         "    finally:\n        old.close()",
         "        _copy_frames(directory, active, before, end)\n",
         "        _copy_frames(directory, active, before, end)\n"
         "        if not replaces:\n"
         "            sealed.append(_seal(directory, before))\n"
-        "        active.file.sync()\n",
+        "        active.sync()\n",
     ),
     mutant(
         "a decided cut is not carried out by recovery", "_disk/chain", "simulator:cut",

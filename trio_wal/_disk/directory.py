@@ -235,8 +235,7 @@ class LogDirectory:
         """On return everything written is durable."""
         if self._unsynced:
             started = perf_counter()
-            active = self.active
-            active.file.sync(in_place=active.position.offset <= active.zeroed)
+            self.active.sync()
             self.sync_seconds = perf_counter() - started
             self._unsynced = False
         self.synced_lsn = self.last_lsn
@@ -281,8 +280,9 @@ class LogDirectory:
                 self._meta.features,
             )
             # The file keeps its temporary name until its header is durable.
-            active = create_segment(self._directory, spare.file, spare.name, header, spare.capacity)
-            active.zeroed = spare.zeroed
+            active = create_segment(
+                self._directory, spare.file, spare.name, header, spare.capacity, spare.zeroed
+            )
         except BaseException:
             close_quietly(spare.file)
             raise
