@@ -280,6 +280,14 @@ MUTANTS: Final = (
         "        active.sync()\n",
     ),
     mutant(
+        "LSNs that were told of and lost are given again in the same epoch", "_disk/repair", BITROT,
+        "        if meta.copied or plan.lost_lsn:\n", "        if meta.copied:\n",
+    ),
+    mutant(
+        "a word of another epoch counts for recovery", "_disk/recovery", "simulator:cut",
+        "directory.published().told_lsn(meta.epoch)", "directory.published().durable_lsn",
+    ),
+    mutant(
         "a decided cut is not carried out by recovery", "_disk/chain", "simulator:cut",
         "cut is not None and header.number > cut.keep_number and header.salt != cut.salt",
         "False",

@@ -121,8 +121,9 @@ def repair(
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position
         active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
-        if meta.copied:
-            # Only now: what it is a copy of may have gone on, and other copies may, too.
+        if meta.copied or plan.lost_lsn:
+            # Only now that all before is durable, as an epoch promises.  A copy's original may have
+            # gone on, and other copies may, too; and what is lost has been given to others.
             history = branch(meta.history, here.next_lsn - 1, files.random_bytes(4))
             meta = attrs.evolve(meta, history=history, copied=False)
             write_meta(directory, meta)
@@ -135,6 +136,7 @@ def repair(
         torn_bytes=plan.torn_bytes,
         clean_shutdown=plan.clean,
         seconds=0.0,
+        lost_lsn=plan.lost_lsn,
     )
     return OpenLog(meta, sealed, active, report)
 
