@@ -485,7 +485,7 @@ def lose(files: MemoryFiles, lsn: int, path: str = LOG) -> None:
 
 async def read_on(records: Any, given: list[bytes]) -> None:
     async for record in records:
-        given.append(record.data)
+        given += [record.data]
 
 
 def killed_log(count: int = 9) -> MemoryFiles:
