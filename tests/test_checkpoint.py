@@ -38,6 +38,7 @@ from trio_wal import (
     _order,
 )
 from trio_wal._base import StoreState
+from trio_wal._layer import Layer
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -154,6 +155,24 @@ async def wait_for(call: Call) -> None:
     """Until a call that a thread serves has ended."""
     while call.state == "waiting":
         await trio.lowlevel.checkpoint()
+
+
+async def test_what_a_checkpoint_writes_is_taken_down_in_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There deletions go on to be buried, while the store is written in a thread."""
+    taken: list[trio.lowlevel.Task] = []
+    items = Layer.items
+
+    def items_in_a_task(layer: Layer) -> Any:
+        taken.append(trio.lowlevel.current_task())
+        return items(layer)
+
+    monkeypatch.setattr(Layer, "items", items_in_a_task)
+    async with Home(tmp_path).open() as db:
+        await db.put(b"k", b"")
+        await db.checkpoint()
+        assert taken
 
 
 async def test_a_checkpoint_waits_for_commits_that_are_pending(files: MemoryFiles) -> None:

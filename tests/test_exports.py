@@ -188,6 +188,7 @@ ERRORS = [
     trio_wal.LogFailedError("/log", "unknown"),
     trio_wal.TransactionConflict(b"key"),
     trio_wal.KeyExistsError(b"key"),
+    trio_wal.TableDecodeError("jobs", (7, "mail"), "why"),
     trio_wal.WrongDirectoryError("/log", "a database", "open_database()"),
     trio_wal.UntrustedDirectoryError("/log", "it is another's", "chown it"),
 ]

@@ -43,6 +43,7 @@ ORDER: dict[int, list[str]] = {
         "_codec",
         "_disk.scan",
         "_operations",
+        "_tuple",
     ],
     # Files: blocking calls, run in worker threads.
     1: [
@@ -80,7 +81,9 @@ ORDER: dict[int, list[str]] = {
     3: [
         "_layer",
         "_memtable",
+        "_watch",
         "_mvcc",
+        "_pairs",
         "_snapshot",
         "_readset",
         "_transaction",
@@ -88,6 +91,7 @@ ORDER: dict[int, list[str]] = {
         "_checkpoint",
         "_core",
         "_database",
+        "_table",
         "_opening",
     ],
     # Edges: they compose.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import LogFullError, TransactionConflict
+from trio_wal import LogFullError, TransactionConflict, _layer, _order
 from trio_wal._base import StoreState
 from trio_wal._checkpoint import Checkpointer
+from trio_wal._layer import Layer
 from trio_wal._mvcc import Pin, Versions
 from trio_wal._operations import Writes, decode_transaction
 from trio_wal._readset import ReadSet
@@ -422,6 +424,37 @@ async def test_somebody_can_wait_until_nobody_reads(home: Home) -> None:
         await wait_all_tasks_blocked()
         assert home.versions.readers.waited_for
         home.versions.readers.unpin(pins[1])
+
+
+# -- a checkpoint while deletions are buried --------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", range(0, 60, 7))
+def test_a_checkpoint_has_every_deletion_however_many_are_buried_while_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    # Few keys meet every case: runs of deletions are sorted and merged all the time.
+    monkeypatch.setattr(_layer, "BURIED_AT_ONCE", 5)
+    monkeypatch.setattr(_layer, "RUN_KEYS", 8)
+    monkeypatch.setattr(_order, "RUN_KEYS", 8)
+    monkeypatch.setattr(_order, "RUNS_MERGED", 2)
+    keys = [b"%02d" % number for number in range(80)]
+    store = DictStore()
+    store.content = dict.fromkeys(keys, b"")
+    below = store.read()
+    random.Random(ahead).shuffle(keys)
+    layer = Layer()
+    layer.add(dict.fromkeys(keys), 1, 0, keep_older=False)
+    layer.freeze()
+    for _ in range(ahead % 5):
+        layer.settle(1, None, lambda _: below)
+    items = layer.items()
+    found = [next(items) for _ in range(ahead)]
+    while layer.dead(1):
+        layer.settle(1, None, lambda _: below)
+        found += itertools.islice(items, 1)
+    found += items
+    assert found == [(key, None) for key in sorted(keys)]
 
 
 # -- room -----------------------------------------------------------------------------

@@ -57,6 +57,131 @@ async def test_a_transaction_sees_its_own_writes(files: MemoryFiles) -> None:
         await check_content(db, {b"a": b"2", b"b": b"4"})
 
 
+async def test_discard_and_pop_take_a_key_that_may_be_absent(files: MemoryFiles) -> None:
+    async with open_memory_database(files) as db:
+        await write(db, {b"a": b"1", b"b": b"2", b"c": b""})
+        async with db.transaction() as tx:
+            assert (tx.discard(b"x"), tx.discard(b"a"), tx.discard(b"a")) == (False, True, False)
+            assert (tx.pop(b"b"), tx.pop(b"c", b"0"), tx.pop(b"b", 7)) == (b"2", b"", 7)
+            with pytest.raises(KeyError, match="b'b'"):
+                tx.pop(b"b")
+            for call in (tx.discard, tx.pop):
+                with pytest.raises(ValueError, match="key must have"):
+                    call(b"")
+        await check_content(db, {})
+        assert await db.discard(b"a") is False
+        last = await db.put(b"a", b"1")
+        with assert_checkpoints():
+            assert await db.discard(b"a") is True
+        assert db.durable_lsn == last + 1
+        with assert_checkpoints():
+            assert await db.discard(b"a") is False
+        # Nothing was written.
+        assert db.durable_lsn == last + 1
+
+
+@pytest.mark.parametrize("call", ["discard", "pop", "delete_range"])
+async def test_what_they_did_not_find_counts_as_read(files: MemoryFiles, call: str) -> None:
+    calls: dict[str, Callable[[Transaction], object]] = {
+        "discard": lambda tx: tx.discard(b"a"),
+        "pop": lambda tx: tx.pop(b"a", None),
+        "delete_range": lambda tx: tx.delete_range(prefix=b"a"),
+    }
+    async with open_memory_database(files) as db, open_sessions(db, 1) as (session,):
+        await session.do(calls[call])
+        await session.put(b"b", b"")
+        await db.put(b"a", b"")
+        assert isinstance(await session.commit(), TransactionConflict)
+
+
+async def test_delete_range_removes_what_scan_would_give(files: MemoryFiles) -> None:
+    names = [b"%c%c" % (a, b) for a in b"ab" for b in b"xyz"]
+    async with open_memory_database(files) as db:
+        await write(db, dict.fromkeys(names[:4], b"1"))
+        async with db.transaction() as tx:
+            for name in names[4:]:
+                tx.put(name, b"2")
+            tx.delete(b"ax")
+            assert tx.delete_range(b"ay", b"bx") == 2
+            assert [key for key, _ in tx.scan()] == [b"bx", b"by", b"bz"]
+            assert tx.delete_range(prefix=b"by") == 1
+            assert tx.delete_range(b"c") == 0
+            with pytest.raises(ValueError, match="prefix cannot be combined"):
+                tx.delete_range(b"a", prefix=b"b")
+        await check_content(db, {b"bx": b"1", b"bz": b"2"})
+        async with db.transaction() as tx:
+            assert tx.delete_range() == 2
+        await check_content(db, {})
+
+
+async def test_delete_range_that_is_too_large_removes_nothing(files: MemoryFiles) -> None:
+    names = [b"%03d" % number for number in range(200)]
+    async with open_memory_database(files, max_record_size=2000) as db:
+        for start in range(0, 200, 50):
+            await write(db, dict.fromkeys(names[start : start + 50], b""))
+        async with db.transaction() as tx:
+            with pytest.raises(RecordTooLargeError):
+                tx.delete_range()
+            assert len(list(tx.scan())) == 200
+            assert tx.delete_range(stop=b"100") == 100
+        async with db.transaction() as tx:
+            for name in names[100:190]:
+                tx.put(name, b"xx")
+            # They count once: what is removed needs less than what was to be put.
+            assert tx.delete_range(stop=b"190") == 90
+            tx.put(names[190], b"x" * (2000 - 91 * 19 - 1))
+            with pytest.raises(RecordTooLargeError):
+                tx.put(b"191", b"")
+        assert [key for key, _ in db.scan()] == names[190:]
+
+
+async def test_write_sets_and_removes_blindly_as_one(files: MemoryFiles) -> None:
+    async with open_memory_database(files, max_record_size=1000) as db:
+        await write(db, {b"a": b"1", b"b": b"1"})
+        with assert_checkpoints():
+            assert await db.write({b"a": b"2", b"b": None, b"x": None, b"c": b""}) == 2
+        await check_content(db, {b"a": b"2", b"c": b""})
+        with assert_checkpoints():
+            assert await db.write({}) == 2
+        for bad, error in (
+            ({b"": b""}, ValueError),
+            ({b"k": "v"}, TypeError),
+            ({"k": b"v"}, TypeError),
+            ([(b"k", b"v")], TypeError),
+            ({b"a": b"3", b"k": b"v" * 1000}, RecordTooLargeError),
+        ):
+            with pytest.raises(error):
+                await db.write(bad)  # type: ignore[arg-type]
+        assert db.durable_lsn == 2
+        (_, commit) = await commits_of(db)
+        assert {each.key: each.value for each in commit.operations} == {
+            b"a": b"2",
+            b"b": None,
+            b"x": None,
+            b"c": b"",
+        }
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await db.write({b"a": b"4"})
+        assert scope.cancelled_caught
+        await check_content(db, {b"a": b"2", b"c": b""})
+    for call in (db.write({}), db.write({b"a": b""})):
+        with pytest.raises(trio.ClosedResourceError):
+            await call
+
+
+@pytest.mark.parametrize("call", ["write", "discard"])
+async def test_who_writes_past_its_own_block_is_told(files: MemoryFiles, call: str) -> None:
+    async with open_memory_database(files) as db:
+        await db.put(b"a", b"1")
+        tx = db.transaction()
+        with pytest.raises(TransactionConflict) as caught:  # noqa: PT012  (the block commits)
+            async with tx:
+                tx.put(b"b", tx.get(b"a", b""))
+                await (db.discard(b"a") if call == "discard" else db.write({b"a": None}))
+        assert caught.value.own
+
+
 async def test_insert_update_and_delete_ask_whether_the_key_is_there(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db:
         await db.put(b"there", b"1")

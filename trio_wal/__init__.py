@@ -18,6 +18,7 @@ from ._exceptions import (
     LogLockedError as LogLockedError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
+    TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
     UntrustedDirectoryError as UntrustedDirectoryError,
@@ -29,6 +30,7 @@ from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._opening import VerifyStore as VerifyStore, open_database as open_database
 from ._operations import Operation as Operation
+from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._retention import (
     KeepAll as KeepAll,
@@ -40,6 +42,7 @@ from ._retention import (
 from ._snapshot import Snapshot as Snapshot
 from ._statistics import WalStatistics as WalStatistics
 from ._stream import RecordStream as RecordStream
+from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
 

@@ -5,20 +5,24 @@ Law: what is in the log is durable; nothing here asks what the memtable or the s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import TracebackType
 from typing import final
 
 import attrs
+import trio
 
 from . import _operations
+from ._engine import Record
 from ._exceptions import CorruptLogError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
+from ._log import Log
 from ._operations import Operation, OperationsError, Writes, decode_transaction
 from ._stream import RecordStream
+from ._watch import Watch
 
 
 @final
@@ -66,10 +70,45 @@ class CommitStream(
         return self
 
     async def __anext__(self) -> Commit:
-        record = await self._records.__anext__()
+        return self._commit(await self._records.__anext__())
+
+    def batches(
+        self, max_records: int | None = 1000, *, linger: float = 0.0
+    ) -> AsyncIterator[list[Commit]]:
+        """The same commits in lists, as `RecordStream.batches`."""
+        return _Batches(self._commit, self._records.batches(max_records, linger=linger))
+
+    def _commit(self, record: Record) -> Commit:
         writes = decode_record(self._path, record.lsn, record.data)
         operations = tuple(Operation(key, value) for key, value in writes.items())
         return Commit(record.lsn, record.timestamp, operations)
+
+
+@final
+class _Batches(AsyncIterator[list[Commit]]):
+    def __init__(
+        self, decode: Callable[[Record], Commit], records: AsyncIterator[list[Record]]
+    ) -> None:
+        self._decode = decode
+        self._records = records
+        self._error: CorruptLogError | None = None
+
+    def __aiter__(self) -> _Batches:
+        return self
+
+    async def __anext__(self) -> list[Commit]:
+        if self._error is not None:
+            await trio.lowlevel.checkpoint()
+            raise CorruptLogError(*self._error.args) from self._error
+        commits: list[Commit] = []
+        try:
+            commits.extend(map(self._decode, await self._records.__anext__()))
+        except CorruptLogError as exc:
+            if not commits:
+                raise
+            # First what is whole.
+            self._error = exc
+        return commits
 
 
 new_commit_stream = constructor(CommitStream)
@@ -89,3 +128,14 @@ def operations_in(path: str, lsn: int, data: bytes) -> Iterator[tuple[bytes, byt
         yield from _operations.operations_in(data)
     except OperationsError as exc:
         raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
+
+
+async def changed_in_log(log: Log, watch: Watch, since: int, stop: int) -> int | None:
+    """The first commit after ``since``, up to ``stop``, that touched what is watched."""
+    if log.durable_lsn < stop:
+        await log.flush()
+    async with log.read(since + 1, stop + 1) as records:
+        async for record in records:
+            if watch.touched_by(decode_record(log.name, record.lsn, record.data)):
+                return record.lsn
+    return None

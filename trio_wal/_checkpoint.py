@@ -9,7 +9,7 @@ known as `Versions`, the log as `CheckpointLog`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from time import perf_counter
 from typing import Final, Protocol, final
 
@@ -203,7 +203,7 @@ class Checkpointer:
             self._grow(frozen)
         while True:
             try:
-                await self._blocking(self._apply, frozen, state)
+                await self._blocking(self._apply, frozen.items(), state)
                 return
             except MapFull:
                 await self._wait_unread(frozen)
@@ -235,7 +235,7 @@ class Checkpointer:
                 await job(self.state)
             return self.state.lsn
 
-    def _apply(self, frozen: Layer, state: StoreState) -> None:
+    def _apply(self, items: Iterator[tuple[bytes, bytes | None]], state: StoreState) -> None:
         """In the order of keys, in which LMDB writes its tree page by page.
 
         In pieces, because the log shares the disk: its syncs would wait for one sync of
@@ -247,7 +247,7 @@ class Checkpointer:
         keys: list[bytes] = []
         values: list[bytes | None] = []
         size = 0
-        for key, value in taking_turns(frozen.items()):
+        for key, value in taking_turns(items):
             keys.append(key)
             values.append(value)
             size += len(key) + (0 if value is None else len(value))

@@ -11,25 +11,35 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar, cast, final, overload
 
 import attrs
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
-from ._changes import CommitStream, new_commit_stream
+from ._changes import CommitStream, changed_in_log, new_commit_stream
 from ._core import Core
 from ._engine import RecoveryReport
-from ._exceptions import TransactionConflict
+from ._exceptions import LogDivergedError, TransactionConflict
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
-from ._operations import KEY_BYTES_MAX, OPERATION_OVERHEAD, check_key, check_range, check_size
+from ._operations import (
+    KEY_BYTES_MAX,
+    OPERATION_OVERHEAD,
+    Writes,
+    check_key,
+    check_range,
+    check_size,
+)
+from ._pairs import PairStream, new_pair_stream
 from ._snapshot import Snapshot, new_snapshot
 from ._statistics import WalStatistics
+from ._text import printable
 from ._transaction import Transaction, new_transaction
 from ._util import check_bytes, check_int, check_path
 from ._wal import WriteAheadLog
+from ._watch import Watch
 
 if TYPE_CHECKING:
     # Only checkers need it, and they bring it along; Python has it from 3.11 on.
@@ -161,7 +171,7 @@ class Database(metaclass=NoPublicConstructor):
         task = current_task()
         if versions.readers.pins and (passed := versions.readers.of(task)) is not None:
             lsn = await versions.commit({key: value}, task)
-            passed.changed_past(key)
+            passed.changed_past((key,))
             return lsn
         return await versions.commit({key: value}, task)
 
@@ -176,8 +186,59 @@ class Database(metaclass=NoPublicConstructor):
         async with tx:
             tx.delete(key)
         if passed is not None:
-            passed.changed_past(key)
+            passed.changed_past((key,))
         return cast(int, tx.lsn)
+
+    async def discard(self, key: bytes) -> bool:
+        """Remove one key if it is there, in a transaction of its own; returns whether it was.
+
+        Cancellation and errors are those of `Transaction.commit`.
+        """
+        tx = self.transaction()
+        passed = self._versions.readers.of(current_task())
+        async with tx:
+            found = tx.discard(key)
+        if found and passed is not None:
+            passed.changed_past((key,))
+        return found
+
+    @enable_ki_protection
+    async def write(self, mapping: Mapping[bytes, bytes | None]) -> int:
+        """Set any number of keys, in a transaction of its own; returns its LSN, durable then.
+
+        Blind: nothing is read, so it cannot conflict.  Cancellation, errors and waiting are
+        those of `put`.
+
+        Args:
+          mapping: keys and their new values; None removes a key, whether it is there or not.
+              Of an empty one nothing is written, and the newest durable LSN returned.
+
+        Raises:
+          TypeError, ValueError: a key is not 1 to 511 bytes, a value neither bytes nor None.
+          RecordTooLargeError: together they are over ``max_record_size``.
+        """
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"mapping must be a mapping, not {type(mapping).__name__}")
+        size = 1
+        writes: Writes = {}
+        for key, value in mapping.items():
+            data = None if value is None else check_bytes("value", value)
+            writes[check_key(key)] = data
+            size += OPERATION_OVERHEAD + len(key) + (0 if data is None else len(data))
+        versions = self._versions
+        check_size(size, versions.max_transaction_bytes)
+        versions.check_open()
+        if versions.checkpointing and versions.behind():
+            await versions.wait_for_room()
+        if not writes:
+            await self._check_usable()
+            return versions.durable_lsn
+        task = current_task()
+        passed = versions.readers.of(task)
+        lsn = await versions.commit(writes, task)
+        if passed is not None:
+            passed.changed_past(writes)
+        return lsn
 
     # -- reading what is durable --
 
@@ -247,6 +308,31 @@ class Database(metaclass=NoPublicConstructor):
             yield b"", b""
             yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
 
+    def stream(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> PairStream:
+        """As `scan`, for large ranges: other tasks get their turn at least once a millisecond::
+
+            async with db.stream(prefix=b"user:") as pairs:
+                async for key, value in pairs: ...
+
+        It shows one moment, that of entering the block, and keeps what it may need until the
+        block is left.
+        """
+        start, stop = check_range(start, stop, prefix, limit)
+        snapshot = self.snapshot()
+
+        def scan() -> Iterator[tuple[bytes, bytes]]:
+            return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
+
+        return new_pair_stream(scan, snapshot.close)
+
     def snapshot(self) -> Snapshot:
         """A consistent, durable view at one LSN: ``with db.snapshot() as snap``.
 
@@ -277,6 +363,67 @@ class Database(metaclass=NoPublicConstructor):
         """
         records = self._core.log.follow(start, entering="db.changes() as commits")
         return new_commit_stream(self._core.log.name, records)
+
+    async def wait_changed(
+        self, key: bytes | None = None, *, prefix: bytes | None = None, since: int | None = None
+    ) -> int:
+        """Wait for a durable commit that touched ``key``, or a key that starts with ``prefix``, or
+        any key where neither is given; returns its LSN::
+
+            lsn = db.durable_lsn
+            while True:
+                work_on(db.get(b"settings"))
+                lsn = await db.wait_changed(b"settings", since=lsn)
+
+        With what the last call returned as ``since``, none is missed between two calls; several
+        commits may be told as one, with the LSN of the newest.
+
+        Args:
+          since: only commits after this LSN count, those that are there already included;
+              None: after now.
+
+        Raises:
+          TypeError, ValueError: key and prefix are both given, or one of them is none.
+          LsnTruncatedError: ``since`` lies so far back that neither memory nor the log know
+              what has changed; look, and go on from `durable_lsn`.
+          LogDivergedError: ``since`` is above `durable_lsn`, so it is not of this database.
+          LogFailedError, trio.ClosedResourceError: no more commits will come.
+        """
+        if key is not None:
+            if prefix is not None:
+                raise ValueError("prefix cannot be combined with key")
+            key = check_key(key)
+        elif prefix is not None:
+            prefix = check_bytes("prefix", prefix)
+        versions, log = self._versions, self._core.log
+        versions.check_open()
+        watches, watch = versions.watches, Watch(key, prefix)
+        watches.begin(versions.durable_lsn)
+        durable_lsn = max(versions.durable_lsn, log.durable_lsn)
+        place = durable_lsn if since is None else check_int("since", since, 0)
+        if place > durable_lsn:
+            raise LogDivergedError(log.name, Bookmark(place, log.tail.epoch), durable_lsn)
+        while place < watches.known_from:
+            end = versions.durable_lsn
+            lsn = await changed_in_log(log, watch, place, end)
+            if lsn is not None:
+                return lsn
+            place = end
+        lsn = watches.missed(watch, place)
+        if lsn is not None:
+            await trio.lowlevel.checkpoint()
+            return lsn
+        watches.add(watch)
+        try:
+            log.status.check_usable()
+            await watch.wait()
+        finally:
+            watches.discard(watch)
+        if watch.lsn is None:
+            versions.check_open()
+            log.status.check_usable()
+            raise trio.ClosedResourceError(f"{printable(self.path)}: this database is closed")
+        return watch.lsn
 
     # -- into the store --
 

@@ -349,3 +349,24 @@ class KeyExistsError(WalError):
 
     def __str__(self) -> str:
         return f"key {self.key!r} exists; use put() or update() to replace its value"
+
+
+class TableDecodeError(WalError, ValueError):
+    """What stands in a table's part of the database is no key or value of the table: written with
+    another type, or by hand.
+
+    Attributes:
+      table: the table's name.
+      key: the key, as the bytes that stand in the database where it is the key that does not
+          decode.
+      reason: what is wrong with it.
+    """
+
+    def __init__(self, table: str, key: object, reason: str) -> None:
+        super().__init__(table, key, reason)
+        self.table = table
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return printable(f"table {self.table!r}, key {self.key!r}: {self.reason}")

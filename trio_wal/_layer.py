@@ -335,17 +335,25 @@ class Layer:
         self._level = None
 
     def items(self) -> Iterator[tuple[bytes, bytes | None]]:
-        """Keys in order with their newest values, None where it was deleted; of a layer
-        that is frozen and has no pending commits any more, also in another thread."""
+        """Keys in order with their newest values, None where it was deleted; of a layer that is
+        frozen and has no pending commits any more.
+
+        To be called in the event loop.  What it gives may be used up in another thread, while
+        deletions go on to be buried here: which keys there are is taken down at once, because
+        one that is being buried is in neither order for a moment.
+        """
+        self._hidden.tidy()
+        # Only runs, which nobody changes: none of the two has a fresh key now.
+        parts = [
+            keys.order.between(None, None, reverse=False) for keys in (self.keys, self._hidden)
+        ]
+        return self._newest(heapq.merge(*parts))
+
+    def _newest(self, keys: Iterator[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
         versions = self.versions
-        order = self.keys.order
-        # Runs, and what has come since: sorted here, as nobody else reads it.
-        hidden = self._hidden.order
-        merged = heapq.merge(
-            order.between(None, None, reverse=False), hidden.between(None, None, reverse=False)
-        )
-        for key, _ in groupby(merged):
+        for key, _ in groupby(keys):
             version = versions.get(key)
+            # None: it hid nothing, and has been dropped since.
             if version is not None:
                 yield key, version.value
 

@@ -15,7 +15,7 @@ they are lost, and whoever made them cannot take them back any more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final, Protocol, final
 
 import trio
@@ -27,6 +27,7 @@ from ._layer import Layer, Version
 from ._memtable import Memtable, View
 from ._operations import Writes, encode_transaction
 from ._text import printable
+from ._watch import Watches
 
 
 class LogStatus(Protocol):
@@ -53,6 +54,7 @@ class CommitLog(Protocol):
     Of every record that it was given it says to the versions, in one call each, either
     `Versions.withdrawn` or, for a whole batch, `Versions.settled`, before the task that waits
     for it runs again.  Before it takes a record back for good it asks `Versions.may_withdraw`.
+    Where it breaks it says `Versions.failed`.
     """
 
     @property
@@ -97,8 +99,8 @@ class Reader(Protocol):
         """A layer has gone into the store, where versions have no numbers any more."""
         ...
 
-    def changed_past(self, key: bytes) -> None:
-        """Its own task has changed a key in another transaction."""
+    def changed_past(self, keys: Iterable[bytes]) -> None:
+        """Its own task has changed keys in another transaction."""
         ...
 
 
@@ -117,7 +119,7 @@ class Pin:
     def layer_dropped(self, layer: Layer) -> None:
         pass
 
-    def changed_past(self, key: bytes) -> None:
+    def changed_past(self, keys: Iterable[bytes]) -> None:
         pass
 
 
@@ -287,6 +289,7 @@ class Versions:
         self.conflicts: int = 0
         self.closed: bool = False
         self._burying = False
+        self.watches: Final = Watches()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -431,12 +434,18 @@ class Versions:
             # A checkpoint froze the layer in between.
             frozen = [c for c in commits if c[2] is not layer]
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
+        if self.watches.begun:
+            self.watches.settled(batch.first_lsn, commits)
         if self._settle_layers(seq) and not self._burying and self._dead():
             self._burying = True
             self._log.start_soon(self._bury)
         if self._dependencies:
             for number in [number for number in self._dependencies if number <= seq]:
                 self._dependencies.pop(number).settle()
+
+    def failed(self) -> None:
+        """Nothing more will become durable."""
+        self.watches.end()
 
     def _settle_layers(self, seq: int) -> bool:
         """Returns whether a view was made anew."""
@@ -545,6 +554,7 @@ class Versions:
     def close(self) -> None:
         """Let go of the store too."""
         self.room.tell()
+        self.watches.end()
         self._memtable.close()
         self._refresh()
         self.base_get = self._get_closed

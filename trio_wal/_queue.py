@@ -93,6 +93,10 @@ class Owner(Protocol):
         """The batch is durable and has its LSNs; its tasks have not run yet."""
         ...
 
+    def failed(self) -> None:
+        """The log is broken: nothing more will become durable."""
+        ...
+
 
 class WriteQueue:
     """The bounded queue between the writers and the flusher."""
@@ -464,6 +468,8 @@ class WriteQueue:
         self._reset()
         for blocked in self._drain_blocked():
             blocked.error = self.status.failed(self._fate(blocked.item, "not written"), cause)
+        if self.owner is not None:
+            self.owner.failed()
 
     def _lose(self, batch: Batch) -> None:
         if self.owner is not None:

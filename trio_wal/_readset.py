@@ -8,7 +8,7 @@ included; on the newest of those the transaction depends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, final
 
 from trio.lowlevel import Task
@@ -31,7 +31,7 @@ class ReadSet:
     """On the newest pending commit that was read."""
     _doomed: bytes | None = None
     """A key that is known to conflict."""
-    _past: frozenset[bytes] = frozenset()
+    _past: set[bytes] | None = None
     _dropped: tuple[Layer, ...] = ()
     _blind = False
     _ranges: list[tuple[bytes | None, bytes | None]] | None = None
@@ -115,9 +115,11 @@ class ReadSet:
         else:
             self._blind = True
 
-    def changed_past(self, key: bytes) -> None:
-        """Its own task has changed a key by `Database.put` or `Database.delete`."""
-        self._past |= {key}
+    def changed_past(self, keys: Iterable[bytes]) -> None:
+        """Its own task has changed keys by `Database.put`, `Database.delete` or the like."""
+        if self._past is None:
+            self._past = set()
+        self._past.update(keys)
 
     # -- validation --
 
@@ -154,4 +156,4 @@ class ReadSet:
 
     def is_own(self, key: bytes) -> bool:
         """Whether its own task has changed the key past it, as far as that was noticed."""
-        return key in self._past
+        return self._past is not None and key in self._past

@@ -8,7 +8,9 @@ at twice.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Final, final
@@ -17,10 +19,10 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._engine import Moved, Record, Source
-from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError
+from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError, WalError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark, History, common_lsn, epoch_of
-from ._util import check_int
+from ._util import check_int, check_seconds
 
 CHECKPOINT_RECORDS: Final = 1024
 """Of those that are ready, between two checkpoints: about half a millisecond."""
@@ -117,7 +119,23 @@ class Reading:
                 return False
         return True
 
+    async def gather(self, count: float, seconds: float, *, follow: bool, to_end: bool) -> None:
+        """Wait until ``count`` records are ready, or for so long.
+
+        What is found out meanwhile and means the end, the next call that needs a record finds
+        out again: first what is ready is given.
+        """
+        with (
+            trio.move_on_after(seconds),
+            contextlib.suppress(WalError, OSError, trio.ClosedResourceError),
+        ):
+            while self.ready and len(self.ready) < count and not self.ended:
+                self._check_history()
+                if not await self._fill(follow=follow, to_end=to_end):
+                    break
+
     async def _fill(self, *, follow: bool, to_end: bool) -> bool:
+        """Get more ready, behind what is; False where there will be no more."""
         source = self.source
         if self._stop is not None and self._next >= self._stop:
             if to_end:
@@ -154,7 +172,7 @@ class Reading:
         if self._diverged is None and source.tail.history == history:
             self._next = records[-1].lsn + 1
             records.reverse()
-            self.ready[:] = records
+            self.ready[:0] = records
             self._doubt = None
 
     async def _explain(self, exc: CorruptLogError | Moved, history: History, changes: int) -> None:
@@ -194,6 +212,40 @@ class Reading:
         known = self.source.damage
         if known is not None:
             raise CorruptLogError(known.path, known.offset, known.reason)
+
+
+def _take(ready: list[Record], count: float) -> list[Record]:
+    """The oldest, which stand last."""
+    if count >= len(ready):
+        taken = ready[::-1]
+        ready.clear()
+    else:
+        place = len(ready) - int(count)
+        taken = ready[place:]
+        taken.reverse()
+        del ready[place:]
+    return taken
+
+
+@final
+class _Batches(AsyncIterator[list[Record]]):
+    """Of a stream, which has all of the state."""
+
+    def __init__(
+        self,
+        take: Callable[[float, float], Awaitable[list[Record]]],
+        count: float,
+        linger: float,
+    ) -> None:
+        self._take = take
+        self._count = count
+        self._linger = linger
+
+    def __aiter__(self) -> _Batches:
+        return self
+
+    async def __anext__(self) -> list[Record]:
+        return await self._take(self._count, self._linger)
 
 
 @final
@@ -302,6 +354,44 @@ class RecordStream(
         if self._reading is None:
             raise RuntimeError(f"enter the stream first: async with {self._entering}")
         return self._reading
+
+    def batches(
+        self, max_records: int | None = 1000, *, linger: float = 0.0
+    ) -> AsyncIterator[list[Record]]:
+        """The same records in lists, none of them empty; faster than one by one::
+
+            async for records in stream.batches(): ...
+
+        Each list is a checkpoint.  Cancelled, nothing is lost: the records are given by the next
+        call, of this iterator or of the stream's own.
+
+        Args:
+          max_records: in a list; None: as they stand in the log's frames, which is fastest.
+          linger: for so many seconds, after there is a first record, a list waits for more.
+
+        Raises what iterating the stream raises; first all that is whole is given.
+        """
+        count = math.inf if max_records is None else check_int("max_records", max_records, 1)
+        return _Batches(self._next_batch, count, check_seconds("linger", linger))
+
+    @enable_ki_protection
+    async def _next_batch(self, count: float, linger: float) -> list[Record]:
+        reading = self._entered()
+        if self._busy:
+            raise trio.BusyResourceError("another task is reading this stream")
+        self._busy = True
+        try:
+            await trio.lowlevel.checkpoint()
+            ready = reading.ready
+            follow, to_end = self._follow, self._to_end
+            while await reading.next_chunk(follow=follow, to_end=to_end):
+                if linger:
+                    await reading.gather(count, linger, follow=follow, to_end=to_end)
+                if ready:
+                    return _take(ready, count)
+            raise StopAsyncIteration
+        finally:
+            self._busy = False
 
     def __aiter__(self) -> RecordStream:
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TypeVar, final, overload
+from typing import Final, TypeVar, final, overload
 
 import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
@@ -30,6 +30,13 @@ from ._readset import ReadSet
 from ._util import check_bytes
 
 D = TypeVar("D")
+
+
+class _NoDefault:
+    pass
+
+
+_NO_DEFAULT: Final = _NoDefault()
 
 
 @final
@@ -267,6 +274,57 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         if self._read(key) is None:
             raise KeyError(key)
         self._write(key, None)
+
+    def discard(self, key: bytes) -> bool:
+        """Remove ``key``, if it is there; returns whether it was."""
+        self._check()
+        key = check_key(key)
+        if self._read(key) is None:
+            return False
+        self._write(key, None)
+        return True
+
+    @overload
+    def pop(self, key: bytes) -> bytes: ...
+    @overload
+    def pop(self, key: bytes, default: D) -> bytes | D: ...
+    def pop(self, key: bytes, default: object = _NO_DEFAULT) -> object:
+        """Remove ``key`` and return its value; ``default`` if it is absent, or `KeyError`
+        without one."""
+        self._check()
+        key = check_key(key)
+        value = self._read(key)
+        if value is None:
+            if isinstance(default, _NoDefault):
+                raise KeyError(key)
+            return default
+        self._write(key, None)
+        return value
+
+    def delete_range(
+        self, start: bytes | None = None, stop: bytes | None = None, *, prefix: bytes | None = None
+    ) -> int:
+        """Remove the keys with ``start <= key < stop``, or all that start with ``prefix``; returns
+        how many there were.
+
+        The range counts as read, so that no other commit can have put something into it.  It
+        takes memory for each key: of millions, delete some thousands in a transaction.
+
+        Raises:
+          RecordTooLargeError: the transaction would be over ``max_record_size``; nothing was
+              removed.
+        """
+        self._check()
+        start, stop = check_range(start, stop, prefix, None)
+        keys = [key for key, _ in self._scan(start, stop, reverse=False, limit=None)]
+        writes, size = self._writes, self._bytes
+        for key in keys:
+            before = writes.get(key)
+            size += OPERATION_OVERHEAD + len(key) if before is None else -len(before)
+        check_size(size, self._versions.max_transaction_bytes)
+        self._bytes = size
+        writes.update(dict.fromkeys(keys))
+        return len(keys)
 
     # -- the end --
 

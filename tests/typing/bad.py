@@ -6,7 +6,7 @@ A line ends with what must be found there: mypy's codes, and after the comma pyr
 from __future__ import annotations
 
 import trio_wal
-from trio_wal import Database, Transaction
+from trio_wal import Database, Table, Transaction
 
 
 async def add(tx: Transaction, key: bytes, amount: int) -> int:
@@ -48,3 +48,16 @@ def opening() -> None:
     trio_wal.open_database("it", 1 << 20)  # wrong: call-arg, reportCallIssue
     trio_wal.open_wal("it", durability="sometimes")  # wrong: arg-type, reportArgumentType
     trio_wal.open_wal("it", checkpoint_bytes=5)  # wrong: call-arg, reportCallIssue
+
+
+JOBS = Table("jobs", key=tuple[int, str], value=bytes)
+Table("lengths", key=len, value=int)  # wrong: arg-type, reportArgumentType
+
+
+def tables(db: Database, tx: Transaction) -> None:
+    JOBS.put(db, (7, "mail"), b"")  # wrong: arg-type, reportArgumentType
+    JOBS.put(tx, (7, 8), b"")  # wrong: arg-type, reportArgumentType
+    JOBS.put(tx, (7, "mail"), 5)  # wrong: arg-type, reportArgumentType
+    value: bytes = JOBS.get(db, (7, ""))  # wrong: assignment, reportAssignmentType
+    JOBS.get({}, (7, ""))  # wrong: call-overload, reportArgumentType
+    del value

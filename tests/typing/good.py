@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 from typing_extensions import assert_type
 
 import trio_wal
-from trio_wal import Commit, Database, Snapshot, Transaction
+from trio_wal import Commit, Database, Snapshot, Table, Transaction
 from trio_wal.testing import MemoryFiles
 
 
@@ -91,3 +92,43 @@ async def opening(directory: Path) -> None:
         assert_type(db.wal, trio_wal.WriteAheadLog)
         await transactions(db)
         await reading(db)
+
+
+class Job(msgspec.Struct):
+    kind: str
+
+
+JOBS = Table("jobs", key=tuple[int, str], value=Job)
+COUNTS = Table("counts", key=str, value=dict[str, int])
+
+
+def tables(db: Database, tx: Transaction, snap: Snapshot) -> None:
+    assert_type(JOBS, "Table[tuple[int, str], Job]")
+    JOBS.put(tx, (7, "mail"), Job("x"))
+    COUNTS.insert(tx, "a", {"b": 1})
+    for source in (db, tx, snap):
+        assert_type(JOBS.get(source, (7, "mail")), "Job | None")
+        assert_type(COUNTS.get(source, "a", 0), "dict[str, int] | int")
+        for key, job in JOBS.scan(source, prefix=(7,), limit=3):
+            assert_type(key, "tuple[int, str]")
+            assert_type(job, Job)
+    assert_type(COUNTS.pop(tx, "a"), "dict[str, int]")
+    assert_type(COUNTS.pop(tx, "a", None), "dict[str, int] | None")
+    assert_type(JOBS.discard(tx, (7, "mail")), bool)
+    assert_type(JOBS.delete_range(tx, (7,), (8,)), int)
+    assert_type(tx.pop(b"key"), bytes)
+    assert_type(tx.pop(b"key", None), "bytes | None")
+
+
+async def more(db: Database) -> None:
+    assert_type(await db.write({b"a": b"1", b"b": None}), int)
+    assert_type(await db.discard(b"a"), bool)
+    assert_type(await db.wait_changed(prefix=JOBS.prefix, since=3), int)
+    async with db.stream(prefix=b"a") as pairs:
+        async for name, value in pairs:
+            assert_type((name, value), "tuple[bytes, bytes]")
+    async with db.changes() as commits:
+        async for batch in commits.batches(linger=0.1):
+            assert_type(batch, "list[Commit]")
+            for operation in batch[0].operations:
+                assert_type(JOBS.decode(operation), "tuple[tuple[int, str], Job | None] | None")
