@@ -29,7 +29,7 @@ from logs import TINY, append, open_log, records_of
 
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
-from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._files import (
     FOLIO_MAX,

@@ -28,7 +28,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._disk.directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
@@ -40,8 +40,10 @@ from trio_wal._disk.frame import (
     footer_reserve,
     index_step,
 )
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_pointer, start_of
 from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._disk.spares import PAUSE_SHARE, PAUSES
 from trio_wal._engine import Moved
 from trio_wal._files import OsFiles
 from trio_wal._util import KiB, MiB
@@ -273,7 +275,8 @@ def test_a_full_disk_is_no_error_while_the_next_segment_is_prepared() -> None:
 
 def test_a_full_disk_is_not_asked_again_at_every_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("trio_wal._disk.directory.perf_counter", lambda: now)
+    for module in ("directory", "spares"):
+        monkeypatch.setattr(f"trio_wal._disk.{module}.perf_counter", lambda: now)
     files = MemoryFiles()
     log = open_log(files, segment_size=1 * MiB)
     files.free_bytes = 0
@@ -549,7 +552,7 @@ def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
     for n in range(4):
         append(log, b"%d" % n)
     (header,) = (s.header for s in log.sealed())
-    log.pin(header)
+    log.spares.pin(header)
     file = log.open_segment(header)
     before = file.pread(file.size(), 0)
     log.drop_before(3)
@@ -557,7 +560,7 @@ def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
     append(log, b"x")
     append(log, b"y")
     assert file.pread(len(before), 0) == before
-    log.unpin(header)
+    log.spares.unpin(header)
 
 
 def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() -> None:
@@ -785,7 +788,7 @@ def test_a_rotation_that_cannot_wait_takes_the_next_segment_as_far_as_it_is(recy
     assert begun.wait(60)
     rotating = threading.Thread(target=log.rotate)
     rotating.start()
-    while not log._hurry:
+    while not log.spares._hurry:
         rotating.join(0.001)
     hurried.set()
     rotating.join(60)
@@ -816,13 +819,13 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
         def wait(self, seconds: float) -> None:
             waits.append(seconds)
 
-    monkeypatch.setattr(log, "_spare_lock", Lock())
+    monkeypatch.setattr(log.spares, "_lock", Lock())
 
     def pauses(done: float, used: float) -> list[float]:
         waits.clear()
         here = log.active.position
         log.active.position = attrs.evolve(here, offset=int(used * log.active.capacity))
-        log._pause(done, 0.5)
+        log.spares._pause(done, 0.5)
         log.active.position = here
         return list(waits)
 
@@ -830,7 +833,7 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
     assert pauses(done=0.5, used=0.49) == [PAUSE_SHARE * 0.5] * PAUSES
     assert pauses(done=0.5, used=0.51) == []
     assert pauses(done=0.99, used=0.75) == []
-    log._hurry = True
+    log.spares._hurry = True
     assert pauses(done=0.0, used=0.25) == []
 
 
