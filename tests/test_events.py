@@ -79,6 +79,25 @@ async def test_a_cut_batch_is_a_warning_with_its_bytes(
     assert opened[1].endswith(f"recovered, {torn} bytes of an unfinished batch cut")
 
 
+async def test_an_end_that_readers_were_told_of_and_that_is_lost_is_a_warning(
+    files: MemoryFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_memory(files) as wal:
+        for _ in range(3):
+            await wal.append(b"record")
+        image = files.crash_image(kind="kill")
+    events(caplog)
+    (name,) = (name for name in image.names(LOG) if name.startswith("wal-"))
+    image.write_file(LOG, name, image.read_file(LOG, name)[: 4096 + 512].ljust(1 << 20, b"\0"))
+    async with open_memory(image):
+        (opened,) = events(caplog, "opened")
+    assert opened[0] == "opened WARNING"
+    assert opened[2]["lost_lsn"] == 3
+    assert opened[1].endswith(
+        "; readers had been told that LSN 3 is durable, and all after 1 is lost: a new epoch begins"
+    )
+
+
 async def test_each_rotation_is_a_line_for_who_asks(
     files: MemoryFiles, caplog: pytest.LogCaptureFixture
 ) -> None:

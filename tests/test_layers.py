@@ -59,7 +59,11 @@ ORDER: dict[int, list[str]] = {
         "_disk.repair",
         "_disk.cursor",
         "_disk.verify",
+        "_disk.metafile",
+        "_disk.spares",
+        "_disk.cut",
         "_disk.directory",
+        "_disk.opening",
     ],
     # Tasks: trio.
     2: [
@@ -115,12 +119,9 @@ POKES = {
     "_cli: records._ready",
 }
 """Private names of another module's objects."""
-LONG_FUNCTIONS = {
-    "_disk.directory: open_log_directory",
-}
+LONG_FUNCTIONS: set[str] = set()
 """Functions of more lines than `FUNCTION_LINES_MAX`."""
 LARGE_CLASSES = {
-    "_disk.directory: LogDirectory",
     "_queue: WriteQueue",
     "testing: MemoryFiles",
 }

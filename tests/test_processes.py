@@ -236,7 +236,7 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._files import OsFiles
 
 path, result = sys.argv[1:]
@@ -480,7 +480,7 @@ async def main(path, how):
         LogDirectory.write = stick
         nursery.start_soon(ignore_closed, wal.append, b"record")
         engine = wal._log.engine
-        lock = engine._directory._spare_lock
+        lock = engine._directory.spares._lock
         threading.Thread(target=hold, args=[lock], daemon=True).start()
         while stuck < 3:
             await trio.sleep(0.001)

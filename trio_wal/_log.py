@@ -283,8 +283,11 @@ class Log:
         text = "closed in order before" if report.clean_shutdown else "recovered"
         if report.torn_bytes:
             text += f", {report.torn_bytes} bytes of an unfinished batch cut"
+        if report.lost_lsn:
+            text += f"; readers had been told that LSN {report.lost_lsn} is durable, and all after "
+            text += f"{report.last_lsn} is lost: a new epoch begins"
         tell(
-            logging.WARNING if report.torn_bytes else logging.INFO,
+            logging.WARNING if report.torn_bytes or report.lost_lsn else logging.INFO,
             "opened",
             self.name,
             f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",

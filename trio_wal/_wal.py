@@ -312,8 +312,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     @property
     def epoch(self) -> int:
         """Which of the log's histories this is.  It grows whenever LSNs may be given a second
-        time, that is at a `truncate_after` that drops something, and at the first open of a
-        backup.  0 until then."""
+        time, that is at a `truncate_after` that drops something, at the first open of a backup,
+        and where an open finds less than others were told is durable (`RecoveryReport.lost_lsn`).
+        0 until then."""
         return self._log.tail.epoch
 
     @property
