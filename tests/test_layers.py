@@ -51,6 +51,7 @@ ORDER: dict[int, list[str]] = {
         "_store_files",
         "_store",
         "_store_check",
+        "_store_reader",
         "_stores",
         "_disk.segment",
         "_disk.chain",
@@ -93,6 +94,8 @@ ORDER: dict[int, list[str]] = {
         "_database",
         "_table",
         "_opening",
+        "_follower",
+        "_database_reader",
     ],
     # Edges: they compose.
     4: [
