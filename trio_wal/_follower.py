@@ -215,7 +215,7 @@ class Follower:
                         # Fallen behind, or the end was cut: what the store has is the truth.
                         await stream.__aexit__(None, None, None)
                         stream = await self._begin_anew()
-        except Forked:
+        except (Forked, trio.ClosedResourceError):
             return
         except (CorruptLogError, UnsupportedFormatError, OSError, MemoryError) as exc:
             self.failure = exc

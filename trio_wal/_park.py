@@ -110,6 +110,17 @@ def is_parked(task: Task) -> bool:
     return getattr(task, "_next_send_fn", True) is None
 
 
+def free_token(token: trio.lowlevel.TrioToken) -> None:
+    """In a forked child: a thread of the parent's may just have been speaking to trio, and holds
+    for ever a lock that `TrioToken.run_sync_soon` takes."""
+    lock = getattr(getattr(token, "_reentry_queue", None), "lock", None)
+    if lock is not None and hasattr(lock, "_at_fork_reinit"):
+        if lock.acquire(blocking=False):
+            lock.release()
+        else:
+            lock._at_fork_reinit()
+
+
 FORKED_TURNS: Final = 100
 """Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 
@@ -120,7 +131,9 @@ async def end_forked(nursery: trio.Nursery, error: Callable[[], BaseException]) 
     the parent.  So each is woken with an error where it stands."""
     # First what threads have said before the fork: a task must not be woken twice.
     heard = trio.Event()
-    trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
+    token = trio.lowlevel.current_trio_token()
+    free_token(token)
+    token.run_sync_soon(heard.set)
     for _ in range(FORKED_TURNS):
         if heard.is_set():
             break
