@@ -427,8 +427,11 @@ def test_the_first_band_is_pure(source: Source) -> None:
     assert not builtins & {"open", "input", "exec", "eval"}
 
 
-def test_lmdb_is_known_in_one_place() -> None:
-    assert {source.name for source in SOURCES if imported(source, "lmdb")} == {"_store"}
+def test_lmdb_is_known_to_who_writes_and_who_reads_only() -> None:
+    assert {source.name for source in SOURCES if imported(source, "lmdb")} == {
+        "_store",
+        "_store_reader",
+    }
 
 
 def test_the_extras_are_known_at_the_edges_only() -> None:

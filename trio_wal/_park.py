@@ -114,11 +114,13 @@ def free_token(token: trio.lowlevel.TrioToken) -> None:
     """In a forked child: a thread of the parent's may just have been speaking to trio, and holds
     for ever a lock that `TrioToken.run_sync_soon` takes."""
     lock = getattr(getattr(token, "_reentry_queue", None), "lock", None)
-    if lock is not None and hasattr(lock, "_at_fork_reinit"):
-        if lock.acquire(blocking=False):
-            lock.release()
-        else:
-            lock._at_fork_reinit()
+    renew = getattr(lock, "_at_fork_reinit", None)
+    if lock is None or renew is None:
+        return
+    if lock.acquire(blocking=False):
+        lock.release()
+    else:
+        renew()
 
 
 FORKED_TURNS: Final = 100
