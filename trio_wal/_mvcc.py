@@ -480,11 +480,12 @@ class Versions:
             self._burying = False
 
     async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
-        """A durable commit of the log's, in the log's order, before there are others."""
+        """A durable commit of the log's, in the log's order, where there are no others."""
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
-        if layer.add(writes, seq, seq, keep_older=False):
+        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
             self._renew()
+        self.durable_lsn = max(self.durable_lsn, lsn)
         while self._settle_layers(seq):
             if not self._dead():
                 break
