@@ -22,9 +22,9 @@ from logs import (
 import trio_wal
 from trio_wal import CorruptLogError
 from trio_wal._disk.chain import META_NAME, list_chain, read_meta
-from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.finding import Finding, Report, refuse
 from trio_wal._disk.frame import DATA_OFFSET
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import examine
 from trio_wal._disk.verify import verify
 from trio_wal._disk.walk import check_last, check_segment

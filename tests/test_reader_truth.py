@@ -24,8 +24,8 @@ from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
 from trio_wal._cli.inspect import _look
 from trio_wal._disk.chain import META_NAME, list_chain, read_meta
 from trio_wal._disk.cursor import Cursor
-from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
 from trio_wal._files import OsFiles, Word

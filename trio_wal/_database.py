@@ -511,7 +511,8 @@ class Database(metaclass=NoPublicConstructor):
     def epoch(self) -> int:
         """Which of the database's histories this is.  It grows at the first open of a backup,
         because from then on it and the original may give the same LSN to different
-        transactions."""
+        transactions, and where an open finds less than others were told is durable
+        (`RecoveryReport.lost_lsn`)."""
         return self.wal.epoch
 
     @property

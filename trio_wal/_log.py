@@ -13,9 +13,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Literal, final
 
 import attrs
-import outcome
 import trio
-from trio.lowlevel import enable_ki_protection, reschedule
+from trio.lowlevel import enable_ki_protection
 
 from ._admission import Line
 from ._batch import Flush, Job, Unit
@@ -26,7 +25,7 @@ from ._flusher import Durability, Flusher
 from ._identity import Bookmark
 from ._lines import Lines
 from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
-from ._park import Latch, is_parked, require_trio
+from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
@@ -39,8 +38,6 @@ TARGET_LATENCY_MIN: Final = 1e-6
 RESERVE: Final = 0.1
 """Of the queue, for writers of high priority, while there are any."""
 RESERVE_MAX: Final = 0.9
-FORKED_TURNS: Final = 100
-"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 
 
 @attrs.frozen(kw_only=True)
@@ -342,18 +339,21 @@ class Log:
 
     def hand_out(self) -> None:
         """The open has succeeded: from here on the log is closed, not abandoned."""
-        self._handed_out = True
         report = self.engine.recovery
         text = "closed in order before" if report.clean_shutdown else "recovered"
         if report.torn_bytes:
             text += f", {report.torn_bytes} bytes of an unfinished batch cut"
+        if report.lost_lsn:
+            text += f"; readers had been told that LSN {report.lost_lsn} is durable, and all after "
+            text += f"{report.last_lsn} is lost: a new epoch begins"
         tell(
-            logging.WARNING if report.torn_bytes else logging.INFO,
+            logging.WARNING if report.torn_bytes or report.lost_lsn else logging.INFO,
             "opened",
             self.name,
             f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
             **attrs.asdict(report),
         )
+        self._handed_out = True
 
     async def aclose(self) -> None:
         """Make everything accepted durable and close; neither cancellation nor Ctrl-C cuts that
@@ -422,24 +422,9 @@ class Log:
         self.engine.disown()
 
     async def _end_forked(self) -> None:
-        """In a forked child nobody will ever wake the log's tasks, so that they must not be
-        waited for; and to cancel them would have trio change the epoll instance that it shares
-        with the parent.  So each is woken with an error where it stands, and on its way out
-        wakes none of the others."""
+        """On its way out none of the tasks wakes another."""
         self._closed.set()
-        # First what threads have said before the fork: a task must not be woken twice.
-        heard = trio.Event()
-        trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
-        for _ in range(FORKED_TURNS):
-            if heard.is_set():
-                break
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while self._nursery.child_tasks:
-            for task in self._nursery.child_tasks:
-                # Else it is about to run, and will stand somewhere else.
-                if is_parked(task):
-                    reschedule(task, outcome.Error(Forked()))
-            await trio.lowlevel.cancel_shielded_checkpoint()
+        await end_forked(self._nursery, Forked)
 
 
 @final

@@ -323,8 +323,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     @property
     def epoch(self) -> int:
         """Which of the log's histories this is.  It grows whenever LSNs may be given a second
-        time, that is at a `truncate_after` that drops something, and at the first open of a
-        backup.  0 until then."""
+        time, that is at a `truncate_after` that drops something, at the first open of a backup,
+        and where an open finds less than others were told is durable (`RecoveryReport.lost_lsn`).
+        0 until then."""
         return self._log.tail.epoch
 
     @property
@@ -395,8 +396,14 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
     @enable_ki_protection
     async def __aenter__(self) -> WriteAheadLog:
         log = await self._opened.enter()
-        log.hand_out()
-        return new_wal(log)
+        try:
+            wal = new_wal(log)
+            log.hand_out()
+        except BaseException as exc:
+            # No memory.
+            await self._opened.leave(exc)
+            raise
+        return wal
 
     @enable_ki_protection
     async def __aexit__(

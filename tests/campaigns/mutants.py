@@ -60,8 +60,8 @@ MUTANTS: Final = (
     # -- group commit --
     mutant(
         "acknowledged before the sync", "_disk/directory", SIMULATOR,
-        "        if sync:\n            self.sync()\n        return (",
-        "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
+        "        if sync:\n            self.sync()\n        spares = ",
+        "        if sync:\n            self.synced_lsn = self.last_lsn\n        spares = ",
     ),
     mutant(
         "watermark too early: what is written is called durable", "_local", "simulator:none",
@@ -70,10 +70,10 @@ MUTANTS: Final = (
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
-        "            active.file.sync(in_place=",
+        "            self.active.sync()\n",
         "            with contextlib.suppress(OSError):\n"
-        "                active.file.sync()\n"
-        "            active.file.sync(in_place=",
+        "                self.active.sync()\n"
+        "            self.active.sync()\n",
     ),
     mutant(
         "a failed write is taken for a good one", "_disk/directory", ERRORS,
@@ -113,9 +113,9 @@ MUTANTS: Final = (
         "        active = self.active\n        active.write(body,",
         "        active = self.active\n"
         "        if len(records) > 1 and active.fits(body.stored_length + 600):\n"
-        "            half = encode(records[:1], self._meta.features)\n"
+        "            half = encode(records[:1], self.features)\n"
         "            active.write(half, durable_lsn, self._files.time_us())\n"
-        "            body = encode(records[1:], self._meta.features)\n"
+        "            body = encode(records[1:], self.features)\n"
         "        active.write(body,",
     ),
     # -- what an open that fails leaves --
@@ -125,7 +125,7 @@ MUTANTS: Final = (
         "            worker.close()\n",
     ),
     mutant(
-        "a failed open leaves the files that it has made", "_disk/directory", "leaks:log/fsync",
+        "a failed open leaves the files that it has made", "_disk/opening", "leaks:log/fsync",
         "                uncreate(directory, found_names, created=plan.meta is None)\n",
         "                pass\n",
     ),
@@ -192,8 +192,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a dropped file is written over under its name", "_disk/directory", "simulator:retention",
-        "spare = self._drop_file(segment, spare)\n            self._directory.sync()\n",
-        "spare = self._drop_file(segment, spare)\n",
+        "spare = self.spares.drop(segment, spare)\n            self._directory.sync()\n",
+        "spare = self.spares.drop(segment, spare)\n",
     ),
     mutant(
         "marks of a close are not written again", "_disk/segment", "errors:appends/EIO/once",
@@ -202,7 +202,7 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            self._meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
     ),
     mutant(
@@ -212,9 +212,9 @@ MUTANTS: Final = (
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            self._meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
-        "                spare = self._drop_file(segment, spare)\n", "                pass\n",
+        "                spare = self.spares.drop(segment, spare)\n", "                pass\n",
     ),
     mutant(
         "retention drops what one of two policies is to keep", "_retention",
@@ -227,7 +227,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
-        "                self._write_meta(meta)\n            except LogFullError",
+        "                self._meta.write(meta)\n            except LogFullError",
         "                pass\n            except LogFullError",
     ),
     mutant(
@@ -236,7 +236,7 @@ MUTANTS: Final = (
         "self._directory.rename(spare.name, TRUNCATE",
     ),
     mutant(
-        "a cut takes one record too many", "_disk/directory", "simulator:cut",
+        "a cut takes one record too many", "_disk/cut", "simulator:cut",
         "[: lsn + 1 - frame.first_lsn]", "[: lsn - frame.first_lsn]",
     ),
     mutant(
@@ -250,8 +250,8 @@ MUTANTS: Final = (
         "    directory.rename(META_NEW_NAME, META_NAME)\n",
     ),
     mutant(
-        "a cut that log.meta tells of is taken back", "_disk/directory", "errors:truncations",
-        " and read_meta(self._directory) == self._meta:", ":",
+        "a cut that log.meta tells of is taken back", "_disk/metafile", "errors:truncations",
+        " and read_meta(self._directory) == self.says:", ":",
     ),
     # -- recovery --
     mutant(
@@ -264,20 +264,28 @@ MUTANTS: Final = (
     ),
     mutant(
         "the copy of an unproven tail is not synced", "_disk/repair", SIMULATOR,
-        "    finally:\n        old.close()\n    active.file.sync()\n",
+        "    finally:\n        old.close()\n    active.sync()\n",
         "    finally:\n        old.close()\n",
     ),
     mutant(
         "the old segment is sealed before its copy is durable", "_disk/repair", SIMULATOR,
         "        if not replaces:\n            sealed.append(",
         "        if False:\n            sealed.append(",
-        "    finally:\n        old.close()\n    active.file.sync()",
+        "    finally:\n        old.close()\n    active.sync()",
         "    finally:\n        old.close()",
         "        _copy_frames(directory, active, before, end)\n",
         "        _copy_frames(directory, active, before, end)\n"
         "        if not replaces:\n"
         "            sealed.append(_seal(directory, before))\n"
-        "        active.file.sync()\n",
+        "        active.sync()\n",
+    ),
+    mutant(
+        "LSNs that were told of and lost are given again in the same epoch", "_disk/repair", BITROT,
+        "        if meta.copied or plan.lost_lsn:\n", "        if meta.copied:\n",
+    ),
+    mutant(
+        "a word of another epoch counts for recovery", "_disk/recovery", "simulator:cut",
+        "directory.published().told_lsn(meta.epoch)", "directory.published().durable_lsn",
     ),
     mutant(
         "a decided cut is not carried out by recovery", "_disk/chain", "simulator:cut",
@@ -386,7 +394,7 @@ MUTANTS: Final = (
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "                lsn = min(lsn, self.keep_from)\n", "                pass\n",
+        "            lsn = min((lsn, *self._holds.copy().values()))\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
@@ -499,7 +507,7 @@ MUTANTS: Final = (
         "    return OsFiles().open_directory(path)\n",
     ),
     mutant(
-        "a database's log may be a link", "_disk/directory", "hostile:places",
+        "a database's log may be a link", "_disk/opening", "hostile:places",
         "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
@@ -606,13 +614,13 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut begins no epoch", "_disk/directory", READERS,
-        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
-        "        history = self._meta.history\n",
+        "        history = branch(says.history, lsn, self._files.random_bytes(4))\n",
+        "        history = says.history\n",
     ),
     mutant(
         "an epoch begins one record too late", "_disk/directory", READERS,
-        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
-        "        history = branch(self._meta.history, lsn + 1, self._files.random_bytes(4))\n",
+        "        history = branch(says.history, lsn, self._files.random_bytes(4))\n",
+        "        history = branch(says.history, lsn + 1, self._files.random_bytes(4))\n",
     ),
     mutant(
         "a reader that was overtaken by retention is told of damage", "_stream", READERS,
