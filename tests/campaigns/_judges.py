@@ -213,6 +213,13 @@ def readers(seed: int, seconds: float, only: str = "") -> Judgement:
     raise AssertionError("unreachable")
 
 
+def lines(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Storms on the lines of a queue."""
+    from .lines import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -309,5 +316,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "bombs": bombs,
     "store": store,
     "pages": pages,
+    "lines": lines,
 }
 """In the order in which they are asked."""
