@@ -269,7 +269,7 @@ def run(setting: Setting) -> Report:
         _follow(report, 2 if brief else rounds, 3.0)
         _overload(report, 2.0 if brief else 5.0)
         _ancestor(report, 1.0 if brief else 3.0)
-        _shedding(report, 10.0 if brief else 60.0)
+        _shedding(report, 60.0)
         _delays(report, brief)
     finally:
         log.setLevel(level)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -148,11 +149,11 @@ async def follow_disk(speeds: list[float], seconds: float) -> Followed:
                     now, lsn = perf_counter(), wal.last_lsn
                     if lsn == last:
                         continue
-                    statistics = wal.statistics()
+                    seen = wal.statistics()
                     # Little's law, the other way round.
                     times.append(now - began)
-                    waits.append(statistics.records_waiting * (now - then) / (lsn - last))
-                    bounds.append(statistics.max_queue_size)
+                    waits.append(seen.records_waiting * (now - then) / (lsn - last))
+                    bounds.append(seen.max_queue_size)
                     last, then = lsn, now
 
             async with trio.open_nursery() as nursery:
@@ -163,11 +164,13 @@ async def follow_disk(speeds: list[float], seconds: float) -> Followed:
                     changes.append(number * seconds)
                     await trio.sleep(seconds)
                 nursery.cancel_scope.cancel()
+    # A sample is one look at a queue that fills and empties; five of them say how long it is.
+    smooth = [statistics.median(waits[max(0, n - 4) : n + 1]) for n in range(len(waits))]
     settled = []
     for change in changes:
         late = [
             time - change
-            for time, wait in zip(times, waits, strict=True)
+            for time, wait in zip(times, smooth, strict=True)
             if change < time < change + seconds and not TARGET / 2 <= wait <= 2 * TARGET
         ]
         settled.append(max(late, default=0.0))
@@ -266,12 +269,12 @@ async def overloaded(load: float, seconds: float, bound: str) -> dict[str, float
                 await trio.sleep(seconds / 2)
                 rate = (wal.last_lsn - before) / (perf_counter() - began)
                 nursery.cancel_scope.cancel()
-            statistics = wal.statistics()
+            peak = wal.statistics().peak_bytes_waiting
     return {
         "per second": rate,
         "p99": _p99(probes["normal"]) if probes["normal"] else seconds,
         "p99, fast lane": _p99(probes["high"]) if probes["high"] else seconds,
-        "waiting bytes": float(statistics.peak_bytes_waiting),
+        "waiting bytes": float(peak),
         "refused": refused / max(1, offered),
     }
 
@@ -393,10 +396,10 @@ async def sized(size: float, seconds: float) -> dict[str, float]:
                     await wal.send(RECORD_LARGE)
                     sent += 1
                 await trio.sleep(0.001)
-            statistics = wal.statistics()
+            waited = wal.statistics().backpressure_waits
     return {
         "bound": float(bound),
-        "waited": statistics.backpressure_waits / max(1, sent),
+        "waited": waited / max(1, sent),
         "per second": sent / (perf_counter() - began),
     }
 
