@@ -323,6 +323,7 @@ class _Refusing:
 
     def __init__(self, environment: Any) -> None:
         self.close, self.info = environment.close, environment.info
+        self.reader_check = environment.reader_check
 
     def begin(self, **_: Any) -> Any:
         raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC: Update of meta page failed")
@@ -492,6 +493,7 @@ class _Short:
 
     def __init__(self, environment: Any) -> None:
         self.close, self.info = environment.close, environment.info
+        self.reader_check = environment.reader_check
 
     def begin(self, **_: Any) -> Any:
         raise lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.EIO)}")
