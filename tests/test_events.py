@@ -12,11 +12,11 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from databases import open_memory_database
+from databases import DB, open_memory_database
 from helpers import LOG, Call, open_memory, open_tasks
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_wal import LogFailedError, LogFullError
+from trio_wal import LogFailedError, LogFullError, _log
 from trio_wal._events import tell
 from trio_wal.testing import MemoryFiles
 
@@ -236,6 +236,51 @@ async def test_a_commit_is_no_line(files: MemoryFiles, caplog: pytest.LogCapture
         await wal.send(b"record")
         await wal.flush()
         assert events(caplog) == []
+
+
+class _Refuses(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.asked += 1
+        raise ValueError("a filter with a bug")
+
+
+async def test_a_filter_with_a_bug_breaks_no_log(
+    files: MemoryFiles, request: pytest.FixtureRequest
+) -> None:
+    refuses = _Refuses()
+    logger = logging.getLogger("trio_wal")
+    logger.addFilter(refuses)
+    request.addfinalizer(lambda: logger.removeFilter(refuses))
+    for _ in range(2):
+        async with open_memory(files, segment_size=1) as wal:
+            for _ in range(10):
+                await wal.append(b"x")
+        async with open_memory_database(files, checkpoint_bytes=1) as db:
+            for _ in range(10):
+                await db.put(b"k", b"v")
+                await wait_all_tasks_blocked()
+    assert refuses.asked > 20
+
+
+@pytest.mark.parametrize("opened", [open_memory, open_memory_database])
+async def test_an_open_that_fails_at_its_last_step_leaves_nothing(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, opened: Any
+) -> None:
+    def no_memory(*args: object, **values: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_log, "tell", no_memory)
+        with pytest.raises(MemoryError):
+            async with opened(files):
+                raise AssertionError
+    assert not any(files.exists(path) for path in (LOG, DB))
+    async with opened(files):
+        pass
 
 
 def test_a_name_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:

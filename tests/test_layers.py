@@ -60,6 +60,7 @@ ORDER: dict[int, list[str]] = {
         "_store_files",
         "_store",
         "_store_check",
+        "_store_reader",
         "_stores",
         "_disk.segment",
         "_disk.chain",
@@ -106,6 +107,8 @@ ORDER: dict[int, list[str]] = {
         "_database",
         "_table",
         "_opening",
+        "_follower",
+        "_database_reader",
     ],
     # Edges: they compose.
     4: [
@@ -434,8 +437,11 @@ def test_the_first_band_is_pure(source: Source) -> None:
     assert not builtins & {"open", "input", "exec", "eval"}
 
 
-def test_lmdb_is_known_in_one_place() -> None:
-    assert {source.name for source in SOURCES if imported(source, "lmdb")} == {"_store"}
+def test_lmdb_is_known_to_who_writes_and_who_reads_only() -> None:
+    assert {source.name for source in SOURCES if imported(source, "lmdb")} == {
+        "_store",
+        "_store_reader",
+    }
 
 
 def test_the_extras_are_known_at_the_edges_only() -> None:

@@ -8,6 +8,11 @@ memory with faults.
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database_reader import (
+    DatabaseReader as DatabaseReader,
+    DatabaseReaderStatistics as DatabaseReaderStatistics,
+    open_database_reader as open_database_reader,
+)
 from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,

@@ -99,8 +99,7 @@ class Flusher:
         if self._sync_due is not None and lsn <= last_lsn:
             # Written, and to be synced some time.
             self._sync_due = self._sync_scope.deadline = trio.current_time()
-        await self._watermark.wait(lsn)
-        if self._engine.durable_lsn < lsn:
+        if not await self._watermark.wait(lsn):
             if self._queue.status.state is State.FAILED:
                 self._queue.status.check_usable()
             raise trio.ClosedResourceError(f"the log was closed before LSN {lsn} was written")

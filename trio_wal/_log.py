@@ -13,9 +13,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, final
 
 import attrs
-import outcome
 import trio
-from trio.lowlevel import enable_ki_protection, reschedule
+from trio.lowlevel import enable_ki_protection
 
 from ._batch import Flush, Job, Unit
 from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
@@ -23,16 +22,13 @@ from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
-from ._park import Latch, is_parked, require_trio
+from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
-
-FORKED_TURNS: Final = 100
-"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
 
 
 @attrs.frozen(kw_only=True)
@@ -279,7 +275,6 @@ class Log:
 
     def hand_out(self) -> None:
         """The open has succeeded: from here on the log is closed, not abandoned."""
-        self._handed_out = True
         report = self.engine.recovery
         text = "closed in order before" if report.clean_shutdown else "recovered"
         if report.torn_bytes:
@@ -294,6 +289,7 @@ class Log:
             f"opened at LSN {report.last_lsn} in {report.seconds:.3f} seconds, {text}",
             **attrs.asdict(report),
         )
+        self._handed_out = True
 
     async def aclose(self) -> None:
         """Make everything accepted durable and close; neither cancellation nor Ctrl-C cuts that
@@ -362,24 +358,9 @@ class Log:
         self.engine.disown()
 
     async def _end_forked(self) -> None:
-        """In a forked child nobody will ever wake the log's tasks, so that they must not be
-        waited for; and to cancel them would have trio change the epoll instance that it shares
-        with the parent.  So each is woken with an error where it stands, and on its way out
-        wakes none of the others."""
+        """On its way out none of the tasks wakes another."""
         self._closed.set()
-        # First what threads have said before the fork: a task must not be woken twice.
-        heard = trio.Event()
-        trio.lowlevel.current_trio_token().run_sync_soon(heard.set)
-        for _ in range(FORKED_TURNS):
-            if heard.is_set():
-                break
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while self._nursery.child_tasks:
-            for task in self._nursery.child_tasks:
-                # Else it is about to run, and will stand somewhere else.
-                if is_parked(task):
-                    reschedule(task, outcome.Error(Forked()))
-            await trio.lowlevel.cancel_shielded_checkpoint()
+        await end_forked(self._nursery, Forked)
 
 
 @final

@@ -178,13 +178,20 @@ class Readers:
     def of(self, task: Task) -> Reader | None:
         """The transaction whose block a task is most likely in: the newest that reads, if it
         is this task's.  Good enough for a hint, and cheap."""
-        newest = next(reversed(self.pins), None)
+        try:
+            newest = next(reversed(self.pins), None)
+        except RuntimeError:
+            # The garbage collector has ended a scan in between.
+            return None
         return newest if newest is not None and newest.task is task else None
 
     def oldest(self) -> int | None:
         """The newest commit that was settled when the one came who has been reading for
         longest; None: nobody reads."""
-        return next(iter(self.pins.values())) if self.pins else None
+        # No `next`: before that is called the garbage collector may end a scan.
+        for settled_seq in self.pins.values():
+            return settled_seq
+        return None
 
     async def wait_unread(self) -> None:
         """Until nobody has a view."""
@@ -473,11 +480,12 @@ class Versions:
             self._burying = False
 
     async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
-        """A durable commit of the log's, in the log's order, before there are others."""
+        """A durable commit of the log's, in the log's order, where there are no others."""
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
-        if layer.add(writes, seq, seq, keep_older=False):
+        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
             self._renew()
+        self.durable_lsn = max(self.durable_lsn, lsn)
         while self._settle_layers(seq):
             if not self._dead():
                 break
@@ -529,7 +537,8 @@ class Versions:
 
     def checkpointed(self, frozen: Layer) -> None:
         """The store holds the frozen layer, durably."""
-        for reader in self._pins:
+        # A copy: the garbage collector ends scans that were left, whenever it likes.
+        for reader in list(self._pins):
             reader.layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh()
@@ -565,7 +574,7 @@ class Versions:
         The store's read transactions stay as they are: to end one of LMDB's would free its place
         in the table of readers, which is the parent's too.
         """
-        for view in (self.view, *(reader.view for reader in self._pins)):
+        for view in (self.view, *[reader.view for reader in list(self._pins)]):
             view.base.pin()
         self.let_go()
         self._memtable.close()

@@ -159,12 +159,16 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
                 raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
             try:
                 db = await self._open_on(log, blocking)
+                self._hand_out(log, db)
             except BaseException as exc:
                 await self._opened.leave(exc)
                 raise
         except BaseException:
             self._remove_made()
             raise
+        return db
+
+    def _hand_out(self, log: Log, db: Database) -> None:
         log.hand_out()
         report = db.recovery
         tell(
@@ -176,7 +180,6 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
             transactions_replayed=report.transactions_replayed,
             checkpoint_lsn=report.checkpoint_lsn,
         )
-        return db
 
     async def _open_on(self, log: Log, blocking: Blocking) -> Database:
         options, files = self._options, self._files

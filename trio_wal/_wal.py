@@ -386,8 +386,14 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
     @enable_ki_protection
     async def __aenter__(self) -> WriteAheadLog:
         log = await self._opened.enter()
-        log.hand_out()
-        return new_wal(log)
+        try:
+            wal = new_wal(log)
+            log.hand_out()
+        except BaseException as exc:
+            # No memory.
+            await self._opened.leave(exc)
+            raise
+        return wal
 
     @enable_ki_protection
     async def __aexit__(
