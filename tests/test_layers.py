@@ -127,9 +127,7 @@ FLOOR = {
 
 UPWARD: set[str] = set()
 """Imports that point up."""
-POKES = {
-    "_cli: records._ready",
-}
+POKES: set[str] = set()
 """Private names of another module's objects."""
 LONG_FUNCTIONS: set[str] = set()
 """Functions of more lines than `FUNCTION_LINES_MAX`."""
