@@ -967,7 +967,7 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
     """As on a network file system: what others change there is found by looking."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    monkeypatch.setattr(trio_wal._files, "_IN_CHANGES", 0x400)  # only that it is unlinked
+    monkeypatch.setattr(trio_wal._system.watch, "_IN_CHANGES", 0x400)  # only that it is unlinked
     monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 0.05)
     async with (
         trio_wal.open_wal(tmp_path / "log") as wal,
