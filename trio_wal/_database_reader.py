@@ -21,7 +21,7 @@ from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Directory, Files, OsFiles
+from ._files import Directory, Files
 from ._follower import Follower
 from ._identity import Bookmark
 from ._operations import check_key, check_range
@@ -31,6 +31,7 @@ from ._reader import WatchSource
 from ._snapshot import Snapshot, new_snapshot
 from ._stores import stores_of
 from ._stream import new_record_stream
+from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_bool, check_int, check_path
 from ._worker import Blocking

@@ -15,7 +15,6 @@ from typing import Any, Final
 from . import _pages
 from ._base import ReadTransaction, StoreGrown, StoreState
 from ._exceptions import CorruptLogError
-from ._files import OsDirectory, identity, open_store_directory, path_below
 from ._store import LmdbRead, engine_options, explained
 from ._store_files import (
     DATA_NAME,
@@ -27,6 +26,8 @@ from ._store_files import (
     state_of,
     store_size,
 )
+from ._system.files import OsDirectory
+from ._system.store import identity, open_store_directory, path_below
 
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, or four times the file."""

@@ -130,8 +130,8 @@ MUTANTS: Final = (
         "                pass\n",
     ),
     mutant(
-        "a failed open leaves the directory that it has made", "_files", "leaks:log/flock",
-        "        _remove_directories(made)\n\n    def lock", "\n    def lock",
+        "a failed open leaves the directory that it has made", "_system/files", "leaks:log/flock",
+        "        remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
         "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
@@ -494,15 +494,15 @@ MUTANTS: Final = (
         "                view.base.explain(exc)\n", "",
     ),
     mutant(
-        "a link is followed to where LMDB writes", "_files", "hostile:places",
+        "a link is followed to where LMDB writes", "_system/store", "hostile:places",
         "    if not stat.S_ISREG(found.st_mode):\n", "    if False:\n",
     ),
     mutant(
-        "a file with another name elsewhere is written", "_files", "hostile:places",
+        "a file with another name elsewhere is written", "_system/store", "hostile:places",
         "    if found.st_nlink > 1:\n", "    if False:\n",
     ),
     mutant(
-        "a store may be a link", "_files", "hostile:places",
+        "a store may be a link", "_system/store", "hostile:places",
         "    return OsFiles().open_directory(path, follow=False)\n",
         "    return OsFiles().open_directory(path)\n",
     ),
