@@ -43,8 +43,8 @@ OPEN_TRIES: Final = 100
 class _NoStatus:
     """Of a log to which nothing is committed here."""
 
-    refuses = True
-    disowned = False
+    refuses: bool = True
+    disowned: bool = False
 
     def check_open(self) -> None:
         raise AssertionError("nothing is committed by a reader")
@@ -53,7 +53,7 @@ class _NoStatus:
 class _NoLog:
     """In the place of `_mvcc.CommitLog`."""
 
-    status = _NoStatus()
+    status: _NoStatus = _NoStatus()
 
     def append(self, record: bytes, task: Task) -> Awaitable[int]:
         raise AssertionError("nothing is committed by a reader")
@@ -82,10 +82,10 @@ class Follower:
         self._store = store
         self._prepared: _Prepared
         self.versions: Versions
-        self.checkpoint_lsn = 0
+        self.checkpoint_lsn: int = 0
         """Up to here the store that is read has everything."""
-        self.epoch = 0
-        self.forked = False
+        self.epoch: int = 0
+        self.forked: bool = False
         self.failure: Exception | None = None
         """Why it follows no more."""
         self._frozen: Layer | None = None
@@ -136,9 +136,16 @@ class Follower:
         Raises:
           CorruptLogError, OSError, UnsupportedFormatError
         """
+        before: int | None = None
         for _ in range(OPEN_TRIES):
             transaction, lsn = await self._begin_store()
             try:
+                if lsn == before:
+                    meta = self.source.meta
+                    wrong = misfit(
+                        StoreState(meta.log_uuid, lsn), meta.log_uuid, meta.base_lsn, 1 << 63
+                    )
+                    raise damaged(data_file(self._path), wrong or "")
                 # After that: see the top of this module.
                 await self.source.refresh()
                 return await self._begin_above(transaction, lsn)
@@ -146,10 +153,6 @@ class Follower:
                 # The owner has checkpointed and dropped what was to be read.
                 transaction.close()
                 before = lsn
-                _, lsn = await self._begin_store()
-                if lsn == before:
-                    wrong = misfit(None, self.source.meta.log_uuid, self.source.tail.first_lsn, 0)
-                    raise damaged(data_file(self._path), wrong or "") from None
             except BaseException:
                 transaction.close()
                 raise

@@ -29,7 +29,7 @@ class Watch:
     __slots__ = ("_event", "key", "lsn", "prefix")
 
     def __init__(self, key: bytes | None, prefix: bytes | None) -> None:
-        self.key = key
+        self.key: bytes | None = key
         self.prefix: bytes = prefix or b""
         self.lsn: int | None = None
         """Of the commit that touched it."""
