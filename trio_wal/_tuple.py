@@ -242,7 +242,8 @@ class _Nested:
         if _take(data, at, 1) != _TUPLE:
             raise KeyFormatError(f"a tuple is due at byte {at}")
         values, end = self._elements.decode(data, at + 1, _END)
-        _take(data, end, 1)
+        if _take(data, end, 1) != _END:
+            raise KeyFormatError(f"a tuple's end is due at byte {end}")
         return values, end + 1
 
 
