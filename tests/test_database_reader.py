@@ -28,6 +28,7 @@ from trio_wal import (
     UntrustedDirectoryError,
     WrongDirectoryError,
     _follower,
+    _layer,
 )
 from trio_wal.testing import MemoryFiles
 
@@ -76,16 +77,16 @@ async def test_it_shows_what_is_durable_and_follows(files: MemoryFiles) -> None:
         assert reader.get(b"a") == b"not durable"
 
 
-@pytest.mark.parametrize("freeze_bytes", [1, 500])
 async def test_it_lets_go_of_what_the_store_has(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, freeze_bytes: int
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_follower, "FREEZE_BYTES", freeze_bytes)
+    monkeypatch.setattr(_follower, "CHECK_BYTES", 1)
+    monkeypatch.setattr(_follower, "CHECK_SECONDS", 0.0)
     expected: State = {}
     async with open_memory_database(files) as db, open_reader(files) as reader:
         with reader.snapshot() as old:
             for number in range(100):
-                key = b"%d" % (number % 7)
+                key = b"%d" % number
                 expected[key] = b"%d" % number
                 lsn = await db.put(key, expected[key])
                 if number % 9 == 0:
@@ -93,11 +94,106 @@ async def test_it_lets_go_of_what_the_store_has(
                 await reader.wait_for(lsn)
                 await check_reader(reader, expected)
             assert list(old.scan()) == []
+            assert len(reader._follower._former) == 1
         statistics = reader.statistics()
         assert statistics.following
         assert statistics.checkpoint_lsn > 50
-        assert statistics.memtable_keys <= 7
+        assert statistics.memtable_keys < 50
         assert (statistics.durable_lsn, statistics.open_readers) == (100, 0)
+
+
+async def test_an_epoch_that_begins_behind_what_is_seen_is_known(files: MemoryFiles) -> None:
+    """The owner's next life finds less than others were told: here only the word was wrong."""
+    async with open_memory_database(files) as db:
+        for number in range(3):
+            await db.put(b"a", b"%d" % number)
+    async with open_reader(files) as reader:
+        before = reader.bookmark
+        directory = files.open_directory(f"{DB}/log")
+        directory.publish(5, before.epoch)
+        directory.close()
+        async with open_memory_database(files) as db:
+            assert db.recovery.lost_lsn == 5
+            assert db.epoch > before.epoch
+            with trio.fail_after(60):
+                await reader.wait_for(db.wal.bookmark)
+                await reader.wait_for(before)
+                await db.put(b"a", b"new")
+                await reader.wait_for(db.wal.bookmark)
+            assert reader.get(b"a") == b"new"
+            assert reader.bookmark == db.wal.bookmark
+            with reader.snapshot() as snap:
+                assert snap.bookmark == db.wal.bookmark
+            with pytest.raises(LogDivergedError):
+                await reader.wait_for(Bookmark(4, before.epoch))
+
+
+async def test_what_was_read_and_is_lost_is_seen_no_more(tmp_path: Path) -> None:
+    """The end of the log of a killed owner has rotted: a reader that had it goes back."""
+    path = tmp_path / "db"
+    program = (
+        "import os, sys, trio, trio_wal\n"
+        "async def main():\n"
+        "    async with trio_wal.open_database(sys.argv[1]) as db:\n"
+        "        for number in range(5):\n"
+        "            await db.put(b'a', b'%d' % number * 5000)\n"
+        "        print('ready', flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path)]
+    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert b"ready" in await process.stdout.receive_some()
+    async with trio_wal.open_database_reader(path) as reader:
+        lost = reader.bookmark
+        assert (lost.lsn, reader.get(b"a", b"")[:1]) == (5, b"4")
+        with reader.snapshot() as old:
+            process.kill()
+            await process.wait()
+            zero_frame(path, b"4" * 5000)
+            with trio.fail_after(60):
+                async with owner_of(path, b"new") as bookmark:
+                    await reader.wait_for(bookmark)
+                    assert reader.get(b"a") == b"new"
+                    assert reader.bookmark == bookmark
+                    with pytest.raises(LogDivergedError):
+                        await reader.wait_for(lost)
+            assert old.get(b"a", b"")[:1] == b"4"
+
+
+def zero_frame(path: Path, data: bytes) -> None:
+    """Take a frame, the last one, out of a log's file."""
+    for segment in path.glob("log/wal-*.log"):
+        content = segment.read_bytes()
+        place = content.find(data)
+        if place >= 0:
+            with segment.open("r+b") as file:
+                file.seek(place // 512 * 512)
+                file.write(bytes(len(content) - place // 512 * 512))
+
+
+@asynccontextmanager
+async def owner_of(path: Path, value: bytes) -> AsyncIterator[Bookmark]:
+    """Another process that owns a database, and has put one value."""
+    program = (
+        "import sys, trio, trio_wal\n"
+        "async def main():\n"
+        "    async with trio_wal.open_database(sys.argv[1]) as db:\n"
+        "        await db.put(b'a', sys.argv[2].encode())\n"
+        "        print(db.wal.bookmark, flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path), value.decode()]
+    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield Bookmark.parse((await process.stdout.receive_some()).decode().strip())
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
 
 
 async def test_pieces_of_a_checkpoint_are_not_seen_early(files: MemoryFiles) -> None:
@@ -385,3 +481,33 @@ async def test_killed_readers_are_forgotten_at_the_next_checkpoint(tmp_path: Pat
         await db.put(b"a", b"2")
         await db.checkpoint()
         assert db._core._store._env.reader_check() == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_each_moment_is_what_its_commits_make(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever the owner's checkpoints take along, and whenever they come."""
+    monkeypatch.setattr(_follower, "CHECK_BYTES", 1)
+    monkeypatch.setattr(_follower, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(_layer, "BURIED_TOGETHER", 1)
+    rng = random.Random(seed)
+    model: State = {}
+    async with open_memory_database(files, segment_size=1) as db, open_reader(files) as reader:
+        for _ in range(150):
+            keys = [b"%d" % number for number in rng.sample(range(30), rng.randrange(1, 12))]
+            async with db.transaction() as tx:
+                for key in keys:
+                    if rng.random() < 0.5:
+                        tx.discard(key)
+                        model.pop(key, None)
+                    else:
+                        tx.put(key, model.setdefault(key, b"%d" % rng.randrange(100)))
+            if rng.random() < 0.7:
+                await reader.wait_for(db.wal.bookmark)
+                await check_reader(reader, model)
+            if rng.random() < 0.1:
+                await db.checkpoint()
+        await reader.wait_for(db.wal.bookmark)
+        await check_reader(reader, model)
+        assert reader.statistics().checkpoint_lsn > 0

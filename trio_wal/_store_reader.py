@@ -13,7 +13,7 @@ from time import sleep
 from typing import Any, Final
 
 from . import _pages
-from ._base import ReadTransaction, StoreGrown, StoreState
+from ._base import ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
 from ._store import LmdbRead, engine_options, explained
 from ._store_files import (
@@ -172,8 +172,10 @@ class LmdbStoreReader:
             if self._data is None and not self._open_databases():
                 return _Nothing(), None
             txn = env.begin(db=self._data)
-        except (self._lmdb.MapResizedError, self._lmdb.MapFullError):
-            raise StoreGrown from None
+        except self._lmdb.MapResizedError as exc:
+            # LMDB maps more only while nothing is read.
+            text = "the store has outgrown what this reader has mapped: open the reader again"
+            raise OSError(errno.ENOMEM, text, data_file(self.path)) from exc
         except self.lmdb_error as exc:
             raise self._told(exc, "the store cannot be read") from exc
         try:
@@ -208,12 +210,6 @@ class LmdbStoreReader:
                 )
         finally:
             directory.close()
-
-    def grow(self) -> None:
-        try:
-            self._env.set_mapsize(max(MAP_SIZE, 4 * store_size(self.path)))
-        except self.lmdb_error as exc:
-            raise self._told(exc, "the map cannot grow") from exc
 
     def size(self) -> int:
         return store_size(self.path)
