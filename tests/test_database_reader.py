@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,9 @@ from trio_wal import (
     _follower,
     _layer,
 )
+from trio_wal._engine import Tail
+from trio_wal._follower import Follower
+from trio_wal._identity import branch, epoch_of
 from trio_wal.testing import MemoryFiles
 
 
@@ -207,6 +211,67 @@ async def test_pieces_of_a_checkpoint_are_not_seen_early(files: MemoryFiles) -> 
         async with open_reader(files) as reader:
             assert reader.statistics().checkpoint_lsn == 1
             await check_reader(reader, {b"a": b"2", b"b": b"2"})
+
+
+async def test_a_piece_of_what_came_after_the_last_look_is_not_seen_early(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_database(files) as db, open_reader(files) as reader:
+        await write(db, {b"a": b"1", b"b": b"1"})
+        await db.checkpoint()
+        await reader.wait_for(1)
+        follower = reader._follower
+        with monkeypatch.context() as patch:
+            patch.setattr(follower.source, "look", lambda: None)
+            await write(db, {b"a": b"2", b"b": b"2"})
+            db._core._store.apply([(b"a", b"2")], None)
+        stream = await follower.begin()
+        await stream.__aexit__(None, None, None)
+        await check_reader(reader, {b"a": b"2", b"b": b"2"})
+
+
+def test_what_was_cut_since_it_was_seen_does_not_count_as_seen() -> None:
+    """Here the history has parted after LSN 4, and 9 was seen before."""
+    history = branch((), 4, bytes(4))
+    epoch = epoch_of(history)
+    follower: Any = SimpleNamespace(
+        lsn=9, epoch=0, source=SimpleNamespace(tail=Tail(1, 9, 9, history))
+    )
+    seen = [Follower.sees(follower, Bookmark(lsn, epoch)) for lsn in (4, 5, 9)]
+    assert seen == [True, False, False]
+    follower.epoch = epoch
+    assert Follower.sees(follower, Bookmark(9, epoch))
+    assert not Follower.sees(follower, Bookmark(10, epoch))
+
+
+async def test_a_snapshot_keeps_its_moment_however_often_a_key_changes(files: MemoryFiles) -> None:
+    async with open_memory_database(files) as db, open_reader(files) as reader:
+        seen: list[tuple[Any, bytes]] = []
+        for number in range(6):
+            await reader.wait_for(await db.put(b"a", b"%d" % number))
+            seen.append((reader.snapshot().__enter__(), b"%d" % number))
+            await reader.wait_for(await db.put(b"a", b"between"))
+            for snap, value in seen:
+                assert snap.get(b"a") == value
+        for snap, _ in seen:
+            snap.close()
+
+
+async def test_a_store_that_is_missing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    retention = trio_wal.KeepSegments(1)
+    async with trio_wal.open_database(path, segment_size=1, retention=retention) as db:
+        for number in range(100):
+            await db.put(b"a", b"%d" % number * 500)
+        await db.checkpoint()
+        for _ in range(6000):
+            if db.wal.first_lsn > 1:
+                break
+            await trio.sleep(0.01)
+    shutil.rmtree(path / "store")
+    with pytest.raises(CorruptLogError, match=r"the store ends at LSN 0, but its log starts at"):
+        async with trio_wal.open_database_reader(path):
+            pass
 
 
 async def test_it_begins_anew_where_the_log_was_dropped(

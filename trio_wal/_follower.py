@@ -215,8 +215,8 @@ class Follower:
             while not await self._store_is_newer():
                 await self._replay(self.versions, stream)
                 self._reached.reached(self.lsn)
-        except (LsnTruncatedError, LogDivergedError):
-            # Fallen behind, or the end was cut: what the store has is the truth.
+        except LsnTruncatedError:
+            # Fallen behind, or (its kind `LogDivergedError`) the end was cut: the store is right.
             return
         finally:
             await stream.__aexit__(None, None, None)
