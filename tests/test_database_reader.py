@@ -438,6 +438,26 @@ async def test_a_backup_is_read_and_stays_as_it_was(tmp_path: Path) -> None:
     assert after == before
 
 
+async def test_any_number_of_readers_in_one_process(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        await db.checkpoint()
+    opening = trio_wal.open_database_reader
+    async with opening(home.path) as first:
+        async with opening(home.path) as second, opening(home.path) as third:
+            for reader in (first, second, third):
+                assert reader.get(b"a") == b"1"
+        # Those that are closed have taken nothing along.
+        with first.snapshot() as snap:
+            assert snap.get(b"a") == b"1"
+    async with opening(home.path) as reader:
+        assert reader.get(b"a") == b"1"
+    # Nothing is open any more: the owner's own would be refused.
+    async with home.open() as db:
+        assert db.get(b"a") == b"1"
+
+
 async def test_the_owners_own_process_is_told_to_read_its_database(tmp_path: Path) -> None:
     home = Home(tmp_path)
     async with home.open() as db:

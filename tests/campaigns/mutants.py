@@ -525,6 +525,20 @@ MUTANTS: Final = (
         "                told_lsn=proof,\n", "                told_lsn=0,\n",
     ),
     mutant(
+        "a database reader forgets what its snapshots see", "_mvcc", READERS_DB,
+        "        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):\n",
+        "        if layer.add(writes, seq, seq, keep_older=False):\n",
+    ),
+    mutant(
+        "a database reader gives a store back that is being read", "_follower", READERS_DB,
+        "        former.close()\n", "        former.view.base.transaction.close()\n",
+    ),
+    mutant(
+        "a database reader stands still behind a dropped log", "_follower", READERS_DB,
+        "        except LsnTruncatedError:\n            # Fallen",
+        "        except KeyError:\n            # Fallen",
+    ),
+    mutant(
         "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",
         "            chain_damage=damage,\n", "            chain_damage=None,\n",
     ),
