@@ -15,6 +15,7 @@ from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import CorruptLogError, LogDivergedError, Record
+from trio_wal._operations import encode_transaction
 from trio_wal.testing import MemoryFiles
 
 
@@ -221,3 +222,28 @@ async def test_of_commits_too_first_what_is_whole(files: MemoryFiles) -> None:
             for _ in range(2):
                 with pytest.raises(CorruptLogError, match="LSN 2"):
                     await lists.__anext__()
+
+
+@pytest.mark.parametrize("size", [None, 2, 0])
+async def test_nobody_is_led_past_a_damaged_commit(files: MemoryFiles, size: int | None) -> None:
+    async with open_memory_database(files) as db:
+        await db.put(b"a", b"1")
+        whole = db.wal.bookmark
+        # In one frame, and so in one list, with what comes after it.
+        log = db._core.log
+        good = encode_transaction({b"a": b"2"})
+        await log.append_unit([good, b"nonsense", good], 40)
+        async with db.changes(whole) as commits:
+            items: AsyncIterator[Any] = commits if size == 0 else commits.batches(size)
+            await items.__anext__()
+            with pytest.raises(CorruptLogError, match="LSN 3"):
+                await items.__anext__()
+            assert (commits.bookmark.lsn, commits.bookmark.epoch) == (2, whole.epoch)
+            # However it is gone on with.
+            for other in (items, commits, commits.batches()):
+                with pytest.raises(CorruptLogError, match="LSN 3"):
+                    await other.__anext__()
+            assert commits.bookmark.lsn == 2
+        async with db.changes(commits.bookmark) as commits:
+            with pytest.raises(CorruptLogError, match="LSN 3"):
+                await commits.__anext__()

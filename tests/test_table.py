@@ -31,6 +31,7 @@ JOBS = Table("jobs", key=tuple[int, str], value=Job)
 WORDS = Table("words", key=str, value=dict[str, int])
 BLOBS = Table("blobs", key=bytes, value=bytes)
 NUMBERS = Table("numbers", key=int, value=Point)
+COUNTS = Table("counts", key=str, value=int)
 
 
 async def test_what_is_put_is_given_back_by_all_that_can_be_read(files: MemoryFiles) -> None:
@@ -209,6 +210,7 @@ def test_a_table_that_cannot_be_is_refused(
         (lambda tx: WORDS.put(tx, "", []), TypeError, "table 'words': value must be of type dict"),
         (lambda tx: WORDS.put(tx, "", {"": 1 << 70}), ValueError, "table 'words': value cannot be"),
         (lambda tx: WORDS.put(tx, "", {"": object()}), TypeError, "table 'words': value cannot be"),
+        (lambda tx: COUNTS.put(tx, "", True), TypeError, "value must be of type int, not bool"),
         (lambda tx: BLOBS.put(tx, b"", "x"), TypeError, "table 'blobs': value must be bytes"),
         (lambda tx: NUMBERS.put(tx, "1", Point(0, 0)), TypeError, "table 'numbers': key must be"),
         (lambda tx: NUMBERS.put(tx, True, Point(0, 0)), TypeError, "table 'numbers': key must be"),

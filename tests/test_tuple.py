@@ -149,6 +149,18 @@ def test_other_types_are_refused(kind: Any, message: str) -> None:
         (uuid.UUID, "x", TypeError, "key must be a uuid.UUID, not str"),
         (datetime, 7, TypeError, "key must be a datetime with a time zone, not int"),
         (datetime, datetime(2026, 1, 1), ValueError, "key is a datetime without a time zone"),  # noqa: DTZ001
+        (
+            datetime,
+            datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),
+            ValueError,
+            "key is no time of the calendar in UTC",
+        ),
+        (
+            datetime,
+            datetime.max.replace(tzinfo=timezone(-timedelta(microseconds=1))),
+            ValueError,
+            "key is no time of the calendar in UTC",
+        ),
         (tuple[int, str], (7,), ValueError, "key must have 2 elements, not 1"),
         (tuple[int, str], (7, "x", 1), ValueError, "key must have 2 elements, not 3"),
         (tuple[int, str], [7, "x"], TypeError, "key must be a tuple, not list"),

@@ -164,7 +164,10 @@ class Table(Generic[K, V]):
         if self._encode is None:
             return check_bytes(f"table {self._name!r}: value", value)
         kind = self._class
-        if kind is not None and not isinstance(value, kind):
+        # A bool is an int, but would not be decoded as one.
+        if kind is not None and (
+            not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        ):
             raise TypeError(
                 f"table {self._name!r}: value must be of type {kind.__qualname__}, "
                 f"not {type(value).__name__}"
