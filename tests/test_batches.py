@@ -147,6 +147,45 @@ async def test_what_is_cut_meanwhile_is_not_given(files: MemoryFiles) -> None:
                 await lists.__anext__()
 
 
+async def test_a_list_of_which_all_is_cut_is_not_given(files: MemoryFiles) -> None:
+    async with open_wal(files) as wal:
+        await fill(wal, 4)
+        async with wal.follow(3) as records, trio.open_nursery() as nursery:
+            found: list[list[bytes]] = []
+
+            async def read() -> None:
+                batch = await records.batches(3, linger=1000.0).__anext__()
+                found.append([record.data for record in batch])
+
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            await wal.truncate_after(2)
+            await wait_all_tasks_blocked()
+            assert found == []
+            await fill(wal, 3, 3)
+            await wait_all_tasks_blocked()
+            assert found == [[b"0", b"1", b"2"]]
+
+
+async def test_the_end_of_the_log_ends_the_wait_for_more(files: MemoryFiles) -> None:
+    found: list[list[int]] = []
+
+    async def read(records: trio_wal.RecordStream, entered: trio.Event) -> None:
+        async with records:
+            entered.set()
+            async for batch in records.batches(linger=1000.0):
+                found.append(lsns(batch))  # noqa: PERF401
+
+    async with trio.open_nursery() as nursery, open_wal(files) as wal:
+        await fill(wal, 2)
+        entered = trio.Event()
+        nursery.start_soon(read, wal.follow(), entered)
+        await entered.wait()
+        await wait_all_tasks_blocked()
+        assert found == []
+    assert found == [[1, 2]]
+
+
 async def test_first_what_is_whole_then_the_damage(tmp_path: Path) -> None:
     path = tmp_path / "log"
     async with trio_wal.open_wal(path) as wal:
