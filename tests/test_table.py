@@ -58,6 +58,18 @@ async def test_what_is_put_is_given_back_by_all_that_can_be_read(files: MemoryFi
                 assert list(JOBS.scan(source, limit=1)) == [((-1, "x"), Job("first"))]
 
 
+async def test_an_int_may_stand_for_a_float(files: MemoryFiles) -> None:
+    rates = Table("rates", key=str, value=float)
+    async with open_memory_database(files) as db:
+        async with db.transaction() as tx:
+            rates.put(tx, "a", 1)
+            rates.put(tx, "b", 1.5)
+            with pytest.raises(TypeError, match="value must be of type float, not bool"):
+                rates.put(tx, "c", True)
+        assert list(rates.scan(db)) == [("a", 1.0), ("b", 1.5)]
+        assert type(rates.get(db, "a")) is float
+
+
 async def test_scans_begin_and_end_where_they_are_told(files: MemoryFiles) -> None:
     keys = [(number, name) for number in range(3) for name in ("a", "b")]
     async with open_memory_database(files) as db:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import threading
 from time import sleep
 from typing import Any, Final
@@ -28,7 +27,7 @@ from ._store_files import (
     state_of,
     store_size,
 )
-from ._system.files import OsDirectory
+from ._system.files import OsDirectory, OsFiles
 from ._system.store import identity, open_store_directory, path_below
 
 MAP_SIZE: Final = 1 << 36
@@ -83,8 +82,7 @@ class _Process:
 
 
 _process = _Process()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_process.begin)
+OsFiles().on_fork(_process.begin)
 
 
 class LmdbStoreReader:
