@@ -27,7 +27,7 @@ from ._store_files import (
     state_of,
     store_size,
 )
-from ._system.files import OsDirectory, OsFiles
+from ._system.files import OsDirectory, on_every_fork
 from ._system.store import identity, open_store_directory, path_below
 
 MAP_SIZE: Final = 1 << 36
@@ -82,7 +82,7 @@ class _Process:
 
 
 _process = _Process()
-OsFiles().on_fork(_process.begin)
+on_every_fork(_process.begin)
 
 
 class LmdbStoreReader:

@@ -169,8 +169,14 @@ def _after_fork_in_child() -> None:
             callback()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+def on_every_fork(callback: Callable[[], None]) -> None:
+    """Have a function called in every forked child, until the process ends: for what a module
+    keeps.  Where there is no fork nothing is done."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=callback)
+
+
+on_every_fork(_after_fork_in_child)
 
 
 class OsDirectory:
