@@ -23,11 +23,6 @@ class MapFull(Exception):
     written again before they were forgotten; grow it while nobody reads, and try again."""
 
 
-class StoreGrown(Exception):
-    """The file of another process's store has outgrown the map; `StoreReader.grow` it while nobody
-    reads."""
-
-
 @attrs.frozen
 class StoreState:
     """To which log a store belongs, and how much of it it holds."""
@@ -109,13 +104,8 @@ class StoreReader(Protocol):
         durable at this moment.
 
         Raises:
-          StoreGrown
           CorruptLogError, OSError
         """
-        ...
-
-    def grow(self) -> None:
-        """Make the map fit the file again; nothing may be reading."""
         ...
 
     def size(self) -> int:

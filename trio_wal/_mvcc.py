@@ -297,6 +297,8 @@ class Versions:
         self.settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
         self.durable_lsn: int = durable_lsn
+        self.epoch: int = 0
+        """Of the history that they are of; set by who makes or replays them."""
         self.max_transaction_bytes: Final = max_transaction_bytes
         self._checkpoint_bytes: Final = checkpoint_bytes
         self.room: Final = Room()

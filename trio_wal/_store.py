@@ -20,18 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 from . import _pages
 from ._base import MapFull, ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
-from ._files import (
-    OsDirectory,
-    close_quietly,
-    descriptor,
-    identity,
-    leave_mark,
-    make_directory,
-    open_store_directory,
-    path_below,
-    remove_file,
-    system_error,
-)
+from ._files import close_quietly
 from ._operations import KEY_BYTES_MAX
 from ._store_files import (
     DATA_NAME,
@@ -43,6 +32,16 @@ from ._store_files import (
     data_file,
     forget_suspect,
     store_size,
+)
+from ._system.files import OsDirectory
+from ._system.paths import make_directory
+from ._system.store import (
+    identity,
+    leave_mark,
+    open_store_directory,
+    path_below,
+    remove_file,
+    system_error,
 )
 from ._util import MiB
 
@@ -273,7 +272,7 @@ class LmdbStore:
             explained = self.explained(exc, "checkpoint failed")
             assert explained is not None
             if isinstance(explained, OSError):
-                # LMDB would write the same pages again, and that may not help: see `_files`.
+                # LMDB would write the same pages again, and that may not help: see `_system.sync`.
                 self._suspect = True
                 full = self._mark_suspect()
                 if explained.errno == errno.EIO and full is not None:
@@ -326,7 +325,7 @@ class LmdbStore:
             file = directory.open(DATA_NAME, create=True)
             try:
                 # Compacted: what was deleted stays in free pages, and need not travel.
-                self._env.copyfd(descriptor(file), compact=True)
+                self._env.copyfd(file.fileno(), compact=True)
                 file.sync()
             finally:
                 close_quietly(file)

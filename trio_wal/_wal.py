@@ -20,7 +20,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 from ._engine import RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Files, OsFiles
+from ._files import Files
 from ._flusher import Durability
 from ._identity import Bookmark
 from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
@@ -28,6 +28,7 @@ from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
+from ._system.files import OsFiles
 from ._util import MiB, check_bytes, check_int
 from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
 

@@ -22,7 +22,7 @@ import trio
 
 import trio_wal
 from trio_wal._disk.verify import verify
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 from . import _report
 from .__main__ import load

@@ -213,8 +213,8 @@ MUTANTS: Final = (
         "                pass\n",
     ),
     mutant(
-        "a failed open leaves the directory that it has made", "_files", "leaks:log/flock",
-        "        _remove_directories(made)\n\n    def lock", "\n    def lock",
+        "a failed open leaves the directory that it has made", "_system/files", "leaks:log/flock",
+        "        remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
         "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
@@ -577,15 +577,15 @@ MUTANTS: Final = (
         "                view.base.explain(exc)\n", "",
     ),
     mutant(
-        "a link is followed to where LMDB writes", "_files", "hostile:places",
+        "a link is followed to where LMDB writes", "_system/store", "hostile:places",
         "    if not stat.S_ISREG(found.st_mode):\n", "    if False:\n",
     ),
     mutant(
-        "a file with another name elsewhere is written", "_files", "hostile:places",
+        "a file with another name elsewhere is written", "_system/store", "hostile:places",
         "    if found.st_nlink > 1:\n", "    if False:\n",
     ),
     mutant(
-        "a store may be a link", "_files", "hostile:places",
+        "a store may be a link", "_system/store", "hostile:places",
         "    return OsFiles().open_directory(path, follow=False)\n",
         "    return OsFiles().open_directory(path)\n",
     ),
@@ -606,6 +606,20 @@ MUTANTS: Final = (
     mutant(
         "readers do not take the owner's word as proof", "_reader", "bitrot:ways/reader",
         "                told_lsn=proof,\n", "                told_lsn=0,\n",
+    ),
+    mutant(
+        "a database reader forgets what its snapshots see", "_mvcc", READERS_DB,
+        "        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):\n",
+        "        if layer.add(writes, seq, seq, keep_older=False):\n",
+    ),
+    mutant(
+        "a database reader gives a store back that is being read", "_follower", READERS_DB,
+        "        former.close()\n", "        former.view.base.transaction.close()\n",
+    ),
+    mutant(
+        "a database reader stands still behind a dropped log", "_follower", READERS_DB,
+        "        except LsnTruncatedError:\n            # Fallen",
+        "        except KeyError:\n            # Fallen",
     ),
     mutant(
         "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",
