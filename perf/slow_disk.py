@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 
 @attrs.define
