@@ -154,7 +154,7 @@ def age(path: Path, unit: Sequence[bytes]) -> None:
 async def prepared(wal: trio_wal.WriteAheadLog) -> None:
     """Until the next segment is ready, as it is in time where every record waits for a sync:
     one taken half-way has slower syncs for as long as it lasts."""
-    while wal._log.engine._directory._preparing:  # noqa: ASYNC110  (a thread of the log's own does it)
+    while wal._log.engine._directory.spares.preparing:  # noqa: ASYNC110  (a thread of the log's own does it)
         await trio.sleep(0.02)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import attrs
 
 from trio_wal._disk.cursor import Cursor
-from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._files import NO_WORD
 from trio_wal._local import DirectoryLocator
 from trio_wal.testing import MemoryFiles

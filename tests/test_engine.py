@@ -218,6 +218,24 @@ async def test_a_follower_gets_what_comes_and_ends_with_the_log(any_home: Any) -
     assert list(found) == list(range(1, 30))
 
 
+async def test_what_anybody_holds_is_kept_until_all_have_let_go(home: Any) -> None:
+    async with home.open() as wal:
+        engine = wal._log.engine
+        for _ in range(60):
+            await wal.append(LARGE)
+        engine.hold("archive", 20)
+        engine.hold("store", 50)
+        await wal.truncate_before(61)
+        assert 1 < wal.first_lsn <= 20
+        engine.hold("archive", 55)
+        await wal.truncate_before(61)
+        assert 20 < wal.first_lsn <= 50
+        engine.hold("store", None)
+        engine.hold("archive", None)
+        await wal.truncate_before(61)
+        assert wal.first_lsn == 61
+
+
 async def test_truncate_before_drops_whole_pieces_and_readers_are_told(any_home: Any) -> None:
     home = any_home
     async with home.open() as wal:

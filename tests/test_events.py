@@ -12,11 +12,11 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from databases import open_memory_database
+from databases import DB, open_memory_database
 from helpers import LOG, Call, open_memory, open_tasks
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_wal import LogFailedError, LogFullError
+from trio_wal import LogFailedError, LogFullError, _log
 from trio_wal._events import tell
 from trio_wal.testing import MemoryFiles
 
@@ -77,6 +77,25 @@ async def test_a_cut_batch_is_a_warning_with_its_bytes(
     assert torn > 0
     assert opened[0] == "opened WARNING"
     assert opened[1].endswith(f"recovered, {torn} bytes of an unfinished batch cut")
+
+
+async def test_an_end_that_readers_were_told_of_and_that_is_lost_is_a_warning(
+    files: MemoryFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_memory(files) as wal:
+        for _ in range(3):
+            await wal.append(b"record")
+        image = files.crash_image(kind="kill")
+    events(caplog)
+    (name,) = (name for name in image.names(LOG) if name.startswith("wal-"))
+    image.write_file(LOG, name, image.read_file(LOG, name)[: 4096 + 512].ljust(1 << 20, b"\0"))
+    async with open_memory(image):
+        (opened,) = events(caplog, "opened")
+    assert opened[0] == "opened WARNING"
+    assert opened[2]["lost_lsn"] == 3
+    assert opened[1].endswith(
+        "; readers had been told that LSN 3 is durable, and all after 1 is lost: a new epoch begins"
+    )
 
 
 async def test_each_rotation_is_a_line_for_who_asks(
@@ -217,6 +236,51 @@ async def test_a_commit_is_no_line(files: MemoryFiles, caplog: pytest.LogCapture
         await wal.send(b"record")
         await wal.flush()
         assert events(caplog) == []
+
+
+class _Refuses(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.asked += 1
+        raise ValueError("a filter with a bug")
+
+
+async def test_a_filter_with_a_bug_breaks_no_log(
+    files: MemoryFiles, request: pytest.FixtureRequest
+) -> None:
+    refuses = _Refuses()
+    logger = logging.getLogger("trio_wal")
+    logger.addFilter(refuses)
+    request.addfinalizer(lambda: logger.removeFilter(refuses))
+    for _ in range(2):
+        async with open_memory(files, segment_size=1) as wal:
+            for _ in range(10):
+                await wal.append(b"x")
+        async with open_memory_database(files, checkpoint_bytes=1) as db:
+            for _ in range(10):
+                await db.put(b"k", b"v")
+                await wait_all_tasks_blocked()
+    assert refuses.asked > 20
+
+
+@pytest.mark.parametrize("opened", [open_memory, open_memory_database])
+async def test_an_open_that_fails_at_its_last_step_leaves_nothing(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, opened: Any
+) -> None:
+    def no_memory(*args: object, **values: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_log, "tell", no_memory)
+        with pytest.raises(MemoryError):
+            async with opened(files):
+                raise AssertionError
+    assert not any(files.exists(path) for path in (LOG, DB))
+    async with opened(files):
+        pass
 
 
 def test_a_name_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:

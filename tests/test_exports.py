@@ -33,12 +33,14 @@ ALIASES = {"Durability", "VerifyStore"}
 MADE_BY_OPENING = (
     "CommitStream",
     "Database",
+    "DatabaseWriter",
     "LogReader",
     "RecordStream",
     "Replica",
     "Snapshot",
     "Transaction",
     "WriteAheadLog",
+    "Writer",
 )
 INHERITED = (BaseException, tuple, object)
 

@@ -14,6 +14,7 @@ import select
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -28,19 +29,13 @@ from logs import TINY, append, open_log, records_of
 
 import trio_wal
 from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
-from trio_wal._disk.directory import open_log_directory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
-from trio_wal._files import (
-    FOLIO_MAX,
-    NO_WORD,
-    Directory,
-    OsDirectory,
-    OsFile,
-    OsFiles,
-    Word,
-    _lock_holder,
-    watch_directory,
-)
+from trio_wal._files import NO_WORD, Directory, Word
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles
+from trio_wal._system.owner import lock_holder
+from trio_wal._system.sync import FOLIO_MAX
+from trio_wal._system.watch import watch_directory
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -530,7 +525,7 @@ def test_who_has_a_lock_is_read_from_the_table_of_locks(
     inode: int, signed: int | None, holder: int | None
 ) -> None:
     status = os.stat_result((0o40700, inode, os.makedev(0xFD, 1), 2, 0, 0, 0, 0, 0, 0))
-    assert _lock_holder(LOCKS, status, signed) == holder
+    assert lock_holder(LOCKS, status, signed) == holder
 
 
 def test_a_close_clears_the_owners_pid(tmp_path: Path) -> None:
@@ -869,3 +864,86 @@ async def test_a_last_segment_of_64_gib_of_nothing_is_looked_at_at_once(
         assert reader.durable_lsn == 6
     async with trio_wal.open_wal(path) as wal:
         await wal.append(b"after")
+
+
+# -- what is written ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+def test_a_file_tells_how_much_of_it_is_written(tmp_path: Path) -> None:
+    directory = OsFiles().open_directory(str(tmp_path / "files"), create=True)
+    file = directory.open("file", create=True)
+    file.pwrite([bytes(MiB)], 0)
+    file.sync()
+    written = file.written_bytes()
+    if not written:
+        pytest.skip("this file system does not tell")
+    assert written == MiB
+    file.allocate(3 * MiB)
+    assert file.pread(2 * MiB, MiB) == bytes(2 * MiB)
+    assert file.written_bytes() == MiB, "space that is reserved, and was read into the page cache"
+    file.pwrite([b"x"], MiB)
+    file.pwrite([bytes(4096)], 2 * MiB)
+    file.sync()
+    assert MiB < file.written_bytes() <= 2 * MiB
+    file.pwrite([bytes(2 * MiB)], MiB)
+    file.sync()
+    assert file.written_bytes() == 3 * MiB
+    file.close()
+    directory.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+@pytest.mark.parametrize(
+    ("extents", "written"),
+    [
+        ([], 0),
+        ([(0, 4096, 0x1)], 4096),
+        # 64 of them are told at a time.
+        ([(at * 4096, 4096, 0x1000) for at in range(200)], 200 * 4096),
+        ([(0, 4096, 0), (4096, 4096, 0x800)], 4096),
+        ([(0, 4096, 0), (8192, 4096, 0x1)], 4096),
+        ([(4096, 4096, 0x1)], 0),
+        # Not allocated yet, shared with another file, inside of the inode.
+        *(([(0, 4096, 0), (4096, 4096, flag)], 4096) for flag in (0x6, 0x2000, 0x200, 0x1 << 20)),
+    ],
+)
+def test_only_extents_in_a_row_that_are_plainly_written_count(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    extents: list[tuple[int, int, int]],
+    written: int,
+) -> None:
+    import fcntl
+
+    def ioctl(fd: int, request: int, argument: bytearray) -> None:
+        start, length, _, _, room, _ = struct.unpack_from("=QQLLLL", argument)
+        found = [extent for extent in extents if start <= extent[0] < start + length][:room]
+        struct.pack_into("=L", argument, 20, len(found))
+        for number, (at, size, flags) in enumerate(found):
+            struct.pack_into("=QQQ16xL12x", argument, 32 + 56 * number, at, 1 << 30, size, flags)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    directory = OsFiles().open_directory(str(tmp_path / "files"), create=True)
+    file = directory.open("file", create=True)
+    assert file.written_bytes() == written
+    file.close()
+    directory.close()
+
+
+def test_a_file_system_that_does_not_tell_has_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def ioctl(fd: int, request: int, argument: bytearray) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    directory = OsFiles().open_directory(str(tmp_path / "files"), create=True)
+    file = directory.open("file", create=True)
+    file.pwrite([bytes(MiB)], 0)
+    file.sync()
+    assert file.written_bytes() == 0
+    file.close()
+    directory.close()

@@ -421,6 +421,24 @@ async def test_wait_durable_wakes_each_waiter_at_its_own_lsn(files: MemoryFiles)
         assert wal.statistics().tasks_waiting_durable == 0
 
 
+@pytest.mark.parametrize("attempt", range(8))
+async def test_who_waited_for_a_record_that_was_cut_at_once_is_not_told_of_a_close(
+    files: MemoryFiles, attempt: int
+) -> None:
+    """It was durable.  Which task runs first, the one that waited or the flusher, is chance."""
+    async with open_memory(files, durability="none") as wal, open_tasks(files) as nursery:
+        files.hold()
+        waiting = Call(nursery, wal.wait_durable, 2)
+        appended = Call(nursery, wal.append_many, [b"1", b"2"])
+        await wait_all_tasks_blocked()
+        cut = Call(nursery, wal.truncate_after, 1)
+        await wait_all_tasks_blocked()
+        files.release()
+        await wait_all_tasks_blocked()
+        assert [call.state for call in (waiting, appended, cut)] == ["returned"] * 3
+        assert wal.durable_lsn == 1
+
+
 async def test_a_cancelled_wait_durable_leaves_the_others_waiting(files: MemoryFiles) -> None:
     async with open_memory(files) as wal, trio.open_nursery() as nursery:
         calls = [Call(nursery, wal.wait_durable, lsn) for lsn in (1, 2, 2, 3)]

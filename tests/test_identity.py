@@ -24,8 +24,11 @@ from trio_wal import (
     LsnTruncatedError,
     UnsupportedFormatError,
 )
-from trio_wal._disk.frame import META_SIZE_MAX, FrameError, Meta, decode_meta
+from trio_wal._disk.frame import BLOCK, DATA_OFFSET, META_SIZE_MAX, FrameError, Meta, decode_meta
+from trio_wal._disk.verify import verify
+from trio_wal._files import Word
 from trio_wal._identity import PARTINGS_MAX, UNPARTED, Parting, branch, common_lsn, epoch_of
+from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
 DB = "/db"
@@ -468,6 +471,167 @@ async def test_a_waiting_follower_in_another_process_is_told(autojump_clock: Moc
         nursery.start_soon(follow)
         await wait_all_tasks_blocked()
         await wal.truncate_after(3)
+
+
+# -- an end that is lost ------------------------------------------------------------------------
+
+
+def lose(files: MemoryFiles, lsn: int, path: str = LOG) -> None:
+    """The frames of a killed log of one segment, one record each, rot from one on."""
+    name = next(name for name in files.names(path) if name.startswith("wal-"))
+    data = files.read_file(path, name)[: DATA_OFFSET + (lsn - 1) * BLOCK]
+    files.write_file(path, name, data + bytes(64 * BLOCK))
+
+
+async def read_on(records: Any, given: list[bytes]) -> None:
+    async for record in records:
+        given += [record.data]
+
+
+def killed_log(count: int = 9) -> MemoryFiles:
+    return make_log(*([b"old %d" % n] for n in range(1, count + 1)), close=False, segment_size=MiB)
+
+
+async def test_an_end_that_others_were_told_of_and_that_is_lost_begins_an_epoch() -> None:
+    files = killed_log()
+    lose(files, 8)
+    async with open_wal(files) as wal:
+        assert (wal.last_lsn, wal.recovery.lost_lsn) == (7, 9)
+        epoch = wal.epoch
+        assert epoch > 0
+        assert wal.bookmark == Bookmark(7, epoch)
+        assert await wal.append(b"new 8") == 8
+        assert await wal.append(b"new 9") == 9
+        async with wal.follow(Bookmark(7, 0)) as records:
+            assert (await records.__anext__()).data == b"new 8"
+        for lsn in (8, 9):
+            with pytest.raises(LogDivergedError) as caught:
+                await wal.follow(Bookmark(lsn, 0)).__aenter__()
+            assert caught.value.parted_after == 7
+    for _ in range(2):
+        async with open_wal(files) as wal:
+            assert (wal.epoch, wal.last_lsn, wal.recovery.lost_lsn) == (epoch, 9, 0)
+
+
+@pytest.mark.parametrize("lsn", [8, 9])
+async def test_a_follower_in_another_process_that_has_the_lost_records_is_told(
+    autojump_clock: MockClock, lsn: int
+) -> None:
+    files = killed_log()
+    async with trio_wal.open_reader(LOG, files=files) as reader, reader.follow() as records:
+        for _ in range(lsn):
+            await records.__anext__()
+        lose(files, 8)
+        async with open_wal(files) as wal:
+            await wal.append_many([b"new %d" % number for number in range(8, 20)])
+            given: list[bytes] = []
+            with pytest.raises(LogDivergedError) as caught:
+                await read_on(records, given)
+            assert not any(data.startswith(b"new") for data in given)
+            assert caught.value.parted_after == 7
+            assert reader.epoch == wal.epoch > 0
+            assert reader.durable_lsn == 19
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        Word(7, 0),
+        Word(0, None),
+        Word(9, 1 << 32 | 5),
+        # What an older version says while the log has never been cut.
+        pytest.param(Word(9, None), id="bare"),
+        pytest.param(Word((1 << 64) - 1, 0), id="forged"),
+    ],
+)
+async def test_a_word_is_never_a_reason_to_refuse_an_open(word: Word) -> None:
+    files = killed_log()
+    lose(files, 8)
+    files._folders[LOG].published = word
+    told = word.told_lsn(0)
+    async with open_wal(files) as wal:
+        assert wal.last_lsn == 7
+        assert (wal.epoch > 0) == (told > 7)
+        assert wal.recovery.lost_lsn == (told if told > 7 else 0)
+
+
+def test_the_word_of_the_history_before_a_cut_does_not_begin_an_epoch() -> None:
+    files = killed_log()
+    word = files._folders[LOG].published
+    log = open_log(files, segment_size=MiB)
+    log.truncate_after(5)
+    log.close(orderly=False)
+    # The owner was killed before it could say what is true now.
+    files._folders[LOG].published = word
+    again = open_log(files, segment_size=MiB)
+    assert (again.history, again.report.lost_lsn) == (log.history, 0)
+
+
+@pytest.mark.parametrize("kind", ["kill", "power"])
+def test_a_crash_of_the_open_that_begins_an_epoch_leaves_it_to_the_next(kind: Any) -> None:
+    files = killed_log()
+    lose(files, 8)
+    images: list[MemoryFiles] = []
+    word = files._folders[LOG].published
+
+    def crash(operation: str, path: str) -> None:
+        for seed in range(3 if kind == "power" else 1):
+            image = files.crash_image(seed, kind)
+            # That nobody has synced it is not what is looked at here.
+            image._folders[LOG].published = word
+            images.append(image)
+
+    files.after_operation = crash
+    log = open_log(files, segment_size=MiB)
+    files.after_operation = None
+    lasting = files.crash_image(1, "power")
+    assert open_log(lasting, segment_size=MiB).history == log.history
+    assert len(images) > 5
+    lost = set()
+    for image in images:
+        again = open_log(image, segment_size=MiB)
+        assert again.last_lsn == 7
+        assert common_lsn(again.history, 0) == 7
+        assert len(again.history) == 2
+        lost.add(again.report.lost_lsn)
+    assert lost == {0, 9}
+
+
+async def test_a_reader_misses_the_lost_end_until_the_log_was_opened() -> None:
+    files = killed_log()
+    lose(files, 8)
+
+    async def read() -> list[int]:
+        async with trio_wal.open_reader(LOG, files=files) as reader, reader.read() as records:
+            return [record.lsn async for record in records]
+
+    with pytest.raises(CorruptLogError, match="the log's owner has said that LSN 9 is durable"):
+        await read()
+    # Which is what verify asks: whether an open would refuse it.
+    assert verify(files.open_directory(LOG)).findings == ()
+    async with open_wal(files):
+        assert await read() == list(range(1, 8))
+    assert await read() == list(range(1, 8))
+    assert verify(files.open_directory(LOG)).findings == ()
+
+
+async def test_a_database_that_has_lost_commits_tells_those_who_have_seen_them() -> None:
+    files = MemoryFiles()
+    async with trio_wal.open_database(DB, files=files) as db:
+        for number in range(1, 10):
+            await db.put(b"key", b"%d" % number)
+        killed = files.crash_image(kind="kill")
+    lose(killed, 8, f"{DB}/log")
+    async with trio_wal.open_database(DB, files=killed) as db:
+        assert (db.recovery.lost_lsn, db.durable_lsn) == (9, 7)
+        assert db.epoch > 0
+        assert db.get(b"key") == b"7"
+        await db.put(b"key", b"other")
+        with pytest.raises(LogDivergedError) as caught:
+            await db.changes(Bookmark(8, 0)).__aenter__()
+        assert caught.value.parted_after == 7
+        async with db.changes(Bookmark(7, 0)) as commits:
+            assert (await commits.__anext__()).lsn == 8
 
 
 # -- the database and its backups -------------------------------------------------------------

@@ -22,13 +22,14 @@ from logs import (
 import trio_wal
 from trio_wal import CorruptLogError
 from trio_wal._disk.chain import META_NAME, list_chain, read_meta
-from trio_wal._disk.directory import open_log_directory
 from trio_wal._disk.finding import Finding, Report, refuse
 from trio_wal._disk.frame import DATA_OFFSET
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import examine
 from trio_wal._disk.verify import verify
 from trio_wal._disk.walk import check_last, check_segment
-from trio_wal._files import NO_WORD, OsFiles, Word
+from trio_wal._files import NO_WORD, Word
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))

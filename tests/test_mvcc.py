@@ -306,6 +306,24 @@ async def test_whoever_reads_a_pending_commit_depends_on_it(home: Home) -> None:
     assert home.reads().dependency is None
 
 
+@pytest.mark.parametrize("keys", [(b"a", b"b"), (b"b", b"a")])
+async def test_whoever_reads_two_pending_commits_waits_for_the_newer(
+    home: Home, keys: tuple[bytes, bytes]
+) -> None:
+    home.commit("a", a=b"1")
+    home.commit("b", b=b"2")
+    reads = home.reads()
+    for key in keys:
+        assert reads.get(key) is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(home.versions.wait_for, reads.dependency)
+        await wait_all_tasks_blocked()
+        home.log.sync(1)
+        await wait_all_tasks_blocked()
+        assert nursery.child_tasks, "only one of the two is durable"
+        home.log.sync(1)
+
+
 async def test_a_lost_commit_takes_along_whoever_read_it(home: Home) -> None:
     home.commit("a", k=b"1")
     home.log.sync()
@@ -426,6 +444,40 @@ async def test_somebody_can_wait_until_nobody_reads(home: Home) -> None:
         home.versions.readers.unpin(pins[1])
 
 
+class _Collects:
+    """A reader at whose turn the garbage collector ends another."""
+
+    task: trio.lowlevel.Task | None = None
+
+    def __init__(self, home: Home, others: list[Pin]) -> None:
+        self._home, self._others = home, others
+        self.dropped = 0
+        self.view = home.versions.pin(self)
+
+    def layer_dropped(self, layer: Layer) -> None:
+        self.dropped += 1
+        while self._others:
+            self._home.versions.readers.unpin(self._others.pop())
+
+    def changed_past(self, keys: Iterable[bytes]) -> None:
+        pass
+
+
+def test_a_scan_that_the_garbage_collector_ends_disturbs_no_checkpoint(home: Home) -> None:
+    others: list[Pin] = []
+    first = _Collects(home, others)
+    others += [Pin(home.versions), Pin(home.versions)]
+    last = _Collects(home, [])
+    home.commit("a", k=b"1")
+    home.log.sync()
+    frozen = home.versions.freeze()
+    assert frozen is not None
+    home.versions.checkpointed(frozen)
+    assert (first.dropped, last.dropped) == (1, 1)
+    left: list[object] = [*home.versions.readers.pins]
+    assert left == [first, last]
+
+
 # -- a checkpoint while deletions are buried --------------------------------------------
 
 
@@ -541,7 +593,8 @@ async def test_transactions_and_snapshots_need_versions_only(home: Home) -> None
             assert tx.get(b"k") == b"1"
             assert list(tx.scan()) == [(b"k", b"1")]
             home.log.sync()
-            with new_snapshot(home.versions, 7) as snapshot:
+            home.versions.epoch = 7
+            with new_snapshot(home.versions) as snapshot:
                 assert (snapshot.get(b"k"), str(snapshot.bookmark)) == (b"1", "1@7")
             nursery.start_soon(write, b"2")
             await wait_all_tasks_blocked()

@@ -236,8 +236,8 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 # -- descriptors ---------------------------------------------------------------------------
 
 WITHOUT_STDIO = """
-from trio_wal._disk.directory import open_log_directory
-from trio_wal._files import OsFiles
+from trio_wal._disk.opening import open_log_directory
+from trio_wal._system.files import OsFiles
 
 path, result = sys.argv[1:]
 # Without trio, whose own descriptors would take the free numbers first.
@@ -394,9 +394,12 @@ async def test_what_a_killed_process_was_told_is_there_in_order(tmp_path: Path) 
 # -- forked children ---------------------------------------------------------------------------
 
 LEAVE = """
+import threading
+
 async def main(path, kind, how):
     opened = {
-        "log": trio_wal.open_wal, "database": trio_wal.open_database, "reader": trio_wal.open_reader
+        "log": trio_wal.open_wal, "database": trio_wal.open_database,
+        "reader": trio_wal.open_reader, "database reader": trio_wal.open_database_reader,
     }[kind]
     async with opened(path) as handle, trio.open_nursery() as nursery:
         if kind == "log":
@@ -405,14 +408,27 @@ async def main(path, kind, how):
             nursery.start_soon(ignore_closed, handle.wait_durable, 10**9)
             nursery.start_soon(ignore_closed, follow, handle.follow())
             await handle.append(b"record")
+        if kind == "database reader":
+            assert handle.get(b"key") == b"value"
         if kind == "database":
             await handle.put(b"key", b"value")
             snapshot = handle.snapshot().__enter__()
             scan = handle.scan()
             next(scan)
-        # As it is in trio, a thread that answers at this moment has a lock that the child needs.
-        with trio.lowlevel.current_trio_token()._reentry_queue.lock:
-            pid = os.fork()
+        # A thread that answers trio at this moment has a lock that the child needs.
+        lock = trio.lowlevel.current_trio_token()._reentry_queue.lock
+        held, forked = threading.Event(), threading.Event()
+
+        def hold():
+            with lock:
+                held.set()
+                forked.wait()
+
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait()
+        pid = os.fork()
+        if pid:
+            forked.set()
         if pid == 0:
             if kind == "database":
                 calls = [
@@ -421,6 +437,12 @@ async def main(path, kind, how):
                     lambda: list(scan),
                 ]
                 for call in calls:
+                    try:
+                        say("answered", call())
+                    except trio.ClosedResourceError:
+                        pass
+            if kind == "database reader":
+                for call in (lambda: handle.get(b"key"), handle.scan, handle.changes):
                     try:
                         say("answered", call())
                     except trio.ClosedResourceError:
@@ -452,7 +474,7 @@ async def main(path, kind, how):
 
 MIDDLE = """
 import threading
-from trio_wal import _log
+from trio_wal import _park
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory
 
@@ -480,7 +502,7 @@ async def main(path, how):
         LogDirectory.write = stick
         nursery.start_soon(ignore_closed, wal.append, b"record")
         engine = wal._log.engine
-        lock = engine._directory._spare_lock
+        lock = engine._directory.spares._lock
         threading.Thread(target=hold, args=[lock], daemon=True).start()
         while stuck < 3:
             await trio.sleep(0.001)
@@ -493,7 +515,7 @@ async def main(path, how):
                 if bell is not None:
                     os.eventfd_write(bell, 1)
 
-            reschedule, _log.reschedule = _log.reschedule, wake
+            reschedule, _park.reschedule = _park.reschedule, wake
             if how == "exception":
                 raise Left
             await wal.aclose()
@@ -548,7 +570,7 @@ assert os.getpid() == pid, "the child came through"
 
 
 @pytest.mark.parametrize(("how", "code"), [("exception", 8), ("exit", 7), ("aclose", 9)])
-@pytest.mark.parametrize("kind", ["log", "database", "reader"])
+@pytest.mark.parametrize("kind", ["log", "database", "reader", "database reader"])
 async def test_a_forked_child_leaves_the_block_at_once(
     tmp_path: Path, kind: str, how: str, code: int
 ) -> None:
@@ -556,17 +578,20 @@ async def test_a_forked_child_leaves_the_block_at_once(
     if kind == "reader":
         async with trio_wal.open_wal(path) as wal:
             await wal.append(b"record")
+    if kind == "database reader":
+        async with trio_wal.open_database(path) as db:
+            await db.put(b"key", b"value")
     async with child(LEAVE + ENDING, path, kind, how) as parent:
         assert await parent.line() == f"child {code}"
         assert await parent.line() == "parent"
         log = path / "log" if kind == "database" else path
-        if kind != "reader":
+        if "reader" not in kind:
             with pytest.raises(LogLockedError) as caught:
                 async with trio_wal.open_wal(log):
                     pass
             assert caught.value.pid == parent.pid
         await parent.kill()
-    if kind == "database":
+    if "database" in kind:
         async with trio_wal.open_database(path) as db:
             assert db.get(b"key") == b"value"
     else:

@@ -27,12 +27,13 @@ from trio_wal import (
     WrongDirectoryError,
 )
 from trio_wal._disk.cursor import CHUNK_BYTES, Cursor
-from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._engine import Record
-from trio_wal._files import OsFiles
 from trio_wal._log import LogSource
 from trio_wal._reader import POLL_SECONDS
+from trio_wal._system.files import OsFiles
 from trio_wal._util import KiB
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
@@ -774,8 +775,8 @@ async def test_a_cancelled_follower_lets_go_of_its_segment_and_loses_nothing() -
             assert scope.cancelled_caught
             await wal.append(b"record 4")
             assert await take(records, 1) == [(4, b"record 4")]
-            assert wal._log.engine._directory._readers
-        assert not wal._log.engine._directory._readers
+            assert wal._log.engine._directory.spares._readers
+        assert not wal._log.engine._directory.spares._readers
 
 
 async def test_reading_a_closed_log_is_an_error() -> None:

@@ -28,7 +28,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
-from trio_wal._disk.directory import PAUSE_SHARE, PAUSES, LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
@@ -40,12 +40,14 @@ from trio_wal._disk.frame import (
     footer_reserve,
     index_step,
 )
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_pointer, start_of
 from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
+from trio_wal._disk.spares import PAUSE_SHARE, PAUSES
 from trio_wal._engine import Moved
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 from trio_wal._util import KiB, MiB
-from trio_wal.testing import MemoryFiles
+from trio_wal.testing import SECTOR, MemoryFile, MemoryFiles, _Inode
 
 SPARE = "spare-"
 
@@ -273,7 +275,8 @@ def test_a_full_disk_is_no_error_while_the_next_segment_is_prepared() -> None:
 
 def test_a_full_disk_is_not_asked_again_at_every_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("trio_wal._disk.directory.perf_counter", lambda: now)
+    for module in ("directory", "spares"):
+        monkeypatch.setattr(f"trio_wal._disk.{module}.perf_counter", lambda: now)
     files = MemoryFiles()
     log = open_log(files, segment_size=1 * MiB)
     files.free_bytes = 0
@@ -380,6 +383,121 @@ def test_disk_bytes_counts_segments_and_what_is_prepared() -> None:
     assert log.disk_bytes > sum(size for name, size in sizes.items() if name != "log.meta")
 
 
+# -- frames that stand in place -------------------------------------------------------------
+
+
+class InPlace:
+    """Watches which sectors of each file have been written, and which of these are synced.
+
+    The file system says what was written, be it synced or not: that is the most it may say.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.syncs: list[bool] = []
+        self.written: dict[object, set[int]] = {}
+        self.settled: dict[object, set[int]] = {}
+        write, resize, sync = MemoryFile.pwrite, _Inode.resize, MemoryFile.sync
+
+        def watched_write(file: MemoryFile, pieces: Any, offset: int) -> None:
+            write(file, pieces, offset)
+            end = offset + sum(map(len, pieces))
+            there = self.written.setdefault(file._inode, set())
+            there.update(range(offset // SECTOR, -(-end // SECTOR)))
+
+        def watched_resize(inode: _Inode, size: int) -> None:
+            resize(inode, size)
+            for known in (self.written, self.settled):
+                known[inode] = {at for at in known.get(inode, ()) if at * SECTOR < size}
+
+        def watched_sync(file: MemoryFile, *, in_place: bool = False) -> None:
+            inode, settled = file._inode, self.settled.setdefault(file._inode, set())
+            if in_place:
+                assert inode.dirty <= settled, "the file system has something to write down"
+            self.syncs.append(in_place)
+            sync(file, in_place=in_place)
+            settled |= self.written.get(inode, set())
+
+        def written_bytes(file: MemoryFile) -> int:
+            there, count = self.written.get(file._inode, set()), 0
+            while count in there:
+                count += 1
+            return count * SECTOR
+
+        monkeypatch.setattr(MemoryFile, "pwrite", watched_write)
+        monkeypatch.setattr(_Inode, "resize", watched_resize)
+        monkeypatch.setattr(MemoryFile, "sync", watched_sync)
+        monkeypatch.setattr(MemoryFile, "written_bytes", written_bytes)
+
+    def of_appends(self, log: LogDirectory, count: int) -> list[bool]:
+        """What is said of the sync of each of these."""
+        self.syncs.clear()
+        number = log.active.header.number
+        for _ in range(count):
+            append(log, b"x")
+        assert log.active.header.number == number
+        return self.syncs[:]
+
+
+def test_frames_of_a_new_log_stand_in_place_from_the_first_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = InPlace(monkeypatch)
+    log = open_log(MemoryFiles(), segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [True] * 5
+
+
+def test_a_log_opened_again_finds_what_was_written_and_synced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    append(log, b"one")
+    log.close()
+    log = open_log(files, segment_size=64 * MiB)
+    # What the file system says may not be on the disk before a sync has returned.
+    assert watch.of_appends(log, 5) == [False, *[True] * 4]
+
+
+def test_after_a_crash_frames_stand_in_place_from_the_first_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    while log.active.header.number < 3:
+        append(log, bytes(100 * KiB))
+    append(log, b"not proven to be durable")
+    assert log.active.capacity == 16 * MiB
+    log = open_log(copy_of(files), segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [True] * 5
+
+
+def test_what_is_only_reserved_is_not_taken_for_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MemoryFiles()
+    watch = InPlace(monkeypatch)
+    log = open_log(files, segment_size=64 * MiB)
+    append(log, b"one", b"two")
+    log.truncate_after(1)
+    assert watch.of_appends(log, 5) == [False] * 5
+    log.close()
+    log = open_log(files, segment_size=64 * MiB)
+    assert watch.of_appends(log, 5) == [False] * 5
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "hurried"])
+def test_the_next_segment_is_in_place_as_far_as_zeros_were_written_and_synced(
+    monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    watch = InPlace(monkeypatch)
+    log = open_log(MemoryFiles(), segment_size=64 * MiB)
+    append(log, b"one")
+    if prepared:
+        log.prepare_spare()
+    log.rotate()
+    assert watch.of_appends(log, 5) == [prepared] * 5
+
+
 # -- dropping -----------------------------------------------------------------------------
 
 
@@ -434,7 +552,7 @@ def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
     for n in range(4):
         append(log, b"%d" % n)
     (header,) = (s.header for s in log.sealed())
-    log.pin(header)
+    log.spares.pin(header)
     file = log.open_segment(header)
     before = file.pread(file.size(), 0)
     log.drop_before(3)
@@ -442,7 +560,7 @@ def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
     append(log, b"x")
     append(log, b"y")
     assert file.pread(len(before), 0) == before
-    log.unpin(header)
+    log.spares.unpin(header)
 
 
 def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() -> None:
@@ -670,7 +788,7 @@ def test_a_rotation_that_cannot_wait_takes_the_next_segment_as_far_as_it_is(recy
     assert begun.wait(60)
     rotating = threading.Thread(target=log.rotate)
     rotating.start()
-    while not log._hurry:
+    while not log.spares._hurry:
         rotating.join(0.001)
     hurried.set()
     rotating.join(60)
@@ -701,13 +819,13 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
         def wait(self, seconds: float) -> None:
             waits.append(seconds)
 
-    monkeypatch.setattr(log, "_spare_lock", Lock())
+    monkeypatch.setattr(log.spares, "_lock", Lock())
 
     def pauses(done: float, used: float) -> list[float]:
         waits.clear()
         here = log.active.position
         log.active.position = attrs.evolve(here, offset=int(used * log.active.capacity))
-        log._pause(done, 0.5)
+        log.spares._pause(done, 0.5)
         log.active.position = here
         return list(waits)
 
@@ -715,7 +833,7 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
     assert pauses(done=0.5, used=0.49) == [PAUSE_SHARE * 0.5] * PAUSES
     assert pauses(done=0.5, used=0.51) == []
     assert pauses(done=0.99, used=0.75) == []
-    log._hurry = True
+    log.spares._hurry = True
     assert pauses(done=0.0, used=0.25) == []
 
 

@@ -1,8 +1,8 @@
 """A write-ahead log for trio: group commit, bounded memory, recovery that tells the truth.
 
-Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_disk`` (blocking),
-``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with
-faults.
+Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_system`` ``_disk``
+(blocking), ``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in
+memory with faults.
 """
 
 from importlib import import_module as _import_module
@@ -10,6 +10,12 @@ from importlib import import_module as _import_module
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database_reader import (
+    DatabaseReader as DatabaseReader,
+    DatabaseReaderStatistics as DatabaseReaderStatistics,
+    open_database_reader as open_database_reader,
+)
+from ._database_writer import DatabaseWriter as DatabaseWriter
 from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
@@ -55,11 +61,12 @@ from ._snapshots import (
     DirectorySnapshots as DirectorySnapshots,
     SnapshotStore as SnapshotStore,
 )
-from ._statistics import WalStatistics as WalStatistics
+from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
 from ._stream import RecordStream as RecordStream
 from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
+from ._writer import Writer as Writer
 
 __version__ = "0.1.0"
 

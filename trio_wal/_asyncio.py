@@ -2,7 +2,7 @@
 
 Law: knows nothing of what runs there.  The loop is made by hand, and not by ``asyncio.run``, which
 other libraries in the process may have replaced; the thread is a daemon, so that nothing that hangs
-there keeps the process.
+there keeps the process.  In a forked child there is no such thread: nothing is called there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, Final, TypeVar, final
 
 import outcome
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from ._park import free_token, is_parked
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ class AsyncioThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.SelectorEventLoop()
         self._token = trio.lowlevel.current_trio_token()
+        self._callers: set[Task] = set()
+        self._forked = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -49,7 +53,12 @@ class AsyncioThread:
         """What a coroutine function returns or raises.
 
         Cancelled: the task there is cancelled, too, and not waited for.
+
+        Raises:
+          trio.ClosedResourceError: the thread has ended, or is the parent process's.
         """
+        if self._forked:
+            raise _parents()
         task = current_task()
         waiting = True
         running: list[asyncio.Task[T]] = []
@@ -79,15 +88,20 @@ class AsyncioThread:
         def abort(_: RaiseCancelT) -> Abort:
             nonlocal waiting
             waiting = False
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(lambda: [one.cancel() for one in running])
+            if not self._forked:
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(lambda: [one.cancel() for one in running])
             return Abort.SUCCEEDED
 
         try:
             self._loop.call_soon_threadsafe(start)
         except RuntimeError:
             raise trio.ClosedResourceError("this log is closed") from None
-        result: T = await wait_task_rescheduled(abort)
+        self._callers.add(task)
+        try:
+            result: T = await wait_task_rescheduled(abort)
+        finally:
+            self._callers.discard(task)
         return result
 
     def tell(self, function: Callable[..., object], *args: Any) -> None:
@@ -97,7 +111,7 @@ class AsyncioThread:
 
     async def aclose(self) -> None:
         """End whatever runs, and the thread.  Not to be cancelled: call it shielded."""
-        if self._thread.is_alive():
+        if not self._forked and self._thread.is_alive():
             with trio.move_on_after(2 * END_SECONDS), suppress(trio.ClosedResourceError):
                 await self.call(self._cancel_all)
             with suppress(RuntimeError):
@@ -113,3 +127,24 @@ class AsyncioThread:
             await asyncio.wait(others, timeout=0.05)
             if self._loop.time() > until:
                 return
+
+    def disown(self) -> None:
+        """In a forked child: the thread, and what it speaks with, is the parent's.  Whoever waits
+        for an answer is told so, where the child goes on with the event loop."""
+        self._forked = True
+        # RuntimeError: it does not.
+        with suppress(RuntimeError):
+            token = trio.lowlevel.current_trio_token()
+            if token is self._token:
+                # Behind what the thread has said before the fork: no task may be woken twice.
+                free_token(token)
+                token.run_sync_soon(self._release, list(filter(is_parked, self._callers)))
+
+    def _release(self, orphans: list[Task]) -> None:
+        for task in orphans:
+            if task in self._callers and is_parked(task):
+                reschedule(task, outcome.Error(_parents()))
+
+
+def _parents() -> trio.ClosedResourceError:
+    return trio.ClosedResourceError("this log is the parent process's")

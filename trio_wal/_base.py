@@ -94,6 +94,27 @@ class Store(Readable, Protocol):
     def close(self) -> None: ...
 
 
+class StoreReader(Protocol):
+    """Committed state on disk that another process may be writing."""
+
+    def read(self) -> tuple[ReadTransaction, StoreState | None]:
+        """The store at this moment, and what it says of itself; None: it has nothing yet.
+
+        Of a checkpoint under way it may have more than its LSN says: of commits that were
+        durable at this moment.
+
+        Raises:
+          CorruptLogError, OSError
+        """
+        ...
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @runtime_checkable
 class Stores(Protocol):
     """Where the stores of databases are.  Files may have a kind of store of their own."""
@@ -108,6 +129,11 @@ class Stores(Protocol):
 
     def open_store(self, path: str, map_size: int) -> Store:
         """Open a store, which is created if it is missing."""
+        ...
+
+    def open_store_reader(self, path: str) -> StoreReader:
+        """Read a store that another process may be writing; nothing is written but LMDB's table
+        of who reads.  It may not be there yet."""
         ...
 
     def remove_store(self, path: str) -> None:

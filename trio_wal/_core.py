@@ -56,6 +56,7 @@ class Core:
             checkpoint_bytes=checkpoint_bytes,
             max_transaction_bytes=log.max_record_size,
         )
+        self.versions.epoch = log.tail.epoch
         log.own(self.versions)
         self.wal: Final = new_wal(log, owned=True)
         self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)

@@ -79,6 +79,10 @@ class RecoveryReport:
     """Transactions that a database applied from the log's tail; 0 for a log."""
     checkpoint_lsn: int = 0
     """The LSN up to which a database's store already held everything; 0 for a log."""
+    lost_lsn: int = 0
+    """The last LSN of which other processes had been told that it is durable, where the log ends
+    before it: records that they may have read are not there any more, and a new epoch began
+    after ``last_lsn``.  0: nothing that anybody was told of is missing."""
 
 
 @final

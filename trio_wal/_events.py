@@ -7,6 +7,7 @@ docs/usage.md has the table.  What has a caller is raised, and not logged as wel
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Final
 
@@ -16,7 +17,11 @@ log: Final = logging.getLogger("trio_wal")
 
 
 def tell(level: int, event: str, path: str, text: str, **values: object) -> None:
-    """Log one event; ``text`` follows the path in the message."""
-    if log.isEnabledFor(level):
-        extra = {"trio_wal": {"event": event, "path": path, **values}}
-        log.log(level, "%s: %s", printable(path), printable(text), extra=extra)
+    """Log one event; ``text`` follows the path in the message.
+
+    Raises nothing: no filter or handler of the application's may break a log that works.
+    """
+    with contextlib.suppress(Exception):
+        if log.isEnabledFor(level):
+            extra = {"trio_wal": {"event": event, "path": path, **values}}
+            log.log(level, "%s: %s", printable(path), printable(text), extra=extra)

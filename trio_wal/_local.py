@@ -23,8 +23,9 @@ from trio.lowlevel import enable_ki_protection
 from ._codec import require_zstd
 from ._disk.chain import look_at
 from ._disk.cursor import Cursor, Locator, Place, place_in
-from ._disk.directory import LogDirectory, open_log_directory
+from ._disk.directory import LogDirectory
 from ._disk.frame import BATCH_RECORDS_MAX, FRAME_BODY_MAX, SegmentHeader
+from ._disk.opening import open_log_directory
 from ._disk.recovery import VERIFY_BYTES as VERIFY_BYTES, Plan
 from ._disk.repair import create_empty
 from ._engine import Forked, Moved, Record, RecoveryReport, Tail
@@ -94,7 +95,7 @@ class DirectoryLocator:
             header, index = sealed[place[0]].header, None
             behind = [segment.header for segment in sealed[place[0] + 1 :]]
             following = (*behind, active.header)[0]
-        directory.pin(header)
+        directory.spares.pin(header)
         try:
             file = directory.open_segment(header)
             try:
@@ -106,11 +107,11 @@ class DirectoryLocator:
                 close_quietly(file)
                 raise
         except BaseException:
-            directory.unpin(header)
+            directory.spares.unpin(header)
             raise
 
     def release(self, header: SegmentHeader) -> None:
-        self._directory.unpin(header)
+        self._directory.spares.unpin(header)
 
 
 # -- the engine ---------------------------------------------------------------------------
@@ -192,7 +193,6 @@ class LocalEngine:
         self._history = directory.history
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
-        self._holds: dict[str, int] = {}
         self._started = False
         self._forked = False
         self._ending = trio.Event()
@@ -264,7 +264,7 @@ class LocalEngine:
             job()
             return
         try:
-            self._directory.stop_preparing()
+            self._directory.spares.stop()
             self._stop_maintenance()
             if self._maintenance_done is not None:
                 await self._maintenance_done.wait()
@@ -350,11 +350,7 @@ class LocalEngine:
         await self._blocking(self._directory.drop_before, lsn)
 
     def hold(self, who: str, lsn: int | None) -> None:
-        if lsn is None:
-            self._holds.pop(who, None)
-        else:
-            self._holds[who] = lsn
-        self._directory.keep_from = min(self._holds.values(), default=None)
+        self._directory.hold(who, lsn)
         self._due.set()
 
     def cursor(self) -> FileCursor:

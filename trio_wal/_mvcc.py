@@ -5,7 +5,9 @@ log is handed in (`CommitLog`) and tells what becomes of each commit; whoever re
 `Reader`; a checkpoint is asked for here and made elsewhere.
 
 A commit gets its number, its versions and its place in the log in one stretch without a
-checkpoint of trio's.  So the order of numbers is the order of the log, without locks.
+checkpoint of trio's.  So the order of numbers is the order of the log, without locks.  Where the
+log is full, its place is one in line; where there are several lines, whose turns nobody knows
+beforehand, the stretch is the moment in which the log lets it in (`Versions.by_turns`).
 
 A reader may see commits that are still on their way to the disk.  Then it has a *commit
 dependency* on them (Larson et al., "High-Performance Concurrency Control Mechanisms for
@@ -60,6 +62,12 @@ class CommitLog(Protocol):
     @property
     def append(self) -> Callable[[bytes, Task], Awaitable[int]]:
         """Gives what the task awaits at once; it returns the record's LSN."""
+        ...
+
+    def append_in_turn(self, record: bytes, line: Any, enter: Callable[[], None]) -> Awaitable[int]:
+        """`append` for a log that several lines lead into, of which ``line`` is one, None the
+        log's own.  ``enter`` is called in the moment in which the record is let in, in the same
+        step; what it raises is raised here, and then there is no record."""
         ...
 
     @property
@@ -178,13 +186,20 @@ class Readers:
     def of(self, task: Task) -> Reader | None:
         """The transaction whose block a task is most likely in: the newest that reads, if it
         is this task's.  Good enough for a hint, and cheap."""
-        newest = next(reversed(self.pins), None)
+        try:
+            newest = next(reversed(self.pins), None)
+        except RuntimeError:
+            # The garbage collector has ended a scan in between.
+            return None
         return newest if newest is not None and newest.task is task else None
 
     def oldest(self) -> int | None:
         """The newest commit that was settled when the one came who has been reading for
         longest; None: nobody reads."""
-        return next(iter(self.pins.values())) if self.pins else None
+        # No `next`: before that is called the garbage collector may end a scan.
+        for settled_seq in self.pins.values():
+            return settled_seq
+        return None
 
     async def wait_unread(self) -> None:
         """Until nobody has a view."""
@@ -252,6 +267,7 @@ class Versions:
     """Committed state above the store, its numbers, and its readers.
 
     Attributes are read in every commit and every `get`; only this class sets them.
+    So many methods because commits, readers, what the log says and checkpoints meet in one state.
     """
 
     def __init__(
@@ -281,6 +297,8 @@ class Versions:
         self.settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
         self.durable_lsn: int = durable_lsn
+        self.epoch: int = 0
+        """Of the history that they are of; set by who makes or replays them."""
         self.max_transaction_bytes: Final = max_transaction_bytes
         self._checkpoint_bytes: Final = checkpoint_bytes
         self.room: Final = Room()
@@ -288,6 +306,8 @@ class Versions:
         """Those with writes that became durable."""
         self.conflicts: int = 0
         self.closed: bool = False
+        self.by_turns: bool = False
+        """Whether commits come in through several lines: see `commit_in_turn`."""
         self._burying = False
         self.watches: Final = Watches()
         self._refresh()
@@ -343,6 +363,8 @@ class Versions:
         """
         if self._status.refuses:
             self._status.check_open()
+        if self.by_turns:
+            return self.commit_in_turn(writes, task)
         payload = encode_transaction(writes)
         layer = self.view.active
         self.last_seq = seq = self.last_seq + 1
@@ -354,6 +376,36 @@ class Versions:
         if layer.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
         return self._append(payload, task)
+
+    def commit_in_turn(
+        self,
+        writes: Writes,
+        task: Task,
+        line: Any = None,
+        validate: Callable[[], None] | None = None,
+    ) -> Awaitable[int]:
+        """`commit` where there are several lines: it has its number only when the log lets it in.
+
+        Args:
+          line: the log's, through which it comes in; None: the log's own.
+          validate: raises where it must not be committed, as of that moment.
+        """
+        self._status.check_open()
+        payload = encode_transaction(writes)
+
+        def enter() -> None:
+            if validate is not None:
+                validate()
+            layer = self.view.active
+            self.last_seq = seq = self.last_seq + 1
+            self._pending[task] = (seq, writes, layer, len(payload))
+            if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
+                self._renew()
+            layer.log_bytes += len(payload)
+            if layer.log_bytes >= self._checkpoint_bytes:
+                self.room.ask()
+
+        return self._log.append_in_turn(payload, line, enter)
 
     @property
     def pending(self) -> int:
@@ -472,28 +524,22 @@ class Versions:
         finally:
             self._burying = False
 
-    async def replay(self, lsn: int, writes: Writes, log_bytes: int, *, live: bool = False) -> None:
-        """A durable commit of the log's, in the log's order.
+    async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
+        """A durable commit of the log's, in the log's order, where nothing is committed.
 
-        Args:
-          live: it comes from another machine while others read here.  Otherwise there are no
-              others yet.
+        Others may be reading meanwhile, and waiting for it.
         """
-        seq = self.last_seq = self.last_seq + 1
-        if not live:
-            self.settled_seq = seq
+        seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
-        if layer.add(writes, seq, self.settled_seq, keep_older=live and bool(self._pins)):
+        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
             self._renew()
         layer.last_lsn = lsn
         layer.log_bytes += log_bytes
-        if live:
-            self.settled_seq, self.durable_lsn = seq, lsn
-            self.transactions += 1
-            if self.watches.begun:
-                self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
-            if layer.log_bytes >= self._checkpoint_bytes:
-                self.room.ask()
+        self.durable_lsn = max(self.durable_lsn, lsn)
+        if self.watches.begun:
+            self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
+        if layer.log_bytes >= self._checkpoint_bytes:
+            self.room.ask()
         while self._settle_layers(seq):
             if not self._dead():
                 break
@@ -543,7 +589,8 @@ class Versions:
 
     def checkpointed(self, frozen: Layer) -> None:
         """The store holds the frozen layer, durably."""
-        for reader in self._pins:
+        # A copy: the garbage collector ends scans that were left, whenever it likes.
+        for reader in list(self._pins):
             reader.layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh()
@@ -579,7 +626,7 @@ class Versions:
         The store's read transactions stay as they are: to end one of LMDB's would free its place
         in the table of readers, which is the parent's too.
         """
-        for view in (self.view, *(reader.view for reader in self._pins)):
+        for view in (self.view, *[reader.view for reader in list(self._pins)]):
             view.base.pin()
         self.let_go()
         self._memtable.close()

@@ -505,6 +505,7 @@ class NatsCas:
 
     def disown(self) -> None:
         self._closed = True
+        self._thread.disown()
 
 
 def _checked(data: bytes) -> Any:

@@ -26,18 +26,19 @@ from ._disk.recovery import Plan
 from ._engine import Engine
 from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
-from ._files import Files, OsFiles
+from ._files import Files
 from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
-from ._log import Log, LogOptions, OpenLog, check_log_options
+from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
-from ._remote import OpenRemoteDatabase, check_remote_options
+from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
 from ._replica import OpenReplica, Replica
 from ._replicated import BATCH_BYTES_MAX, RemoteLog
 from ._retention import KeepSegments, Retention
 from ._snapshots import SnapshotStore
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
+from ._system.files import OsFiles
 from ._util import MiB, check_bool, check_int, check_one_of, check_path
 from ._wal import check_remote, check_remote_log, refuse_options
 from ._worker import Blocking
@@ -163,12 +164,16 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
                 raise LogLockedError(self._path, exc.pid, database=True) from exc.__cause__
             try:
                 db = await self._open_on(log, blocking)
+                self._hand_out(log, db)
             except BaseException as exc:
                 await self._opened.leave(exc)
                 raise
         except BaseException:
             self._remove_made()
             raise
+        return db
+
+    def _hand_out(self, log: Log, db: Database) -> None:
         log.hand_out()
         report = db.recovery
         tell(
@@ -180,7 +185,6 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
             transactions_replayed=report.transactions_replayed,
             checkpoint_lsn=report.checkpoint_lsn,
         )
-        return db
 
     async def _open_on(self, log: Log, blocking: Blocking) -> Database:
         options, files = self._options, self._files
@@ -218,16 +222,19 @@ def open_database(
     verify_store: VerifyStore = "auto",
     on_verify_progress: Callable[[int, int], None] | None = None,
     retention: Retention | None = None,
-    max_queue_size: float = 10_000,
+    max_queue_size: float | Literal["auto"] = 10_000,
+    target_latency: float = TARGET_LATENCY,
     max_queue_bytes: float = 64 * MiB,
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
+    commit_delay: float | Literal["auto"] = 0.0,
     segment_size: int = 64 * MiB,
     durability: Durability = "sync",
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    reserve: float = RESERVE,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -260,9 +267,10 @@ def open_database(
           the bytes that there are.
       retention: how much of the log to keep beyond what the store does not hold yet, for
           `Database.changes`; None: nothing.
-      max_queue_size, max_queue_bytes, max_record_size, max_batch_bytes: as for `open_wal`.
-      flush_interval, segment_size, durability, compression: as for `open_wal`.
-      verify_bytes, trust_directory: as for `open_wal`.
+      max_queue_size, target_latency, max_queue_bytes: as for `open_wal`.
+      max_record_size, max_batch_bytes: as for `open_wal`.
+      flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
+      verify_bytes, trust_directory, reserve: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     With ``log`` there are neither ``compression`` nor ``verify_bytes``, and of ``durability`` only
@@ -289,18 +297,23 @@ def open_database(
     run = check_log_options(
         LocalEngine.batch_bytes_max if remote is None else BATCH_BYTES_MAX,
         max_queue_size=max_queue_size,
+        target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
+        commit_delay=commit_delay,
         durability=durability,
+        reserve=reserve,
+    )
+    own = _Options(
+        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
     )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:
         check_remote(durability, segment_size, retention, compression, verify_bytes)
-        cache = check_remote_options(
-            used.absolute(name), remote, snapshots, snapshot_bytes, checkpoint_bytes, map_size
-        ).keeping(segment_size, keep, verify_store != "none", trust_directory)
+        cache = _cache_options(own, remote, snapshots, snapshot_bytes)
+        cache = cache.keeping(segment_size, keep, verify_store != "none", trust_directory)
         return OpenRemoteDatabase(cache, run, used)
     refuse_options("a database with a log of its own", snapshots=snapshots is not None)
     where = check_local_options(
@@ -311,10 +324,15 @@ def open_database(
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
     )
-    own = _Options(
-        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
-    )
     return _OpenDatabase(own, used, run, where)
+
+
+def _cache_options(
+    own: _Options, log: RemoteLog, snapshots: SnapshotStore | None, snapshot_bytes: int
+) -> RemoteOptions:
+    return check_remote_options(
+        own.path, log, snapshots, snapshot_bytes, own.checkpoint_bytes, own.map_size
+    )
 
 
 def open_replica(

@@ -110,6 +110,44 @@ def is_parked(task: Task) -> bool:
     return getattr(task, "_next_send_fn", True) is None
 
 
+def free_token(token: trio.lowlevel.TrioToken) -> None:
+    """In a forked child: a thread of the parent's may just have been speaking to trio, and holds
+    for ever a lock that `TrioToken.run_sync_soon` takes."""
+    lock = getattr(getattr(token, "_reentry_queue", None), "lock", None)
+    renew = getattr(lock, "_at_fork_reinit", None)
+    if lock is None or renew is None:
+        return
+    if lock.acquire(blocking=False):
+        lock.release()
+    else:
+        renew()
+
+
+FORKED_TURNS: Final = 100
+"""Of the event loop of a forked child; what wakes it may be taken away by the parent's."""
+
+
+async def end_forked(nursery: trio.Nursery, error: Callable[[], BaseException]) -> None:
+    """In a forked child nobody will ever wake the tasks of ``nursery``, so that they must not be
+    waited for; and to cancel them would have trio change the epoll instance that it shares with
+    the parent.  So each is woken with an error where it stands."""
+    # First what threads have said before the fork: a task must not be woken twice.
+    heard = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    free_token(token)
+    token.run_sync_soon(heard.set)
+    for _ in range(FORKED_TURNS):
+        if heard.is_set():
+            break
+        await trio.lowlevel.cancel_shielded_checkpoint()
+    while nursery.child_tasks:
+        for task in nursery.child_tasks:
+            # Else it is about to run, and will stand somewhere else.
+            if is_parked(task):
+                reschedule(task, outcome.Error(error()))
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+
 def require_trio(caller: str) -> None:
     """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
     try:

@@ -36,15 +36,17 @@ from ._disk.finding import Finding
 from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import begun_lsn, judge_end, proven_lsn
-from ._engine import Moved, Reader, Source, Tail
+from ._engine import Forked, Moved, Reader, Source, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
+from ._files import Directory, File, Files, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
-from ._park import require_trio
+from ._park import end_forked, require_trio
 from ._replicated import RemoteLog, open_remote_source
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
+from ._streamlog import StreamSource
+from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_path
 from ._wal import refuse_options, remote_log
@@ -625,13 +627,14 @@ class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
         self._reader: LogReader | None = None
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery
+        self._source: StreamSource
 
     @enable_ki_protection
     async def __aenter__(self) -> LogReader:
         if self._reader is not None:
             raise RuntimeError("open_reader() gives a context manager for one use")
         require_trio("open_reader")
-        source = await open_remote_source(self._log)
+        source = self._source = await open_remote_source(self._log)
         self._nursery = await self._nursery_manager.__aenter__()
         self._nursery.start_soon(source.keep_up)
         self._reader = _new_log_reader(OsFiles(), source)
@@ -645,8 +648,11 @@ class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
         traceback: TracebackType | None,
     ) -> None:
         if self._reader is not None:
-            await self._reader._close()
-            self._nursery.cancel_scope.cancel()
+            if self._source.forked:
+                await end_forked(self._nursery, Forked)
+            else:
+                await self._reader._close()
+                self._nursery.cancel_scope.cancel()
             # Its task has ended, or does now: this wraps nothing.
             await self._nursery_manager.__aexit__(None, None, None)
 

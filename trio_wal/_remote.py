@@ -20,6 +20,7 @@ from ._caslog import Description
 from ._core import Core
 from ._database import Database, new_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
+from ._engine import Forked
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import LOCK_NAME, Directory, Files, close_quietly
 from ._log import Log, LogOptions, OpenLog
@@ -297,8 +298,11 @@ class Snapshotter:
                         if written - since >= self._snapshot_bytes:
                             await self._core.try_snapshot(self._kept)
                             since = written
+            except Forked:
+                pass
             finally:
-                self._done.set()
+                if not self._core.log.status.disowned:
+                    self._done.set()
 
     async def stop(self) -> None:
         """One that is being made is finished first."""

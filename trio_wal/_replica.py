@@ -18,19 +18,22 @@ import trio
 from trio.lowlevel import Task, enable_ki_protection
 
 from ._base import StoreState
-from ._changes import CommitStream, decode_record, new_commit_stream
+from ._changes import CommitStream, new_commit_stream
 from ._checkpoint import Checkpointer
 from ._database import Database
+from ._engine import Forked
 from ._exceptions import CorruptLogError, LogDivergedError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
 from ._identity import Bookmark, common_lsn, epoch_of
 from ._mvcc import Versions
 from ._operations import check_key, check_range
-from ._park import require_trio
+from ._pairs import PairStream
+from ._park import end_forked, require_trio
 from ._remote import Cache, RemoteOptions
+from ._replay import replay_live
 from ._replicated import open_remote_source
-from ._snapshot import Snapshot, new_snapshot
+from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._state import State, Status
 from ._stores import stores_of
 from ._stream import new_record_stream
@@ -75,7 +78,10 @@ class _Followed:
         self.durable_lsn = 0
         self._start_soon = start_soon
 
-    def append(self, _: bytes, __: Task) -> Awaitable[int]:
+    def append(self, record: bytes, task: Task) -> Awaitable[int]:
+        raise AssertionError("a replica writes nothing")
+
+    def append_in_turn(self, record: bytes, line: Any, enter: Callable[[], None]) -> Awaitable[int]:
         raise AssertionError("a replica writes nothing")
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
@@ -114,6 +120,9 @@ class Following:
         self.behind_since: float | None = None
         self.failure: Exception | None = None
         """What has ended the following."""
+        self.transactions: int = 0
+        """Those that were applied."""
+        self.forked: bool = False
         self._news = trio.Event()
 
     async def start(self, state: StoreState) -> None:
@@ -155,28 +164,32 @@ class Following:
                     except OSError:
                         # Servers that give no answer may do so again.
                         await trio.sleep(RETRY_SECONDS)
+        except Forked:
+            pass
         except Exception as exc:  # noqa: BLE001  (whoever waits or reads on is told)
             self.failure = exc
         finally:
-            self._tell()
-            self._stopped.set()
+            if not self.forked:
+                self._tell()
+                self._stopped.set()
 
     async def _apply(self) -> None:
         source, versions = self.source, self.versions
         start = versions.durable_lsn + 1
         async with new_record_stream(source, start, None, follow=True) as records:
             self._tell()
-            async for record in records:
+            async for batch in records.batches(None):
                 if versions.behind():
                     await versions.room.wait(reading=False)
-                writes = decode_record(source.name, record.lsn, record.data)
-                await versions.replay(record.lsn, writes, len(record.data), live=True)
-                self._followed.durable_lsn = record.lsn
+                await replay_live(versions, source.name, batch)
+                self.transactions += len(batch)
+                self._followed.durable_lsn = versions.durable_lsn
                 self._tell()
 
     def _tell(self) -> None:
         tail = self.source.tail
         self.history = tail.history
+        self.versions.epoch = epoch_of(self.history)
         if self.versions.durable_lsn >= tail.durable_lsn:
             self.behind_since = None
         elif self.behind_since is None:
@@ -206,8 +219,17 @@ class Following:
     async def leave(self) -> None:
         """After `stop`, from where it was started: whoever promotes a replica may do so within
         other nurseries."""
+        if self.forked:
+            await end_forked(self._nursery, Forked)
         # All of its tasks have ended: this neither waits nor wraps anything.
         await self._manager.__aexit__(None, None, None)
+
+    def disown(self) -> None:
+        """In a forked child: all of it is the parent's."""
+        self.forked = self._followed.status.disowned = True
+        self._blocking.disown()
+        self.source.disown()
+        self.versions.disown()
 
 
 @final
@@ -218,11 +240,12 @@ class Replica(metaclass=NoPublicConstructor):
     public constructor.
     """
 
-    def __init__(self, following: Following, promote: Callable[..., Any]) -> None:
+    def __init__(self, following: Following, promote: Callable[..., Any], files: Files) -> None:
         self._following = following
         self._versions = following.versions
         self._promote = promote
         self._closed = False
+        files.on_fork(self._disown)
 
     # -- reading --
 
@@ -253,22 +276,26 @@ class Replica(metaclass=NoPublicConstructor):
         """As `Database.scan`, at `lsn`."""
         self._versions.check_open()
         start, stop = check_range(start, stop, prefix, limit)
-        found = self._scan(start, stop, reverse, limit)
-        next(found)
-        return found
+        return scan_once(self.snapshot(), start, stop, reverse, limit)
 
-    @enable_ki_protection
-    def _scan(
-        self, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
-    ) -> Iterator[tuple[bytes, bytes]]:
-        with self.snapshot() as snapshot:
-            yield b"", b""
-            yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
+    def stream(
+        self,
+        start: bytes | None = None,
+        stop: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> PairStream:
+        """As `scan`, for large ranges; see `Database.stream`."""
+        self._versions.check_open()
+        start, stop = check_range(start, stop, prefix, limit)
+        return stream_once(self.snapshot(), start, stop, reverse, limit)
 
     def snapshot(self) -> Snapshot:
         """A consistent view at one LSN; as `Database.snapshot`."""
         self._versions.check_open()
-        return new_snapshot(self._versions, epoch_of(self._following.history))
+        return new_snapshot(self._versions)
 
     def changes(self, start: int | Bookmark | None = None) -> CommitStream:
         """Every committed transaction of the log, from LSN ``start`` on, as `Database.changes`; it
@@ -323,7 +350,7 @@ class Replica(metaclass=NoPublicConstructor):
             lsn=self.lsn,
             known_lsn=following.source.tail.durable_lsn,
             lag_seconds=0.0 if since is None else trio.current_time() - since,
-            transactions=versions.transactions,
+            transactions=following.transactions,
             checkpoint_lsn=following.checkpointer.state.lsn,
             memtable_keys=sum(len(layer.versions) for layer in versions.view.layers()),
             open_readers=len(versions.readers.pins),
@@ -392,6 +419,11 @@ class Replica(metaclass=NoPublicConstructor):
             self._closed = True
             await self._following.stop()
 
+    def _disown(self) -> None:
+        """In a forked child all of it is the parent's."""
+        self._closed = True
+        self._following.disown()
+
 
 _new_replica = constructor(Replica)
 
@@ -456,7 +488,7 @@ class OpenReplica(AbstractAsyncContextManager[Replica]):
             cache.leave()
             raise
         self._following = following
-        self._replica = _new_replica(following, self._promote)
+        self._replica = _new_replica(following, self._promote, files)
         return self._replica
 
     @enable_ki_protection

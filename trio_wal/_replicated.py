@@ -22,7 +22,7 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from itertools import count
 from typing import Final, TypeVar, final
@@ -314,11 +314,25 @@ class ReplicatedEngine:
         self._cas.disown()
         self._blocking.disown()
 
+    @contextlib.contextmanager
+    def _unless_forked(self) -> Generator[None, None, None]:
+        """Around what only the log's own task does, which must not call that a failure."""
+        if self._forked:
+            raise Forked
+        try:
+            yield
+        except trio.ClosedResourceError:
+            if self._forked:
+                raise Forked from None
+            raise
+
     # -- the one writer --
 
     async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
-        if self._forked:
-            raise Forked
+        with self._unless_forked():
+            await self._write(records)
+
+    async def _write(self, records: Sequence[bytes]) -> None:
         async with self._one:
             appender = self._appender
             self._time_us = max(self._time_us, self._files.time_us())
@@ -345,7 +359,8 @@ class ReplicatedEngine:
         """Whatever is written is durable."""
 
     async def make_room(self) -> None:
-        found = await self._describe()
+        with self._unless_forked():
+            found = await self._describe()
         if found is None:
             needed = self._appender.full_bytes
             raise LogFullError(self.name, needed, "nobody says whether there is room again")
@@ -552,6 +567,9 @@ class ReplicatedEngine:
                         tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
         except Forked:
             pass
+        except trio.ClosedResourceError:
+            if not self._forked:
+                raise
         finally:
             if not self._forked:
                 done.set()

@@ -19,8 +19,9 @@ from uuid import UUID
 import attrs
 
 from ._exceptions import CorruptLogError
-from ._files import Files, OsFiles
+from ._files import Files
 from ._store_files import DATA_NAME
+from ._system.files import OsFiles
 from ._util import MiB, check_path
 
 CHUNK_BYTES: Final = 1 * MiB

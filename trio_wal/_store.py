@@ -1,6 +1,6 @@
 """The base of the database: checkpointed state in LMDB.
 
-Law: the only file that knows lmdb, which is imported when a database is opened.  An LMDB
+Law: this and `_store_reader` alone know lmdb, which is imported when a database is opened.  An LMDB
 write transaction belongs to one thread: begin, puts and commit are one function.  The LSN
 that a state covers comes in the LMDB transaction that completes the state.
 
@@ -15,23 +15,12 @@ import errno
 import importlib
 from collections.abc import Iterable, Iterator
 from time import perf_counter, sleep
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from . import _pages
 from ._base import MapFull, ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
-from ._files import (
-    OsDirectory,
-    close_quietly,
-    descriptor,
-    identity,
-    leave_mark,
-    make_directory,
-    open_store_directory,
-    path_below,
-    remove_file,
-    system_error,
-)
+from ._files import close_quietly
 from ._operations import KEY_BYTES_MAX
 from ._store_files import (
     DATA_NAME,
@@ -43,6 +32,16 @@ from ._store_files import (
     data_file,
     forget_suspect,
     store_size,
+)
+from ._system.files import OsDirectory
+from ._system.paths import make_directory
+from ._system.store import (
+    identity,
+    leave_mark,
+    open_store_directory,
+    path_below,
+    remove_file,
+    system_error,
 )
 from ._util import MiB
 
@@ -89,10 +88,22 @@ def taking_turns(items: Iterable[T]) -> Iterator[T]:
             since = perf_counter()
 
 
-class _LmdbRead:
-    def __init__(self, store: LmdbStore) -> None:
+class Environment(Protocol):
+    """An open file of LMDB's."""
+
+    lmdb_error: type[Exception]
+
+    def explained(self, exc: BaseException, what: str) -> CorruptLogError | OSError | None:
+        """LMDB's error as ours; None: it is not LMDB's."""
+        ...
+
+
+class LmdbRead:
+    """A `ReadTransaction` of LMDB's."""
+
+    def __init__(self, store: Environment, txn: Any) -> None:
         self._store = store
-        self._txn = store.begin()
+        self._txn = txn
         self._cursor = self._txn.cursor()
         self.get = self._txn.get
 
@@ -208,7 +219,7 @@ class LmdbStore:
             max_dbs=2,
             mode=0o600,
             max_readers=READERS_MAX,
-            **_engine(self._lmdb),
+            **engine_options(self._lmdb),
         )
         try:
             data, meta = env.open_db(_DATA), env.open_db(_META)
@@ -227,15 +238,11 @@ class LmdbStore:
             return None
         return explained(exc, self.path, what, map_size)
 
-    def begin(self) -> Any:
-        """A read transaction of LMDB's."""
-        return self._env.begin(db=self._data)
-
     def read(self) -> ReadTransaction:
         if self._unopened is not None:
             raise unreadable(self._unopened) from self._unopened
         try:
-            return _LmdbRead(self)
+            return LmdbRead(self, self._env.begin(db=self._data))
         except self.lmdb_error as exc:
             explained = self.explained(exc, "the store cannot be read")
             assert explained is not None
@@ -245,6 +252,9 @@ class LmdbStore:
         if self._suspect:
             raise MapFull
         try:
+            if state is not None:
+                # Of processes that were killed: what they were reading need not be kept.
+                self._env.reader_check()
             with self._env.begin(write=True, db=self._data) as txn:
                 put, delete = txn.put, txn.delete
                 for key, value in taking_turns(items):
@@ -262,7 +272,7 @@ class LmdbStore:
             explained = self.explained(exc, "checkpoint failed")
             assert explained is not None
             if isinstance(explained, OSError):
-                # LMDB would write the same pages again, and that may not help: see `_files`.
+                # LMDB would write the same pages again, and that may not help: see `_system.sync`.
                 self._suspect = True
                 full = self._mark_suspect()
                 if explained.errno == errno.EIO and full is not None:
@@ -315,7 +325,7 @@ class LmdbStore:
             file = directory.open(DATA_NAME, create=True)
             try:
                 # Compacted: what was deleted stays in free pages, and need not travel.
-                self._env.copyfd(descriptor(file), compact=True)
+                self._env.copyfd(file.fileno(), compact=True)
                 file.sync()
             finally:
                 close_quietly(file)
@@ -340,7 +350,7 @@ class LmdbStore:
         self._env.close()
 
 
-def _engine(lmdb: Any) -> dict[str, int]:
+def engine_options(lmdb: Any) -> dict[str, int]:
     """py-lmdb 3 brings LMDB 1.0 too, which has another format."""
     return {"lib_version": 0} if int(lmdb.__version__.partition(".")[0]) >= 3 else {}
 
@@ -389,7 +399,7 @@ def read_everything(path: str) -> int:
         check_files(directory)
         env = lmdb.open(
             path_below(directory), readonly=True, lock=False, max_dbs=2, create=False,
-            **_engine(lmdb),
+            **engine_options(lmdb),
         )  # fmt: skip
         try:
             data = env.open_db(_DATA, create=False)

@@ -13,7 +13,9 @@ from typing import Final
 from . import _pages
 from ._base import StoreState
 from ._exceptions import CorruptLogError
-from ._files import File, OsDirectory, close_quietly, open_store_directory, plain_size
+from ._files import File, close_quietly
+from ._system.files import OsDirectory
+from ._system.store import open_store_directory, plain_size
 
 DATA_NAME: Final = "data.mdb"
 LOCK_NAME: Final = "lock.mdb"

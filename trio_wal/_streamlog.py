@@ -18,7 +18,7 @@ import trio
 
 from ._caslog import CasLog, Denied, Description, Entry, Gone, Unsure
 from ._disk.frame import FRAME_HEADER_SIZE, FrameError, Kind, decode_frame_header, to_datetime
-from ._engine import Moved, Reader, Record, Tail
+from ._engine import Forked, Moved, Reader, Record, Tail
 from ._exceptions import CorruptLogError
 from ._identity import History, Parting
 from ._messages import (
@@ -486,6 +486,8 @@ class StreamSource:
         self._tail = Tail(1, 0, 0, ())
         self._one = trio.Lock()
         self._closed = False
+        self.forked: bool = False
+        """Whether it is the parent process's."""
 
     @property
     def tail(self) -> Tail:
@@ -531,16 +533,19 @@ class StreamSource:
 
     async def keep_up(self) -> None:
         """Look whenever there may be more, until cancelled; what fails is tried again."""
-        while True:
-            await self.log.cas.changed(BELL_SECONDS)
-            try:
-                await self.refresh()
-            except (CorruptLogError, OSError):
-                # Whoever reads is told.
-                await trio.sleep(BELL_SECONDS)
+        try:
+            while True:
+                await self.log.cas.changed(BELL_SECONDS)
+                try:
+                    await self.refresh()
+                except (CorruptLogError, OSError):
+                    # Whoever reads is told.
+                    await trio.sleep(BELL_SECONDS)
+        except (Forked, trio.ClosedResourceError):
+            pass
 
     def disown(self) -> None:
-        self._closed = True
+        self._closed = self.forked = True
         self.log.cas.disown()
 
     async def wait_beyond(self, lsn: int) -> bool:

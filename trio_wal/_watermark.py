@@ -11,6 +11,7 @@ import math
 from itertools import count
 from typing import final
 
+import outcome
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
@@ -34,8 +35,11 @@ class Watermark:
         """The first LSN that somebody waits for; infinite where nobody does."""
         return self._waiters[0][0] if self._waiters else math.inf
 
-    async def wait(self, lsn: int) -> None:
-        """Until ``lsn`` is durable, or nothing more will be: the caller looks which."""
+    async def wait(self, lsn: int) -> bool:
+        """Until ``lsn`` is durable; False: nothing more will be.
+
+        Durable then, perhaps not any more when the caller runs: the log's end may be cut.
+        """
         waiter = (lsn, next(self._numbers), current_task())
         heapq.heappush(self._waiters, waiter)
 
@@ -44,7 +48,8 @@ class Watermark:
             heapq.heapify(self._waiters)
             return Abort.SUCCEEDED
 
-        await wait_task_rescheduled(abort)
+        reached: bool = await wait_task_rescheduled(abort)
+        return reached
 
     async def wait_news(self) -> None:
         """Until the mark has moved, the log's end was cut, or nothing more will come."""
@@ -54,7 +59,7 @@ class Watermark:
         """Everything up to ``lsn`` is durable."""
         waiters = self._waiters
         while waiters and waiters[0][0] <= lsn:
-            reschedule(heapq.heappop(waiters)[2])
+            reschedule(heapq.heappop(waiters)[2], outcome.Value(True))
         self.tell()
 
     def tell(self) -> None:
@@ -66,5 +71,5 @@ class Watermark:
         """Nothing will become durable any more."""
         waiters, self._waiters = self._waiters, []
         for _, _, task in waiters:
-            reschedule(task)
+            reschedule(task, outcome.Value(False))
         self._followers.unpark_all()

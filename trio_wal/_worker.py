@@ -24,7 +24,7 @@ import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection, reschedule
 
-from ._park import is_parked, new_bell
+from ._park import free_token, is_parked, new_bell
 
 T = TypeVar("T")
 
@@ -272,6 +272,7 @@ class Blocking:
                 self._limiter.disown()
                 orphans = list(filter(is_parked, self._callers))
                 # Behind what threads have said before the fork: no task may be woken twice.
+                free_token(token)
                 token.run_sync_soon(self._release, orphans)
 
     def _release(self, orphans: list[trio.lowlevel.Task]) -> None:

@@ -476,6 +476,9 @@ class MemoryFiles:
         store = self._stores.setdefault(path, _StoreImage())
         return MemoryStore(self, path, store)
 
+    def open_store_reader(self, path: str) -> MemoryStoreReader:
+        return MemoryStoreReader(self, path)
+
     def remove_store(self, path: str) -> None:
         self._stores.pop(path, None)
 
@@ -577,6 +580,28 @@ class MemoryStore:
 
 
 @final
+class MemoryStoreReader:
+    """Another process's look at a `MemoryStore`."""
+
+    def __init__(self, files: MemoryFiles, path: str) -> None:
+        self._files = files
+        self._path = path
+
+    def _image(self) -> _StoreImage:
+        return self._files._stores.get(self._path) or _StoreImage()
+
+    def read(self) -> tuple[ReadTransaction, StoreState | None]:
+        image = self._image()
+        return _MemoryRead(image.items), image.state
+
+    def size(self) -> int:
+        return sum(map(len, self._image().items.values()))
+
+    def close(self) -> None:
+        pass
+
+
+@final
 class MemoryFile:
     """An open file of `MemoryFiles`."""
 
@@ -617,6 +642,9 @@ class MemoryFile:
             raise OSError(fault.error, os.strerror(fault.error), self.path)
         self._inode.sync()
         self._files._done("sync", self.path)
+
+    def written_bytes(self) -> int:
+        return 0
 
     def allocate(self, size: int) -> None:
         self._files._begin("allocate", self.path)

@@ -17,7 +17,8 @@ import attrs
 import trio_wal
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._disk.cursor import Cursor
-from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import Plan
 from trio_wal._engine import Record
 from trio_wal._local import DirectoryLocator

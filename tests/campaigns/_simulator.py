@@ -587,6 +587,8 @@ class Simulation:
 
     def _check(self, found: Recovered, *, killed: bool, learn: bool = False) -> None:
         self.promises.expect(found.pairs, found.first_lsn, killed=killed, new=learn)
+        if found.log.report.lost_lsn:
+            raise Wrong("other", f"the recovery says that records are lost: {found.log.report}")
         self.highest_first = max(self.highest_first, found.first_lsn)
         if learn:
             self._learn(found)

@@ -32,7 +32,7 @@ from databases import DB, after as after_commits, check_content, commits_of, ope
 from logs import LOG, TINY, append, copy_of, make_log, open_log
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
-from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.chain import META_NAME, read_meta
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
@@ -450,7 +450,22 @@ async def examine(subject: Subject, damage: Damage, verify_bytes: float, memory:
         return Found(SILENT, f"{len(records)} records, not those that were written")
     if not _all_hit(subject, damage, lost[0].lsn):
         return Found(SILENT, f"LSN {lost[0].lsn} to {lost[-1].lsn} are gone, and nobody was told")
+    if _had_been_told(subject, lost[0].lsn) and not _parted(subject, image):
+        return Found(SILENT, f"LSN {lost[0].lsn} is given again to those who were told of it")
     return Found(TORN)
+
+
+def _had_been_told(subject: Subject, lsn: int) -> bool:
+    """Whether the log's owner had said to other processes that a record is durable."""
+    directory = subject.files.open_directory(subject.path)
+    meta = read_meta(directory)
+    return meta is not None and directory.published().told_lsn(meta.epoch) >= lsn
+
+
+def _parted(subject: Subject, image: MemoryFiles) -> bool:
+    """Whether the log has another epoch than it had."""
+    metas = [read_meta(files.open_directory(subject.path)) for files in (subject.files, image)]
+    return metas[0] is not None and metas[1] is not None and metas[0].epoch != metas[1].epoch
 
 
 def _is_refused(subject: Subject, image: MemoryFiles) -> bool:

@@ -56,13 +56,14 @@ PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
 REPLICATION: Final = "replication"
+LINES, LINES_DB = "lines", "simulator:lines-database"
 
 MUTANTS: Final = (
     # -- group commit --
     mutant(
         "acknowledged before the sync", "_disk/directory", SIMULATOR,
-        "        if sync:\n            self.sync()\n        return (",
-        "        if sync:\n            self.synced_lsn = self.last_lsn\n        return (",
+        "        if sync:\n            self.sync()\n        spares = ",
+        "        if sync:\n            self.synced_lsn = self.last_lsn\n        spares = ",
     ),
     mutant(
         "watermark too early: what is written is called durable", "_local", "simulator:none",
@@ -71,10 +72,10 @@ MUTANTS: Final = (
     ),
     mutant(
         "a failed sync is tried again", "_disk/directory", ERRORS,
-        "            active.file.sync(in_place=",
+        "            self.active.sync()\n",
         "            with contextlib.suppress(OSError):\n"
-        "                active.file.sync()\n"
-        "            active.file.sync(in_place=",
+        "                self.active.sync()\n"
+        "            self.active.sync()\n",
     ),
     mutant(
         "a failed write is taken for a good one", "_disk/directory", ERRORS,
@@ -109,14 +110,96 @@ MUTANTS: Final = (
         "                item = waiting.entries.pop(task)",
         "                item = waiting.entries[task]",
     ),
+    # -- lines, turns, the fast lane --
+    mutant(
+        "no turns: a line that was let in stays first", "_admission", LINES,
+        "        if line.entry and len(self._heap) > 1:\n",
+        "        if line.entry and len(self._heap) > 1000:\n",
+    ),
+    mutant(
+        "turns are counted in calls, not in records", "_admission", LINES,
+        "        line.tag += records\n",
+        "        line.tag += 1\n",
+    ),
+    mutant(
+        "a line that was idle has saved up its turns", "_admission", LINES,
+        "                line.tag = max(line.tag, self._clock)\n",
+        "                line.tag = line.tag + 0\n",
+    ),
+    mutant(
+        "a line whose share is full stands in the way of others", "_admission", LINES,
+        "        if first is not None and line.fits(first.item):",
+        "        if first is not None:",
+    ),
+    mutant(
+        "nothing is kept for high priority", "_admission", LINES,
+        "        if self._highs:\n",
+        "        if self._highs < 0:\n",
+    ),
+    mutant(
+        "the reserve is kept after the last high writer has gone", "_admission", LINES,
+        "            self._highs -= 1\n",
+        "            self._highs -= 0\n",
+    ),
+    mutant(
+        "high priority has no precedence", "_admission", LINES,
+        "            line = None if yields else self._high.first()\n",
+        "            line = self._normal.first() or self._high.first()\n",
+    ),
+    mutant(
+        "high priority starves the others", "_admission", LINES,
+        "PASSED_MAX: Final = 8\n",
+        "PASSED_MAX: Final = 800\n",
+    ),
+    mutant(
+        "somebody normal passes those who wait", "_admission", LINES,
+        "            return not self.crowded and self.fits(item, batch)",
+        "            return self.fits(item, batch)",
+    ),
+    mutant(
+        "what is withdrawn stays in its writer's share", "_admission", LINES,
+        "            self._less_before(records, size)\n"
+        "        self.records -= records\n        self.bytes -= size\n",
+        "            self._less_before(records, size)\n        self.bytes -= size\n",
+    ),
+    mutant(
+        "a writer's share has no room again when its batch is taken", "_admission", LINES,
+        "        self.records -= share.records\n        self.bytes -= share.bytes\n",
+        "        self.records -= share.records\n",
+    ),
+    mutant(
+        "who leaves a line does not let in the next", "_queue", LINES,
+        "        self._admission.refresh(blocked.line)\n        if self.owner",
+        "        if self.owner",
+    ),
+    mutant(
+        "a writer does not count what it refuses", "_queue", LINES,
+        "            line.rejected += 1\n",
+        "",
+    ),
+    mutant(
+        "a writer's waits are counted of the log only", "_admission", LINES,
+        "        if self.name is not None:\n            self.waits.note(seconds)\n",
+        "",
+    ),
+    mutant(
+        "a commit that stood in line is not validated when it is let in", "_mvcc", LINES_DB,
+        "            if validate is not None:\n                validate()\n",
+        "",
+    ),
+    mutant(
+        "a commit that stands in line has its number already", "_database_writer", LINES_DB,
+        "    versions.by_turns = True\n",
+        "    versions.by_turns = False\n",
+    ),
     mutant(
         "a unit is written as two frames", "_disk/directory", SIMULATOR,
         "        active = self.active\n        active.write(body,",
         "        active = self.active\n"
         "        if len(records) > 1 and active.fits(body.stored_length + 600):\n"
-        "            half = encode(records[:1], self._meta.features)\n"
+        "            half = encode(records[:1], self.features)\n"
         "            active.write(half, durable_lsn, self._files.time_us())\n"
-        "            body = encode(records[1:], self._meta.features)\n"
+        "            body = encode(records[1:], self.features)\n"
         "        active.write(body,",
     ),
     # -- what an open that fails leaves --
@@ -126,13 +209,13 @@ MUTANTS: Final = (
         "            worker.close()\n",
     ),
     mutant(
-        "a failed open leaves the files that it has made", "_disk/directory", "leaks:log/fsync",
+        "a failed open leaves the files that it has made", "_disk/opening", "leaks:log/fsync",
         "                uncreate(directory, found_names, created=plan.meta is None)\n",
         "                pass\n",
     ),
     mutant(
-        "a failed open leaves the directory that it has made", "_files", "leaks:log/flock",
-        "        _remove_directories(made)\n\n    def lock", "\n    def lock",
+        "a failed open leaves the directory that it has made", "_system/files", "leaks:log/flock",
+        "        remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
         "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
@@ -193,8 +276,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a dropped file is written over under its name", "_disk/directory", "simulator:retention",
-        "spare = self._drop_file(segment, spare)\n            self._directory.sync()\n",
-        "spare = self._drop_file(segment, spare)\n",
+        "spare = self.spares.drop(segment, spare)\n            self._directory.sync()\n",
+        "spare = self.spares.drop(segment, spare)\n",
     ),
     mutant(
         "marks of a close are not written again", "_disk/segment", "errors:appends/EIO/once",
@@ -203,7 +286,7 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            self._meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
     ),
     mutant(
@@ -213,9 +296,9 @@ MUTANTS: Final = (
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self._write_meta(meta)\n            with self._shape:\n",
+        "            self._meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
-        "                spare = self._drop_file(segment, spare)\n", "                pass\n",
+        "                spare = self.spares.drop(segment, spare)\n", "                pass\n",
     ),
     mutant(
         "retention drops what one of two policies is to keep", "_retention",
@@ -228,7 +311,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
-        "                self._write_meta(meta)\n            except LogFullError",
+        "                self._meta.write(meta)\n            except LogFullError",
         "                pass\n            except LogFullError",
     ),
     mutant(
@@ -237,7 +320,7 @@ MUTANTS: Final = (
         "self._directory.rename(spare.name, TRUNCATE",
     ),
     mutant(
-        "a cut takes one record too many", "_disk/directory", "simulator:cut",
+        "a cut takes one record too many", "_disk/cut", "simulator:cut",
         "[: lsn + 1 - frame.first_lsn]", "[: lsn - frame.first_lsn]",
     ),
     mutant(
@@ -251,8 +334,8 @@ MUTANTS: Final = (
         "    directory.rename(META_NEW_NAME, META_NAME)\n",
     ),
     mutant(
-        "a cut that log.meta tells of is taken back", "_disk/directory", "errors:truncations",
-        " and read_meta(self._directory) == self._meta:", ":",
+        "a cut that log.meta tells of is taken back", "_disk/metafile", "errors:truncations",
+        " and read_meta(self._directory) == self.says:", ":",
     ),
     # -- recovery --
     mutant(
@@ -265,20 +348,28 @@ MUTANTS: Final = (
     ),
     mutant(
         "the copy of an unproven tail is not synced", "_disk/repair", SIMULATOR,
-        "    finally:\n        old.close()\n    active.file.sync()\n",
+        "    finally:\n        old.close()\n    active.sync()\n",
         "    finally:\n        old.close()\n",
     ),
     mutant(
         "the old segment is sealed before its copy is durable", "_disk/repair", SIMULATOR,
         "        if not replaces:\n            sealed.append(",
         "        if False:\n            sealed.append(",
-        "    finally:\n        old.close()\n    active.file.sync()",
+        "    finally:\n        old.close()\n    active.sync()",
         "    finally:\n        old.close()",
         "        _copy_frames(directory, active, before, end)\n",
         "        _copy_frames(directory, active, before, end)\n"
         "        if not replaces:\n"
         "            sealed.append(_seal(directory, before))\n"
-        "        active.file.sync()\n",
+        "        active.sync()\n",
+    ),
+    mutant(
+        "LSNs that were told of and lost are given again in the same epoch", "_disk/repair", BITROT,
+        "        if meta.copied or plan.lost_lsn:\n", "        if meta.copied:\n",
+    ),
+    mutant(
+        "a word of another epoch counts for recovery", "_disk/recovery", "simulator:cut",
+        "directory.published().told_lsn(meta.epoch)", "directory.published().durable_lsn",
     ),
     mutant(
         "a decided cut is not carried out by recovery", "_disk/chain", "simulator:cut",
@@ -387,7 +478,7 @@ MUTANTS: Final = (
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "                lsn = min(lsn, self.keep_from)\n", "                pass\n",
+        "            lsn = min((lsn, *self._holds.copy().values()))\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
@@ -487,20 +578,20 @@ MUTANTS: Final = (
         "                view.base.explain(exc)\n", "",
     ),
     mutant(
-        "a link is followed to where LMDB writes", "_files", "hostile:places",
+        "a link is followed to where LMDB writes", "_system/store", "hostile:places",
         "    if not stat.S_ISREG(found.st_mode):\n", "    if False:\n",
     ),
     mutant(
-        "a file with another name elsewhere is written", "_files", "hostile:places",
+        "a file with another name elsewhere is written", "_system/store", "hostile:places",
         "    if found.st_nlink > 1:\n", "    if False:\n",
     ),
     mutant(
-        "a store may be a link", "_files", "hostile:places",
+        "a store may be a link", "_system/store", "hostile:places",
         "    return OsFiles().open_directory(path, follow=False)\n",
         "    return OsFiles().open_directory(path)\n",
     ),
     mutant(
-        "a database's log may be a link", "_disk/directory", "hostile:places",
+        "a database's log may be a link", "_disk/opening", "hostile:places",
         "files, path, follow=not database,", "files, path, follow=True,",
     ),
     mutant(
@@ -516,6 +607,20 @@ MUTANTS: Final = (
     mutant(
         "readers do not take the owner's word as proof", "_reader", "bitrot:ways/reader",
         "                told_lsn=proof,\n", "                told_lsn=0,\n",
+    ),
+    mutant(
+        "a database reader forgets what its snapshots see", "_mvcc", READERS_DB,
+        "        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):\n",
+        "        if layer.add(writes, seq, seq, keep_older=False):\n",
+    ),
+    mutant(
+        "a database reader gives a store back that is being read", "_follower", READERS_DB,
+        "        former.close()\n", "        former.view.base.transaction.close()\n",
+    ),
+    mutant(
+        "a database reader stands still behind a dropped log", "_follower", READERS_DB,
+        "        except LsnTruncatedError:\n            # Fallen",
+        "        except KeyError:\n            # Fallen",
     ),
     mutant(
         "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",
@@ -607,13 +712,13 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut begins no epoch", "_disk/directory", READERS,
-        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
-        "        history = self._meta.history\n",
+        "        history = branch(says.history, lsn, self._files.random_bytes(4))\n",
+        "        history = says.history\n",
     ),
     mutant(
         "an epoch begins one record too late", "_disk/directory", READERS,
-        "        history = branch(self._meta.history, lsn, self._files.random_bytes(4))\n",
-        "        history = branch(self._meta.history, lsn + 1, self._files.random_bytes(4))\n",
+        "        history = branch(says.history, lsn, self._files.random_bytes(4))\n",
+        "        history = branch(says.history, lsn + 1, self._files.random_bytes(4))\n",
     ),
     mutant(
         "a reader that was overtaken by retention is told of damage", "_stream", READERS,

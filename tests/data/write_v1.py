@@ -18,7 +18,8 @@ import trio
 from trio.testing import MockClock
 
 from trio_wal._disk.chain import read_meta
-from trio_wal._disk.directory import LogDirectory, open_log_directory
+from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.opening import open_log_directory
 from trio_wal.testing import MemoryFiles
 
 HERE = Path(__file__).parent / "v1"

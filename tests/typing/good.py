@@ -102,6 +102,14 @@ JOBS = Table("jobs", key=tuple[int, str], value=Job)
 COUNTS = Table("counts", key=str, value=dict[str, int])
 
 
+async def beside(path: str) -> None:
+    async with trio_wal.open_database_reader(path) as reader:
+        assert_type(reader, trio_wal.DatabaseReader)
+        assert_type(reader.get(b"a", 0), "bytes | int")
+        assert_type(JOBS.get(reader, (1, "a")), "Job | None")
+        await reader.wait_for(reader.bookmark)
+
+
 def tables(db: Database, tx: Transaction, snap: Snapshot) -> None:
     assert_type(JOBS, "Table[tuple[int, str], Job]")
     JOBS.put(tx, (7, "mail"), Job("x"))

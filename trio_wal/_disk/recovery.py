@@ -13,6 +13,7 @@ What can be there after a crash, and what becomes of it:
   log.meta tells of a decided truncate_after          carried out
   segments below log.meta's base                      a truncate_before was interrupted: dropped
   the last segment ends in a footer                   the segment behind it is missing: refuse
+  the owner's word is that there was more             a new epoch begins
   anything else that is not a chain                   refuse
 """
 
@@ -77,6 +78,9 @@ class Plan:
     """The last segment but one, up to its end: it gets its missing footer."""
     previous: FoundSegment | None = None
     """The last segment but one."""
+    told_lsn: int = 0
+    """Up to here other processes were told, in today's epoch, that records are durable.  No proof:
+    see `examine`."""
     torn_bytes: int = 0
     clean: bool = True
     records_replayed: int = 0
@@ -88,12 +92,17 @@ class Plan:
     def last_lsn(self) -> int:
         return 0 if self.end is None else self.end.end.next_lsn - 1
 
+    @property
+    def lost_lsn(self) -> int:
+        """The last LSN that others were told of and that is not there; 0: nothing is missing."""
+        return self.told_lsn if self.told_lsn > self.last_lsn else 0
+
 
 def reread_tail(directory: Directory) -> None:
     """Before a log is recovered: have the end of it read from the disk.
 
     After a failed write or sync the page cache holds what the disk does not, and such a page
-    may stay lost even if it is written again (see `_files`).  A process that has ended can
+    may stay lost even if it is written again (see `_system.sync`).  A process that has ended can
     have left such pages in the last two segments only: it does not begin a third before the
     footer of the first is synced.  And recovery writes to no other segment.
 
@@ -155,6 +164,10 @@ def _cost(length: int, records: int, frames: int) -> int:
 def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan:
     """Read the directory and decide.  Nothing is written.
 
+    The owner's word is no reason to refuse (docs/design says why).  But whoever was given the
+    records that it speaks of must be able to tell them from those that take their LSNs next: where
+    the log ends before them, a new epoch begins.
+
     Args:
       verify_bytes: how much of the log, newest first, is checked frame by frame; the
           rest by the headers and footers of its segments.
@@ -173,8 +186,11 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
         # Its creation was interrupted; nothing was ever accepted.
         segments = list_unborn(directory, names, refuse)
         return Plan(None, (*temporary(names), *segments))
+    # A copy that was not opened yet begins an epoch anyway, and its word is another's.
+    told_lsn = 0 if meta.copied else directory.published().told_lsn(meta.epoch)
     chain = list_chain(directory, meta, refuse)
-    return _examine_chain(directory, meta, chain, verify_bytes)
+    plan = _examine_chain(directory, meta, chain, verify_bytes)
+    return attrs.evolve(plan, told_lsn=told_lsn)
 
 
 def _examine_chain(

@@ -121,8 +121,9 @@ def repair(
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position
         active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
-        if meta.copied:
-            # Only now: what it is a copy of may have gone on, and other copies may, too.
+        if meta.copied or plan.lost_lsn:
+            # Only now that all before is durable, as an epoch promises.  A copy's original may have
+            # gone on, and other copies may, too; and what is lost has been given to others.
             history = branch(meta.history, here.next_lsn - 1, files.random_bytes(4))
             meta = attrs.evolve(meta, history=history, copied=False)
             write_meta(directory, meta)
@@ -135,6 +136,7 @@ def repair(
         torn_bytes=plan.torn_bytes,
         clean_shutdown=plan.clean,
         seconds=0.0,
+        lost_lsn=plan.lost_lsn,
     )
     return OpenLog(meta, sealed, active, report)
 
@@ -195,7 +197,7 @@ def _create(
     )
     active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
     try:
-        active.file.sync()
+        active.sync()
         directory.rename(NEW_NAME, header.name)
         directory.sync()
         meta = attrs.evolve(meta, live=True)
@@ -209,10 +211,11 @@ def _create(
 def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
     """A segment under its temporary name, zeros written; not yet durable."""
     capacity = capacity_for(0, capacity)
+    zeroed = min(capacity, FIRST_CAPACITY)
     file: File | None = None
     try:
         file = directory.open(NEW_NAME, create=True)
-        file.pwrite([header.encode(), bytes(min(capacity, FIRST_CAPACITY) - BLOCK)], 0)
+        file.pwrite([header.encode(), bytes(zeroed - BLOCK)], 0)
         file.allocate(capacity)
     except OSError as exc:
         if file is not None:
@@ -222,7 +225,7 @@ def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> 
             database = bool(header.features & FEATURE_DATABASE)
             raise LogFullError(directory.path, capacity, database=database) from exc
         raise
-    return ActiveSegment(file, Extent(header, capacity))
+    return ActiveSegment(file, Extent(header, capacity), written=zeroed)
 
 
 def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
@@ -252,7 +255,13 @@ def _reopen(
     if plan.copy_from is not None:
         return _copy_tail(files, directory, plan, sealed, segment_size)
     file = directory.open(last.header.name, writable=True)
-    return ActiveSegment(file, end, has_pointer=True, marks_offset=plan.marks_offset)
+    return ActiveSegment(
+        file,
+        end,
+        has_pointer=True,
+        marks_offset=plan.marks_offset,
+        written=file.written_bytes(),
+    )
 
 
 def _seal(directory: Directory, extent: Extent) -> SegmentInfo:
@@ -297,7 +306,9 @@ def _copy_tail(
         created_us=files.time_us(),
         previous=last.header.previous if replaces else start.previous,
     )
-    wanted = min(segment_size, max(FIRST_CAPACITY, last.size))
+    # As a new log's first one: no larger than what is filled with zeros, so that frames stand in
+    # place from the first one on.
+    wanted = min(segment_size, FIRST_CAPACITY)
     active = _new_segment(directory, header, capacity_for(end.end.offset - start.offset, wanted))
     try:
         _copy_frames(directory, active, before, end)
@@ -339,4 +350,4 @@ def _copy_frames(
                 )
     finally:
         old.close()
-    active.file.sync()
+    active.sync()

@@ -132,13 +132,18 @@ class ActiveSegment:
         *,
         has_pointer: bool = False,
         marks_offset: int | None = None,
+        settled: int = 0,
+        written: int = 0,
     ) -> None:
         header = extent.header
         self.file = file
         self.header: SegmentHeader = header
         self.capacity: int = extent.capacity
-        self.zeroed: int = 0
-        """So many bytes had been written, as zeros, and synced before it became a segment."""
+        self._settled = settled
+        """So many bytes had been written, as zeros for one, and synced: a frame there stands in
+        place.  Only a first look at them tells; what is written meanwhile does not count."""
+        self._written = written
+        """The same, but for the sync: the next one settles them."""
         self.position: Position = extent.end
         self.frames: int = extent.frames
         self.index: list[tuple[int, int]] = list(extent.index)
@@ -204,6 +209,14 @@ class ActiveSegment:
         self.position = Position(frame.end, frame.next_lsn, crc, durable_lsn, time_us)
         return frame
 
+    def sync(self) -> None:
+        """On return all that was written is durable."""
+        if self.position.offset <= self._settled:
+            self.file.sync(in_place=True)
+        else:
+            self.file.sync()
+            self._settled = max(self._settled, self._written)
+
     def rewrite_marks(self) -> bool:
         """Have the next sync cover the CLOSE frames at the end: nothing may be chained to
         one that is not there.  Returns whether there are any."""
@@ -246,9 +259,17 @@ class ActiveSegment:
 
 
 def create_segment(
-    directory: Directory, file: File, old_name: str, header: SegmentHeader, capacity: int
+    directory: Directory,
+    file: File,
+    old_name: str,
+    header: SegmentHeader,
+    capacity: int,
+    zeroed: int,
 ) -> ActiveSegment:
     """Turn a prepared file of zeros into a segment, durable under its final name.
+
+    Args:
+      zeroed: so many bytes of it were written, as zeros, and synced.
 
     Nothing is lost where a crash comes between: the file keeps a name that recovery
     clears away.
@@ -257,7 +278,7 @@ def create_segment(
     file.sync()
     directory.rename(old_name, header.name)
     directory.sync()
-    return ActiveSegment(file, Extent(header, capacity))
+    return ActiveSegment(file, Extent(header, capacity), settled=zeroed)
 
 
 __all__ = [

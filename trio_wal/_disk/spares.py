@@ -1,0 +1,310 @@
+"""The next segment of an open log, made ready while the active one fills.
+
+Law: blocking; no trio.  Space is reserved, and zeros written and synced, before a commit needs the
+file; one that cannot wait takes it as far as it is.  A file that becomes a segment once more has
+nobody who reads it.  What `prepare` does may run in a thread beside all other calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from time import perf_counter
+from typing import Final
+
+import attrs
+
+from trio_wal._exceptions import LogFullError
+from trio_wal._files import NO_SPACE, Directory, File, close_quietly
+from trio_wal._util import KiB
+
+from .frame import SegmentHeader
+from .segment import (
+    CAPACITY_GROWTH,
+    FIRST_CAPACITY,
+    SPARE_PREFIX,
+    ActiveSegment,
+    SegmentInfo,
+    capacity_for,
+)
+
+ZERO_CHUNK: Final = 256 * KiB
+SPARE_RETRY_SECONDS: Final = 1.0
+"""After a full disk: not at every commit."""
+PREPARE_FROM: Final = 0.25
+PREPARED_AT: Final = 0.75
+"""The next segment is prepared while the active one fills between these shares of it."""
+PAUSES: Final = 4
+PAUSE_SHARE: Final = 4
+"""Zeros and commits share the disk: between two pieces of zeros there are so many pauses of so
+many times what the piece took, unless preparing falls behind.  A log that is idle has its segment
+within seconds all the same, and nothing waits in vain."""
+ZERO_FRAMES_BELOW: Final = 32 * KiB
+"""Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
+needs no block allocation): it pays while the mean frame is smaller than this."""
+
+
+@attrs.define(eq=False)
+class Spare:
+    """A file that reads as zeros, to become the next segment."""
+
+    name: str
+    file: File
+    capacity: int
+    zeroed: int = 0
+    """So many bytes of it have been written, as zeros, and synced."""
+
+
+class Spares:
+    """The file that is ready, those that may be used again, and who reads which segment.
+
+    Args:
+      active: gives the segment that is being written.
+      segment_size: bytes of a full-grown one.
+      database: whether the log is a database's: for what an error recommends.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        active: Callable[[], ActiveSegment],
+        *,
+        segment_size: int,
+        database: bool,
+    ) -> None:
+        self.ready: Spare | None = None
+        self.not_before: float = 0.0
+        """On `time.perf_counter`: until then nothing is prepared, because the disk was full."""
+        self.preparing: bool = False
+        self._directory = directory
+        self._active = active
+        self._segment_size = segment_size
+        self._database = database
+        self._lock = threading.Condition()
+        self._hurry = False
+        self._recycled: list[str] = []
+        self._made = 0
+        self._readers: dict[bytes, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Space that is prepared."""
+        spare = self.ready
+        return spare.capacity if spare is not None else 0
+
+    # -- taking one --
+
+    def make_room(self) -> None:
+        """See whether a segment can be prepared again; `LogFullError` where not."""
+        if self.ready is None:
+            self.ready = self.take(0)
+
+    def take(self, stored_length: int) -> Spare:
+        """The prepared segment, or one made now without writing its zeros.
+
+        Raises:
+          LogFullError: there is no space for one.
+        """
+        needed = capacity_for(stored_length, 0)
+        with self._lock:
+            self._hurry = True
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: not self.preparing)
+            self._hurry = False
+            spare, self.ready = self.ready, None
+            if spare is not None and spare.capacity >= needed:
+                return spare
+            if spare is not None:
+                spare.file.close()
+                self._directory.unlink(spare.name)
+            capacity = self._next_capacity(stored_length)
+            try:
+                return self._reserve(capacity)
+            except LogFullError:
+                if not self._recycled:
+                    raise
+                # Space first: what was kept to be overwritten is worth more as free blocks.
+                self._unlink_recycled()
+                return self._reserve(capacity)
+
+    def _next_capacity(self, stored_length: int) -> int:
+        wanted = max(FIRST_CAPACITY, CAPACITY_GROWTH * self._active().capacity)
+        return capacity_for(stored_length, min(self._segment_size, wanted))
+
+    def _reserve(self, capacity: int) -> Spare:
+        """A new file of ``capacity`` bytes that reads as zeros, its space reserved."""
+        name = self._new_name()
+        file: File | None = None
+        try:
+            file = self._directory.open(name, create=True)
+            file.allocate(capacity)
+        except OSError as exc:
+            if file is not None:
+                close_quietly(file)
+                self._directory.unlink(name)
+            if exc.errno in NO_SPACE:
+                raise LogFullError(self._directory.path, capacity, database=self._database) from exc
+            raise
+        return Spare(name, file, capacity)
+
+    def _new_name(self) -> str:
+        """Never the name of a file that a rotation may be renaming at this moment."""
+        self._made += 1
+        return f"{SPARE_PREFIX}{self._made}.tmp"
+
+    # -- making one ready --
+
+    def prepare(self) -> None:
+        """Make the next segment ready in the background: space reserved, zeros written
+        and synced, so that a commit meets neither ENOSPC nor block allocation.
+
+        A rotation that cannot wait takes it as it is.  A full disk is not an error
+        here: the rotation will say so, if it is still full then.
+        """
+        with self._lock:
+            if self.ready is not None or self.preparing:
+                return
+            self.preparing = True
+        spare: Spare | None = None
+        try:
+            spare = self._recycle()
+            if spare is None:
+                spare = self._reserve(self._next_capacity(0))
+                if self._active().mean_frame_bytes < ZERO_FRAMES_BELOW:
+                    self._write_zeros(spare)
+        except (OSError, LogFullError):
+            self.not_before = perf_counter() + SPARE_RETRY_SECONDS
+            if spare is not None:
+                close_quietly(spare.file)
+                self._directory.unlink(spare.name)
+                spare = None
+        finally:
+            with self._lock:
+                self.ready = spare
+                self.preparing = False
+                self._lock.notify_all()
+
+    def _recycle(self) -> Spare | None:
+        """A dropped segment's file: its blocks are allocated and need only new zeros."""
+        if not self._recycled:
+            return None
+        name = self._recycled[0]
+        file = self._directory.open(name, writable=True)
+        try:
+            capacity = self._next_capacity(0)
+            zeroed = self._zero(file, 0, min(file.size(), capacity))
+            if file.size() > capacity:
+                file.truncate(capacity)
+            file.allocate(capacity)
+        except BaseException:
+            close_quietly(file)
+            # Not to be used again: a page that could not be written may stay lost.
+            self._recycled.remove(name)
+            with contextlib.suppress(OSError):
+                self._directory.unlink(name)
+            raise
+        self._recycled.remove(name)
+        return Spare(name, file, capacity, zeroed)
+
+    def _zero(self, file: File, start: int, end: int) -> int:
+        """Write zeros from ``start`` on; returns how far it came before a rotation asked
+        for the file.  What is left of an old file's content is cut off."""
+        zeros = bytes(ZERO_CHUNK)
+        for offset in range(start, end, ZERO_CHUNK):
+            if self._hurry:
+                file.truncate(offset)
+                return offset
+            started = perf_counter()
+            file.pwrite([zeros[: end - offset]], offset)
+            file.sync()
+            if offset + ZERO_CHUNK < end:
+                self._pause(offset / end, perf_counter() - started)
+        return end
+
+    def _pause(self, done: float, seconds: float) -> None:
+        """Leave the disk to the commits, after a piece that took so long."""
+        with self._lock:
+            for _ in range(PAUSES):
+                active = self._active()
+                used = active.position.offset / active.capacity
+                due = (used - PREPARE_FROM) / (PREPARED_AT - PREPARE_FROM)
+                if self._hurry or done < due:
+                    return
+                self._lock.wait(PAUSE_SHARE * seconds)
+
+    def _write_zeros(self, spare: Spare) -> None:
+        spare.zeroed = self._zero(spare.file, 0, spare.capacity)
+        if spare.zeroed < spare.capacity:
+            spare.file.allocate(spare.capacity)
+
+    # -- files of dropped segments --
+
+    def drop(self, segment: SegmentInfo, kept: str | None) -> str | None:
+        """Remove a segment's file, or keep it for the next segment, unless somebody reads it.
+
+        Args:
+          kept: the name of one that is already kept; one is enough.
+
+        Returns its new name, for `recycle`, or ``kept``.
+        """
+        with self._lock:
+            recycle = (
+                kept is None
+                and self.ready is None
+                and not self.preparing
+                and not self._recycled
+                and segment.header.salt not in self._readers
+                and self._active().mean_frame_bytes < ZERO_FRAMES_BELOW
+            )
+            if recycle:
+                kept = self._new_name()
+                self._directory.rename(segment.name, kept)
+            else:
+                self._directory.unlink(segment.name)
+        return kept
+
+    def recycle(self, name: str) -> None:
+        """Use a file that `drop` has kept: when its new name is durable, for under the old one it
+        must stay whole."""
+        with self._lock:
+            self._recycled.append(name)
+
+    def pin(self, header: SegmentHeader) -> None:
+        """Somebody reads this segment: its file may be unlinked, but not written over."""
+        with self._lock:
+            self._readers[header.salt] = self._readers.get(header.salt, 0) + 1
+
+    def unpin(self, header: SegmentHeader) -> None:
+        with self._lock:
+            self._readers[header.salt] -= 1
+            if not self._readers[header.salt]:
+                del self._readers[header.salt]
+
+    # -- ending --
+
+    def stop(self) -> None:
+        """Have `prepare` return soon, for a close."""
+        self._hurry = True
+
+    def discard(self) -> None:
+        """Remove what was made ready and kept."""
+        spare, self.ready = self.ready, None
+        if spare is not None:
+            spare.file.close()
+            self._directory.unlink(spare.name)
+        self._unlink_recycled()
+
+    def _unlink_recycled(self) -> None:
+        for name in self._recycled:
+            self._directory.unlink(name)
+        self._recycled.clear()
+
+    def close(self) -> None:
+        """Give descriptors back, and leave the files."""
+        if self.ready is not None:
+            close_quietly(self.ready.file)
+
+    def disown(self) -> None:
+        """In a forked child: the parent's threads may have had the lock, and are not there."""
+        self._lock = threading.Condition()
