@@ -102,7 +102,7 @@ def _fast_lane(report: Report, rounds: int, seconds: float) -> None:
 
 def _follow(report: Report, rounds: int, seconds: float) -> None:
     shown = table(
-        f'max_queue_size="auto", target {pressure.TARGET * 1e3:g} ms, 3,000 tasks',
+        f'max_queue_size="auto", target {pressure.TARGET * 1e3:g} ms, 10,000 tasks',
         ["sync ms", "settled after s", "longest wait : target"],
     )
     settled: list[float] = []

@@ -7,6 +7,8 @@ oscillate, and what a delay is good for, stands in docs/design.
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 from typing import Final, Protocol, final
 
 AUTO_RECORDS_MIN: Final = 16
@@ -29,6 +31,9 @@ STRANGERS_MAX: Final = 3
 learned is forgotten."""
 CLOSE: Final = 1.25
 """A wait that is so close to what it should be is left as it is."""
+PACES: Final = 5
+"""The bound goes by the median of so many rounds: one that was held up by another program says
+nothing of the disk."""
 SPREAD_MIN: Final = 0.02
 """Rounds whose records differ by less say nothing of what a record costs."""
 
@@ -94,6 +99,8 @@ class AutoBound:
         self.records: int = AUTO_RECORDS_START
         """The bound in force."""
         self._costs = RoundCosts()
+        self._paces: Final[deque[float]] = deque(maxlen=PACES)
+        """Seconds a record took, in the last rounds."""
         self._taken_at = -math.inf
         self._taken = 0
         self._was_full = False
@@ -116,7 +123,8 @@ class AutoBound:
         if not (full and was_full):
             # What was flushed is what came, and not how fast it can be flushed.
             return False
-        wait = waiting * seconds / flushed
+        self._paces.append(seconds / flushed)
+        wait = waiting * median(self._paces)
         goal = max(self.target_latency, FIXED_MAX * self._costs.fixed_seconds)
         if goal / CLOSE <= wait <= goal * CLOSE:
             return False
