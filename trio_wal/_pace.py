@@ -196,8 +196,8 @@ PAUSE_MAX: Final = 32.0
 PAUSE_GROWTH: Final = 1.5
 """Epochs of the best choice between two trials of others."""
 LOSS_MAX: Final = 0.02
-"""Of the time, that trials may cost.  On a fast disk a trial is dear whatever is learned from it: no
-timer of Linux wakes trio before the next millisecond, which is ten syncs of 0.1 ms."""
+"""Of the time, that trials may cost.  On a fast disk a trial is dear whatever is learned from it:
+no timer of Linux wakes trio before the next millisecond, which is ten syncs of 0.1 ms."""
 CROWD_FORGET: Final = 15 / 16
 """What the largest crowd counts for after one more round."""
 
