@@ -236,6 +236,31 @@ async def test_what_anybody_holds_is_kept_until_all_have_let_go(home: Any) -> No
         assert wal.first_lsn == 61
 
 
+async def test_writers_share_any_log(any_home: Any) -> None:
+    # The engines of the tests are given what `open_wal` makes of "auto".
+    bound: Any = "auto" if isinstance(any_home, (Files, Nats)) else 1_000_000
+    async with any_home.open(
+        max_queue_size=bound, target_latency=0.005, commit_delay="auto"
+    ) as wal:
+        assert 16 <= wal.statistics().max_queue_size <= 1_000_000
+        async with (
+            wal.writer("bulk", max_queue_size=4) as bulk,
+            wal.writer("urgent", priority="high") as urgent,
+            trio.open_nursery() as nursery,
+        ):
+            for _ in range(20):
+                nursery.start_soon(bulk.append, b"bulk")
+                nursery.start_soon(urgent.append, b"urgent")
+            await bulk.send(b"bulk")
+            await bulk.flush()
+        writers = wal.statistics().writers
+        assert await wal.append(b"the log's own") == 42
+        data = list((await read_all(wal)).values())
+        assert (data.count(b"bulk"), data.count(b"urgent")) == (21, 20)
+        assert writers == {}
+        assert 16 <= wal.statistics().max_queue_size <= 1_000_000
+
+
 async def test_truncate_before_drops_whole_pieces_and_readers_are_told(any_home: Any) -> None:
     home = any_home
     async with home.open() as wal:

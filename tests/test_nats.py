@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -725,3 +727,138 @@ async def test_a_standby_is_promoted_when_leader_and_server_are_gone(
     async with trio_wal.open_database(tmp_path / "new", log=log) as db:
         assert acknowledged.items() <= dict(db.scan()).items()
         assert db.get(b"by") == b"the new one"
+
+
+# -- forked children ------------------------------------------------------------------------
+
+FORKED = """
+import os, signal, sys, time, trio, trio_wal
+
+class Left(Exception):
+    pass
+
+async def append_for_ever(handle):
+    try:
+        while True:
+            await handle.append(b"record")
+    except trio.ClosedResourceError:
+        if os.getpid() == parent:
+            raise
+
+def cas_of(kind, handle):
+    return {
+        "log": lambda: handle._log.engine._cas,
+        "database": lambda: handle.wal._log.engine._cas,
+        "reader": lambda: handle._source.log.cas,
+        "replica": lambda: handle._following.source.log.cas,
+    }[kind]()
+
+async def follow(stream):
+    try:
+        async with stream as items:
+            async for _ in items:
+                pass
+    except trio.ClosedResourceError:
+        if os.getpid() == parent:
+            raise
+
+async def main(kind, url, path, how):
+    opened = {
+        "log": lambda: trio_wal.open_wal(url),
+        "reader": lambda: trio_wal.open_reader(url),
+        "database": lambda: trio_wal.open_database(path, log=url),
+        "replica": lambda: trio_wal.open_replica(path, log=url),
+    }[kind]
+    with trio.fail_after(40):
+        try:
+            async with opened() as handle, trio.open_nursery() as nursery:
+                streams = {"log": "follow", "reader": "follow"}.get(kind, "changes")
+                nursery.start_soon(follow, getattr(handle, streams)())
+                if kind == "log":
+                    nursery.start_soon(append_for_ever, handle)
+                    await handle.append(b"record")
+                else:
+                    # Whatever it looks at now and then, it is at rest or not.
+                    await trio.sleep(0.3)
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(30)
+                    try:
+                        calls = {"log": "read", "reader": "read"}.get(kind, "snapshot")
+                        getattr(handle, calls)()
+                    except trio.ClosedResourceError:
+                        pass
+                    else:
+                        os._exit(1)
+                    try:
+                        await cas_of(kind, handle).last()
+                    except trio.ClosedResourceError:
+                        pass
+                    else:
+                        os._exit(3)
+                    if how == "exception":
+                        raise Left
+                    await handle.aclose()
+                    nursery.cancel_scope.cancel()
+                    await trio.lowlevel.checkpoint()
+                done = 0, 0
+                while done == (0, 0):
+                    await trio.sleep(0.01)
+                    done = os.waitpid(child, os.WNOHANG)
+                assert os.waitstatus_to_exitcode(done[1]) == 9, done
+                if kind == "log":
+                    await handle.append(b"record")
+                elif kind == "database":
+                    await handle.put(b"key", b"the parent's")
+                    assert handle.get(b"key") == b"the parent's"
+                elif kind == "replica":
+                    await handle.wait_for(1)
+                    async with handle.promote() as db:
+                        await db.put(b"key", b"the parent's")
+                else:
+                    async with handle.read() as records:
+                        assert [record.data async for record in records] != []
+                print("parent", flush=True)
+                nursery.cancel_scope.cancel()
+            if os.getpid() != parent:
+                os._exit(9)
+        except BaseException as exc:
+            if os.getpid() != parent:
+                found = [exc]
+                while hasattr(found[0], "exceptions"):
+                    found = found[0].exceptions
+                os._exit(9 if isinstance(found[0], Left) else 2)
+            raise
+
+parent = os.getpid()
+trio.run(main, *sys.argv[1:])
+"""
+
+
+@real
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.parametrize("how", ["exception", "aclose"])
+@pytest.mark.parametrize("kind", ["log", "reader", "database", "replica"])
+async def test_a_forked_child_leaves_its_parents_connection_alone(
+    single: Cluster, tmp_path: Path, kind: str, how: str
+) -> None:
+    url = f"{single.urls[0]}/forked-{kind}-{how}?replicas=1&monitor={single.monitors[0]}"
+    if kind == "reader":
+        async with trio_wal.open_wal(url) as wal:
+            await wal.append(b"record")
+    if kind == "replica":
+        async with trio_wal.open_database(tmp_path / "db", log=url) as db:
+            await db.put(b"key", b"value")
+    with trio.fail_after(60):
+        done = await trio.run_process(
+            [sys.executable, "-c", FORKED, kind, url, str(tmp_path / "here"), how],
+            capture_stdout=True,
+            env={**os.environ, "PYTHONPATH": str(Path(trio_wal.__file__).parent.parent)},
+        )
+    assert done.stdout == b"parent\n"
+    if kind in ("database", "replica"):
+        async with trio_wal.open_database(tmp_path / "db", log=url) as db:
+            assert db.get(b"key") == b"the parent's"
+    else:
+        async with trio_wal.open_reader(url) as reader, reader.read() as records:
+            assert {record.data async for record in records} == {b"record"}

@@ -288,11 +288,10 @@ def open_database(
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.
     """
-    name = check_path(path)
-    check_int("checkpoint_bytes", checkpoint_bytes, 1)
-    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
-    check_one_of("verify_store", verify_store, ("auto", "child", "none"))
-    used = OsFiles() if files is None else files
+    name, used = check_path(path), OsFiles() if files is None else files
+    own = _check_options(
+        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
+    )
     remote = None if log is None else check_remote_log(log)
     run = check_log_options(
         LocalEngine.batch_bytes_max if remote is None else BATCH_BYTES_MAX,
@@ -306,15 +305,11 @@ def open_database(
         durability=durability,
         reserve=reserve,
     )
-    own = _Options(
-        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
-    )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:
         check_remote(durability, segment_size, retention, compression, verify_bytes)
         cache = _cache_options(own, remote, snapshots, snapshot_bytes)
-        cache = cache.keeping(segment_size, keep, verify_store != "none", trust_directory)
-        return OpenRemoteDatabase(cache, run, used)
+        return OpenRemoteDatabase(cache.keeping(segment_size, keep, trust_directory), run, used)
     refuse_options("a database with a log of its own", snapshots=snapshots is not None)
     where = check_local_options(
         path=f"{name}/{LOG_NAME}",
@@ -327,11 +322,30 @@ def open_database(
     return _OpenDatabase(own, used, run, where)
 
 
+def _check_options(
+    path: str,
+    checkpoint_bytes: int,
+    map_size: int,
+    verify_store: VerifyStore,
+    on_verify_progress: Progress | None,
+) -> _Options:
+    check_int("checkpoint_bytes", checkpoint_bytes, 1)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
+    check_one_of("verify_store", verify_store, ("auto", "child", "none"))
+    return _Options(path, checkpoint_bytes, map_size, verify_store, on_verify_progress)
+
+
 def _cache_options(
     own: _Options, log: RemoteLog, snapshots: SnapshotStore | None, snapshot_bytes: int
 ) -> RemoteOptions:
     return check_remote_options(
-        own.path, log, snapshots, snapshot_bytes, own.checkpoint_bytes, own.map_size
+        own.path,
+        log,
+        snapshots,
+        snapshot_bytes,
+        own.checkpoint_bytes,
+        own.map_size,
+        own.verify_store != "none",
     )
 
 

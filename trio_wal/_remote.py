@@ -58,14 +58,13 @@ class RemoteOptions:
     trust_directory: bool = False
 
     def keeping(
-        self, segment_size: int, retention: Retention, check_store: bool, trust_directory: bool
+        self, segment_size: int, retention: Retention, trust_directory: bool
     ) -> RemoteOptions:
         """With what only the one who writes says."""
         return attrs.evolve(
             self,
             segment_size=segment_size,
             retention=retention,
-            check_store=check_store,
             trust_directory=check_bool("trust_directory", trust_directory),
         )
 
@@ -77,6 +76,7 @@ def check_remote_options(
     snapshot_bytes: int,
     checkpoint_bytes: int,
     map_size: int,
+    check_store: bool = True,
 ) -> RemoteOptions:
     """These arguments of `open_database`, or the error that names the wrong one."""
     if snapshots is not None and not all(
@@ -91,6 +91,7 @@ def check_remote_options(
         snapshot_bytes=check_int("snapshot_bytes", snapshot_bytes, 1),
         checkpoint_bytes=checkpoint_bytes,
         map_size=map_size,
+        check_store=check_store,
     )
 
 
