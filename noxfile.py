@@ -173,7 +173,7 @@ def cluster(session: nox.Session) -> None:
         session.run("pytest", *(arguments or CLUSTER_TESTS), env=ENV)
 
 
-CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py")
+CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py", "test_failover.py")
 
 
 @nox.session
