@@ -13,7 +13,6 @@ import re
 import ssl
 import urllib.request
 import uuid
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, Protocol, final
@@ -95,15 +94,37 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-async def ask_servers(urls: Iterable[str], tls: ssl.SSLContext | None) -> list[Server]:
+async def ask_servers(log: Wanted) -> list[Server]:
     """All at once, each within `MONITOR_SECONDS`."""
-    urls = list(urls)
+    urls = log.monitor or tuple(
+        f"http://{urlsplit(server).hostname}:{MONITOR_PORT}" for server in log.servers
+    )
 
     def ask() -> list[Server]:
         with ThreadPoolExecutor(max_workers=max(1, len(urls))) as pool:
-            return list(pool.map(partial(ask_server, tls=tls), urls))
+            return list(pool.map(partial(ask_server, tls=log.tls), urls))
 
     return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+
+
+def fault_of(server: Server) -> tuple[str, str] | None:
+    """Why no log may be on a server that was asked, and what to do about it."""
+    who = f"{server.url} ({server.name})"
+    if server.version[:2] < VERSION_MIN:
+        return _too_old(who, server.version)
+    if not server.jetstream:
+        return f"{who} has no JetStream", "enable it in its configuration"
+    if not server.synced:
+        remedy = "set 'jetstream { sync_interval: always }' on every server"
+        return f"{who} does not sync every write", remedy
+    return None
+
+
+def _too_old(who: str, version: tuple[int, ...]) -> tuple[str, str] | None:
+    if version[:2] >= VERSION_MIN:
+        return None
+    shown, least = ".".join(map(str, version)), ".".join(map(str, VERSION_MIN))
+    return f"{who} is nats-server {shown}, which is too old", f"update it to {least} or newer"
 
 
 @final
@@ -126,7 +147,8 @@ class Opening:
         if not any(cas.server_version):
             # Between two servers: the one that was connected has died.
             raise Unsure("the connection was lost")
-        self._check_version("the server", cas.server_version)
+        if (wrong := _too_old("the server", cas.server_version)) is not None:
+            raise self._refuse(*wrong)
         asks = create and not log.assume_synced
         servers = await self._ask() if asks else []
         info = await self._find(servers, create=create)
@@ -137,33 +159,11 @@ class Opening:
         cas.use(self._uuid_of(info["config"]))
         return cas.description_of(info)
 
-    def _check_version(self, who: str, version: tuple[int, ...]) -> None:
-        if version[:2] < VERSION_MIN:
-            shown, least = ".".join(map(str, version)), ".".join(map(str, VERSION_MIN))
-            raise self._refuse(
-                f"{who} is nats-server {shown}, which is too old", f"update it to {least} or newer"
-            )
-
     async def _ask(self) -> list[Server]:
-        log = self._log
-        urls = log.monitor or tuple(
-            f"http://{urlsplit(server).hostname}:{MONITOR_PORT}" for server in log.servers
-        )
-        servers = await ask_servers(urls, log.tls)
+        servers = await ask_servers(self._log)
         for server in servers:
-            if server.problem:
-                continue
-            self._check_version(f"{server.url} ({server.name})", server.version)
-            if not server.jetstream:
-                raise self._refuse(
-                    f"{server.url} ({server.name}) has no JetStream",
-                    "enable it in its configuration",
-                )
-            if not server.synced:
-                raise self._refuse(
-                    f"{server.url} ({server.name}) does not sync every write",
-                    "set 'jetstream { sync_interval: always }' on every server",
-                )
+            if not server.problem and (wrong := fault_of(server)) is not None:
+                raise self._refuse(*wrong)
         return servers
 
     def _unasked(self, who: str) -> UnsuitableServersError:

@@ -25,6 +25,7 @@ from .append import append
 from .demo import demo
 from .dump import dump
 from .inspect import inspect
+from .nats import nats_app
 from .verify import verify
 
 app = App(
@@ -37,6 +38,7 @@ app = App(
 )
 for _command in (demo, append, dump, inspect, verify):
     app.command(_command)
+app.command(nats_app)
 
 
 def run(arguments: Sequence[str]) -> int:

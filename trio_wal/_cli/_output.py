@@ -67,6 +67,14 @@ TABLE_WIDTH: Final = 200
 Dir: TypeAlias = Annotated[
     Path, Parameter(name="DIR", help="The directory of a log, or of a database.")
 ]
+Place: TypeAlias = Annotated[
+    str,
+    Parameter(
+        name="DIR",
+        help="The directory of a log, or of a database; or the URL of a log on servers, such as "
+        "nats://host:4222/orders.",
+    ),
+]
 LogDir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The directory of a log.")]
 Json: TypeAlias = Annotated[
     bool,

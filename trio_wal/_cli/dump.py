@@ -11,6 +11,7 @@ import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
@@ -22,11 +23,13 @@ from trio_wal._disk.frame import FEATURE_DATABASE
 from trio_wal._engine import Record
 from trio_wal._exceptions import CorruptLogError, LogDivergedError
 from trio_wal._reader import LogReader, open_reader
+from trio_wal._replicated import RemoteLog
 from trio_wal._stream import RecordStream
 from trio_wal._text import plain_json
 from trio_wal._util import KiB, MiB
 
-from ._output import Dir, ExitCode, Json, UsageError, complain, log_of, opened
+from . import _servers
+from ._output import ExitCode, Json, Place, UsageError, complain, log_of, opened
 
 WRITE_BYTES: Final = 256 * KiB
 """Lines are written in pieces of about this size."""
@@ -39,7 +42,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 async def dump(
-    directory: Dir,
+    place: Place,
     /,
     *,
     from_: Annotated[
@@ -61,9 +64,9 @@ async def dump(
     """Print durable records, one JSON object a line: lsn, timestamp, and text or base64.
 
     A record that is valid UTF-8 is given as "text", any other as "base64"; of a database
-    the "operations" of each transaction. Reads only and takes no lock; the log may be
-    written meanwhile. Exits with 1 if it meets damage, after all that is whole before it,
-    and if --from is beyond the end.
+    in a directory the "operations" of each transaction. Reads only and takes no lock; the
+    log may be written meanwhile. Exits with 1 if it meets damage, after all that is whole
+    before it, and if --from is beyond the end.
 
     Example: `trio-wal dump orders.wal --from 17 | jq .text`
     """
@@ -73,10 +76,8 @@ async def dump(
     if from_ is not None and to is not None and to < from_:
         raise UsageError(f"--to {to} is before --from {from_}")
     try:
-        with opened(directory) as files:
-            meta = read_meta(files)
-        is_database = meta is not None and bool(meta.features & FEATURE_DATABASE)
-        async with open_reader(log_of(directory)) as reader:
+        source, is_database = _source(place)
+        async with open_reader(source) as reader:
             if from_ is not None and not follow and from_ > reader.durable_lsn + 1:
                 return _beyond(reader, from_)
             stop = None if to is None else to + 1
@@ -88,6 +89,17 @@ async def dump(
         complain(str(exc))
         return ExitCode.FINDINGS
     return ExitCode.OK
+
+
+def _source(place: str) -> tuple[Path | RemoteLog, bool]:
+    """What `open_reader` takes, and whether its records are a database's."""
+    if _servers.is_url(place):
+        # Servers know of records, and not of what is in them.
+        return _servers.parse(place), False
+    path = Path(place)
+    with opened(path) as files:
+        meta = read_meta(files)
+    return log_of(path), meta is not None and bool(meta.features & FEATURE_DATABASE)
 
 
 def _beyond(reader: LogReader, lsn: int) -> int:

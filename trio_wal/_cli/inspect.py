@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -26,10 +27,11 @@ from trio_wal._disk.walk import judge_end
 from trio_wal._files import Directory, File
 from trio_wal._util import KiB, MiB
 
+from . import _servers
 from ._output import (
-    Dir,
     ExitCode,
     Json,
+    Place,
     complain,
     count,
     feature_names,
@@ -80,7 +82,7 @@ class _Log:
     """Damage that was met; what is whole is in the rest."""
 
 
-def inspect(directory: Dir, /, *, json: Json = False) -> int:
+def inspect(place: Place, /, *, json: Json = False) -> int:
     """Show the segments of a log.
 
     Reads only and takes no lock; the log may be written meanwhile. A segment is sealed
@@ -88,9 +90,13 @@ def inspect(directory: Dir, /, *, json: Json = False) -> int:
     active: it is being written, or its writer was killed. Exits with 1 if it meets damage,
     after showing what is whole; `trio-wal verify` looks for all of it.
 
+    Of a log on servers: its messages, and how many of its replicas are up to date.
+
     Example: `trio-wal inspect orders.wal`
     """
-    with opened(directory) as files:
+    if _servers.is_url(place):
+        return _servers.inspect(place, json)
+    with opened(Path(place)) as files:
         log = _look(files)
     if json:
         write_json(_as_json(log))

@@ -16,11 +16,12 @@ from trio_wal._exceptions import CorruptLogError
 from trio_wal._store_check import StoreCheck
 from trio_wal._system.files import OsFiles
 
+from . import _servers
 from ._output import (
     CommandError,
-    Dir,
     ExitCode,
     Json,
+    Place,
     count,
     feature_names,
     is_database,
@@ -33,13 +34,16 @@ from ._output import (
 """What is for whoever judges, and not for who reads."""
 
 
-def verify(directory: Dir, /, *, json: Json = False) -> int:
+def verify(place: Place, /, *, json: Json = False) -> int:
     """Check every frame of a log and print every problem.
 
     Of a database also its store: every page, then every key through LMDB in a child process;
     and that log and store fit. Reads only and takes no lock; log and store may be written
     meanwhile. Exits with 1 if there are findings.
     """
+    if _servers.is_url(place):
+        return _servers.verify(place, json)
+    directory = Path(place)
     if is_database(directory):
         return _verify_database(directory, json)
     try:
