@@ -162,10 +162,15 @@ jetstream {{ store_dir: "{one.folder / "data"}", {jetstream}, sync_interval: {sy
     def monitors(self) -> list[str]:
         return [one.monitor for one in self.servers]
 
-    def start(self) -> None:
+    def start_servers(self) -> None:
+        """Those that are not running.  In the main thread: a server ends with the thread that has
+        started it, and a worker thread ends when it has nothing to do."""
         for one in self.servers:
             if not one.running():
                 one.start()
+
+    def start(self) -> None:
+        self.start_servers()
         self.wait_ready()
 
     def wait_ready(self, count: int | None = None) -> None:

@@ -439,12 +439,15 @@ async def test_a_leader_that_is_paused_loses_nothing(cluster: Cluster) -> None:
 
 @real
 async def test_all_servers_killed_lose_nothing(cluster: Cluster) -> None:
-    def all_killed() -> None:
-        cluster.stop()
-        cluster.start()
-
     writers = Writers()
-    await write_through(cluster, log_on(cluster, "all"), all_killed, writers)
+    log = log_on(cluster, "all")
+    async with trio.open_nursery() as nursery:
+
+        def all_killed() -> None:
+            cluster.stop()
+            trio.from_thread.run_sync(cluster.start_servers)
+
+        nursery.start_soon(write_through, cluster, log, all_killed, writers)
 
 
 @real
@@ -485,7 +488,8 @@ async def test_a_live_writer_is_taken_over(cluster: Cluster, kill: bool) -> None
                 started = time.monotonic()
                 wal = await nursery.start(keep_open, log, writers, over)
                 assert time.monotonic() - started < GAP_SECONDS
-                await trio.to_thread.run_sync(cluster.start)
+                cluster.start_servers()
+                await trio.to_thread.run_sync(cluster.wait_ready)
         over.set()
     writers.judge(await found_on(log))
     assert writers.absent

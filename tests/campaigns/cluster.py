@@ -69,6 +69,7 @@ class Series:
                     while len(writers.acknowledged) < before + 10 * TASKS:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 self.again = max(self.again, time.monotonic() - began)
+                self._cluster.start_servers()
                 await trio.to_thread.run_sync(heal, self._cluster)
                 self.figures["runs"] += 1
             over.set()
@@ -133,6 +134,7 @@ class Series:
                 self.again = max(self.again, time.monotonic() - began)
                 assert before.items() <= dict(db.scan()).items(), "lost at a promotion"
         if kill:
+            self._cluster.start_servers()
             await trio.to_thread.run_sync(heal, self._cluster)
 
 
