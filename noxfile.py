@@ -173,6 +173,15 @@ def cluster(session: nox.Session) -> None:
         session.run("pytest", *(arguments or CLUSTER_TESTS), env=ENV)
 
 
+@nox.session
+def model(session: nox.Session) -> None:
+    """The protocol of replicated logs, searched exhaustively by spin, and its seeded bugs.
+
+    Needs spin and a C compiler (Debian: spin, gcc): `nox -s model -- [--batches N]`.
+    """
+    session.run("python", "tests/models/check.py", *session.posargs)
+
+
 CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py", "test_failover.py")
 
 

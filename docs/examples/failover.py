@@ -119,14 +119,18 @@ class Lease:
     def __init__(self, log: Log, name: str) -> None:
         self._log = log
         self._name = name.encode()
-        self.held: bool = False
+        self._held = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._keep()), daemon=True).start()
+
+    @property
+    def held(self) -> bool:
+        return self._held.is_set()
 
     async def _keep(self) -> None:
         while True:
             with suppress(Exception):
                 await self._connected()
-            self.held = False
+            self._held.clear()
             await asyncio.sleep(RENEW_SECONDS)
 
     async def _connected(self) -> None:
@@ -140,10 +144,10 @@ class Lease:
                     revision = await bucket.update("leader", self._name, last=revision)
                 else:
                     revision = await bucket.create("leader", self._name)
-                self.held = True
+                self._held.set()
             except nats.js.errors.APIError:
                 # Somebody else's.
-                self.held = False
+                self._held.clear()
             await asyncio.sleep(RENEW_SECONDS)
 
 
@@ -286,8 +290,8 @@ async def failover(log: Log, folder: Path, kills: int) -> int:
         "orders doubled": doubled,
         "longest gap (s)": f"{orders.longest_gap:.1f}",
     }
-    for name, value in rows.items():
-        print(f"{name:<20} {value!s:>10}")
+    for row, value in rows.items():
+        print(f"{row:<20} {value!s:>10}")
     return 1 if lost or doubled else 0
 
 
