@@ -270,3 +270,42 @@ async def test_where_the_store_cannot_be_read_deletions_stay_and_hide_what_it_ho
         await check_content(db, {})
         await db.checkpoint()
         await check_content(db, {})
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_the_head_of_a_queue_is_found_without_the_store(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """The keys that a checkpoint has left there are gone soon; who looks for the first one all the
+    time need not go through the store for it."""
+    async with open_memory_database(files) as db:
+        await write(db, {b"a": b"", b"z": b""} | {key(n): b"" for n in range(100)})
+        await db.checkpoint()
+        await write(db, dict.fromkeys((key(n) for n in range(100 - left)), None))
+        await write(db, {key(n): b"new" for n in range(100, 110)})
+        await wait_all_tasks_blocked()
+        base = db._core.versions.view.base
+        asked: list[Any] = []
+        original = base.transaction.items
+
+        def items(start: Any, stop: Any, reverse: bool) -> Any:
+            asked.append((start, stop, reverse))
+            return original(start, stop, reverse)
+
+        monkeypatch.setattr(base.transaction, "items", items)
+        for _ in range(3):
+            assert next(db.scan(prefix=key(0)[:1])) == (key(100 - left), b"" if left else b"new")
+        looks = len(asked)
+        for _ in range(3):
+            assert next(db.scan(prefix=key(0)[:1])) == (key(100 - left), b"" if left else b"new")
+        assert len(asked) - looks == 3 * left
+        # Nothing is said of other ranges, nor of the same one backwards.
+        assert list(db.scan(limit=1)) == [(b"a", b"")]
+        assert list(db.scan(stop=key(0))) == [(b"a", b"")]
+        assert list(db.scan(reverse=True, limit=2)) == [(b"z", b""), (key(109), b"new")]
+        # A new state of the store is looked at anew.
+        await write(db, {key(0): b"again"})
+        await db.checkpoint()
+        await write(db, {key(1): b"behind"})
+        found = list(db.scan(prefix=key(0)[:1], limit=2))
+        assert found == [(key(0), b"again"), (key(1), b"behind")]

@@ -97,8 +97,9 @@ async def test_a_database_that_is_open_elsewhere_is_called_one(tmp_path: Path) -
     error = caught.value
     assert (error.path, error.database) == (str(path), True)
     assert re.match(
-        rf"^{re.escape(str(path))}: the database is open in .*; close it there, or see its "
-        r"transactions with 'trio-wal dump', which needs no lock$",
+        rf"^{re.escape(str(path))}: the database is open in .*; close it there, or read with "
+        r"open_database_reader\(\), which needs no lock \(see 'Several processes' in the "
+        r"documentation\)$",
         str(error),
     )
     assert "open_reader" not in str(error)

@@ -335,7 +335,8 @@ def open_database_reader(
     for and never waits; what a reader that is killed was reading is given back at the owner's
     next checkpoint.
 
-    In the process that has the database open, read through its `Database`.
+    In the process that has the database open, read through its `Database`.  The page "Several
+    processes" of the documentation is about workers, containers, and what errors mean.
 
     Args:
       path: the database's directory.

@@ -101,6 +101,8 @@ class UnsupportedFormatError(WalError):
 class LogLockedError(WalError):
     """Another handle, in this process or another, owns the log or database.
 
+    The page "Several processes" of the documentation says what to do about it.
+
     Attributes:
       path: the directory of the log or database.
       pid: the owner's process id; None where it cannot be told.
@@ -131,11 +133,13 @@ class LogLockedError(WalError):
         if self.database:
             return printable(
                 f"{self.path}: the database is open in {owner}; close it there, "
-                "or see its transactions with 'trio-wal dump', which needs no lock"
+                "or read with open_database_reader(), which needs no lock "
+                "(see 'Several processes' in the documentation)"
             )
         return printable(
             f"{self.path}: the log is open in {owner}; close it there, "
-            "or read with open_reader(), which needs no lock"
+            "or read with open_reader(), which needs no lock "
+            "(see 'Several processes' in the documentation)"
         )
 
 

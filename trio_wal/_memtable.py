@@ -7,8 +7,9 @@ transaction and the layers above it at one moment.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from ._base import Readable, ReadTransaction, Unreadable
@@ -18,6 +19,8 @@ from ._layer import Below, Layer, Version
 SCAN_CHUNK: Final = 128
 SCAN_CHUNK_FIRST: Final = 32
 """Most scans that are left early are left at once."""
+NOTHING_NOTED: Final = 4
+"""Ranges without a key in the store that are remembered."""
 NEWEST: Final = 1 << 62
 """A number that no commit will reach."""
 
@@ -30,8 +33,39 @@ class BaseRead:
         self.get: Callable[[bytes], bytes | None] = transaction.get
         """Its errors are the store's own: whoever calls this and fails calls `explain`."""
         self.explain: Callable[[BaseException], None] = transaction.explain
+        self._nothing: deque[tuple[bytes, bytes | None]] = deque(maxlen=NOTHING_NOTED)
+        """Ranges in which it has no key: from the first to before the second, None being its end.
+        Those that scans met of late."""
         self._users = 0
         self._retired = False
+
+    def items(
+        self, start: bytes | None, stop: bytes | None, reverse: bool
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """As `ReadTransaction.items`; where nothing was found of late it is not asked again: who
+        looks for the head of a queue does so all the time."""
+        if reverse:
+            return self.transaction.items(start, stop, reverse)
+        low = start or b""
+        for nothing, end in self._nothing:
+            if low >= nothing and (end is None or (stop is not None and stop <= end)):
+                return iter(())
+        found = self.transaction.items(start, stop, reverse)
+        first = next(found, None)
+        if first is None:
+            self._nothing.append((low, stop))
+            return found
+        if first[0] != low:
+            self._nothing.append((low, first[0]))
+        return chain((first,), found)
+
+    def beyond_nothing(self, edge: bytes | None) -> bytes | None:
+        """The first key at or after ``edge``, if that is known; otherwise ``edge``."""
+        low = edge or b""
+        for nothing, end in self._nothing:
+            if end is not None and nothing <= low < end:
+                return end
+        return edge
 
     def pin(self) -> None:
         self._users += 1
@@ -107,7 +141,7 @@ class View:
         chunk looks them up anew.
         """
         edges = self._edges(stop if reverse else start, reverse)
-        read = self.base.transaction.items
+        read = self.base.items
         base = read(start, edges[-1], True) if reverse else read(edges[-1], stop, False)
         base_item = next(base, None)
         size = min(SCAN_CHUNK_FIRST, SCAN_CHUNK)
@@ -154,6 +188,12 @@ class View:
             if gaps:
                 edge = gaps.beyond(edge, reverse)
             edges.append(edge)
+        while not reverse and (first := self.base.beyond_nothing(edge)) != edge:
+            # The key that is there may be deleted, and what follows it.
+            edge = first
+            for _, gaps in self._levels:
+                edge = gaps.beyond(edge, reverse)
+            edges[-1] = edge
         return edges
 
     def _chunk(

@@ -166,10 +166,10 @@ class Delay(Protocol):
 class FixedDelay:
     """As long as the user says."""
 
-    siblings: Final = math.inf
+    siblings: float = math.inf
 
     def __init__(self, seconds: float) -> None:
-        self.seconds: Final = seconds
+        self.seconds: float = seconds
 
     def written(self, now: float, entries: int, waiting: int, seconds: float) -> None:
         pass
@@ -245,14 +245,15 @@ class AutoDelay:
     """
 
     def __init__(self) -> None:
-        self._choices: Final = [Choice(share) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
-        self._best = self._now = self._choices[0]
+        self._choices: Final[list[Choice]] = [Choice(share) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
+        self._best: Choice = self._choices[0]
+        self._now: Choice = self._best
         self._next = 1
         """Which is tried next."""
         self._epochs = 0
         """Of the best, since another was tried."""
         self._pause = PAUSE_MIN
-        self._paid_at = -math.inf
+        self._paid_at: float = -math.inf
         """When what the last trial has lost is `LOSS_MAX` of the time since."""
         self._round_seconds = 0.0
         self._crowd = 0.0
