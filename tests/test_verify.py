@@ -290,6 +290,29 @@ def test_behind_a_damaged_frame_header_the_next_frame_is_found() -> None:
     assert result.records == 4
 
 
+def test_what_stands_behind_a_log_that_was_closed_in_order_is_looked_at() -> None:
+    """Nobody writes there before the pointer to the mark is taken away; opening does not look."""
+    files = MemoryFiles()
+    log = open_log(files, segment_size=64 * 1024)
+    for n in range(3):
+        append(log, b"%d" % n)
+    log.close()
+    (name,) = segments(files)
+    closed = files.read_file(LOG, name)
+    (mark,) = (frame for frame in frames(files, name) if frame.kind is Kind.CLOSE)
+    log = open_log(files, segment_size=64 * 1024)
+    for n in range(3):
+        append(log, b"%d" % n)
+    forged = closed[: mark.end + 512] + files.read_file(LOG, name)[mark.end + 512 :]
+    log.close(orderly=False)
+    files = copy_of(files)
+    files.write_file(LOG, name, forged)
+    result = check(files)
+    assert places(result)[0] == (name, mark.end)
+    assert lost(result)[0] == (4, 4)
+    assert not result.clean
+
+
 def test_a_stretch_of_zeros_between_frames_is_a_finding() -> None:
     files = one_segment()
     (name,) = segments(files)

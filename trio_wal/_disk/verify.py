@@ -329,7 +329,9 @@ class _Verifier:
             _check_reserved(file, findings.append)
             if until.is_last:
                 path = self._directory.path
-                walk = check_last(path, file, segment, findings.append, told_lsn=told_lsn)
+                walk = check_last(
+                    path, file, segment, findings.append, told_lsn=told_lsn, look_behind=True
+                )
             else:
                 walk = check_segment(file, segment, until, findings.append)
             return _Checked(segment, walk, tuple(findings))

@@ -400,12 +400,15 @@ def check_last(
     told_lsn: int,
     start: Extent | None = None,
     data_end: Position | None = None,
+    look_behind: bool = False,
 ) -> Walk:
     """Check the segment in which the log ends, from ``start`` on.
 
     Args:
       told_lsn: what `begun_lsn` says, or for a reader `proven_lsn`.
       data_end: as for `Walk`.
+      look_behind: look at all that stands behind the end also after a close in order, where
+          nobody has written: opening does not, because it may be a long way.
     """
     walk = Walk(file, segment, report, start, data_end)
     mark = segment.mark if segment.mark is not None and segment.mark.kind is Kind.CLOSE else None
@@ -424,7 +427,7 @@ def check_last(
             told_lsn=told_lsn,
             # The first write behind a CLOSE frame takes the pointer away, in the same sync:
             # while it stands, nothing behind it was ever acknowledged.
-            look_behind=bool(reason) or not at_mark,
+            look_behind=look_behind or bool(reason) or not at_mark,
         )
         loss = judged.loss
         if loss is None:

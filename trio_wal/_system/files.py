@@ -34,6 +34,8 @@ from .sync import check_journal, forget_cached, sync_directory, sync_file, writt
 from .watch import watch_directory
 
 _IOV_MAX: Final = 1024
+OFFSET_MAX: Final = 1 << 62
+"""Beyond what any file system has."""
 _PREAD_UNSEEN: Final = 4 << 20
 _COPY_NAME: Final = "spare-copy.tmp"
 """Recovery clears away what has such a name."""
@@ -49,6 +51,9 @@ class OsFile:
         self._seek = threading.Lock()
 
     def pread(self, length: int, offset: int) -> bytes:
+        if offset > OFFSET_MAX:
+            # As behind any end; the system call takes no such number.  A forged file has them.
+            return b""
         if length > _PREAD_UNSEEN:
             # The system call takes memory for all of it, be the file as short as it may.
             length = max(0, min(length, self.size() - offset))
