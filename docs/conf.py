@@ -32,7 +32,7 @@ napoleon_numpy_docstring = False
 # names would need their servers.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|trio|types|typing|uuid)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|os|pathlib|ssl|trio|types|typing|uuid)\..*"),
     # Names in signatures are shown by where they are defined.
     (r"py:.*", r"trio_wal\._.*"),
     (r"py:.*", r"(trio_wal\.\w+\.)?(D|T|Ts)"),

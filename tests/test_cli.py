@@ -277,7 +277,7 @@ async def test_follow_prints_new_records_until_the_last_that_was_asked_for(
     log: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     async with trio_wal.open_wal(log) as wal, trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: dump(log, from_=2, to=5, follow=True))
+        nursery.start_soon(lambda: dump(str(log), from_=2, to=5, follow=True))
         seen = b""
         with trio.fail_after(60):
             while seen.count(b"\n") < 2:

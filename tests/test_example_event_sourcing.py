@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import trio
 from examples import finish, kill, load, read, running
 
 import trio_wal
@@ -56,3 +57,26 @@ async def test_an_expected_version_that_is_not_there_is_refused(tmp_path: Path) 
                 await example.append(db, "a", expected, event)
         assert await example.append(db, "b", 0, event) == 1
         assert await example.append(db, "a", 2, event) == 3
+
+
+async def test_balances_and_the_place_that_they_are_of_are_one_commit(tmp_path: Path) -> None:
+    async with (
+        trio_wal.open_database(tmp_path / "db", retention=trio_wal.KeepAll()) as db,
+        trio_wal.open_database(tmp_path / "view", retention=trio_wal.KeepAll()) as view,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(example.project, db, view)
+        for expected in range(3):
+            await example.append(db, "a", expected, example.Event("deposited", 1))
+            await example.wait_projected(db, view)
+        nursery.cancel_scope.cancel()
+        places = []
+        with trio.CancelScope(shield=True):
+            async with view.wal.read() as records:
+                count = len([record async for record in records])
+            async with view.changes(1) as commits:
+                for _ in range(count):
+                    commit = await commits.__anext__()
+                    assert any(example.balances.decode(o) for o in commit.operations)
+                    places += [example.places.decode(o) for o in commit.operations]
+    assert [place[1].partition("@")[0] for place in places if place] == ["1", "2", "3"]

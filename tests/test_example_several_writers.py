@@ -49,7 +49,7 @@ async def entries(path: Path) -> dict[str, list[tuple[int, bytes]]]:
 
 
 async def test_nothing_is_lost_or_doubled_whoever_is_killed(folder: Path) -> None:
-    rng, count = random.Random(1), 400
+    rng, count = random.Random(1), 1000
     names = ["a", "b", "c"]
     highest = dict.fromkeys(names, 0)
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ async def test_nothing_is_lost_or_doubled_whoever_is_killed(folder: Path) -> Non
             owner = stack.enter_context(running("several_writers", "own", "db", "s"))
             writers[victim] = start(victim)
         for name in names:
-            assert finish(writers[name])[-1].startswith("written from ")
+            finish(writers[name])
         kill(owner)
     expected = [(number, b"note %d" % number) for number in range(1, count + 1)]
     assert await entries(folder / "db") == dict.fromkeys(names, expected)

@@ -382,8 +382,7 @@ def open_replica(
     Raises, on entering:
       FileNotFoundError: there is no such log; `open_database` makes one.
       LogLockedError: the directory is open elsewhere.
-      CorruptLogError: the store is damaged, of another log, or neither the log nor a snapshot
-          reaches back to it.
+      CorruptLogError: the store is damaged, of another log, or older than log and snapshots are.
       UnsuitableServersError, LogUnavailableError, PermissionError: as `open_wal`.
       WrongDirectoryError, UntrustedDirectoryError, OSError, RuntimeError: as `open_database`.
     """

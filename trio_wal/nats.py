@@ -172,7 +172,7 @@ class Log(RemoteLog):
 
     @property
     def address(self) -> str:
-        """For messages: without credentials."""
+        """Servers and name without credentials, as messages show them."""
         hosts = ",".join(urlsplit(server).netloc for server in self.servers)
         return f"{urlsplit(self.servers[0]).scheme}://{hosts}/{self.name}"
 
