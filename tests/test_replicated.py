@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -14,11 +14,12 @@ from helpers import Call, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._caslog import Conflict, Entry, Unsure
+from trio_wal._caslog import Conflict, Entry, Gone, Unsure
 from trio_wal._disk.frame import FrameError
 from trio_wal._messages import Ident, Mark, decode_frame, decode_mark, encode_mark, parse_ident
-from trio_wal._replicated import ReplicatedOptions
+from trio_wal._replicated import ReplicatedOptions, _find_first
 from trio_wal._stream import new_record_stream
+from trio_wal._streamlog import End
 
 
 @pytest.fixture
@@ -421,3 +422,25 @@ def test_what_each_fault_is_for_happens() -> None:
     for name in ("acknowledged", "cancelled", "fenced", "unknown", "landed", "resolved", "read"):
         assert figures[name] > 0, name
     assert attrs.asdict(Faults())
+
+
+class PurgedLog:
+    """Which is purged whenever somebody looks where it begins."""
+
+    name = "log"
+
+    def __init__(self, *firsts: int) -> None:
+        self._firsts = list(firsts)
+
+    async def first_lsn(self, first: int, _: End) -> int:
+        await trio.lowlevel.checkpoint()
+        if self._firsts and first < self._firsts[0]:
+            raise Gone(self._firsts.pop(0))
+        return 100 + first
+
+
+async def test_a_log_that_is_purged_while_it_is_opened_is_opened() -> None:
+    end = End(position=9, chain=0, last_lsn=109, history=())
+    assert await _find_first(cast(Any, PurgedLog(3, 5, 9)), 1, end) == (9, 109)
+    with pytest.raises(trio_wal.LogFencedError):
+        await _find_first(cast(Any, PurgedLog(3, 10)), 1, end)

@@ -465,9 +465,11 @@ class ReplicatedEngine:
                     raise TimeoutError(errno.ETIMEDOUT, f"{self.name}: {exc}") from exc
             await patience.pause()
         if position > self._first:
-            self._first = position
-            self._first_lsn = await self._log.first_lsn(position, self._as_end())
-            self._segments.drop_before(self._first_lsn)
+            # Gone: whoever has taken the log over has dropped more of it.
+            with contextlib.suppress(Gone):
+                self._first_lsn = await self._log.first_lsn(position, self._as_end())
+                self._first = position
+                self._segments.drop_before(self._first_lsn)
         found = await self._describe()
         if found is not None:
             self._bytes = found.bytes
@@ -640,12 +642,7 @@ async def _open(
     log = StreamLog(cas, found.uuid, options.unavailable_after)
     end = await _find_end(log, epoch)
     assert epoch_of(end.history) == epoch
-    first = found.first
-    try:
-        first_lsn = await log.first_lsn(first, end)
-    except Gone as exc:
-        first = exc.first
-        first_lsn = await log.first_lsn(first, end)
+    first, first_lsn = await _find_first(log, found.first, end)
     found = attrs.evolve(found, first=first)
     patience = options.unavailable_after
     appender = Appender(log, epoch, writer, end, found.message_bytes_max, patience)
@@ -662,6 +659,18 @@ async def _open(
         seconds=trio.current_time() - started,
     )
     return engine
+
+
+async def _find_first(log: StreamLog, first: int, end: End) -> tuple[int, int]:
+    """Where the log begins: position and LSN.  A former owner's purge may arrive late, and so may
+    that of the next one, who has purged this epoch too."""
+    while True:
+        try:
+            return first, await log.first_lsn(first, end)
+        except Gone as exc:
+            if exc.first > end.position:
+                raise LogFencedError(log.name, exc.first, "another writer") from exc
+            first = exc.first
 
 
 async def _find_end(log: StreamLog, epoch: int) -> End:

@@ -5,6 +5,7 @@ Law: connects, reads and writes nothing; a log that is being written is not dist
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -18,8 +19,9 @@ from trio_wal.nats import SCHEMES, Log
 from ._output import ExitCode, UsageError, complain, count, say, write_json
 
 
-def is_url(place: str) -> bool:
-    return place.partition("://")[0] in SCHEMES and "://" in place
+def is_url(place: str | Path) -> bool:
+    scheme, separator, _ = str(place).partition("://")
+    return bool(separator) and scheme in SCHEMES
 
 
 def parse(url: str) -> Log:
