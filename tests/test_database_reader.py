@@ -35,6 +35,7 @@ from trio_wal import (
 from trio_wal._engine import Tail
 from trio_wal._follower import Follower
 from trio_wal._identity import branch, epoch_of
+from trio_wal._reader import WatchSource
 from trio_wal.testing import MemoryFiles
 
 
@@ -133,9 +134,18 @@ async def test_an_epoch_that_begins_behind_what_is_seen_is_known(files: MemoryFi
                 await reader.wait_for(Bookmark(4, before.epoch))
 
 
-async def test_what_was_read_and_is_lost_is_seen_no_more(tmp_path: Path) -> None:
+async def test_what_was_read_and_is_lost_is_seen_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The end of the log of a killed owner has rotted: a reader that had it goes back."""
     path = tmp_path / "db"
+    may_look = trio.Event()
+    original = WatchSource.refresh
+
+    async def refresh(source: WatchSource) -> None:
+        await may_look.wait()
+        await original(source)
+
     program = (
         "import os, sys, trio, trio_wal\n"
         "async def main():\n"
@@ -156,9 +166,12 @@ async def test_what_was_read_and_is_lost_is_seen_no_more(tmp_path: Path) -> None
         with reader.snapshot() as old:
             process.kill()
             await process.wait()
+            # One that looked before the next owner had the log's end mended would call it damaged.
+            monkeypatch.setattr(WatchSource, "refresh", refresh)
             zero_frame(path, b"4" * 5000)
             with trio.fail_after(60):
                 async with owner_of(path, b"new") as bookmark:
+                    may_look.set()
                     await reader.wait_for(bookmark)
                     assert reader.get(b"a") == b"new"
                     assert reader.bookmark == bookmark
