@@ -245,11 +245,12 @@ class MemoryCas:
             raise Full("insufficient resources")
         if self._draws(faults.stale):
             raise Conflict(chance.randint(0, servers.last + 1))
+        conflict: Conflict | None = None
+        position = 0
         try:
             position = servers.append(after, pieces, ident)
-        except Conflict:
-            await self._return()
-            raise
+        except Conflict as exc:
+            conflict = exc
         finally:
             if self._draws(faults.doubled):
                 servers.later(
@@ -257,6 +258,8 @@ class MemoryCas:
                     partial(servers.append_late, after, list(pieces), ident),
                 )
         await self._return()
+        if conflict is not None:
+            raise conflict
         return position
 
     async def ident_at(self, position: int) -> str | None:

@@ -242,7 +242,8 @@ class Connection:
                 raise Unsure(f"no answer within {seconds:.1f} seconds")
         except asyncio.CancelledError:
             if self._refusal is not None:
-                raise Denied(self._refusal) from None
+                # This is how a refusal ends it.
+                raise Denied(self._refusal) from None  # noqa: ASYNC104
             raise
         except (OSError, nats.errors.Error, asyncio.TimeoutError) as exc:
             raise Unsure(_text(exc)) from exc

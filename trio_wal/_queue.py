@@ -480,11 +480,14 @@ class WriteQueue:
         task = current_task()
         if self._has_room(item, line):
             if enter is not None:
+                refused: Exception | None = None
                 try:
                     enter()
-                except Exception:
+                except Exception as exc:  # noqa: BLE001  (it is raised below)
+                    refused = exc
+                if refused is not None:
                     await trio.lowlevel.checkpoint()
-                    raise
+                    raise refused
             batch = self._put(task, item, line)
             batch.mixed = True
             claim = self._claim(batch, task, (batch.shares or {}).get(line))

@@ -264,17 +264,19 @@ class StreamLog:
         known = self._histories.get(ident.mark)
         if known is not None:
             return known
+        gone: Gone | None = None
+        # Where a full log has dropped it nobody can tell of older epochs any more.
+        history: History = (Parting(ident.epoch, 0),)
         try:
             found = self.parse(await self.fetch_surely(ident.mark))
             if found is None or found.epoch != ident.epoch:
                 raise self.damaged(ident.mark, "no mark stands here")
             history = self._decode_mark(await self._whole(ident.mark, found)).history
-        except Gone:
-            if (await self.describe()).last != last:
-                # There is a newer one by now.
-                raise
-            # A full log has dropped it.  Of older epochs nobody can tell any more.
-            history = (Parting(ident.epoch, 0),)
+        except Gone as exc:
+            gone = exc
+        if gone is not None and (await self.describe()).last != last:
+            # There is a newer one by now.
+            raise gone
         self._histories = {ident.mark: history}
         return history
 
@@ -344,6 +346,7 @@ class StreamCursor:
         self._time_us = 0
 
     async def chunk(self, lsn: int, stop: int) -> list[Record]:
+        damaged: CorruptLogError | None = None
         try:
             if self._next_lsn != lsn:
                 await self._seek(lsn)
@@ -355,11 +358,13 @@ class StreamCursor:
         except Gone as exc:
             self._leave()
             raise Moved(self._log.name, f"LSN {lsn} has been dropped") from exc
-        except CorruptLogError:
+        except CorruptLogError as exc:
             self._leave()
+            damaged = exc
+        if damaged is not None:
             # It may be one replica's alone.
             await self._log.cas.elsewhere()
-            raise
+            raise damaged
         first = self._first_lsn + self._given
         if first != lsn:
             self._leave()
