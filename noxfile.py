@@ -210,7 +210,7 @@ FLAKE8_ASYNC_DISABLED = {
     # checkpoints (110), has its body behind a yield (100), and does on purpose what a program
     # should not: swallow an interrupt (104) or whatever a broken copy raises (103), use a
     # database that closes (111), or start one task to have another one (112). The engine in memory
-    # is closed by a log, under its shield (102). No list says which functions nurseries start (114).
+    # is closed by a log, under its shield (102). What nurseries start stands on no list (114).
     "tests": (
         *OPTIONAL,
         *("ASYNC100", "ASYNC102", "ASYNC103", "ASYNC104"),
