@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 
 import attrs
 import trio
@@ -62,7 +62,8 @@ async def _check(log: Log) -> tuple[list[dict[str, Any]], list[str], str]:
         from trio_wal import _natscheck
     except ModuleNotFoundError as exc:
         raise CommandError("nats-py is missing: python -m pip install 'trio-wal[nats]'") from exc
-    servers = await _natscheck.ask_servers(log)
+    # pyright takes a converter of attrs for the type of its field.
+    servers = await _natscheck.ask_servers(cast(_natscheck.Wanted, log))
     findings = [
         f"{server.url}: nobody says whether it syncs every write"
         for server in servers
