@@ -62,7 +62,7 @@ class Blocked:
         """For `park`."""
         self.task: Task | None = None
         self.item: Item = b""
-        self.waits_durable = True
+        self.waits_durable: bool = True
         self.enter: Callable[[], None] | None = None
         """Called in the moment in which the entry is let in; it may refuse by raising."""
         self.since: float = 0.0

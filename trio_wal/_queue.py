@@ -140,8 +140,10 @@ class WriteQueue:
             self.line,
         )
         self._auto: Final = auto
-        self.counters = Counters()
-        self._send, self.queued = trio.open_memory_channel[None](max_queue_size)
+        self.counters: Counters = Counters()
+        send, queued = trio.open_memory_channel[None](max_queue_size)
+        self._send = send
+        self.queued: trio.MemoryReceiveChannel[None] = queued
         self._sealed: deque[Batch] = deque()
         """Batches that wait behind one another, before the one that is filling; of high
         priority are some that still grow."""
@@ -157,7 +159,7 @@ class WriteQueue:
         """Set by `own`."""
         self._claims: list[Claim] = []
         """Free ones; at most as many as tasks ever waited at a time."""
-        self.filling = Batch()
+        self.filling: Batch = Batch()
         self._set_limits()
 
     # -- counts --

@@ -25,7 +25,7 @@ from ._engine import Forked
 from ._exceptions import CorruptLogError, LogDivergedError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
-from ._identity import Bookmark, common_lsn, epoch_of
+from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._mvcc import Versions
 from ._operations import check_key, check_range
 from ._pairs import PairStream
@@ -115,7 +115,7 @@ class Following:
         self.checkpointer: Checkpointer
         self._followed: _Followed
         self._store: Any
-        self.history = source.tail.history
+        self.history: History = source.tail.history
         """Of what is shown."""
         self.behind_since: float | None = None
         self.failure: Exception | None = None
