@@ -45,7 +45,7 @@ def opening() -> None:
     trio_wal.open_database("it", max_queue_sise=5)  # wrong: call-arg, reportCallIssue
     trio_wal.open_database("it", durability="sometimes")  # wrong: arg-type, reportArgumentType
     trio_wal.open_database("it", verify_store=True)  # wrong: arg-type, reportArgumentType
-    trio_wal.open_database("it", 1 << 20)  # wrong: call-arg, reportCallIssue
+    trio_wal.open_database("it", None)  # wrong: call-arg, reportCallIssue
     trio_wal.open_wal("it", durability="sometimes")  # wrong: arg-type, reportArgumentType
     trio_wal.open_wal("it", checkpoint_bytes=5)  # wrong: call-arg, reportCallIssue
 
