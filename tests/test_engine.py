@@ -145,10 +145,10 @@ def any_home(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
-def needs_cutting(home: Any) -> None:
-    """For what a replicated log does not do."""
-    if home.replicated:
-        pytest.skip("what a majority has is not taken back")
+@pytest.fixture(params=[Files, Server])
+def own_home(request: pytest.FixtureRequest) -> Any:
+    """Not a replicated one: what a majority has is durable, and not taken back."""
+    return request.param()
 
 
 @pytest.fixture
@@ -285,8 +285,8 @@ async def test_truncate_before_drops_whole_pieces_and_readers_are_told(any_home:
         assert await read_all(wal) == {41: b"next"}
 
 
-async def test_truncate_after_begins_an_epoch_and_followers_are_told(home: Any) -> None:
-    needs_cutting(home)
+async def test_truncate_after_begins_an_epoch_and_followers_are_told(own_home: Any) -> None:
+    home = own_home
     async with home.open() as wal:
         for number in range(1, 11):
             await wal.append(b"old %d" % number)
@@ -440,9 +440,10 @@ async def test_after_a_crash_all_that_was_durable_is_there(home: Any, seed: int)
         assert await wal.append(b"next") == len(found) + 1
 
 
-async def test_durability_interval_syncs_by_itself(home: Any, autojump_clock: MockClock) -> None:
-    if home.replicated:
-        pytest.skip("what is written there is durable")
+async def test_durability_interval_syncs_by_itself(
+    own_home: Any, autojump_clock: MockClock
+) -> None:
+    home = own_home
     async with home.open(durability="interval", flush_interval=1.0) as wal:
         assert await wal.append(b"one") == 1
         assert (wal.last_lsn, wal.durable_lsn) == (1, 0)
