@@ -163,6 +163,20 @@ class CasServers:
         del self.entries[:count]
         self.first += count
 
+    def description(self) -> Description:
+        """Of a stream that all three servers have."""
+        return Description(
+            uuid=self.uuid,
+            first=self.first,
+            last=self.last,
+            bytes=self.bytes,
+            bytes_max=self.bytes_max,
+            message_bytes_max=self.message_bytes_max,
+            pieces_max=self.pieces_max,
+            replicas=3,
+            replicas_current=3,
+        )
+
 
 @final
 class MemoryCas:
@@ -207,18 +221,7 @@ class MemoryCas:
 
     async def describe(self) -> Description:
         await self._travel()
-        servers = self.servers
-        found = Description(
-            uuid=servers.uuid,
-            first=servers.first,
-            last=servers.last,
-            bytes=servers.bytes,
-            bytes_max=servers.bytes_max,
-            message_bytes_max=servers.message_bytes_max,
-            pieces_max=servers.pieces_max,
-            replicas=3,
-            replicas_current=3,
-        )
+        found = self.servers.description()
         await self._return()
         return found
 
@@ -325,19 +328,8 @@ class MemoryCas:
 
 
 async def open_engine(cas: MemoryCas, options: ReplicatedOptions) -> ReplicatedEngine:
-    servers = cas.servers
-    found = Description(
-        uuid=servers.uuid,
-        first=servers.first,
-        last=servers.last,
-        bytes=servers.bytes,
-        bytes_max=servers.bytes_max,
-        message_bytes_max=servers.message_bytes_max,
-        pieces_max=servers.pieces_max,
-        replicas=3,
-        replicas_current=3,
-    )
-    return await open_replicated(cas, found, options, servers.files)
+    found = cas.servers.description()
+    return await open_replicated(cas, found, options, cas.servers.files)
 
 
 class MemoryLog(RemoteLog):

@@ -389,18 +389,14 @@ class MemoryEngine:
         files = self.server.files
         with self.counted():
             await trio.lowlevel.checkpoint()
-            directory = files.open_directory(dest, create=True)
-            try:
-                create_empty(
-                    files,
-                    directory,
-                    log_uuid=self.uuid.bytes,
-                    first_lsn=after_lsn + 1,
-                    features=FEATURE_DATABASE,
-                    history=self._history,
-                )
-            finally:
-                directory.close()
+            create_empty(
+                files,
+                dest,
+                log_uuid=self.uuid.bytes,
+                first_lsn=after_lsn + 1,
+                features=FEATURE_DATABASE,
+                history=self._history,
+            )
 
 
 # -- on it: both facades --------------------------------------------------------------------

@@ -357,21 +357,14 @@ class LocalEngine:
         return FileCursor(DirectoryLocator(self._directory), self._blocking)
 
     async def branch(self, dest: str, after_lsn: int) -> None:
-        await self._blocking(self._branch, dest, after_lsn)
-
-    def _branch(self, dest: str, after_lsn: int) -> None:
-        directory = self._files.open_directory(dest, create=True)
-        try:
-            create_empty(
-                self._files,
-                directory,
-                log_uuid=self._directory.log_uuid,
-                first_lsn=after_lsn + 1,
-                features=self._directory.features,
-                history=self._directory.history,
-            )
-        finally:
-            directory.close()
+        create = partial(
+            create_empty,
+            log_uuid=self._directory.log_uuid,
+            first_lsn=after_lsn + 1,
+            features=self._directory.features,
+            history=self._directory.history,
+        )
+        await self._blocking(create, self._files, dest)
 
     def _stop_maintenance(self) -> None:
         self._ending.set()

@@ -497,21 +497,14 @@ class ReplicatedEngine:
         return StreamCursor(self._log, self._locate)
 
     async def branch(self, dest: str, after_lsn: int) -> None:
-        await self._blocking(self._branch, dest, after_lsn)
-
-    def _branch(self, dest: str, after_lsn: int) -> None:
-        directory = self._files.open_directory(dest, create=True)
-        try:
-            create_empty(
-                self._files,
-                directory,
-                log_uuid=self.uuid.bytes,
-                first_lsn=after_lsn + 1,
-                features=FEATURE_DATABASE,
-                history=self._history,
-            )
-        finally:
-            directory.close()
+        create = partial(
+            create_empty,
+            log_uuid=self.uuid.bytes,
+            first_lsn=after_lsn + 1,
+            features=FEATURE_DATABASE,
+            history=self._history,
+        )
+        await self._blocking(create, self._files, dest)
 
     # -- retention --
 

@@ -129,6 +129,28 @@ MUTANTS: Final = (
         "            if version.before is not None and oldest is None:\n",
         "            if version.before is not None:\n",
     ),
+    mutant(
+        "nothing in a range of the store: nothing in a longer one", "_memtable", THREADS,
+        "(end is None or (stop is not None and stop <= end))",
+        "(end is None or stop is not None)",
+    ),
+    mutant(
+        "nothing in a range of the store: nothing before it", "_memtable", THREADS,
+        "            if low >= nothing and (",
+        "            if (",
+    ),
+    mutant(
+        "the first key behind a stretch without keys is passed over", "_memtable", THREADS,
+        "                return end\n        return edge",
+        '                return end + b"\\0"\n        return edge',
+    ),
+    mutant(
+        "a new state of the store has no key where the old one had none", "_memtable", THREADS,
+        "        self._nothing: deque[tuple[bytes, bytes | None]] = deque(maxlen=NOTHING_NOTED)\n",
+        "        self._nothing: deque[tuple[bytes, bytes | None]] = _NOTHING\n",
+        "NEWEST: Final = 1 << 62\n",
+        "NEWEST: Final = 1 << 62\n_NOTHING: Final = deque(maxlen=NOTHING_NOTED)\n",
+    ),
     # -- lines, turns, the fast lane --
     mutant(
         "no turns: a line that was let in stays first", "_admission", LINES,
@@ -615,7 +637,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a backup starts at the wrong record", "_local", "errors:database",
-        "                first_lsn=after_lsn + 1,", "                first_lsn=after_lsn + 2,",
+        "            first_lsn=after_lsn + 1,", "            first_lsn=after_lsn + 2,",
     ),
     # -- who reads --
     mutant(

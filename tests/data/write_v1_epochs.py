@@ -63,7 +63,7 @@ def copied(clock: MockClock) -> MemoryFiles:
     files = MemoryFiles(seed=14)
     create_empty(
         files,
-        files.open_directory(LOG, create=True),
+        LOG,
         log_uuid=writer.log.log_uuid,
         first_lsn=8,
         features=0,

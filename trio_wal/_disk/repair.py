@@ -166,14 +166,14 @@ def uncreate(directory: Directory, before: frozenset[str], *, created: bool) -> 
 
 def create_empty(
     files: Files,
-    directory: Directory,
+    path: str,
     *,
     log_uuid: bytes,
     first_lsn: int,
     features: int,
     history: History,
 ) -> None:
-    """Make an empty directory the log that goes on at ``first_lsn``: for a backup.
+    """Make a directory with the log that goes on at ``first_lsn``: for a backup.
 
     It has the history of the log that it is of, and gets an epoch of its own when it is first
     opened: there may be several copies of a backup.
@@ -181,11 +181,15 @@ def create_empty(
     meta = Meta(
         log_uuid, base_number=1, base_lsn=first_lsn, features=features, history=history, copied=True
     )
-    _, _, active = _create(files, directory, FIRST_CAPACITY, meta)
+    directory = files.open_directory(path, create=True)
     try:
-        active.mark_closed()
+        _, _, active = _create(files, directory, FIRST_CAPACITY, meta)
+        try:
+            active.mark_closed()
+        finally:
+            active.file.close()
     finally:
-        active.file.close()
+        directory.close()
 
 
 def _create(
