@@ -420,6 +420,9 @@ def log_options(**options: Any) -> LogOptions:
         "max_queue_bytes": 1 << 26,
         "max_record_size": 1 << 24,
         "max_batch_bytes": 1 << 23,
+        "commit_delay": 0.0,
+        "reserve": 0.1,
+        "target_latency": None,
         "flush_interval": 0.010,
         "durability": "sync",
     }

@@ -33,11 +33,13 @@ ALIASES = {"Durability", "VerifyStore"}
 MADE_BY_OPENING = (
     "CommitStream",
     "Database",
+    "DatabaseWriter",
     "LogReader",
     "RecordStream",
     "Snapshot",
     "Transaction",
     "WriteAheadLog",
+    "Writer",
 )
 INHERITED = (BaseException, tuple, object)
 

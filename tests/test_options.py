@@ -53,6 +53,11 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("verify_bytes", "all", "verify_bytes must be an int, not str"),
     ("verify_bytes", 0.5, "verify_bytes must be an int or math.inf, not 0.5"),
     ("trust_directory", 1, "trust_directory must be True or False, not 1"),
+    ("target_latency", "0.1", "target_latency must be a number of seconds, not str"),
+    ("target_latency", True, "target_latency must be a number of seconds, not bool"),
+    ("commit_delay", "1", "commit_delay must be a number of seconds, not str"),
+    ("commit_delay", None, "commit_delay must be a number of seconds, not NoneType"),
+    ("reserve", "0.1", "reserve must be a number, not str"),
 ]
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
@@ -157,16 +162,19 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         "path": inspect.Parameter.empty,
         "max_queue_size": 10_000,
+        "target_latency": 0.010,
         "max_queue_bytes": 64 * MiB,
         "max_record_size": 16 * MiB,
         "max_batch_bytes": 8 * MiB,
         "flush_interval": 0.010,
+        "commit_delay": 0.0,
         "segment_size": 64 * MiB,
         "durability": "sync",
         "retention": None,
         "compression": None,
         "verify_bytes": 32 * MiB,
         "trust_directory": False,
+        "reserve": 0.1,
         "files": None,
     }
 

@@ -398,6 +398,6 @@ async def test_a_full_queue_of_sent_records_is_written_without_waiting_for_the_i
 
 
 async def test_the_queue_is_a_trio_memory_channel_of_the_size_that_was_asked_for() -> None:
-    assert WriteQueue(Status("/log"), 17, 100, 100, 100).batches.statistics().max_buffer_size == 17
+    assert WriteQueue(Status("/log"), 17, 100, 100, 100).queued.statistics().max_buffer_size == 17
     unbounded = WriteQueue(Status("/log"), math.inf, 100, 100, 100)
-    assert unbounded.batches.statistics().max_buffer_size == math.inf
+    assert unbounded.queued.statistics().max_buffer_size == math.inf

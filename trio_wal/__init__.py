@@ -13,6 +13,7 @@ from ._database_reader import (
     DatabaseReaderStatistics as DatabaseReaderStatistics,
     open_database_reader as open_database_reader,
 )
+from ._database_writer import DatabaseWriter as DatabaseWriter
 from ._engine import Record as Record, RecoveryReport as RecoveryReport
 from ._exceptions import (
     CorruptLogError as CorruptLogError,
@@ -45,11 +46,12 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
-from ._statistics import WalStatistics as WalStatistics
+from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
 from ._stream import RecordStream as RecordStream
 from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction
 from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
+from ._writer import Writer as Writer
 
 __version__ = "0.1.0"
 

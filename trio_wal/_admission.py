@@ -1,23 +1,38 @@
 """Who is let into the queue, and how far: the room there is, and those who stand in line for it.
 
 Law: policy only.  Nothing here puts a record anywhere, and nothing waits.  A writer spends the
-credit of the batch that is filling without asking; without credit it asks `Admission.fits`; whoever
-has made room asks `Admission.next` whose turn it is.
+credit of the batch that is filling without asking; without credit it asks `Admission.may_enter`;
+whoever has made room asks `Admission.next` whose turn it is.
 
-One line stands today.  A line has its own tasks and counters, so that there may be more of them.
+A line is first come, first served.  The log's own methods are one; each `Writer` is another, with
+limits of its own.  A line is *ready* while somebody stands in it whom only the queue's bound keeps
+out, not the line's own.  Ready lines take turns (`Turns`); those of high priority come first, until
+they have let in `PASSED_MAX` records past a normal line that is ready.
+
+Invariant: after every step of the queue nobody who stands in line could be let in.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, Final, final
 
 import trio
 from trio.lowlevel import Abort, Task
 
-from ._batch import Batch, Item, Job, bytes_of, count_of
+from ._batch import Batch, Item, Job, Share, bytes_of, count_of
 from ._park import request
+from ._statistics import Times
+
+PASSED_MAX: Final = 8
+"""So many records of high priority are let in past a normal line; then one of that is."""
+
+FULL: Final = 0.8
+"""A queue with so much of its records is called full: the next may be larger than the rest."""
 
 
 @final
@@ -25,18 +40,35 @@ class Blocked:
     """A task that found no room, and what trio calls when it is cancelled; used again, as
     claims are: the more tasks wait, the dearer every object that the garbage collector sees."""
 
-    __slots__ = ("_withdraw", "batch", "error", "item", "request", "since", "task", "waits_durable")
+    __slots__ = (
+        "_withdraw",
+        "batch",
+        "enter",
+        "error",
+        "item",
+        "line",
+        "request",
+        "share",
+        "since",
+        "task",
+        "waits_durable",
+    )
 
-    def __init__(self, withdraw: Callable[[Blocked], Abort]) -> None:
+    def __init__(self, withdraw: Callable[[Blocked], Abort], line: Line) -> None:
         self._withdraw = withdraw
+        self.line: Line = line
         self.request: Any = request(self)
         """For `park`."""
         self.task: Task | None = None
         self.item: Item = b""
         self.waits_durable = True
+        self.enter: Callable[[], None] | None = None
+        """Called in the moment in which the entry is let in; it may refuse by raising."""
         self.since: float = 0.0
         self.batch: Batch | None = None
         """Which took its entry in the end."""
+        self.share: Share | None = None
+        """Its line's in that batch."""
         self.error: BaseException | None = None
         """Or why none did."""
 
@@ -46,52 +78,114 @@ class Blocked:
 
 @final
 class Line:
-    """Tasks that wait for room: first come, first served."""
+    """Tasks that wait for room: first come, first served; and how much of the queue is theirs."""
 
-    def __init__(self, withdraw: Callable[[Blocked], Abort]) -> None:
+    def __init__(
+        self,
+        withdraw: Callable[[Blocked], Abort],
+        waits: Times,
+        *,
+        name: str | None = None,
+        max_queue_size: float = math.inf,
+        max_queue_bytes: float = math.inf,
+        high: bool = False,
+    ) -> None:
         """
         Args:
           withdraw: is called when a task that stands here, or has just left, is cancelled.
+          waits: of all lines together.
+          name: of a writer; None: the log's own line, whose records nobody counts.
         """
         # A dict would walk over all whom it has let go, to find who came first.
         self.blocked: OrderedDict[Task, Blocked] = OrderedDict()
-        self.waits: int = 0
-        """How often a task came to stand here."""
-        self.seconds: float = 0.0
-        """For how long, all tasks together, by trio's clock."""
+        self.name: Final = name
+        self.high: Final = high
+        self.max_queue_size: Final = max_queue_size
+        self.max_queue_bytes: Final = max_queue_bytes
+        self.records: int = 0
+        """Of a writer: those that are accepted and wait to be taken."""
+        self.bytes: int = 0
+        """Their payload."""
+        self.share: Share | None = None
+        """The newest, whichever batch it is in."""
+        self.peak_records: int = 0
+        self.peak_bytes: int = 0
+        self.records_appended: int = 0
+        self.bytes_appended: int = 0
+        self.rejected: int = 0
+        self.waits: Final = waits if name is None else Times()
+        """How long tasks stood here, by trio's clock; of those that stand here no more."""
+        self._all_waits: Final = waits
+        self.closed: bool = False
+        """Whether its writer's block was left."""
+        self.tag: float = 0.0
+        """Where it is on the clock of `Turns`."""
+        self.entry: int = 0
+        """Of its place there; 0: it is not ready."""
         self._withdraw = withdraw
         self._free: list[Blocked] = []
 
-    def enter(self, task: Task, item: Item, *, waits_durable: bool) -> Blocked:
+    # -- its share --
+
+    def fits(self, item: Item) -> bool:
+        """Whether its own limits allow one more; an entry larger than they are passes alone."""
+        records = count_of(item)
+        if not self.records or not records:
+            return True
+        return (
+            self.records + records <= self.max_queue_size
+            and self.bytes + bytes_of(item) <= self.max_queue_bytes
+        )
+
+    def note_peaks(self) -> None:
+        """As `WriteQueue.note_peaks`, for this line."""
+        self.peak_records = max(self.peak_records, self.records)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    # -- its tasks --
+
+    def enter(
+        self, task: Task, item: Item, *, waits_durable: bool, enter: Callable[[], None] | None
+    ) -> Blocked:
         """The task stands in line; it must park with the request of what this returns."""
-        blocked = self._free.pop() if self._free else Blocked(self._withdraw)
+        blocked = self._free.pop() if self._free else Blocked(self._withdraw, self)
         blocked.task = task
         blocked.item = item
         blocked.waits_durable = waits_durable
+        blocked.enter = enter
         blocked.since = trio.current_time()
         self.blocked[task] = blocked
-        self.waits += 1
         return blocked
+
+    def first(self) -> Blocked | None:
+        """Whose turn it is in this line."""
+        return next(iter(self.blocked.values()), None)
 
     def remove(self, task: Task) -> bool:
         """The task does not wait for room any more; False: it did not."""
         blocked = self.blocked.pop(task, None)
         if blocked is None:
             return False
-        self.seconds += trio.current_time() - blocked.since
+        self._note(blocked)
         return True
+
+    def _note(self, blocked: Blocked) -> None:
+        seconds = trio.current_time() - blocked.since
+        self._all_waits.note(seconds)
+        if self.name is not None:
+            self.waits.note(seconds)
 
     def drain(self) -> Iterator[tuple[Task, Blocked]]:
         """Everybody, in order; the line is empty from the first one on."""
         blocked_tasks, self.blocked = self.blocked, OrderedDict()
         for task, blocked in blocked_tasks.items():
-            self.seconds += trio.current_time() - blocked.since
+            self._note(blocked)
             yield task, blocked
 
     def leave(self, blocked: Blocked) -> Batch | None:
         """The task was woken: its entry is in this batch, if it waits for that; or an error."""
         batch, error = blocked.batch, blocked.error
-        blocked.task = blocked.batch = blocked.error = None
+        blocked.task = blocked.batch = blocked.error = blocked.enter = blocked.share = None
         blocked.item = b""
         self._free.append(blocked)
         if error is not None:
@@ -104,6 +198,67 @@ class Line:
 
 
 @final
+class Turns:
+    """Ready lines of one priority, and whose turn it is: as many records for each.
+
+    Start-time fair queueing (Goyal, Vin, Cheng 1996): a line's tag grows by the records that it
+    is let in, the lowest tag is next, and a line that becomes ready begins where the clock is.
+    A unit of many records so costs its line as many turns.
+    """
+
+    def __init__(self) -> None:
+        self.ready: int = 0
+        """Lines in it."""
+        self._heap: list[tuple[float, int, Line]] = []
+        """Some of them are not ready any more: those with another `entry`."""
+        self._entries = count(1)
+        self._clock: float = 0.0
+        """The tag of the line that was served last."""
+        self._latest: float = 0.0
+        """The highest tag of a line that has left."""
+
+    def first(self) -> Line | None:
+        """The line whose turn it is."""
+        heap = self._heap
+        while heap:
+            _, entry, line = heap[0]
+            if line.entry == entry:
+                return line
+            heapq.heappop(heap)
+        return None
+
+    def refresh(self, line: Line) -> None:
+        """Somebody came, went, or made room in the line: see whether it is ready."""
+        first = line.first()
+        if first is not None and line.fits(first.item):
+            if not line.entry:
+                line.tag = max(line.tag, self._clock)
+                self._push(line)
+                self.ready += 1
+        elif line.entry:
+            line.entry = 0
+            self.ready -= 1
+            self._latest = max(self._latest, line.tag)
+            if not self.ready:
+                # Whoever was ahead is forgiven.
+                self._clock = max(self._clock, self._latest)
+                self._heap.clear()
+
+    def served(self, line: Line, records: int) -> None:
+        """So many records of the line, whose turn it was, were let in."""
+        if line.entry:
+            self._clock = line.tag
+        line.tag += records
+        if line.entry and len(self._heap) > 1:
+            self._push(line)
+        self.refresh(line)
+
+    def _push(self, line: Line) -> None:
+        line.entry = next(self._entries)
+        heapq.heappush(self._heap, (line.tag, line.entry, line))
+
+
+@final
 class Admission:
     """How much room there is beside the batch that is filling, which is the queue's."""
 
@@ -113,22 +268,38 @@ class Admission:
         max_queue_bytes: float,
         max_batch_bytes: int,
         max_batch_records: int,
+        reserve: float,
         line: Line,
     ) -> None:
-        self.max_queue_size: Final = max_queue_size
+        self.max_queue_size: float = max_queue_size
         self.max_queue_bytes: Final = max_queue_bytes
         self.max_batch_bytes: Final = max_batch_bytes
         self._max_batch_records: Final = max_batch_records
+        self._reserve: Final = reserve
         self._line: Final = line
+        self._highs: int = 0
+        """Lines of high priority; while there are none nothing is kept for them."""
+        self._normal_size: float = max_queue_size
+        """What of the queue is for everybody."""
+        self._normal_bytes: float = max_queue_bytes
+        self._normal: Final = Turns()
+        self._high: Final = Turns()
+        self._passed: int = 0
+        """Records let in by priority since a normal line that is ready had its turn."""
+        self.ordered: bool = False
+        """Whether entries have their numbers when they come to stand in the log's own line:
+        then nobody passes those."""
         self.records: int = 0
-        """In batches that wait to be taken and do not grow any more."""
+        """In batches that wait to be taken, but for the one that is filling."""
         self.bytes: int = 0
         """Their payload."""
         self.batches: int = 0
         """How many there are of them."""
 
+    # -- room --
+
     def seal(self, batch: Batch) -> None:
-        """The batch has grown as far as it will."""
+        """The batch is not the one that is filling any more."""
         self.records += batch.records
         self.bytes += batch.bytes
         self.batches += 1
@@ -147,13 +318,13 @@ class Admission:
 
     def credit(self, batch: Batch) -> None:
         """How far this batch may be filled without asking; not at all while somebody waits."""
-        if self._line.blocked:
+        if self._normal.ready or self._high.ready:
             batch.records_credit = 0
             return
         batch.records_credit = (
-            min(self.max_queue_size - self.records, self._max_batch_records) - batch.extra
+            min(self._normal_size - self.records, self._max_batch_records) - batch.extra
         )
-        batch.bytes_credit = min(self.max_queue_bytes - self.bytes, self.max_batch_bytes)
+        batch.bytes_credit = min(self._normal_bytes - self.bytes, self.max_batch_bytes)
 
     def starts_batch(self, item: Item, batch: Batch) -> bool:
         """Whether the batch has entries and cannot take this one, too."""
@@ -163,27 +334,125 @@ class Admission:
             or isinstance(batch.barrier, Job)
         )
 
-    def fits(self, item: Item, batch: Batch) -> bool:
-        """Whether there is room for an entry beside all that waits."""
-        if self.batches + 1 >= self.max_queue_size and self.starts_batch(item, batch):
-            # The channel is full of batches that hold a barrier or were emptied by withdrawal.
+    def is_full(self, records: int) -> bool:
+        """Whether the bound keeps back others, where so many records wait."""
+        return records >= FULL * self._normal_size
+
+    def full_of_batches(self) -> bool:
+        """Whether the channel takes only the batch that is filling: it is full of batches that
+        hold a barrier or were emptied by withdrawal."""
+        return self.batches + 1 >= self.max_queue_size
+
+    def fits(self, item: Item, batch: Batch, *, reserve: bool = False) -> bool:
+        """Whether there is room for an entry beside all that waits.
+
+        Args:
+          reserve: whether it may use what is kept for high priority.
+        """
+        if self.full_of_batches() and self.starts_batch(item, batch):
             return False
         records = self.records + batch.records
         if not records:
             return True
+        size, length = self._normal_size, self._normal_bytes
+        if reserve:
+            size, length = self.max_queue_size, self.max_queue_bytes
         return (
-            records + count_of(item) <= self.max_queue_size
-            and self.bytes + batch.bytes + bytes_of(item) <= self.max_queue_bytes
+            records + count_of(item) <= size and self.bytes + batch.bytes + bytes_of(item) <= length
         )
 
+    # -- lines --
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody waits whom only the queue's bound keeps out."""
+        return bool(self._normal.ready or self._high.ready)
+
+    def _turns(self, line: Line) -> Turns:
+        return self._high if line.high else self._normal
+
+    def open(self, line: Line) -> None:
+        """Another line."""
+        if line.high:
+            self._highs += 1
+            self._keep()
+
+    def close(self, line: Line) -> None:
+        """The line, whose tasks have gone, is no more."""
+        self.refresh(line)
+        if line.high:
+            self._highs -= 1
+            self._keep()
+
+    def bound(self, max_queue_size: float) -> None:
+        """So many records may wait from now on."""
+        self.max_queue_size = max_queue_size
+        self._keep()
+
+    def _keep(self) -> None:
+        self._normal_size, self._normal_bytes = self.max_queue_size, self.max_queue_bytes
+        if self._highs:
+            self._normal_size -= kept(self._reserve, self.max_queue_size)
+            self._normal_bytes -= kept(self._reserve, self.max_queue_bytes)
+
+    def refresh(self, line: Line) -> None:
+        """Somebody came, went, or made room in the line, other than by `next`."""
+        self._turns(line).refresh(line)
+
+    def may_enter(self, line: Line, item: Item, batch: Batch) -> bool:
+        """Whether an entry of the line, which has just come, need not wait."""
+        if line.blocked or not line.fits(item):
+            return False
+        if not line.high:
+            return not self.crowded and self.fits(item, batch)
+        if self._high.ready or self._must_yield():
+            return False
+        return self.fits(item, batch, reserve=True)
+
+    def _must_yield(self) -> bool:
+        """Whether a normal line has its turn before those of high priority."""
+        return bool(self._normal.ready) and (self._passed >= PASSED_MAX or self._numbered())
+
+    def _numbered(self) -> bool:
+        first = self._line.first() if self.ordered else None
+        return first is not None and first.enter is None and isinstance(first.item, bytes)
+
     def next(self, batch: Batch) -> tuple[Task, Blocked] | None:
-        """Who is let in now, and stands in line no more; None: nobody, or there is no room."""
-        line = self._line
-        if not line.blocked:
+        """Who is let in now, and stands in line no more; None: nobody, or there is no room.
+
+        When the entry has its place, or has none after all, `served` must be told.
+        """
+        if not self._normal.ready and not self._high.ready:
             return None
+        yields = self._must_yield()
+        if self.ordered and self._numbered():
+            line: Line | None = self._line
+        else:
+            line = None if yields else self._high.first()
+            line = line or self._normal.first()
+        assert line is not None
         task, blocked = found = next(iter(line.blocked.items()))
-        if not self.fits(blocked.item, batch):
+        # A normal line that is due may use the reserve, too: it would not come in otherwise.
+        if not self.fits(blocked.item, batch, reserve=line.high or yields):
             return None
-        del line.blocked[task]
-        line.seconds += trio.current_time() - blocked.since
+        line.remove(task)
         return found
+
+    def served(self, line: Line, records: int) -> None:
+        """So many records of this line, whose turn it was, were let in."""
+        self._turns(line).served(line, records)
+        if line.high:
+            self.passed(records)
+        else:
+            self._passed = 0
+
+    def passed(self, records: int) -> None:
+        """So many records of high priority were let in."""
+        self._passed = self._passed + records if self._normal.ready else 0
+
+
+def kept(reserve: float, limit: float) -> float:
+    """How much of a limit is kept for high priority: some, if any, and never all of it."""
+    if not reserve or limit == math.inf:
+        return 0
+    return min(math.ceil(round(limit * reserve, 6)), limit - 1)

@@ -7,7 +7,7 @@ nothing.  Its entries stand as they will be written.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import attrs
 from trio.lowlevel import Task, reschedule
@@ -48,6 +48,23 @@ Key: TypeAlias = Task | int
 
 
 @final
+class Share:
+    """What of a batch came through one writer."""
+
+    __slots__ = ("batch", "bytes", "line", "records", "sent_bytes", "sent_records")
+
+    def __init__(self, line: Any, batch: Batch) -> None:
+        self.line: Any = line
+        """The writer's `Line`."""
+        self.batch: Batch = batch
+        self.records: int = 0
+        self.bytes: int = 0
+        self.sent_records: int = 0
+        """Those that nobody waits for, and so nobody can take back."""
+        self.sent_bytes: int = 0
+
+
+@final
 class Batch:
     """Records that one write and one sync make durable together."""
 
@@ -62,9 +79,11 @@ class Batch:
         "lsns",
         "mixed",
         "opened",
+        "overtaken",
         "queued",
         "records_credit",
         "refused",
+        "shares",
         "taken",
         "unwaited",
     )
@@ -88,6 +107,10 @@ class Batch:
         """Trio time of the first entry, where nobody waits for it."""
         self.queued: bool = False
         self.taken: bool = False
+        self.overtaken: bool = False
+        """Whether a batch of high priority was put before it."""
+        self.shares: dict[Any, Share] | None = None
+        """What came through writers, by their `Line`."""
         self.first_lsn: int = 0
         self.lsns: dict[Key, int] | None = None
         self.failure: tuple[Outcome, BaseException] | None = None

@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar, cast, final, overload
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar, cast, final, overload
 
 import attrs
 import trio
@@ -20,8 +22,9 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from ._changes import CommitStream, changed_in_log, new_commit_stream
 from ._core import Core
+from ._database_writer import DatabaseWriter, open_database_writer
 from ._engine import RecoveryReport
-from ._exceptions import LogDivergedError, TransactionConflict
+from ._exceptions import LogDivergedError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
 from ._operations import (
@@ -36,10 +39,11 @@ from ._pairs import PairStream, new_pair_stream
 from ._snapshot import Snapshot, new_snapshot
 from ._statistics import WalStatistics
 from ._text import printable
-from ._transaction import Transaction, new_transaction
+from ._transaction import Transaction, new_transaction, run_transaction
 from ._util import check_bytes, check_int, check_path
 from ._wal import WriteAheadLog
 from ._watch import Watch
+from ._writer import OpenWriter, check_line_options
 
 if TYPE_CHECKING:
     # Only checkers need it, and they bring it along; Python has it from 3.11 on.
@@ -134,18 +138,7 @@ class Database(metaclass=NoPublicConstructor):
 
         Returns what ``fn`` returned in the try that was committed.
         """
-        check_int("retries", retries, 0)
-        while True:
-            try:
-                async with self.transaction() as tx:
-                    result = fn(tx, *args)
-                    if isinstance(result, Awaitable):
-                        result = await cast("Awaitable[T]", result)
-                return result
-            except TransactionConflict:
-                if not retries:
-                    raise
-                retries -= 1
+        return await run_transaction(self.transaction, fn, args, retries)
 
     @enable_ki_protection
     async def put(self, key: bytes, value: bytes) -> int:
@@ -239,6 +232,35 @@ class Database(metaclass=NoPublicConstructor):
         if passed is not None:
             passed.changed_past(writes)
         return lsn
+
+    def writer(
+        self,
+        name: str,
+        *,
+        max_queue_size: float | None = None,
+        max_queue_bytes: float | None = None,
+        priority: Literal["normal", "high"] = "normal",
+    ) -> AbstractAsyncContextManager[DatabaseWriter]:
+        """A share of the log's queue with a line of its own, as an async context manager::
+
+            async with db.writer("imports", max_queue_size=100) as imports:
+                await imports.put(b"alice", b"10")
+
+        As `WriteAheadLog.writer`, for transactions: at most so many of *its* commits wait to be
+        written.  A commit that waits in line is none yet: it gets its place among the others,
+        and what it read is validated, when it is let in.
+
+        Priority ``"high"`` is let in before others.  It does not pass commits that were let in
+        before it: those are already seen by other transactions.
+
+        From the first writer on every commit of this database costs about a microsecond more.
+
+        Args and errors are those of `WriteAheadLog.writer`.
+        """
+        self._versions.check_open()
+        log = self._core.log
+        options = check_line_options(log, name, max_queue_size, max_queue_bytes, priority)
+        return OpenWriter(log, options, partial(open_database_writer, self._versions, log.lines))
 
     # -- reading what is durable --
 

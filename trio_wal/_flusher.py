@@ -5,8 +5,8 @@ acknowledgement it is asserted that the engine calls the records durable.  The f
 ends it; a sync is never tried again.  The loop is shielded from cancellation and from Ctrl-C
 and ends when the queue's channel is closed and empty.
 
-There is no fixed delay.  A batch is whatever queued while the last sync ran; after an
-acknowledgement the woken tasks run once before the next batch is taken, so that N
+Without ``commit_delay`` there is no delay.  A batch is whatever queued while the last sync ran;
+after an acknowledgement the woken tasks run once before the next batch is taken, so that N
 busy writers share one sync instead of falling into two halves that alternate.
 """
 
@@ -30,6 +30,7 @@ from ._exceptions import (
     LsnTruncatedError,
     Outcome,
 )
+from ._pace import Delay
 from ._queue import WriteQueue
 from ._state import State
 from ._watermark import Watermark
@@ -55,12 +56,23 @@ class Flusher:
     """The task between the queue and the engine."""
 
     def __init__(
-        self, queue: WriteQueue, engine: Engine, durability: Durability, flush_interval: float
+        self,
+        queue: WriteQueue,
+        engine: Engine,
+        durability: Durability,
+        flush_interval: float,
+        delay: Delay | None = None,
     ) -> None:
+        """
+        Args:
+          delay: how long a batch waits for more; None: not at all.
+        """
         self._queue = queue
         self._engine = engine
         self._durability = durability
         self._flush_interval = flush_interval
+        self._delay = delay if durability == "sync" else None
+        self._taken_at = 0.0
         self.counters = FlushCounters()
         self.in_flight: Batch | None = None
         self.done = trio.Event()
@@ -74,6 +86,8 @@ class Flusher:
         self._sync_due: float | None = None
         self._sync_scope = trio.CancelScope()
         """In which the flusher waits for records until then."""
+        self._at_once = False
+        """Whether there was a batch when the one before it was done."""
         self._pressed = False
         """Whether writers waited for room when the last batch was taken."""
         self._pressed_since = 0.0
@@ -129,9 +143,8 @@ class Flusher:
         """Until the queue is closed and empty, or something failed."""
         try:
             with trio.CancelScope(shield=True):
-                while (batch := await self._next_batch()) is not None:
-                    await self._commit(batch)
-                    del batch  # its payload must not stay until the next one comes
+                while await self._wait_batch():
+                    await self._commit()
                 if self._engine.durable_lsn < self._engine.last_lsn:
                     await self._sync()
         except Forked:
@@ -147,40 +160,47 @@ class Flusher:
                 self._watermark.release()
                 self.done.set()
 
-    async def _next_batch(self) -> Batch | None:
-        """The oldest batch, still being filled; None when the queue is closed and empty."""
+    async def _wait_batch(self) -> bool:
+        """Until there is a batch, which is still being filled; False: the queue is closed and
+        empty."""
+        self._at_once = True
         while True:
             try:
-                return self._queue.batches.receive_nowait()
+                self._queue.queued.receive_nowait()
             except trio.WouldBlock:
                 pass
             except trio.EndOfChannel:
-                return None
+                return False
+            else:
+                return True
+            self._at_once = False
             if self._sync_due is None:
                 return await self._receive()
-            batch: Batch | None = None
+            received = False
             if self._watermark.lowest > self._engine.last_lsn:
                 with trio.move_on_at(self._sync_due) as self._sync_scope:
-                    batch = await self._receive()
+                    received = await self._receive()
                 if not self._sync_scope.cancelled_caught:
-                    return batch
+                    return received
             await self._sync()
 
-    async def _receive(self) -> Batch | None:
+    async def _receive(self) -> bool:
         try:
-            return await self._queue.batches.receive()
+            await self._queue.queued.receive()
         except trio.EndOfChannel:
-            return None
+            return False
+        return True
 
-    async def _commit(self, batch: Batch) -> None:
+    async def _commit(self) -> None:
         queue = self._queue
         if self._flush_interval and self._durability == "sync":
             awaited = self._watermark.lowest - self._engine.last_lsn
-            await queue.linger(batch, self._flush_interval, awaited)
+            await queue.linger(self._flush_interval, awaited)
+        if self._delay is not None:
+            await self._wait_siblings(self._delay)
         if queue.blocked or self._pressed:
             self._note_pressure()
-        queue.take(batch)
-        self.in_flight = batch
+        batch = self.in_flight = queue.take(at_once=self._at_once)
         while batch.entries:
             try:
                 await self._write(batch)
@@ -188,6 +208,12 @@ class Flusher:
             except LogFullError as exc:
                 await self._wait_for_space(batch, exc)
         self.in_flight = None
+
+    async def _wait_siblings(self, delay: Delay) -> None:
+        seconds = delay.seconds
+        if seconds:
+            await self._queue.wait_siblings(seconds, delay.siblings)
+        self._taken_at = trio.current_time()
 
     def _note_pressure(self) -> None:
         """Say once where writers have been waiting for room for a while, and once where they
@@ -247,6 +273,10 @@ class Flusher:
         if sync:
             self._sync_due = None
             self._watermark.reached(engine.durable_lsn)
+        if self._delay is not None:
+            now = trio.current_time()
+            waiting, seconds = self._queue.entries_waiting, now - self._taken_at
+            self._delay.written(now, len(batch.entries), waiting, seconds)
         self._queue.acknowledge(batch, last_lsn + 1)
         self.in_flight = None
         # Let the woken run once: what they append next goes into one batch.
@@ -333,7 +363,7 @@ class Flusher:
         if in_flight is not None and outcome == "unknown":
             unsynced = True
         self._queue.fail(exc, in_flight, outcome, "unknown" if unsynced else "not written")
-        self._queue.batches.close()
+        self._queue.queued.close()
         # Last: where this fails too, of MemoryError for one, everybody has been told.
         tell(
             logging.ERROR,

@@ -12,7 +12,7 @@ has been replayed above it: then each key that a piece has set is set again in a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final, final
+from typing import Any, Final, final
 
 import trio
 from trio.lowlevel import Task
@@ -56,6 +56,9 @@ class _NoLog:
     status = _NoStatus()
 
     def append(self, record: bytes, task: Task) -> Awaitable[int]:
+        raise AssertionError("nothing is committed by a reader")
+
+    def append_in_turn(self, record: bytes, line: Any, enter: Callable[[], None]) -> Awaitable[int]:
         raise AssertionError("nothing is committed by a reader")
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:

@@ -10,48 +10,64 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._admission import Line
 from ._batch import Flush, Job, Unit
 from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
 from ._identity import Bookmark
+from ._lines import Lines
+from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
 from ._statistics import WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
-from ._util import check_int, check_int_or_inf, check_one_of, check_seconds
+from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
 
+TARGET_LATENCY: Final = 0.010
+TARGET_LATENCY_MIN: Final = 1e-6
+RESERVE: Final = 0.1
+"""Of the queue, for writers of high priority, while there are any."""
+RESERVE_MAX: Final = 0.9
 
 @attrs.frozen(kw_only=True)
 class LogOptions:
     """How a log is run, wherever its bytes are; `open_wal` says what each means."""
 
     max_queue_size: float
+    """The most that it ever is."""
+    target_latency: float | None
+    """Where the bound follows the rate of flushing; None: it is as given."""
     max_queue_bytes: float
     max_record_size: int
     max_batch_bytes: int
     flush_interval: float
+    commit_delay: float | Literal["auto"]
     durability: Durability
+    reserve: float
 
 
 def check_log_options(
     batch_bytes_max: int,
     *,
-    max_queue_size: float,
+    max_queue_size: float | Literal["auto"],
+    target_latency: float,
     max_queue_bytes: float,
     max_record_size: int,
     max_batch_bytes: int,
     flush_interval: float,
+    commit_delay: float | Literal["auto"],
     durability: Durability,
+    reserve: float,
 ) -> LogOptions:
     """These arguments of `open_wal`, or the error that names the wrong one.
 
@@ -60,14 +76,31 @@ def check_log_options(
     """
     check_one_of("durability", durability, ("sync", "interval", "none"))
     record_size_max = batch_bytes_max - RECORD_OVERHEAD
+    auto = max_queue_size == "auto"
+    latency = check_seconds("target_latency", target_latency, TARGET_LATENCY_MIN)
+    if max_queue_size == "auto":
+        max_queue_size = AUTO_RECORDS_MAX
     return LogOptions(
         max_queue_size=check_int_or_inf("max_queue_size", max_queue_size, 1),
+        target_latency=latency if auto else None,
         max_queue_bytes=check_int_or_inf("max_queue_bytes", max_queue_bytes, 1),
         max_record_size=check_int("max_record_size", max_record_size, 1, record_size_max),
         max_batch_bytes=check_int("max_batch_bytes", max_batch_bytes, 1, batch_bytes_max // 2),
         flush_interval=check_seconds("flush_interval", flush_interval),
+        commit_delay=_check_delay(commit_delay),
         durability=durability,
+        reserve=check_share("reserve", reserve, RESERVE_MAX),
     )
+
+
+def _check_delay(commit_delay: float | Literal["auto"]) -> float | Literal["auto"]:
+    return "auto" if commit_delay == "auto" else check_seconds("commit_delay", commit_delay)
+
+
+def _delay(commit_delay: float | Literal["auto"]) -> Delay | None:
+    if commit_delay == "auto":
+        return AutoDelay()
+    return FixedDelay(commit_delay) if commit_delay else None
 
 
 @final
@@ -126,15 +159,29 @@ class Log:
             # several entries is too large for the engine.
             min(options.max_batch_bytes, engine.batch_bytes_max // 2),
             min(engine.batch_records_max, engine.batch_bytes_max // 2 // RECORD_OVERHEAD),
+            options.reserve,
+            None if options.target_latency is None else AutoBound(options.target_latency),
         )
-        self._flusher = Flusher(self._queue, engine, options.durability, options.flush_interval)
+        self._flusher = Flusher(
+            self._queue,
+            engine,
+            options.durability,
+            options.flush_interval,
+            _delay(options.commit_delay),
+        )
         self.append: Final = self._queue.append
         """``await append(record, current_task())``: accept, with back-pressure, and wait until
         the record is durable; gives its LSN.  The queue's own method: a call is not passed
         through anything else."""
+        self.append_in: Final = self._queue.append_in
+        """``await append_in(line, record, current_task())``: the same through a writer's line."""
         self.accept: Final = self._queue.accept
-        """``await accept(record)``: the same without waiting for durability."""
+        """``await accept(record, line)``: the same without waiting for durability."""
         self.accept_nowait: Final = self._queue.accept_nowait
+        self.lines: Final = Lines(
+            self.status, self._queue, options.max_queue_size, options.max_queue_bytes
+        )
+        """Those of writers."""
         self._nursery: trio.Nursery
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
@@ -163,23 +210,24 @@ class Log:
         queue, flusher, tail = self._queue, self._flusher, self.engine.tail
         queue.note_peaks()
         counters, engine = queue.counters, self.engine.statistics()
-        records, waiting = queue.records_waiting, queue.bytes_waiting
-        options = self._options
+        records, waiting, bound = queue.records_waiting, queue.bytes_waiting, queue.max_queue_size
         return WalStatistics(
             records_waiting=records,
             bytes_waiting=waiting,
-            max_queue_size=options.max_queue_size,
-            max_queue_bytes=options.max_queue_bytes,
+            max_queue_size=bound,
+            max_queue_bytes=self._options.max_queue_bytes,
             queue_utilization=min(
-                1.0, max(records / options.max_queue_size, waiting / options.max_queue_bytes)
+                1.0, max(records / bound, waiting / self._options.max_queue_bytes)
             ),
             peak_records_waiting=counters.peak_records_waiting,
             peak_bytes_waiting=counters.peak_bytes_waiting,
             tasks_waiting_send=queue.blocked,
             tasks_waiting_durable=queue.tasks_waiting() + flusher.waiting,
-            backpressure_waits=queue.line.waits,
-            backpressure_seconds=queue.line.seconds,
+            backpressure_waits=queue.waits.count + queue.blocked,
+            backpressure_seconds=queue.waits.seconds_total,
+            backpressure_seconds_histogram=queue.waits.histogram(),
             rejected=counters.rejected,
+            writers=self.lines.statistics(),
             records_appended=flusher.counters.records_appended,
             bytes_appended=flusher.counters.bytes_appended,
             batches_synced=engine.syncs.count,
@@ -199,14 +247,29 @@ class Log:
 
     def own(self, owner: Owner) -> None:
         """Tell ``owner`` what becomes of each record from here on."""
-        self._queue.owner = owner
+        self._queue.own(owner)
 
-    async def append_unit(self, records: Sequence[bytes], size: int) -> int:
+    def append_in_turn(
+        self, record: bytes, line: Line | None, enter: Callable[[], None]
+    ) -> Awaitable[int]:
+        """Accept through a line, wait until the record is durable; gives its LSN.
+
+        Args:
+          enter: called in the moment in which the record is let in; it may refuse by raising.
+        """
+        if line is not None:
+            self.lines.check(line)
+        return self._queue.submit(record, line, enter)
+
+    async def append_unit(
+        self, records: Sequence[bytes], size: int, line: Line | None = None
+    ) -> int:
         """Append records of ``size`` bytes together as one; gives the first LSN."""
-        return await self._queue.submit(Unit(records, size))
+        return await self._queue.submit(Unit(records, size), line)
 
-    async def flush(self) -> int:
-        """Make everything accepted before the call durable; gives ``durable_lsn``."""
+    async def flush(self, line: Line | None = None) -> int:
+        """Make everything accepted before the call durable, of a writer's line all that is its;
+        gives ``durable_lsn``."""
         queue, engine = self._queue, self.engine
         if (
             self.status.state is State.OPEN
@@ -216,7 +279,7 @@ class Log:
         ):
             await trio.lowlevel.checkpoint()
             return engine.durable_lsn
-        await queue.submit(Flush())
+        await queue.submit(Flush(), line)
         return engine.durable_lsn
 
     def hold(self, who: str, lsn: int) -> None:

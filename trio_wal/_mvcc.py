@@ -5,7 +5,9 @@ log is handed in (`CommitLog`) and tells what becomes of each commit; whoever re
 `Reader`; a checkpoint is asked for here and made elsewhere.
 
 A commit gets its number, its versions and its place in the log in one stretch without a
-checkpoint of trio's.  So the order of numbers is the order of the log, without locks.
+checkpoint of trio's.  So the order of numbers is the order of the log, without locks.  Where the
+log is full, its place is one in line; where there are several lines, whose turns nobody knows
+beforehand, the stretch is the moment in which the log lets it in (`Versions.by_turns`).
 
 A reader may see commits that are still on their way to the disk.  Then it has a *commit
 dependency* on them (Larson et al., "High-Performance Concurrency Control Mechanisms for
@@ -60,6 +62,12 @@ class CommitLog(Protocol):
     @property
     def append(self) -> Callable[[bytes, Task], Awaitable[int]]:
         """Gives what the task awaits at once; it returns the record's LSN."""
+        ...
+
+    def append_in_turn(self, record: bytes, line: Any, enter: Callable[[], None]) -> Awaitable[int]:
+        """`append` for a log that several lines lead into, of which ``line`` is one, None the
+        log's own.  ``enter`` is called in the moment in which the record is let in, in the same
+        step; what it raises is raised here, and then there is no record."""
         ...
 
     @property
@@ -259,6 +267,7 @@ class Versions:
     """Committed state above the store, its numbers, and its readers.
 
     Attributes are read in every commit and every `get`; only this class sets them.
+    So many methods because commits, readers, what the log says and checkpoints meet in one state.
     """
 
     def __init__(
@@ -295,6 +304,8 @@ class Versions:
         """Those with writes that became durable."""
         self.conflicts: int = 0
         self.closed: bool = False
+        self.by_turns: bool = False
+        """Whether commits come in through several lines: see `commit_in_turn`."""
         self._burying = False
         self.watches: Final = Watches()
         self._refresh()
@@ -350,6 +361,8 @@ class Versions:
         """
         if self._status.refuses:
             self._status.check_open()
+        if self.by_turns:
+            return self.commit_in_turn(writes, task)
         payload = encode_transaction(writes)
         layer = self.view.active
         self.last_seq = seq = self.last_seq + 1
@@ -361,6 +374,36 @@ class Versions:
         if layer.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
         return self._append(payload, task)
+
+    def commit_in_turn(
+        self,
+        writes: Writes,
+        task: Task,
+        line: Any = None,
+        validate: Callable[[], None] | None = None,
+    ) -> Awaitable[int]:
+        """`commit` where there are several lines: it has its number only when the log lets it in.
+
+        Args:
+          line: the log's, through which it comes in; None: the log's own.
+          validate: raises where it must not be committed, as of that moment.
+        """
+        self._status.check_open()
+        payload = encode_transaction(writes)
+
+        def enter() -> None:
+            if validate is not None:
+                validate()
+            layer = self.view.active
+            self.last_seq = seq = self.last_seq + 1
+            self._pending[task] = (seq, writes, layer, len(payload))
+            if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
+                self._renew()
+            layer.log_bytes += len(payload)
+            if layer.log_bytes >= self._checkpoint_bytes:
+                self.room.ask()
+
+        return self._log.append_in_turn(payload, line, enter)
 
     @property
     def pending(self) -> int:

@@ -29,7 +29,7 @@ from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
-from ._log import Log, LogOptions, OpenLog, check_log_options
+from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
@@ -213,16 +213,19 @@ def open_database(
     verify_store: VerifyStore = "auto",
     on_verify_progress: Callable[[int, int], None] | None = None,
     retention: Retention | None = None,
-    max_queue_size: float = 10_000,
+    max_queue_size: float | Literal["auto"] = 10_000,
+    target_latency: float = TARGET_LATENCY,
     max_queue_bytes: float = 64 * MiB,
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
+    commit_delay: float | Literal["auto"] = 0.0,
     segment_size: int = 64 * MiB,
     durability: Durability = "sync",
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    reserve: float = RESERVE,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -250,9 +253,10 @@ def open_database(
           the bytes that there are.
       retention: how much of the log to keep beyond what the store does not hold yet, for
           `Database.changes`; None: nothing.
-      max_queue_size, max_queue_bytes, max_record_size, max_batch_bytes: as for `open_wal`.
-      flush_interval, segment_size, durability, compression: as for `open_wal`.
-      verify_bytes, trust_directory: as for `open_wal`.
+      max_queue_size, target_latency, max_queue_bytes: as for `open_wal`.
+      max_record_size, max_batch_bytes: as for `open_wal`.
+      flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
+      verify_bytes, trust_directory, reserve: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, when called:
@@ -274,11 +278,14 @@ def open_database(
     run = check_log_options(
         LocalEngine.batch_bytes_max,
         max_queue_size=max_queue_size,
+        target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
+        commit_delay=commit_delay,
         durability=durability,
+        reserve=reserve,
     )
     where = check_local_options(
         path=f"{name}/{LOG_NAME}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Final, Literal, final
 
@@ -16,10 +17,30 @@ HISTOGRAM_BOUNDS: Final = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
 )  # fmt: skip
-"""Upper bounds, in seconds, of the buckets of ``sync_seconds_histogram``."""
+"""Upper bounds, in seconds, of the buckets of every histogram."""
 
+Histogram = tuple[tuple[float, int], ...]
+"""(upper bound in seconds, how many took at most so long and longer than the bound before)"""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+@attrs.define(eq=False)
+class Times:
+    """How long something took, each time: running totals."""
+
+    count: int = 0
+    seconds_total: float = 0.0
+    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+
+    def note(self, seconds: float) -> None:
+        """Once more."""
+        self.count += 1
+        self.seconds_total += seconds
+        self._buckets[bisect_left(HISTOGRAM_BOUNDS, seconds)] += 1
+
+    def histogram(self) -> Histogram:
+        return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
 @attrs.define
@@ -47,7 +68,7 @@ class SyncTimes:
             return None
         return _EPOCH + timedelta(microseconds=self._last_us)
 
-    def histogram(self) -> tuple[tuple[float, int], ...]:
+    def histogram(self) -> Histogram:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
@@ -62,6 +83,44 @@ class EngineStatistics:
 
 @final
 @attrs.frozen(kw_only=True)
+class WriterStatistics:
+    """A look at one writer's share of the queue; what ``statistics()`` of a writer returns."""
+
+    name: str
+    """As given to ``writer()``."""
+    priority: Literal["normal", "high"]
+    """As given to ``writer()``."""
+    max_queue_size: float
+    """How many of its records may wait: its own limit, or the queue's bound where that is less."""
+    max_queue_bytes: float
+    """How many of its payload bytes may."""
+    records_waiting: int
+    """Its accepted records that wait to be written, without the batch being written."""
+    bytes_waiting: int
+    """Their payload bytes."""
+    peak_records_waiting: int
+    """The most of its records that ever waited."""
+    peak_bytes_waiting: int
+    """The most of its payload bytes that ever waited."""
+    tasks_waiting_send: int
+    """Tasks that stand in its line, because its share or the queue is full."""
+    backpressure_waits: int
+    """How often a task came to stand there."""
+    backpressure_seconds: float
+    """For how long, all tasks together, by trio's clock; of those that stand there no more."""
+    backpressure_seconds_histogram: Histogram
+    """The same, by how long each took: (upper bound in seconds, waits that took at most so long
+    and longer than the bound before); the last bound is infinite."""
+    rejected: int
+    """How often its ``send_nowait`` raised `trio.WouldBlock`."""
+    records_appended: int
+    """Its records that were acknowledged."""
+    bytes_appended: int
+    """Their payload bytes."""
+
+
+@final
+@attrs.frozen(kw_only=True)
 class WalStatistics:
     """A look at the log at one moment; what `WriteAheadLog.statistics` returns."""
 
@@ -70,7 +129,8 @@ class WalStatistics:
     bytes_waiting: int
     """Their payload bytes."""
     max_queue_size: float
-    """As given to `open_wal`; `math.inf` where unbounded."""
+    """The bound in force: as given to `open_wal`, or what ``"auto"`` has made of it; `math.inf`
+    where unbounded."""
     max_queue_bytes: float
     """As given to `open_wal`."""
     queue_utilization: float
@@ -87,8 +147,13 @@ class WalStatistics:
     """How often a task was blocked by a full queue."""
     backpressure_seconds: float
     """For how long, all tasks together, by trio's clock."""
+    backpressure_seconds_histogram: Histogram
+    """The same, by how long each took: (upper bound in seconds, waits that took at most so long
+    and longer than the bound before); the last bound is infinite."""
     rejected: int
     """How often ``send_nowait`` raised `trio.WouldBlock`."""
+    writers: Mapping[str, WriterStatistics]
+    """Those whose block has not been left, by name; their figures are part of those above."""
     records_appended: int
     """Records written in this session."""
     bytes_appended: int

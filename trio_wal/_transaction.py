@@ -7,10 +7,10 @@ order of commits is the order of the log, without locks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Final, TypeVar, final, overload
+from typing import Any, Final, TypeVar, cast, final, overload
 
 import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
@@ -27,9 +27,10 @@ from ._operations import (
     check_size,
 )
 from ._readset import ReadSet
-from ._util import check_bytes
+from ._util import check_bytes, check_int
 
 D = TypeVar("D")
+T = TypeVar("T")
 
 
 class _NoDefault:
@@ -60,10 +61,14 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     _bytes = 1
     _ended = False
     _lsn: int | None = None
+    _line: Any = None
+    """The log's, through which it is committed; None: the log's own."""
 
-    def __init__(self, versions: Versions) -> None:
+    def __init__(self, versions: Versions, line: Any = None) -> None:
         self._versions = versions
         self._writes: Writes = {}
+        if line is not None:
+            self._line = line
 
     # -- the block --
 
@@ -89,7 +94,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
             return
         if exc_type is not None:
             self._end()
-        elif self._reads is None and self._writes:
+        elif self._reads is None and self._writes and self._line is None:
             # As `commit`, which has nothing to validate here.
             task = current_task()
             if self._task is not task:
@@ -351,6 +356,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._check()
         versions, reads = self._versions, self._reads
         conflict = None if reads is None else reads.conflict()
+        if versions.by_turns and self._writes and conflict is None:
+            return await self._commit_in_turn()
         self._end()
         if reads is not None and conflict is not None:
             versions.note_conflict()
@@ -361,6 +368,25 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         else:
             self._lsn = await versions.wait_for(None if reads is None else reads.dependency)
         return self._lsn
+
+    async def _commit_in_turn(self) -> int:
+        """What was read must hold when the log lets the commit in, not when it gets in line."""
+        versions = self._versions
+        try:
+            self._lsn = await versions.commit_in_turn(
+                self._writes, current_task(), self._line, self._validate
+            )
+        finally:
+            self._end()
+        return self._lsn
+
+    def _validate(self) -> None:
+        reads = self._reads
+        conflict = None if reads is None else reads.conflict()
+        self._end()
+        if reads is not None and conflict is not None:
+            self._versions.note_conflict()
+            raise TransactionConflict(conflict, own=reads.is_own(conflict))
 
     @enable_ki_protection
     def abort(self) -> None:
@@ -378,6 +404,27 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
 
 
 new_transaction = constructor(Transaction)
+
+
+async def run_transaction(
+    begin: Callable[[], Transaction],
+    fn: Callable[..., Awaitable[T] | T],
+    args: tuple[object, ...],
+    retries: int,
+) -> T:
+    """Call ``fn(tx, *args)`` in a transaction and commit; again on a conflict."""
+    check_int("retries", retries, 0)
+    while True:
+        try:
+            async with begin() as tx:
+                result = fn(tx, *args)
+                if isinstance(result, Awaitable):
+                    result = await cast("Awaitable[T]", result)
+            return result
+        except TransactionConflict:
+            if not retries:
+                raise
+            retries -= 1
 
 
 def _merge(

@@ -71,6 +71,15 @@ def check_seconds(name: str, value: object, low: float = 0.0) -> float:
     return float(value)
 
 
+def check_share(name: str, value: object, high: float) -> float:
+    """``value`` as a part of a whole, 0 to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0 <= value <= high:
+        raise ValueError(f"{name} must be at least 0 and at most {high:g}, not {_shown(value)}")
+    return float(value)
+
+
 def check_bytes(name: str, value: object) -> bytes:
     """``value`` as `bytes`, not as a subclass, which not every encoder takes.
 

@@ -11,29 +11,25 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from itertools import islice
 from types import TracebackType
-from typing import Final, Literal, final
+from typing import Literal, final
 
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
-from ._engine import RECORD_OVERHEAD, RecoveryReport
+from ._engine import RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files, OsFiles
 from ._flusher import Durability
 from ._identity import Bookmark
 from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
-from ._log import Log, OpenLog, check_log_options
+from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
 from ._util import MiB, check_bytes, check_int
-
-UNIT_SLICE: Final = 10_000
-"""`append_many` takes its iterable in slices of this many records, with a checkpoint
-between: the event loop is not held up for longer than a few milliseconds."""
+from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
 
 
 @final
@@ -109,42 +105,13 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
               1 GiB (and 16 Mi records) that a frame can hold.
         """
         self._check_not_owned()
-        engine = self._log.engine
-        if isinstance(records, (bytes, bytearray, memoryview, str)):
-            raise TypeError(
-                f"records must be an iterable of bytes, not one {type(records).__name__}"
-            )
-        try:
-            iterator = iter(records)
-        except TypeError:
-            kind = type(records).__name__
-            raise TypeError(f"records must be an iterable of bytes, not {kind}") from None
-        unit: list[bytes] = []
-        total = 0
-        while chunk := list(islice(iterator, UNIT_SLICE)):
-            if set(map(type, chunk)) != {bytes}:
-                chunk = [
-                    check_bytes(f"records[{number}]", record)
-                    for number, record in enumerate(chunk, len(unit))
-                ]
-            self._check_size(max(map(len, chunk)))
-            total += sum(map(len, chunk))
-            unit += chunk
-            if total + RECORD_OVERHEAD * len(unit) > engine.batch_bytes_max:
-                raise RecordTooLargeError(
-                    total, engine.batch_bytes_max, "the limit of one append_many"
-                )
-            if len(unit) > engine.batch_records_max:
-                raise RecordTooLargeError(
-                    len(unit), engine.batch_records_max, "the limit of records of one append_many"
-                )
-            if len(chunk) == UNIT_SLICE:
-                await trio.lowlevel.checkpoint()
+        log = self._log
+        unit, total = await gather_unit(log.engine, self._record_size_max, records)
         if not unit:
-            self._log.status.check_open()
+            log.status.check_open()
             await trio.lowlevel.checkpoint()
-            return range(engine.last_lsn + 1, engine.last_lsn + 1)
-        first = await self._log.append_unit(unit, total)
+            return range(log.engine.last_lsn + 1, log.engine.last_lsn + 1)
+        first = await log.append_unit(unit, total)
         return range(first, first + len(unit))
 
     @enable_ki_protection
@@ -202,6 +169,50 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """
         check_int("lsn", lsn, 0)
         await self._log.wait_durable(lsn)
+
+    def writer(
+        self,
+        name: str,
+        *,
+        max_queue_size: float | None = None,
+        max_queue_bytes: float | None = None,
+        priority: Literal["normal", "high"] = "normal",
+    ) -> AbstractAsyncContextManager[Writer]:
+        """A share of the queue with a line of its own, as an async context manager::
+
+            async with wal.writer("audit", max_queue_size=100) as audit:
+                await audit.append(b"alice logged in")
+
+        At most so many of *its* records wait; whoever finds its share full waits in its own line
+        and delays nobody else.  Where the queue is full the lines with waiting tasks take turns,
+        as many records for each; the log's own methods are one line.  Within a line it is first
+        come, first served.
+
+        Leaving the block does not wait: what was accepted becomes durable all the same, and
+        whoever still stands in the line gets `trio.ClosedResourceError`.
+
+        Args:
+          name: for `WalStatistics.writers`; free again after the block.
+          max_queue_size: records of this writer that may wait; None: as many as the queue's.
+          max_queue_bytes: payload bytes of this writer that may wait; None: as many as the
+              queue's.  One larger record or unit may wait alone.
+          priority: ``"high"``: may use what ``reserve`` of `open_wal` keeps for such writers, is
+              let in before others, and goes into the next batch that is taken, also past records
+              of others that were accepted before.  After 8 records that were let in so, one
+              of a waiting line of normal priority is.
+
+        Raises, when called:
+          TypeError: an argument has the wrong type, or the log belongs to a database.
+          ValueError: a limit is below 1 or above the queue's, or a writer of this name is open.
+          LogFailedError, trio.ClosedResourceError: the log is broken, or closed.
+
+        Raises, on entering:
+          ValueError: somebody has opened a writer of this name meanwhile.
+          RuntimeError: in another run of trio than the log's.
+        """
+        self._check_not_owned()
+        options = check_line_options(self._log, name, max_queue_size, max_queue_bytes, priority)
+        return OpenWriter(self._log, options, partial(new_writer, self._log))
 
     # -- reading --
 
@@ -407,17 +418,20 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
 def open_wal(
     path: str | os.PathLike[str],
     *,
-    max_queue_size: float = 10_000,
+    max_queue_size: float | Literal["auto"] = 10_000,
+    target_latency: float = TARGET_LATENCY,
     max_queue_bytes: float = 64 * MiB,
     max_record_size: int = 16 * MiB,
     max_batch_bytes: int = 8 * MiB,
     flush_interval: float = 0.010,
+    commit_delay: float | Literal["auto"] = 0.0,
     segment_size: int = 64 * MiB,
     durability: Durability = "sync",
     retention: Retention | None = None,
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    reserve: float = RESERVE,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, recovering it first.
@@ -433,13 +447,23 @@ def open_wal(
 
     Args:
       path: a directory; created with mode 0700 if it is missing.
-      max_queue_size: records that may wait to be written; `math.inf`: no bound.
+      max_queue_size: records that may wait to be written; `math.inf`: no bound; ``"auto"``: it
+          follows the rate at which records are flushed, between 16 and 1,000,000, so that a
+          record waits about ``target_latency`` for its turn.  `WalStatistics.max_queue_size` is
+          the bound in force.
+      target_latency: seconds, for ``max_queue_size="auto"``.  On a disk where a single sync takes
+          about so long or longer, the bound is such that records make a round of write and
+          sync longer by half.
       max_queue_bytes: payload bytes that may wait; `math.inf`: no bound.  One larger
           record or unit may wait alone.
       max_record_size: bytes of one record.
       max_batch_bytes: payload bytes of one write; a larger record or unit is written alone.
       flush_interval: seconds that an accepted record for which nobody waits may stay
           unsynced; 0: written at once.
+      commit_delay: seconds that a batch may wait for more records, though somebody waits for it;
+          ``"auto"``: as long as was found to be good for throughput, not at all where it is not.
+          A `WriteAheadLog.flush`, a record of high priority and a full batch end the wait.  Only
+          with ``durability="sync"``.
       segment_size: bytes of a full-grown segment file; the first ones are smaller.  A wish:
           no segment is smaller than its header, one frame and its footer (about 6 KiB).
       durability: ``"sync"``: acknowledged when a sync covers the record.  ``"interval"``:
@@ -456,6 +480,8 @@ def open_wal(
       trust_directory: open a directory that belongs to another user than this process's and
           root, or that others may write; without it such a directory is refused, as ssh and
           git do.
+      reserve: how much of the queue, 0 to 0.9, is kept for writers of high priority while there
+          are any: see `WriteAheadLog.writer`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, when called:
@@ -477,11 +503,14 @@ def open_wal(
     run = check_log_options(
         LocalEngine.batch_bytes_max,
         max_queue_size=max_queue_size,
+        target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
         max_record_size=max_record_size,
         max_batch_bytes=max_batch_bytes,
         flush_interval=flush_interval,
+        commit_delay=commit_delay,
         durability=durability,
+        reserve=reserve,
     )
     where = check_local_options(
         path=path,

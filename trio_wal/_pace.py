@@ -1,0 +1,311 @@
+"""How the queue finds its own pace: the bound of ``"auto"``, and how long a batch may wait.
+
+Law: arithmetic on times and counts that it is told; no clock, no tasks.  Why the bound cannot
+oscillate, and what a delay is good for, stands in docs/design.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Protocol, final
+
+AUTO_RECORDS_MIN: Final = 16
+AUTO_RECORDS_MAX: Final = 1_000_000
+"""The least and the most that ``max_queue_size="auto"`` makes of it."""
+AUTO_RECORDS_START: Final = 64
+"""What it begins with: few, because nobody knows yet what a record costs."""
+STEP_MAX: Final = 2.0
+"""The bound changes by at most this factor in a round."""
+FIXED_MAX: Final = 1.5
+"""Where a round without records takes so long that the target cannot be met: the records may
+make it longer by half.  Fewer would cost throughput and save little time."""
+SMOOTHING: Final = 1 / 8
+OUTLIER: Final = 4.0
+"""A round that is so many times longer than usual counts as one of this length: it may have
+been a stall.  If the disk has become slower, the next rounds will say so."""
+STRANGE: Final = 2.0
+STRANGERS_MAX: Final = 3
+"""After so many rounds in a row that are so many times longer or shorter than expected, what was
+learned is forgotten."""
+CLOSE: Final = 1.25
+"""A wait that is so close to what it should be is left as it is."""
+SPREAD_MIN: Final = 0.02
+"""Rounds whose records differ by less say nothing of what a record costs."""
+
+
+@final
+class RoundCosts:
+    """What a round of write and sync costs: so much by itself, and so much for each record.
+
+    A line of least squares through the last rounds, the older the lighter.  Until rounds of
+    different sizes were seen all of it is taken for what the records cost.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: float = 0.0
+        """Of a round, on average."""
+        self.records: float = 0.0
+        self.record_seconds: float = 0.0
+        """For one more record."""
+        self._variance = 0.0
+        self._covariance = 0.0
+        self._strangers = 0
+        """Rounds, the last ones, that were quite different from what was to be expected."""
+
+    @property
+    def fixed_seconds(self) -> float:
+        """Of a round without records."""
+        return max(0.0, self.seconds - self.record_seconds * self.records)
+
+    def note(self, records: int, seconds: float) -> None:
+        """A round that had work from its beginning to its end."""
+        expected = self.fixed_seconds + self.record_seconds * records
+        strange = not expected / STRANGE <= seconds <= expected * STRANGE
+        self._strangers = self._strangers + 1 if strange else 0
+        if not self.records or self._strangers == STRANGERS_MAX:
+            # Another disk, as it were.
+            self.records, self.seconds = records, seconds
+            self.record_seconds = seconds / records
+            self._variance = self._covariance = 0.0
+            self._strangers = 0
+            return
+        more_records = records - self.records
+        more_seconds = min(seconds, OUTLIER * self.seconds) - self.seconds
+        keep = 1 - SMOOTHING
+        self.records += SMOOTHING * more_records
+        self.seconds += SMOOTHING * more_seconds
+        self._variance = keep * (self._variance + SMOOTHING * more_records**2)
+        self._covariance = keep * (self._covariance + SMOOTHING * more_records * more_seconds)
+        if self._variance > (SPREAD_MIN * self.records) ** 2:
+            slope = self._covariance / self._variance
+            self.record_seconds = min(max(0.0, slope), self.seconds / self.records)
+
+
+@final
+class AutoBound:
+    """The bound by which a record waits about ``target_latency`` for its turn.
+
+    By Little's law a record that comes into a queue of L waits L / rate.  So where the queue is
+    full, the bound is multiplied by the square root of (target / wait), once a round.
+    """
+
+    def __init__(self, target_latency: float) -> None:
+        self.target_latency: Final = target_latency
+        self.records: int = AUTO_RECORDS_START
+        """The bound in force."""
+        self._costs = RoundCosts()
+        self._taken_at = -math.inf
+        self._taken = 0
+        self._was_full = False
+
+    def taken(self, now: float, records: int, waiting: int, *, full: bool, at_once: bool) -> bool:
+        """A batch was taken; returns whether the bound is another one now.
+
+        Args:
+          now: in seconds, of any clock.
+          records: of the batch.
+          waiting: in the queue before that, those of the batch among them.
+          full: whether these were about as many as may wait.
+          at_once: whether the batch was there when the one before it was done.
+        """
+        seconds, flushed, was_full = now - self._taken_at, self._taken, self._was_full
+        self._taken_at, self._taken, self._was_full = now, records, full
+        if not at_once or not flushed or not 0 < seconds < math.inf:
+            return False
+        self._costs.note(flushed, seconds)
+        if not (full and was_full):
+            # What was flushed is what came, and not how fast it can be flushed.
+            return False
+        wait = waiting * seconds / flushed
+        goal = max(self.target_latency, FIXED_MAX * self._costs.fixed_seconds)
+        if goal / CLOSE <= wait <= goal * CLOSE:
+            return False
+        step = min(max(math.sqrt(goal / wait), 1 / STEP_MAX), STEP_MAX)
+        bound = min(max(round(self.records * step), AUTO_RECORDS_MIN), AUTO_RECORDS_MAX)
+        changed, self.records = bound != self.records, bound
+        return changed
+
+
+# -- how long a batch may wait for siblings -----------------------------------------
+
+
+class Delay(Protocol):
+    """Says how long a batch waits for more records before it is written."""
+
+    @property
+    def seconds(self) -> float:
+        """At most so long."""
+        ...
+
+    @property
+    def siblings(self) -> float:
+        """With so many entries it need not wait any longer: nobody else is to be expected."""
+        ...
+
+    def written(self, now: float, entries: int, waiting: int, seconds: float) -> None:
+        """A batch was written.
+
+        Args:
+          now: in seconds, of any clock.
+          entries: in the batch.
+          waiting: those that have come since it was taken.
+          seconds: that write and sync took.
+        """
+        ...
+
+
+@final
+class FixedDelay:
+    """As long as the user says."""
+
+    siblings: Final = math.inf
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds: Final = seconds
+
+    def written(self, now: float, entries: int, waiting: int, seconds: float) -> None:
+        pass
+
+
+EPOCH_ROUNDS: Final = 8
+"""A choice is tried for so many rounds at a time."""
+HOPELESS_ROUNDS: Final = 3
+HOPELESS: Final = 0.7
+"""A trial that after so many rounds is so far behind the best is ended."""
+GAIN_MIN: Final = 1.05
+"""A delay must be better than a shorter one by this factor to be chosen."""
+NOISE: Final = 2.0
+"""And by so many standard errors."""
+FORGET: Final = 0.9
+"""What an epoch counts for after one more of the same choice."""
+CHANGE: Final = 0.25
+"""The best choice's rate has changed by more than this share and its noise: then all is learned
+anew."""
+TRIES_MIN: Final = 1.5
+"""Fewer epochs, weighed by their age, say nothing."""
+PAUSE_MIN: Final = 2.0
+PAUSE_MAX: Final = 32.0
+PAUSE_GROWTH: Final = 1.5
+"""Epochs of the best choice between two trials of others."""
+CROWD_FORGET: Final = 15 / 16
+"""What the largest crowd counts for after one more round."""
+
+
+@final
+class Choice:
+    """A delay, as a share of a round, and what rates it has shown."""
+
+    def __init__(self, share: float) -> None:
+        self.share: Final = share
+        self.tries: float = 0.0
+        """Epochs, the older the lighter."""
+        self.rate: float = 0.0
+        """Entries per second, on average."""
+        self.variance: float = 0.0
+
+    def note(self, rate: float) -> None:
+        self.tries = FORGET * self.tries + 1
+        off = rate - self.rate
+        self.rate += off / self.tries
+        self.variance += (off * (rate - self.rate) - self.variance) / self.tries
+
+    def forget(self) -> None:
+        self.tries = self.rate = self.variance = 0.0
+
+    def beats(self, other: Choice) -> bool:
+        """Whether it is to be preferred; the shorter one is, unless the other is clearly better."""
+        if self.tries < TRIES_MIN or other.tries < TRIES_MIN:
+            return False
+        if self.share < other.share:
+            return not other.is_clearly_better(self)
+        return self.is_clearly_better(other)
+
+    def is_clearly_better(self, other: Choice) -> bool:
+        noise = math.sqrt(self.variance / self.tries + other.variance / other.tries)
+        return self.rate > GAIN_MIN * other.rate and self.rate - other.rate > NOISE * noise
+
+
+@final
+class AutoDelay:
+    """Tries delays of several lengths, and uses the one with which most entries are written.
+
+    A batch waits only until as many entries are in it as there were at a time of late, in
+    flight and waiting: so it costs nothing where everybody is there already.
+    """
+
+    def __init__(self) -> None:
+        self._choices: Final = [Choice(share) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
+        self._best = self._now = self._choices[0]
+        self._next = 1
+        """Which is tried next."""
+        self._epochs = 0
+        """Of the best, since another was tried."""
+        self._pause = PAUSE_MIN
+        self._round_seconds = 0.0
+        self._crowd = 0.0
+        self._began: float | None = None
+        """When the epoch did."""
+        self._entries = 0
+        self._rounds = 0
+
+    @property
+    def seconds(self) -> float:
+        return self._now.share * self._round_seconds
+
+    @property
+    def siblings(self) -> float:
+        return math.ceil(self._crowd)
+
+    def written(self, now: float, entries: int, waiting: int, seconds: float) -> None:
+        self._crowd = max(CROWD_FORGET * self._crowd, entries + waiting)
+        usual = self._round_seconds or seconds
+        self._round_seconds = usual + SMOOTHING * (min(seconds, OUTLIER * usual) - usual)
+        if self._began is None or now <= self._began:
+            self._began = now
+            return
+        self._entries += entries
+        self._rounds += 1
+        rate = self._entries / (now - self._began)
+        if self._rounds < EPOCH_ROUNDS and not self._is_hopeless(rate):
+            return
+        self._began = now
+        self._entries = self._rounds = 0
+        self._end_epoch(rate)
+
+    def _is_hopeless(self, rate: float) -> bool:
+        best = self._best
+        noise = NOISE * math.sqrt(best.variance)
+        tried = self._now is not best and self._rounds >= HOPELESS_ROUNDS
+        return tried and rate < HOPELESS * best.rate - noise
+
+    def _end_epoch(self, rate: float) -> None:
+        now, best = self._now, self._best
+        if now is best:
+            change = abs(rate - best.rate) - 2 * NOISE * math.sqrt(best.variance)
+            if best.tries > 2 and change > CHANGE * best.rate:
+                for choice in self._choices:
+                    choice.forget()
+                self._pause = PAUSE_MIN
+            now.note(rate)
+            self._epochs += 1
+            if self._epochs >= self._pause:
+                self._epochs = 0
+                self._now = self._choices[self._next]
+                if self._now is best:
+                    self._skip()
+                    self._now = self._choices[self._next]
+            return
+        now.note(rate)
+        if now.beats(best):
+            self._best = now
+            self._pause = PAUSE_MIN
+        elif rate > best.rate and now.tries < TRIES_MIN + 4:
+            # It may be better: once more, and soon.
+            self._pause = PAUSE_MIN
+        else:
+            self._skip()
+            self._pause = min(PAUSE_GROWTH * self._pause, PAUSE_MAX)
+        self._now = self._best
+
+    def _skip(self) -> None:
+        self._next = (self._next + 1) % len(self._choices)
