@@ -7,7 +7,9 @@ faults.
 
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
+from ._consumer import Consumer as Consumer
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database_consumer import DatabaseConsumer as DatabaseConsumer
 from ._database_reader import (
     DatabaseReader as DatabaseReader,
     DatabaseReaderStatistics as DatabaseReaderStatistics,

@@ -20,7 +20,13 @@ from ._exceptions import CorruptLogError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
 from ._log import Log
-from ._operations import Operation, OperationsError, Writes, decode_transaction
+from ._operations import (
+    Operation,
+    OperationsError,
+    Writes,
+    decode_transaction,
+    is_acknowledgement,
+)
 from ._stream import RecordStream
 from ._watch import Watch
 
@@ -70,7 +76,10 @@ class CommitStream(
         return self
 
     async def __anext__(self) -> Commit:
-        return self._commit(await self._records.__anext__())
+        while True:
+            commit = self._commit(await self._records.__anext__())
+            if commit is not None:
+                return commit
 
     def batches(
         self, max_records: int | None = 1000, *, linger: float = 0.0
@@ -78,8 +87,11 @@ class CommitStream(
         """The same commits in lists, as `RecordStream.batches`."""
         return _Batches(self._commit, self._records.batches(max_records, linger=linger))
 
-    def _commit(self, record: Record) -> Commit:
+    def _commit(self, record: Record) -> Commit | None:
+        """None: it only moves places of consumers, which is nobody's business."""
         writes = decode_record(self._path, record.lsn, record.data)
+        if not writes and is_acknowledgement(record.data):
+            return None
         operations = tuple(Operation(key, value) for key, value in writes.items())
         return Commit(record.lsn, record.timestamp, operations)
 
@@ -87,7 +99,7 @@ class CommitStream(
 @final
 class _Batches(AsyncIterator[list[Commit]]):
     def __init__(
-        self, decode: Callable[[Record], Commit], records: AsyncIterator[list[Record]]
+        self, decode: Callable[[Record], Commit | None], records: AsyncIterator[list[Record]]
     ) -> None:
         self._decode = decode
         self._records = records
@@ -101,8 +113,13 @@ class _Batches(AsyncIterator[list[Commit]]):
             await trio.lowlevel.checkpoint()
             raise CorruptLogError(*self._error.args) from self._error
         commits: list[Commit] = []
+        decode = self._decode
         try:
-            commits.extend(map(self._decode, await self._records.__anext__()))
+            while not commits:
+                for record in await self._records.__anext__():
+                    commit = decode(record)
+                    if commit is not None:
+                        commits.append(commit)
         except CorruptLogError as exc:
             if not commits:
                 raise

@@ -158,7 +158,7 @@ class Checkpointer:
             # Where durability is less than "sync": the store must never be ahead of the log.
             await log.flush()
         lsn = max(frozen.last_lsn, self.state.lsn)
-        state = StoreState(self.state.log_uuid, lsn)
+        state = StoreState(self.state.log_uuid, lsn, self._versions.places_at(frozen, lsn))
         started = perf_counter()
         try:
             await self._write(frozen, state)

@@ -29,6 +29,7 @@ from ._exceptions import (
 from ._identity import Bookmark, common_lsn
 from ._layer import Layer
 from ._mvcc import Versions
+from ._operations import moves_in
 from ._reader import WatchSource
 from ._store_files import damaged, data_file, misfit
 from ._stream import RecordStream, new_record_stream
@@ -203,7 +204,8 @@ class Follower:
         name = self.source.name
         for record in records:
             writes = decode_record(name, record.lsn, record.data)
-            await versions.replay(record.lsn, writes, len(record.data))
+            moves = moves_in(record.data)
+            await versions.replay(record.lsn, writes, len(record.data), moves)
 
     # -- following --
 

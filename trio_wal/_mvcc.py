@@ -20,14 +20,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final, Protocol, final
 
+import attrs
 import trio
 from trio.lowlevel import Task, enable_ki_protection
 
-from ._base import Readable
+from ._base import Readable, StoreState
 from ._exceptions import LogFullError, TransactionConflict
 from ._layer import Layer, Version
 from ._memtable import Memtable, View
-from ._operations import Writes, encode_transaction
+from ._operations import Writes, encode_placed_transaction, encode_transaction
+from ._places import Moves, Place, Places
 from ._text import printable
 from ._watch import Watches
 
@@ -279,7 +281,12 @@ class Versions:
         durable_lsn: int,
         checkpoint_bytes: int,
         max_transaction_bytes: int,
+        stored: StoreState | None = None,
     ) -> None:
+        """
+        Args:
+          stored: what the store says of itself.
+        """
         self.path: Final = path
         """The database's, for messages."""
         self._log = log
@@ -293,6 +300,13 @@ class Versions:
         """On those among them that a transaction has read, by number."""
         self.readers: Final = Readers()
         self._pins: Final = self.readers.pins
+        self._moving: dict[int, Moves] = {}
+        """What those among them do to the places of consumers, by number."""
+        self._stored_places: dict[str, Place] = {} if stored is None else dict(stored.places)
+        self.places: Final = Places(self._stored_places, 0 if stored is None else stored.lsn)
+        """Of consumers, as of `durable_lsn`."""
+        self.on_moved: Callable[[str], None] | None = None
+        """Called with the name of each consumer whose place has moved."""
         self.last_seq: int = 0
         self.settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
@@ -352,7 +366,7 @@ class Versions:
 
     # -- commits --
 
-    def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
+    def commit(self, writes: Writes, task: Task, moves: Moves | None = None) -> Awaitable[int]:
         """Hand over to the log, in one stretch with the validation of the task that calls, and
         wait; it gives the LSN.
 
@@ -362,8 +376,12 @@ class Versions:
         if self._status.refuses:
             self._status.check_open()
         if self.by_turns:
-            return self.commit_in_turn(writes, task)
-        payload = encode_transaction(writes)
+            return self.commit_in_turn(writes, task, moves=moves)
+        if moves is None:
+            payload = encode_transaction(writes)
+        else:
+            payload = encode_placed_transaction(writes, moves)
+            self._moving[self.last_seq + 1] = moves
         layer = self.view.active
         self.last_seq = seq = self.last_seq + 1
         size = len(payload)
@@ -381,6 +399,7 @@ class Versions:
         task: Task,
         line: Any = None,
         validate: Callable[[], None] | None = None,
+        moves: Moves | None = None,
     ) -> Awaitable[int]:
         """`commit` where there are several lines: it has its number only when the log lets it in.
 
@@ -389,13 +408,18 @@ class Versions:
           validate: raises where it must not be committed, as of that moment.
         """
         self._status.check_open()
-        payload = encode_transaction(writes)
+        if moves is None:
+            payload = encode_transaction(writes)
+        else:
+            payload = encode_placed_transaction(writes, moves)
 
         def enter() -> None:
             if validate is not None:
                 validate()
             layer = self.view.active
             self.last_seq = seq = self.last_seq + 1
+            if moves is not None:
+                self._moving[seq] = moves
             self._pending[task] = (seq, writes, layer, len(payload))
             if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
                 self._renew()
@@ -454,6 +478,7 @@ class Versions:
             return
         seq, writes, layer, size = commit
         layer.log_bytes -= size
+        self._moving.pop(seq, None)
         if self.room.waiting and not self.behind():
             self.room.tell()
         if layer.remove(writes, seq, self.settled_seq):
@@ -484,6 +509,8 @@ class Versions:
             # A checkpoint froze the layer in between.
             frozen = [c for c in commits if c[2] is not layer]
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
+        if self._moving:
+            self._settle_moves(batch.first_lsn, commits)
         if self.watches.begun:
             self.watches.settled(batch.first_lsn, commits)
         if self._settle_layers(seq) and not self._burying and self._dead():
@@ -522,7 +549,9 @@ class Versions:
         finally:
             self._burying = False
 
-    async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
+    async def replay(
+        self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None
+    ) -> None:
         """A durable commit of the log's, in the log's order, where there are no others."""
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
@@ -536,6 +565,40 @@ class Versions:
             await trio.lowlevel.checkpoint()
         layer.last_lsn = lsn
         layer.log_bytes += log_bytes
+        if moves:
+            self._moved(lsn, moves, layer, alone=not writes)
+
+    # -- places of consumers --
+
+    def moving(self, name: str) -> bool:
+        """Whether a pending commit moves this consumer's place."""
+        return any(name in moves for moves in self._moving.values())
+
+    def _settle_moves(self, first_lsn: int, commits: Iterable[tuple[Any, ...]]) -> None:
+        for lsn, (seq, writes, layer, _) in enumerate(commits, first_lsn):
+            moves = self._moving.pop(seq, None)
+            if moves is not None:
+                self._moved(lsn, moves, layer, alone=not writes)
+
+    def _moved(self, lsn: int, moves: Moves, layer: Layer, *, alone: bool) -> None:
+        if alone:
+            self.places.acknowledged_at(lsn)
+        changed = self.places.moved(moves)
+        layer.places.update(changed)
+        if self.on_moved is not None:
+            for name in changed:
+                self.on_moved(name)
+
+    def places_at(self, frozen: Layer, lsn: int) -> dict[str, Place]:
+        """As of the frozen layer's LSN: what a checkpoint says."""
+        return {
+            name: attrs.evolve(place, acknowledgements=self.places.hidden(place, lsn))
+            for name, place in self._places_with(frozen).items()
+        }
+
+    def _places_with(self, frozen: Layer) -> dict[str, Place]:
+        places = {**self._stored_places, **frozen.places}
+        return {name: place for name, place in places.items() if place is not None}
 
     # -- room --
 
@@ -585,9 +648,19 @@ class Versions:
             reader.layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh()
+        self._stored_places = self._places_with(frozen)
+        self._forget_acknowledgements()
         self.room.tell()
         if self.view.active.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
+
+    def _forget_acknowledgements(self) -> None:
+        known = (*self._stored_places.values(), *self.places.now.values())
+        self.places.forget_before(min((p.lsn for p in known), default=self.durable_lsn))
+        if self.on_moved is not None:
+            # Those that have everything hold less of the log than when they moved last.
+            for name in self.places.now:
+                self.on_moved(name)
 
     def reopen_base(self, between: Callable[[], None]) -> None:
         """Do something while the store is not being read; nobody else may be reading."""

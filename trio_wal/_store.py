@@ -33,6 +33,7 @@ from ._files import (
     system_error,
 )
 from ._operations import KEY_BYTES_MAX
+from ._places import encode_places
 from ._store_files import (
     DATA_NAME,
     LOCK_NAME,
@@ -267,6 +268,10 @@ class LmdbStore:
                     txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)
                     txn.put(b"log", state.log_uuid, db=self._meta)
                     txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
+                    if state.places:
+                        txn.put(_pages.CONSUMERS, encode_places(state.places), db=self._meta)
+                    else:
+                        txn.delete(_pages.CONSUMERS, db=self._meta)
         except self._lmdb.MapFullError as exc:
             raise MapFull from exc
         except self.lmdb_error as exc:

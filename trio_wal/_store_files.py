@@ -14,6 +14,7 @@ from . import _pages
 from ._base import StoreState
 from ._exceptions import CorruptLogError
 from ._files import File, OsDirectory, close_quietly, open_store_directory, plain_size
+from ._places import PlacesError, decode_places
 
 DATA_NAME: Final = "data.mdb"
 LOCK_NAME: Final = "lock.mdb"
@@ -121,7 +122,12 @@ def state_of(path: str, meta: dict[bytes, bytes]) -> StoreState | None:
         raise damaged(name, "the store does not say of which log it is the state")
     if int.from_bytes(version, "little") != STORE_FORMAT:
         raise damaged(name, f"store format {int.from_bytes(version, 'little')} is not known")
-    return StoreState(uuid, int.from_bytes(lsn, "little"))
+    try:
+        found = meta.get(_pages.CONSUMERS)
+        places = {} if found is None else decode_places(found)
+    except PlacesError as exc:
+        raise damaged(name, f"the places of consumers: {exc}") from exc
+    return StoreState(uuid, int.from_bytes(lsn, "little"), places)
 
 
 def misfit(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Final
 
@@ -29,12 +30,14 @@ from trio_wal._exceptions import (
 )
 from trio_wal._files import Directory, File, Files, close_quietly
 from trio_wal._identity import History, branch
+from trio_wal._places import Place
 from trio_wal._retention import Retention
 
 from .chain import TRUNCATE_NAME
 from .cut import find_cut, plan_cut
-from .frame import FEATURE_DATABASE, Meta, SegmentHeader, Truncation
+from .frame import DATA_OFFSET, FEATURE_DATABASE, Meta, SegmentHeader, Truncation
 from .metafile import MetaFile
+from .placesfile import write_places
 from .recovery import Plan
 from .repair import repair, uncreate
 from .segment import ActiveSegment, Extent, SegmentInfo, create_segment, encode
@@ -54,7 +57,10 @@ class LogDirectory:
         features: int,
         started_us: int,
         found_names: frozenset[str],
+        places: Mapping[str, Place],
     ) -> None:
+        self.places: Final = places
+        """Of consumers, as this open has found them."""
         self._files = files
         self._directory = directory
         self._segment_size = segment_size
@@ -72,7 +78,7 @@ class LogDirectory:
             segment_size=segment_size,
             database=bool(opened.meta.features & FEATURE_DATABASE),
         )
-        self._holds: dict[str, int] = {}
+        self._holds: dict[str, tuple[int, float]] = {}
         self._untouched = plan.meta is not None and plan.clean
         self.report: RecoveryReport = attrs.evolve(
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
@@ -245,12 +251,73 @@ class LogDirectory:
 
     # -- truncation --
 
-    def hold(self, who: str, lsn: int | None) -> None:
-        """Keep the records from here on, whatever is asked to be dropped; None: no more."""
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> bool:
+        """Keep the records from here on, whatever is asked to be dropped; None: no more.
+
+        Args:
+          bytes_max: of more bytes of segments than these the oldest are not kept.
+
+        Returns whether that lets go of the oldest segment.
+        """
         if lsn is None:
             self._holds.pop(who, None)
         else:
-            self._holds[who] = lsn
+            self._holds[who] = lsn, bytes_max
+        with self._shape:
+            oldest = self._sealed[0].next_lsn if self._sealed else math.inf
+        return lsn is None or lsn >= oldest
+
+    def _held_from(self, sealed: list[SegmentInfo]) -> list[int]:
+        """The first LSN that each hold keeps."""
+        kept: list[int] = []
+        for lsn, bytes_max in self._holds.copy().values():
+            left = bytes_max - self.active.position.offset
+            for segment in reversed(sealed if bytes_max < math.inf else ()):
+                left -= segment.bytes
+                if left < 0 or segment.next_lsn <= lsn:
+                    lsn = max(lsn, segment.next_lsn)
+                    break
+            kept.append(lsn)
+        return kept
+
+    # -- consumers --
+
+    def keep_places(self, places: Mapping[str, Place]) -> None:
+        """Write down, durably, up to where consumers have acknowledged."""
+        write_places(self._directory, self.log_uuid, places)
+
+    def admit_consumers(self) -> None:
+        """From here on transactions may move places of consumers: versions that do not know it
+        must refuse the log.  Durable on return."""
+        with self._meta.deciding:
+            if not self._meta.says.consumers:
+                meta = attrs.evolve(self._meta.says, consumers=True)
+                self._meta.write(meta)
+                with self._shape:
+                    self._meta.says = meta
+
+    @property
+    def consumers(self) -> bool:
+        """Whether they may."""
+        return self._meta.says.consumers
+
+    def behind(self, lsn: int) -> tuple[int, int]:
+        """How many bytes of frames come after ``lsn``, and when the next record cannot have been
+        written before; both estimated from what is known of whole segments."""
+        sealed, active = self.shape()
+        now = active.position
+        count = now.next_lsn - active.header.first_lsn
+        share = min(1.0, (now.next_lsn - 1 - lsn) / count) if count else 0.0
+        total = share * (now.offset - DATA_OFFSET)
+        since = active.header.created_us
+        for segment in reversed(sealed):
+            if segment.next_lsn - 1 <= lsn:
+                break
+            count = segment.next_lsn - segment.first_lsn
+            share = min(1.0, (segment.next_lsn - 1 - lsn) / count) if count else 0.0
+            total += share * segment.bytes
+            since = segment.header.created_us
+        return max(0, math.ceil(total)), since
 
     def drop_before(self, lsn: int) -> int:
         """Drop the sealed segments that hold only records below ``lsn``.
@@ -264,7 +331,7 @@ class LogDirectory:
                 raise OSError(errno.EIO, text, self.path) from self.cut_failed
             sealed = self.sealed()
             # Looked at here, under the lock: a caller's own look may be out of date.
-            lsn = min((lsn, *self._holds.copy().values()))
+            lsn = min((lsn, *self._held_from(sealed)))
             dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
             if not dropped:
                 return 0
