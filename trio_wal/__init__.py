@@ -48,7 +48,11 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
-from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
+from ._statistics import (
+    ConsumerStatistics as ConsumerStatistics,
+    WalStatistics as WalStatistics,
+    WriterStatistics as WriterStatistics,
+)
 from ._stream import RecordStream as RecordStream
 from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction

@@ -32,7 +32,7 @@ from ._engine import Forked, Moved, Record, RecoveryReport, Tail
 from ._events import tell
 from ._exceptions import LogFullError
 from ._files import Files, close_quietly
-from ._places import Place, consumer_hold
+from ._places import Place as ConsumerPlace, consumer_hold
 from ._retention import Retention
 from ._statistics import BatchTimes, EngineStatistics, SyncTimes
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
@@ -189,7 +189,7 @@ class LocalEngine:
         self._history = directory.history
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
-        self.places: Mapping[str, Place] = directory.places
+        self.places: Mapping[str, ConsumerPlace] = directory.places
         self._batch_times: BatchTimes | None = None
         """From the first consumer on."""
         for name, place in directory.places.items():
@@ -356,7 +356,7 @@ class LocalEngine:
         if self._directory.hold(who, lsn, bytes_max):
             self._due.set()
 
-    async def keep_places(self, places: Mapping[str, Place]) -> None:
+    async def keep_places(self, places: Mapping[str, ConsumerPlace]) -> None:
         await self._blocking(self._directory.keep_places, places)
 
     async def admit_consumers(self) -> None:

@@ -387,8 +387,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
-        "        state = StoreState(self.state.log_uuid, lsn, self._versions.places_at(frozen, lsn))\n",
-        "        state = StoreState(self.state.log_uuid, lsn, self._versions.places_at(frozen, lsn))\n"
+        "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
+        "        lsn = max(frozen.last_lsn, self.state.lsn)\n"
         "        log.hold(HOLD, lsn + 1)\n",
     ),
     mutant(

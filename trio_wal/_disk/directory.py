@@ -270,7 +270,8 @@ class LogDirectory:
     def _held_from(self, sealed: list[SegmentInfo]) -> list[int]:
         """The first LSN that each hold keeps."""
         kept: list[int] = []
-        for lsn, bytes_max in self._holds.copy().values():
+        for first, bytes_max in self._holds.copy().values():
+            lsn = first
             left = bytes_max - self.active.position.offset
             for segment in reversed(sealed if bytes_max < math.inf else ()):
                 left -= segment.bytes
