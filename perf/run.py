@@ -17,7 +17,16 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("append", "recovery", "memory", "transactions", "tails", "follow", "scale")
+NAMES = (
+    "append",
+    "recovery",
+    "memory",
+    "transactions",
+    "tails",
+    "follow",
+    "scale",
+    "backpressure",
+)
 
 
 def main() -> None:

@@ -422,7 +422,7 @@ async def test_the_loop_runs_while_the_real_disk_blocks_its_thread(
 
     async with trio_wal.open_wal(f"{tmp_path}/log") as wal, trio.open_nursery() as nursery:
         try:
-            monkeypatch.setattr("trio_wal._files._sync", slow_sync)
+            monkeypatch.setattr("trio_wal._system.files.sync_file", slow_sync)
             call = Call(nursery, wal.append, b"record")
             await trio.to_thread.run_sync(entered.wait)
             queued = Call(nursery, wal.append, b"queued")

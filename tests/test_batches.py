@@ -15,6 +15,7 @@ from trio.testing import MockClock, assert_checkpoints, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import CorruptLogError, LogDivergedError, Record
+from trio_wal._operations import encode_transaction
 from trio_wal.testing import MemoryFiles
 
 
@@ -146,6 +147,45 @@ async def test_what_is_cut_meanwhile_is_not_given(files: MemoryFiles) -> None:
                 await lists.__anext__()
 
 
+async def test_a_list_of_which_all_is_cut_is_not_given(files: MemoryFiles) -> None:
+    async with open_wal(files) as wal:
+        await fill(wal, 4)
+        async with wal.follow(3) as records, trio.open_nursery() as nursery:
+            found: list[list[bytes]] = []
+
+            async def read() -> None:
+                batch = await records.batches(3, linger=1000.0).__anext__()
+                found.append([record.data for record in batch])
+
+            nursery.start_soon(read)
+            await wait_all_tasks_blocked()
+            await wal.truncate_after(2)
+            await wait_all_tasks_blocked()
+            assert found == []
+            await fill(wal, 3, 3)
+            await wait_all_tasks_blocked()
+            assert found == [[b"0", b"1", b"2"]]
+
+
+async def test_the_end_of_the_log_ends_the_wait_for_more(files: MemoryFiles) -> None:
+    found: list[list[int]] = []
+
+    async def read(records: trio_wal.RecordStream, entered: trio.Event) -> None:
+        async with records:
+            entered.set()
+            async for batch in records.batches(linger=1000.0):
+                found.append(lsns(batch))  # noqa: PERF401
+
+    async with trio.open_nursery() as nursery, open_wal(files) as wal:
+        await fill(wal, 2)
+        entered = trio.Event()
+        nursery.start_soon(read, wal.follow(), entered)
+        await entered.wait()
+        await wait_all_tasks_blocked()
+        assert found == []
+    assert found == [[1, 2]]
+
+
 async def test_first_what_is_whole_then_the_damage(tmp_path: Path) -> None:
     path = tmp_path / "log"
     async with trio_wal.open_wal(path) as wal:
@@ -221,3 +261,28 @@ async def test_of_commits_too_first_what_is_whole(files: MemoryFiles) -> None:
             for _ in range(2):
                 with pytest.raises(CorruptLogError, match="LSN 2"):
                     await lists.__anext__()
+
+
+@pytest.mark.parametrize("size", [None, 2, 0])
+async def test_nobody_is_led_past_a_damaged_commit(files: MemoryFiles, size: int | None) -> None:
+    async with open_memory_database(files) as db:
+        await db.put(b"a", b"1")
+        whole = db.wal.bookmark
+        # In one frame, and so in one list, with what comes after it.
+        log = db._core.log
+        good = encode_transaction({b"a": b"2"})
+        await log.append_unit([good, b"nonsense", good], 40)
+        async with db.changes(whole) as commits:
+            items: AsyncIterator[Any] = commits if size == 0 else commits.batches(size)
+            await items.__anext__()
+            with pytest.raises(CorruptLogError, match="LSN 3"):
+                await items.__anext__()
+            assert (commits.bookmark.lsn, commits.bookmark.epoch) == (2, whole.epoch)
+            # However it is gone on with.
+            for other in (items, commits, commits.batches()):
+                with pytest.raises(CorruptLogError, match="LSN 3"):
+                    await other.__anext__()
+            assert commits.bookmark.lsn == 2
+        async with db.changes(commits.bookmark) as commits:
+            with pytest.raises(CorruptLogError, match="LSN 3"):
+                await commits.__anext__()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from campaigns import (
     __main__ as campaigns,
@@ -25,7 +26,7 @@ from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
 
 from trio_wal import _log, _mvcc, _readset
-from trio_wal._disk import directory as _directory, recovery as _recovery
+from trio_wal._disk import directory as _directory, opening as _opening, recovery as _recovery
 from trio_wal._queue import WriteQueue
 from trio_wal.testing import MemoryFile, MemoryFiles
 
@@ -165,10 +166,10 @@ def _acknowledged_early(patch: pytest.MonkeyPatch) -> None:
 def _tail_not_copied(patch: pytest.MonkeyPatch) -> None:
     def examine(*args: Any, **kwargs: Any) -> Any:
         plan = original(*args, **kwargs)
-        return _directory.attrs.evolve(plan, copy_from=None)
+        return attrs.evolve(plan, copy_from=None)
 
     original = _recovery.examine
-    patch.setattr(_directory, "examine", examine)
+    patch.setattr(_opening, "examine", examine)
 
 
 def _withdrawn_too_late(patch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from campaigns._promises import Wrong
 from campaigns._report import described
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from trio_wal import _files, _store, _store_files
+from trio_wal import _store, _store_files
 from trio_wal._disk import cursor as _cursor, scan as _scan
+from trio_wal._system.files import OsDirectory, OsFiles
 
 ENVIRONMENT = {
     **os.environ,
@@ -78,8 +79,8 @@ def test_what_stands_where_a_databases_file_should_harms_nobody(
 
 
 def test_a_link_that_is_followed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def open_directory(path: str) -> _files.OsDirectory:
-        return _files.OsFiles().open_directory(path)
+    def open_directory(path: str) -> OsDirectory:
+        return OsFiles().open_directory(path)
 
     for module in (_store, _store_files):
         monkeypatch.setattr(module, "open_store_directory", open_directory)

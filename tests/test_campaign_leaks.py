@@ -13,8 +13,8 @@ from campaigns import __main__ as campaigns, leaks
 
 from trio_wal._disk import directory as _directory
 from trio_wal._disk.directory import LogDirectory
-from trio_wal._files import OsDirectory, OsFile
 from trio_wal._opening import _OpenDatabase
+from trio_wal._system.files import OsDirectory, OsFile
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the campaign looks into /proc"

@@ -87,7 +87,7 @@ def test_no_power_cut_loses_what_was_acknowledged(tmp_path: Path, part: str, sys
 
 UNSYNCED = """\
 import sys
-from trio_wal._files import OsFile
+from trio_wal._system.files import OsFile
 
 OsFile.sync = lambda self, **_: None
 from campaigns import powercut
@@ -119,7 +119,7 @@ from campaigns._blockstore import Fault
 from campaigns._cuts import Cut, Cutter
 from campaigns._ledger import new_ledger
 from campaigns._program import Job
-from trio_wal._files import FOLIO_MAX
+from trio_wal._system.sync import FOLIO_MAX
 
 class OneMount(random.Random):
     def choice(self, seq): return seq[-1]
@@ -174,7 +174,7 @@ import trio
 import trio_wal
 from campaigns import _mounts, _program, powercut
 from campaigns._blockstore import BlockStore, Fault, Recording
-from trio_wal._files import OsDirectory, OsFile
+from trio_wal._system.files import OsDirectory, OsFile
 
 folder, number, where = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 _mounts.private_namespace()

@@ -100,14 +100,14 @@ def test_a_key_that_only_a_scan_finds_is_found(monkeypatch: pytest.MonkeyPatch) 
         return store.subject("small").content + b"\0"
 
     assert store.judge(1).outcome == SAME
-    original = _store._LmdbRead.__init__
+    original = _store.LmdbRead.__init__
 
-    def miss(self: Any, opened: Any) -> None:
-        original(self, opened)
+    def miss(self: Any, opened: Any, txn: Any) -> None:
+        original(self, opened, txn)
         get = self.get
         self.get = lambda key: None if key == b"key-00007" else get(key)
 
-    monkeypatch.setattr(_store._LmdbRead, "__init__", miss)
+    monkeypatch.setattr(_store.LmdbRead, "__init__", miss)
     found = store.judge(1)
     assert found.outcome == DIFFERS
     assert "get differs from scan" in found.what

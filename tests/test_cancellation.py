@@ -473,12 +473,12 @@ leave = threading.Event()
 async def main():
     async with trio_wal.open_wal(sys.argv[1], flush_interval=1000) as wal:
         await wal.append(b"first")
-        original = trio_wal._files._sync
+        original = trio_wal._system.files.sync_file
         def slow(fd):
             print("syncing", flush=True)
             leave.wait()
             original(fd)
-        trio_wal._files._sync = slow
+        trio_wal._system.files.sync_file = slow
         for number in range(1000):
             wal.send_nowait(b"%d" % number)
         threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -39,7 +39,7 @@ from trio_wal._cli.dump import dump
 from trio_wal._disk.chain import META_NAME
 from trio_wal._disk.frame import BLOCK, decode_meta, decode_segment_header, segment_name
 from trio_wal._disk.opening import open_log_directory
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]

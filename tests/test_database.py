@@ -51,7 +51,7 @@ from trio_wal import (
     TransactionConflict,
     _local,
 )
-from trio_wal._files import finish_directory
+from trio_wal._system.paths import finish_directory
 from trio_wal.testing import MemoryFiles
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,11 @@ from trio_wal import (
     UntrustedDirectoryError,
     WrongDirectoryError,
     _follower,
+    _layer,
 )
+from trio_wal._engine import Tail
+from trio_wal._follower import Follower
+from trio_wal._identity import branch, epoch_of
 from trio_wal.testing import MemoryFiles
 
 
@@ -76,16 +81,16 @@ async def test_it_shows_what_is_durable_and_follows(files: MemoryFiles) -> None:
         assert reader.get(b"a") == b"not durable"
 
 
-@pytest.mark.parametrize("freeze_bytes", [1, 500])
 async def test_it_lets_go_of_what_the_store_has(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, freeze_bytes: int
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_follower, "FREEZE_BYTES", freeze_bytes)
+    monkeypatch.setattr(_follower, "CHECK_BYTES", 1)
+    monkeypatch.setattr(_follower, "CHECK_SECONDS", 0.0)
     expected: State = {}
     async with open_memory_database(files) as db, open_reader(files) as reader:
         with reader.snapshot() as old:
             for number in range(100):
-                key = b"%d" % (number % 7)
+                key = b"%d" % number
                 expected[key] = b"%d" % number
                 lsn = await db.put(key, expected[key])
                 if number % 9 == 0:
@@ -93,11 +98,106 @@ async def test_it_lets_go_of_what_the_store_has(
                 await reader.wait_for(lsn)
                 await check_reader(reader, expected)
             assert list(old.scan()) == []
+            assert len(reader._follower._former) == 1
         statistics = reader.statistics()
         assert statistics.following
         assert statistics.checkpoint_lsn > 50
-        assert statistics.memtable_keys <= 7
+        assert statistics.memtable_keys < 50
         assert (statistics.durable_lsn, statistics.open_readers) == (100, 0)
+
+
+async def test_an_epoch_that_begins_behind_what_is_seen_is_known(files: MemoryFiles) -> None:
+    """The owner's next life finds less than others were told: here only the word was wrong."""
+    async with open_memory_database(files) as db:
+        for number in range(3):
+            await db.put(b"a", b"%d" % number)
+    async with open_reader(files) as reader:
+        before = reader.bookmark
+        directory = files.open_directory(f"{DB}/log")
+        directory.publish(5, before.epoch)
+        directory.close()
+        async with open_memory_database(files) as db:
+            assert db.recovery.lost_lsn == 5
+            assert db.epoch > before.epoch
+            with trio.fail_after(60):
+                await reader.wait_for(db.wal.bookmark)
+                await reader.wait_for(before)
+                await db.put(b"a", b"new")
+                await reader.wait_for(db.wal.bookmark)
+            assert reader.get(b"a") == b"new"
+            assert reader.bookmark == db.wal.bookmark
+            with reader.snapshot() as snap:
+                assert snap.bookmark == db.wal.bookmark
+            with pytest.raises(LogDivergedError):
+                await reader.wait_for(Bookmark(4, before.epoch))
+
+
+async def test_what_was_read_and_is_lost_is_seen_no_more(tmp_path: Path) -> None:
+    """The end of the log of a killed owner has rotted: a reader that had it goes back."""
+    path = tmp_path / "db"
+    program = (
+        "import os, sys, trio, trio_wal\n"
+        "async def main():\n"
+        "    async with trio_wal.open_database(sys.argv[1]) as db:\n"
+        "        for number in range(5):\n"
+        "            await db.put(b'a', b'%d' % number * 5000)\n"
+        "        print('ready', flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path)]
+    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert b"ready" in await process.stdout.receive_some()
+    async with trio_wal.open_database_reader(path) as reader:
+        lost = reader.bookmark
+        assert (lost.lsn, reader.get(b"a", b"")[:1]) == (5, b"4")
+        with reader.snapshot() as old:
+            process.kill()
+            await process.wait()
+            zero_frame(path, b"4" * 5000)
+            with trio.fail_after(60):
+                async with owner_of(path, b"new") as bookmark:
+                    await reader.wait_for(bookmark)
+                    assert reader.get(b"a") == b"new"
+                    assert reader.bookmark == bookmark
+                    with pytest.raises(LogDivergedError):
+                        await reader.wait_for(lost)
+            assert old.get(b"a", b"")[:1] == b"4"
+
+
+def zero_frame(path: Path, data: bytes) -> None:
+    """Take a frame, the last one, out of a log's file."""
+    for segment in path.glob("log/wal-*.log"):
+        content = segment.read_bytes()
+        place = content.find(data)
+        if place >= 0:
+            with segment.open("r+b") as file:
+                file.seek(place // 512 * 512)
+                file.write(bytes(len(content) - place // 512 * 512))
+
+
+@asynccontextmanager
+async def owner_of(path: Path, value: bytes) -> AsyncIterator[Bookmark]:
+    """Another process that owns a database, and has put one value."""
+    program = (
+        "import sys, trio, trio_wal\n"
+        "async def main():\n"
+        "    async with trio_wal.open_database(sys.argv[1]) as db:\n"
+        "        await db.put(b'a', sys.argv[2].encode())\n"
+        "        print(db.wal.bookmark, flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(path), value.decode()]
+    process = await trio.lowlevel.open_process(arguments, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield Bookmark.parse((await process.stdout.receive_some()).decode().strip())
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
 
 
 async def test_pieces_of_a_checkpoint_are_not_seen_early(files: MemoryFiles) -> None:
@@ -111,6 +211,67 @@ async def test_pieces_of_a_checkpoint_are_not_seen_early(files: MemoryFiles) -> 
         async with open_reader(files) as reader:
             assert reader.statistics().checkpoint_lsn == 1
             await check_reader(reader, {b"a": b"2", b"b": b"2"})
+
+
+async def test_a_piece_of_what_came_after_the_last_look_is_not_seen_early(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_database(files) as db, open_reader(files) as reader:
+        await write(db, {b"a": b"1", b"b": b"1"})
+        await db.checkpoint()
+        await reader.wait_for(1)
+        follower = reader._follower
+        with monkeypatch.context() as patch:
+            patch.setattr(follower.source, "look", lambda: None)
+            await write(db, {b"a": b"2", b"b": b"2"})
+            db._core._store.apply([(b"a", b"2")], None)
+        stream = await follower.begin()
+        await stream.__aexit__(None, None, None)
+        await check_reader(reader, {b"a": b"2", b"b": b"2"})
+
+
+def test_what_was_cut_since_it_was_seen_does_not_count_as_seen() -> None:
+    """Here the history has parted after LSN 4, and 9 was seen before."""
+    history = branch((), 4, bytes(4))
+    epoch = epoch_of(history)
+    follower: Any = SimpleNamespace(
+        lsn=9, epoch=0, source=SimpleNamespace(tail=Tail(1, 9, 9, history))
+    )
+    seen = [Follower.sees(follower, Bookmark(lsn, epoch)) for lsn in (4, 5, 9)]
+    assert seen == [True, False, False]
+    follower.epoch = epoch
+    assert Follower.sees(follower, Bookmark(9, epoch))
+    assert not Follower.sees(follower, Bookmark(10, epoch))
+
+
+async def test_a_snapshot_keeps_its_moment_however_often_a_key_changes(files: MemoryFiles) -> None:
+    async with open_memory_database(files) as db, open_reader(files) as reader:
+        seen: list[tuple[Any, bytes]] = []
+        for number in range(6):
+            await reader.wait_for(await db.put(b"a", b"%d" % number))
+            seen.append((reader.snapshot().__enter__(), b"%d" % number))
+            await reader.wait_for(await db.put(b"a", b"between"))
+            for snap, value in seen:
+                assert snap.get(b"a") == value
+        for snap, _ in seen:
+            snap.close()
+
+
+async def test_a_store_that_is_missing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    retention = trio_wal.KeepSegments(1)
+    async with trio_wal.open_database(path, segment_size=1, retention=retention) as db:
+        for number in range(100):
+            await db.put(b"a", b"%d" % number * 500)
+        await db.checkpoint()
+        for _ in range(6000):
+            if db.wal.first_lsn > 1:
+                break
+            await trio.sleep(0.01)
+    shutil.rmtree(path / "store")
+    with pytest.raises(CorruptLogError, match=r"the store ends at LSN 0, but its log starts at"):
+        async with trio_wal.open_database_reader(path):
+            pass
 
 
 async def test_it_begins_anew_where_the_log_was_dropped(
@@ -277,6 +438,26 @@ async def test_a_backup_is_read_and_stays_as_it_was(tmp_path: Path) -> None:
     assert after == before
 
 
+async def test_any_number_of_readers_in_one_process(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    async with home.open() as db:
+        await db.put(b"a", b"1")
+        await db.checkpoint()
+    opening = trio_wal.open_database_reader
+    async with opening(home.path) as first:
+        async with opening(home.path) as second, opening(home.path) as third:
+            for reader in (first, second, third):
+                assert reader.get(b"a") == b"1"
+        # Those that are closed have taken nothing along.
+        with first.snapshot() as snap:
+            assert snap.get(b"a") == b"1"
+    async with opening(home.path) as reader:
+        assert reader.get(b"a") == b"1"
+    # Nothing is open any more: the owner's own would be refused.
+    async with home.open() as db:
+        assert db.get(b"a") == b"1"
+
+
 async def test_the_owners_own_process_is_told_to_read_its_database(tmp_path: Path) -> None:
     home = Home(tmp_path)
     async with home.open() as db:
@@ -385,3 +566,33 @@ async def test_killed_readers_are_forgotten_at_the_next_checkpoint(tmp_path: Pat
         await db.put(b"a", b"2")
         await db.checkpoint()
         assert db._core._store._env.reader_check() == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_each_moment_is_what_its_commits_make(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever the owner's checkpoints take along, and whenever they come."""
+    monkeypatch.setattr(_follower, "CHECK_BYTES", 1)
+    monkeypatch.setattr(_follower, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(_layer, "BURIED_TOGETHER", 1)
+    rng = random.Random(seed)
+    model: State = {}
+    async with open_memory_database(files, segment_size=1) as db, open_reader(files) as reader:
+        for _ in range(150):
+            keys = [b"%d" % number for number in rng.sample(range(30), rng.randrange(1, 12))]
+            async with db.transaction() as tx:
+                for key in keys:
+                    if rng.random() < 0.5:
+                        tx.discard(key)
+                        model.pop(key, None)
+                    else:
+                        tx.put(key, model.setdefault(key, b"%d" % rng.randrange(100)))
+            if rng.random() < 0.7:
+                await reader.wait_for(db.wal.bookmark)
+                await check_reader(reader, model)
+            if rng.random() < 0.1:
+                await db.checkpoint()
+        await reader.wait_for(db.wal.bookmark)
+        await check_reader(reader, model)
+        assert reader.statistics().checkpoint_lsn > 0

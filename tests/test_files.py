@@ -31,17 +31,11 @@ import trio_wal
 from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
-from trio_wal._files import (
-    FOLIO_MAX,
-    NO_WORD,
-    Directory,
-    OsDirectory,
-    OsFile,
-    OsFiles,
-    Word,
-    _lock_holder,
-    watch_directory,
-)
+from trio_wal._files import NO_WORD, Directory, Word
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles
+from trio_wal._system.owner import lock_holder
+from trio_wal._system.sync import FOLIO_MAX
+from trio_wal._system.watch import watch_directory
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -531,7 +525,7 @@ def test_who_has_a_lock_is_read_from_the_table_of_locks(
     inode: int, signed: int | None, holder: int | None
 ) -> None:
     status = os.stat_result((0o40700, inode, os.makedev(0xFD, 1), 2, 0, 0, 0, 0, 0, 0))
-    assert _lock_holder(LOCKS, status, signed) == holder
+    assert lock_holder(LOCKS, status, signed) == holder
 
 
 def test_a_close_clears_the_owners_pid(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from trio_wal._disk.frame import (
 )
 from trio_wal._disk.scan import FrameScanner, payloads, start_of
 from trio_wal._disk.segment import ActiveSegment, Extent, encode
-from trio_wal._files import OsFiles
 from trio_wal._identity import Parting
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text("utf-8")

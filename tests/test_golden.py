@@ -20,7 +20,7 @@ from logs import TINY, append
 import trio_wal
 from trio_wal import Bookmark, CorruptLogError, LogDivergedError, RecoveryReport
 from trio_wal._disk.opening import open_log_directory
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 V1 = Path(__file__).parent / "data" / "v1"
 START = datetime(2023, 11, 14, 22, 13, 20, tzinfo=timezone.utc)

@@ -28,7 +28,8 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import examine
 from trio_wal._disk.verify import verify
 from trio_wal._disk.walk import check_last, check_segment
-from trio_wal._files import NO_WORD, OsFiles, Word
+from trio_wal._files import NO_WORD, Word
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))

@@ -593,7 +593,8 @@ async def test_transactions_and_snapshots_need_versions_only(home: Home) -> None
             assert tx.get(b"k") == b"1"
             assert list(tx.scan()) == [(b"k", b"1")]
             home.log.sync()
-            with new_snapshot(home.versions, 7) as snapshot:
+            home.versions.epoch = 7
+            with new_snapshot(home.versions) as snapshot:
                 assert (snapshot.get(b"k"), str(snapshot.bookmark)) == (b"1", "1@7")
             nursery.start_soon(write, b"2")
             await wait_all_tasks_blocked()

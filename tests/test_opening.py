@@ -20,8 +20,8 @@ import trio_wal
 from trio_wal import CorruptLogError, LogFailedError, LogFullError
 from trio_wal._checkpoint import Checkpointer
 from trio_wal._disk.opening import open_log_directory
-from trio_wal._files import OsDirectory, OsFile, OsFiles
 from trio_wal._store import LmdbStore
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles
 from trio_wal._worker import ThreadWorker
 from trio_wal.testing import MemoryFiles
 

@@ -150,3 +150,15 @@ async def test_bad_arguments_are_refused_at_once(
             db.stream(**arguments)
         with db.snapshot() as snap, pytest.raises(error):
             snap.stream(**arguments)
+
+
+async def test_a_scan_that_fails_at_once_keeps_nothing() -> None:
+    let_go: list[None] = []
+
+    def scan() -> Any:
+        raise OSError("no")
+
+    stream = _pairs.new_pair_stream(scan, lambda: let_go.append(None))
+    with pytest.raises(OSError, match="no"):
+        await stream.__aenter__()
+    assert let_go == [None]

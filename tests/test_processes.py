@@ -237,7 +237,7 @@ async def test_a_forked_childs_handle_is_dead_and_keeps_no_lock(tmp_path: Path) 
 
 WITHOUT_STDIO = """
 from trio_wal._disk.opening import open_log_directory
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 path, result = sys.argv[1:]
 # Without trio, whose own descriptors would take the free numbers first.

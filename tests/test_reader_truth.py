@@ -28,8 +28,9 @@ from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
-from trio_wal._files import OsFiles, Word
+from trio_wal._files import Word
 from trio_wal._reader import WatchSource
+from trio_wal._system.files import OsFiles
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
@@ -948,7 +949,7 @@ async def test_closing_a_reader_ends_those_who_wait_for_news(
 async def test_where_there_is_no_watch_the_files_are_polled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trio_wal._files.OsDirectory, "watch", lambda self: None)
+    monkeypatch.setattr(trio_wal._system.files.OsDirectory, "watch", lambda self: None)
     async with (
         trio_wal.open_wal(tmp_path / "log") as wal,
         trio_wal.open_reader(tmp_path / "log") as reader,
@@ -966,7 +967,7 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
     """As on a network file system: what others change there is found by looking."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    monkeypatch.setattr(trio_wal._files, "_IN_CHANGES", 0x400)  # only that it is unlinked
+    monkeypatch.setattr(trio_wal._system.watch, "_IN_CHANGES", 0x400)  # only that it is unlinked
     monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 0.05)
     async with (
         trio_wal.open_wal(tmp_path / "log") as wal,

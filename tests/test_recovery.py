@@ -48,7 +48,8 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import examine
 from trio_wal._disk.segment import ActiveSegment
 from trio_wal._disk.verify import verify
-from trio_wal._files import FOLIO_MAX, OsFiles
+from trio_wal._system.files import OsFiles
+from trio_wal._system.sync import FOLIO_MAX
 from trio_wal._util import KiB
 from trio_wal.testing import MemoryFiles
 

@@ -45,7 +45,7 @@ from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_point
 from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
 from trio_wal._disk.spares import PAUSE_SHARE, PAUSES
 from trio_wal._engine import Moved
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 from trio_wal._util import KiB, MiB
 from trio_wal.testing import SECTOR, MemoryFile, MemoryFiles, _Inode
 

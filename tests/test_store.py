@@ -22,14 +22,15 @@ from campaigns import _mounts
 from databases import hash_tree
 
 import trio_wal
-from trio_wal import CorruptLogError, _files, _pages, _store_check
+from trio_wal import CorruptLogError, _pages, _store_check
 from trio_wal._admin import verify_database
 from trio_wal._base import MapFull, Store, StoreState
-from trio_wal._files import OsDirectory, OsFile, OsFiles
 from trio_wal._pages import Contents
 from trio_wal._store import LmdbStore, explained
 from trio_wal._store_check import LOOK_TRIES, StoreCheck, check_before_open, check_store
 from trio_wal._store_files import DATA_NAME, SUSPECT_NAME, data_file, inspect_store
+from trio_wal._system import child
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -323,6 +324,7 @@ class _Refusing:
 
     def __init__(self, environment: Any) -> None:
         self.close, self.info = environment.close, environment.info
+        self.reader_check = environment.reader_check
 
     def begin(self, **_: Any) -> Any:
         raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC: Update of meta page failed")
@@ -492,6 +494,7 @@ class _Short:
 
     def __init__(self, environment: Any) -> None:
         self.close, self.info = environment.close, environment.info
+        self.reader_check = environment.reader_check
 
     def begin(self, **_: Any) -> Any:
         raise lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.EIO)}")
@@ -937,7 +940,7 @@ def test_the_end_of_the_child_is_a_finding_where_it_tells_of_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, finding: str, note: str
 ) -> None:
     fill(tmp_path / "store")
-    monkeypatch.setattr(_files, "_CHILD", ending.replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr(child, "_CHILD", ending.replace("{", "{{").replace("}", "}}"))
     found = check_store(str(tmp_path / "store"))
     assert [finding in reason for _, reason in found.findings] == [True] * bool(finding)
     assert note in found.note

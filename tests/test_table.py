@@ -31,6 +31,7 @@ JOBS = Table("jobs", key=tuple[int, str], value=Job)
 WORDS = Table("words", key=str, value=dict[str, int])
 BLOBS = Table("blobs", key=bytes, value=bytes)
 NUMBERS = Table("numbers", key=int, value=Point)
+COUNTS = Table("counts", key=str, value=int)
 
 
 async def test_what_is_put_is_given_back_by_all_that_can_be_read(files: MemoryFiles) -> None:
@@ -55,6 +56,18 @@ async def test_what_is_put_is_given_back_by_all_that_can_be_read(files: MemoryFi
                     ((7, "a"), Job("print", 2)),
                 ]
                 assert list(JOBS.scan(source, limit=1)) == [((-1, "x"), Job("first"))]
+
+
+async def test_an_int_may_stand_for_a_float(files: MemoryFiles) -> None:
+    rates = Table("rates", key=str, value=float)
+    async with open_memory_database(files) as db:
+        async with db.transaction() as tx:
+            rates.put(tx, "a", 1)
+            rates.put(tx, "b", 1.5)
+            with pytest.raises(TypeError, match="value must be of type float, not bool"):
+                rates.put(tx, "c", True)
+        assert list(rates.scan(db)) == [("a", 1.0), ("b", 1.5)]
+        assert type(rates.get(db, "a")) is float
 
 
 async def test_scans_begin_and_end_where_they_are_told(files: MemoryFiles) -> None:
@@ -209,6 +222,7 @@ def test_a_table_that_cannot_be_is_refused(
         (lambda tx: WORDS.put(tx, "", []), TypeError, "table 'words': value must be of type dict"),
         (lambda tx: WORDS.put(tx, "", {"": 1 << 70}), ValueError, "table 'words': value cannot be"),
         (lambda tx: WORDS.put(tx, "", {"": object()}), TypeError, "table 'words': value cannot be"),
+        (lambda tx: COUNTS.put(tx, "", True), TypeError, "value must be of type int, not bool"),
         (lambda tx: BLOBS.put(tx, b"", "x"), TypeError, "table 'blobs': value must be bytes"),
         (lambda tx: NUMBERS.put(tx, "1", Point(0, 0)), TypeError, "table 'numbers': key must be"),
         (lambda tx: NUMBERS.put(tx, True, Point(0, 0)), TypeError, "table 'numbers': key must be"),

@@ -16,7 +16,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import LogLockedError
-from trio_wal._files import Directory, File, OsFiles
+from trio_wal._files import Directory, File
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import SECTOR, CrashKind, MemoryFiles
 
 settings.register_profile("unhurried", deadline=None)

@@ -21,7 +21,8 @@ from logs import TINY, append, records_of
 import trio_wal
 from trio_wal import UntrustedDirectoryError
 from trio_wal._disk.opening import open_log_directory
-from trio_wal._files import OsDirectory, OsFiles, make_directory
+from trio_wal._system.files import OsDirectory, OsFiles
+from trio_wal._system.paths import make_directory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes are POSIX's")
 

@@ -95,6 +95,15 @@ def test_the_format_stays(kind: Any, key: Any, encoded: str) -> None:
     assert KeyCodec(kind).encode(key).hex() == encoded
 
 
+def test_a_tuple_in_a_tuple_has_an_end() -> None:
+    codec = KeyCodec(tuple[tuple[int], int])
+    encoded = codec.encode(((1,), 2))
+    assert codec.decode(encoded, 0) == ((1,), 2)
+    for end in (1, 0x15, 0xFF):
+        with pytest.raises(KeyFormatError, match="a tuple's end is due at byte 3"):
+            codec.decode(encoded[:3] + bytes((end,)) + encoded[4:], 0)
+
+
 def test_a_time_is_the_same_in_every_zone() -> None:
     codec = KeyCodec(datetime)
     here = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=30)))
@@ -140,6 +149,18 @@ def test_other_types_are_refused(kind: Any, message: str) -> None:
         (uuid.UUID, "x", TypeError, "key must be a uuid.UUID, not str"),
         (datetime, 7, TypeError, "key must be a datetime with a time zone, not int"),
         (datetime, datetime(2026, 1, 1), ValueError, "key is a datetime without a time zone"),  # noqa: DTZ001
+        (
+            datetime,
+            datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),
+            ValueError,
+            "key is no time of the calendar in UTC",
+        ),
+        (
+            datetime,
+            datetime.max.replace(tzinfo=timezone(-timedelta(microseconds=1))),
+            ValueError,
+            "key is no time of the calendar in UTC",
+        ),
         (tuple[int, str], (7,), ValueError, "key must have 2 elements, not 1"),
         (tuple[int, str], (7, "x", 1), ValueError, "key must have 2 elements, not 3"),
         (tuple[int, str], [7, "x"], TypeError, "key must be a tuple, not list"),

@@ -47,7 +47,8 @@ from trio_wal._disk.verify import (
     list_log,
     verify,
 )
-from trio_wal._files import OsFiles, Word
+from trio_wal._files import Word
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD = bytes(range(200))

@@ -163,6 +163,11 @@ async def test_it_waits_for_less_than_a_sync_too(files: MemoryFiles, durability:
         await db.put(b"a", b"")
         await wait_all_tasks_blocked()
         assert waiting.lsn == 2
+        # What it was told it may ask with, though no sync has reached that.
+        again = Waiting(db, nursery, key=b"a", since=2)
+        await wait_all_tasks_blocked()
+        assert (again.lsn, again.error) == (None, None)
+        again.scope.cancel()
 
 
 async def test_who_waits_in_vain_is_told(files: MemoryFiles) -> None:
@@ -187,6 +192,25 @@ async def test_who_waits_is_told_of_a_broken_log(files: MemoryFiles) -> None:
         assert isinstance(waiting.error, LogFailedError)
         with pytest.raises(LogFailedError):
             await db.wait_changed(b"a")
+
+
+async def test_who_waits_no_more_is_forgotten(files: MemoryFiles) -> None:
+    whats: list[dict[str, Any]] = [{"key": b"a"}, {"prefix": b"a"}, {"prefix": b"ab"}, {}]
+    async with open_memory_database(files) as db:
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                for what in whats * 2:
+                    Waiting(db, nursery, **what)
+                await wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            woken = [Waiting(db, nursery, **what) for what in whats]
+            await wait_all_tasks_blocked()
+            await db.put(b"ab", b"")
+            await db.put(b"a", b"")
+        assert [waiting.lsn for waiting in woken] == [2, 1, 1, 1]
+        watches = db._core.versions.watches
+        assert (watches._by_key, watches._by_prefix) == ({}, {})
 
 
 @pytest.mark.parametrize(

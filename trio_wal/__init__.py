@@ -1,8 +1,8 @@
 """A write-ahead log for trio: group commit, bounded memory, recovery that tells the truth.
 
-Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_disk`` (blocking),
-``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in memory with
-faults.
+Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_system`` ``_disk``
+(blocking), ``_queue`` ``_flusher`` ``_reader`` ``_wal`` (trio); ``trio_wal.testing`` has files in
+memory with faults.
 """
 
 from . import _exports

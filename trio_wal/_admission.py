@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any, Final, final
 
@@ -27,6 +27,7 @@ from trio.lowlevel import Abort, Task
 from ._batch import Batch, Item, Job, Share, bytes_of, count_of
 from ._park import request
 from ._statistics import Times
+from ._text import printable
 
 PASSED_MAX: Final = 8
 """So many records of high priority are let in past a normal line; then one of that is."""
@@ -118,12 +119,24 @@ class Line:
         self._all_waits: Final = waits
         self.closed: bool = False
         """Whether its writer's block was left."""
+        self.records_credit: float = 0 if high else max_queue_size
+        """With so many of its records waiting somebody must be asked for more."""
         self.tag: float = 0.0
         """Where it is on the clock of `Turns`."""
         self.entry: int = 0
         """Of its place there; 0: it is not ready."""
         self._withdraw = withdraw
         self._free: list[Blocked] = []
+
+    def close(self) -> None:
+        """Its writer's block was left."""
+        self.closed = True
+        self.records_credit = 0
+
+    def left(self) -> trio.ClosedResourceError:
+        """For whoever comes here after that."""
+        name = printable(str(self.name))
+        return trio.ClosedResourceError(f"writer {name}: its block was left")
 
     # -- its share --
 
@@ -136,6 +149,63 @@ class Line:
             self.records + records <= self.max_queue_size
             and self.bytes + bytes_of(item) <= self.max_queue_bytes
         )
+
+    def share_of(self, batch: Batch) -> Share:
+        """The line's share of a batch that is being filled.
+
+        What comes into it is counted in the line only: the rest is found when it has an end.
+        """
+        newest = self.share
+        if newest is not None:
+            if newest.batch is batch:
+                return newest
+            self._settle(newest)
+        if batch.shares is None:
+            batch.shares = {}
+        share = batch.shares.get(self)
+        if share is None:
+            share = batch.shares[self] = Share(self, batch)
+        share.records_before = self.records - share.records
+        share.bytes_before = self.bytes - share.bytes
+        self.share = share
+        return share
+
+    def _settle(self, newest: Share) -> None:
+        newest.records = self.records - newest.records_before
+        newest.bytes = self.bytes - newest.bytes_before
+        self.share = None
+
+    def give_back(self, share: Share, records: int, size: int) -> None:
+        """So much of a share was withdrawn."""
+        self.note_peaks()
+        if self.share is not share:
+            share.records -= records
+            share.bytes -= size
+            self._less_before(records, size)
+        self.records -= records
+        self.bytes -= size
+
+    def take(self, share: Share) -> None:
+        """The batch of a share was taken: nothing of it waits."""
+        self.note_peaks()
+        if self.share is share:
+            self._settle(share)
+        self._less_before(share.records, share.bytes)
+        self.records -= share.records
+        self.bytes -= share.bytes
+
+    def _less_before(self, records: int, size: int) -> None:
+        if self.share is not None:
+            self.share.records_before -= records
+            self.share.bytes_before -= size
+
+    def recount(self, shares: Iterable[Share]) -> None:
+        """Count anew: in what waits these are its shares, all of them settled."""
+        self.share = None
+        self.records = self.bytes = 0
+        for share in shares:
+            self.records += share.records
+            self.bytes += share.bytes
 
     def note_peaks(self) -> None:
         """As `WriteQueue.note_peaks`, for this line."""

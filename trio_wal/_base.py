@@ -24,11 +24,6 @@ class MapFull(Exception):
     written again before they were forgotten; grow it while nobody reads, and try again."""
 
 
-class StoreGrown(Exception):
-    """The file of another process's store has outgrown the map; `StoreReader.grow` it while nobody
-    reads."""
-
-
 @attrs.frozen
 class StoreState:
     """To which log a store belongs, and how much of it it holds."""
@@ -37,6 +32,12 @@ class StoreState:
     lsn: int
     places: Mapping[str, Place] = attrs.field(factory=dict[str, Place])
     """Of the database's consumers, as of that LSN."""
+    commit_lsn: int = attrs.field()
+    """The newest record up to that LSN that does more than to move places."""
+
+    @commit_lsn.default
+    def _default_commit_lsn(self) -> int:
+        return self.lsn
 
 
 class ReadTransaction(Protocol):
@@ -112,13 +113,8 @@ class StoreReader(Protocol):
         durable at this moment.
 
         Raises:
-          StoreGrown
           CorruptLogError, OSError
         """
-        ...
-
-    def grow(self) -> None:
-        """Make the map fit the file again; nothing may be reading."""
         ...
 
     def size(self) -> int:

@@ -49,16 +49,29 @@ Key: TypeAlias = Task | int
 
 @final
 class Share:
-    """What of a batch came through one writer."""
+    """What of a batch came through one writer; its line counts it."""
 
-    __slots__ = ("batch", "bytes", "line", "records", "sent_bytes", "sent_records")
+    __slots__ = (
+        "batch",
+        "bytes",
+        "bytes_before",
+        "line",
+        "records",
+        "records_before",
+        "sent_bytes",
+        "sent_records",
+    )
 
     def __init__(self, line: Any, batch: Batch) -> None:
         self.line: Any = line
         """The writer's `Line`."""
         self.batch: Batch = batch
         self.records: int = 0
+        """Up to date but for the line's newest share, which is what is not before it."""
         self.bytes: int = 0
+        self.records_before: int = 0
+        """Of the newest share: what the line has waiting in others."""
+        self.bytes_before: int = 0
         self.sent_records: int = 0
         """Those that nobody waits for, and so nobody can take back."""
         self.sent_bytes: int = 0

@@ -5,11 +5,11 @@ Law: what is in the log is durable; nothing here asks what the memtable or the s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import TracebackType
-from typing import final
+from typing import NoReturn, final
 
 import attrs
 import trio
@@ -25,7 +25,7 @@ from ._operations import (
     OperationsError,
     Writes,
     decode_transaction,
-    is_acknowledgement,
+    moves_places,
 )
 from ._stream import RecordStream
 from ._watch import Watch
@@ -54,6 +54,9 @@ class CommitStream(
     def __init__(self, path: str, records: RecordStream) -> None:
         self._path = path
         self._records = records
+        self._damage: CorruptLogError | None = None
+        """Of the commit where this stream ends."""
+        self._damaged_lsn = 0
 
     async def __aenter__(self) -> CommitStream:
         await self._records.__aenter__()
@@ -70,13 +73,19 @@ class CommitStream(
     @property
     def bookmark(self) -> Bookmark:
         """The place after the last commit that was given, where `Database.changes` continues."""
-        return self._records.bookmark
+        place = self._records.bookmark
+        if self._damage is not None:
+            # The records behind it may have been taken in the same list.
+            return Bookmark(self._damaged_lsn - 1, place.epoch)
+        return place
 
     def __aiter__(self) -> CommitStream:
         return self
 
     async def __anext__(self) -> Commit:
         while True:
+            if self._damage is not None:
+                await self._tell_damage(self._damage)
             commit = self._commit(await self._records.__anext__())
             if commit is not None:
                 return commit
@@ -85,47 +94,56 @@ class CommitStream(
         self, max_records: int | None = 1000, *, linger: float = 0.0
     ) -> AsyncIterator[list[Commit]]:
         """The same commits in lists, as `RecordStream.batches`."""
-        return _Batches(self._commit, self._records.batches(max_records, linger=linger))
+        return _Batches(self._next_batch, self._records.batches(max_records, linger=linger))
+
+    async def _next_batch(self, records: AsyncIterator[list[Record]]) -> list[Commit]:
+        if self._damage is not None:
+            await self._tell_damage(self._damage)
+        commits: list[Commit] = []
+        try:
+            while not commits:
+                commits.extend(filter(None, map(self._commit, await records.__anext__())))
+        except CorruptLogError:
+            # First what is whole.
+            if not commits:
+                raise
+        return commits
 
     def _commit(self, record: Record) -> Commit | None:
         """None: it only moves places of consumers, which is nobody's business."""
-        writes = decode_record(self._path, record.lsn, record.data)
-        if not writes and is_acknowledgement(record.data):
+        try:
+            writes = decode_record(self._path, record.lsn, record.data)
+        except CorruptLogError as exc:
+            self._damage, self._damaged_lsn = exc, record.lsn
+            raise
+        if not writes and moves_places(record.data):
             return None
         operations = tuple(Operation(key, value) for key, value in writes.items())
         return Commit(record.lsn, record.timestamp, operations)
 
+    async def _tell_damage(self, damage: CorruptLogError) -> NoReturn:
+        """Nothing is given past it, however the stream is gone on with."""
+        await trio.lowlevel.checkpoint()
+        raise CorruptLogError(*damage.args) from damage
+
 
 @final
 class _Batches(AsyncIterator[list[Commit]]):
+    """Of a stream, which has all of the state."""
+
     def __init__(
-        self, decode: Callable[[Record], Commit | None], records: AsyncIterator[list[Record]]
+        self,
+        take: Callable[[AsyncIterator[list[Record]]], Awaitable[list[Commit]]],
+        records: AsyncIterator[list[Record]],
     ) -> None:
-        self._decode = decode
+        self._take = take
         self._records = records
-        self._error: CorruptLogError | None = None
 
     def __aiter__(self) -> _Batches:
         return self
 
     async def __anext__(self) -> list[Commit]:
-        if self._error is not None:
-            await trio.lowlevel.checkpoint()
-            raise CorruptLogError(*self._error.args) from self._error
-        commits: list[Commit] = []
-        decode = self._decode
-        try:
-            while not commits:
-                for record in await self._records.__anext__():
-                    commit = decode(record)
-                    if commit is not None:
-                        commits.append(commit)
-        except CorruptLogError as exc:
-            if not commits:
-                raise
-            # First what is whole.
-            self._error = exc
-        return commits
+        return await self._take(self._records)
 
 
 new_commit_stream = constructor(CommitStream)

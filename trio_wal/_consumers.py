@@ -19,7 +19,7 @@ from trio.lowlevel import enable_ki_protection
 from ._exceptions import LogDivergedError, LogFullError
 from ._identity import Bookmark, common_lsn
 from ._log import Log
-from ._places import CONSUMERS_MAX, Move, Place, Places, consumer_hold
+from ._places import CONSUMERS_MAX, Move, Place, Places, consumer_hold, is_after
 from ._statistics import ConsumerStatistics
 from ._stream import RecordStream
 from ._text import printable
@@ -31,6 +31,11 @@ class Keeper(Protocol):
 
     @property
     def places(self) -> Places: ...
+
+    @property
+    def stored(self) -> Mapping[str, Place]:
+        """Places to which nothing can take a consumer back any more."""
+        ...
 
     @property
     def durable_lsn(self) -> int: ...
@@ -62,11 +67,8 @@ class _Group:
 
     def add(self, name: str, move: Move) -> None:
         old = self.moves.get(name)
-        if old is not None and old.place is not None and move.place is not None and not move.begins:
-            if move.place.lsn <= old.place.lsn:
-                return
-            move = Move(move.place, old.begins)
-        self.moves[name] = move
+        if old is None or is_after(move, old):
+            self.moves[name] = move
 
 
 @final
@@ -78,6 +80,10 @@ class EngineKeeper:
         self.places: Final = Places(log.engine.places)
         self._next = _Group()
         self._one = trio.Lock()
+
+    @property
+    def stored(self) -> Mapping[str, Place]:
+        return self.places.now
 
     @property
     def durable_lsn(self) -> int:
@@ -135,16 +141,17 @@ class Consumers:
         self.hold_all()
 
     def hold(self, name: str) -> None:
-        """Keep in the log what a consumer has yet to see."""
-        keeper = self.keeper
-        place = keeper.places.now.get(name)
-        if place is None:
+        """Keep in the log what a consumer has yet to see, or may be given again after a crash."""
+        now, stored = self.keeper.places.now.get(name), self.keeper.stored.get(name)
+        if now is None:
             self.log.hold(consumer_hold(name), None)
-        else:
-            first = keeper.places.reach(place, keeper.durable_lsn) + 1
+        elif stored is not None:
+            first = min(now.reach, stored.reach) + 1
             self.log.hold(consumer_hold(name), first, self.log.consumer_hold_bytes)
+        # Else from where it began: see `Session`.
 
     def hold_all(self) -> None:
+        """What is stored has changed."""
         for name in self.keeper.places.now:
             self.hold(name)
 
@@ -162,6 +169,8 @@ class Consumers:
                 raise KeyError(name)
             await self.keeper.admit()
             await self.keeper.move(name, Move(None))
+            # Where durability is less than "sync".
+            await self.log.flush()
             self.hold(name)
         finally:
             self.in_use.discard(name)
@@ -172,7 +181,7 @@ class Consumers:
         found: dict[str, ConsumerStatistics] = {}
         for name, place in keeper.places.now.items():
             lag = keeper.places.lag(place, durable_lsn)
-            size, seconds = engine.behind(place.lsn) if lag else (0, 0.0)
+            size, seconds = engine.behind(place.reach) if lag else (0, 0.0)
             found[name] = ConsumerStatistics(
                 acknowledged_lsn=place.lsn,
                 lag_records=lag,
@@ -250,14 +259,14 @@ class Session:
 
     def _bookmark(self, place: Place) -> Bookmark:
         """Where to go on: behind acknowledgements that come directly after the place."""
-        log, keeper = self._consumers.log, self._consumers.keeper
+        log = self._consumers.log
         tail = log.tail
         common = common_lsn(tail.history, place.epoch)
         if common is None or place.lsn > min(common, tail.last_lsn):
             parted = None if common is None else min(common, tail.last_lsn)
             raise LogDivergedError(log.name, place.bookmark, parted)
-        reach = keeper.places.reach(place, keeper.durable_lsn)
-        return Bookmark(reach, tail.epoch) if reach > place.lsn else place.bookmark
+        # Acknowledgements that come after it are in this log, and so in today's history.
+        return place.bookmark if place.reach == place.lsn else Bookmark(place.reach, tail.epoch)
 
     async def _begin(self) -> RecordStream:
         """Its first use: the place becomes durable before anything is given."""
@@ -273,7 +282,7 @@ class Session:
                 begin = stream.bookmark
                 log.hold(consumer_hold(self.name), begin.lsn + 1, log.consumer_hold_bytes)
                 await keeper.admit()
-                await keeper.move(self.name, Move(Place(begin.lsn, begin.epoch), begins=True))
+                await keeper.move(self.name, Move(begin, begins=True))
             except BaseException:
                 await stream.__aexit__(None, None, None)
                 consumers.hold(self.name)
@@ -313,7 +322,7 @@ class Session:
         self._lsns.append(lsn)
         self._timestamps.append(timestamp)
 
-    def place_of(self, item: Item) -> Place | None:
+    def place_of(self, item: Item) -> Bookmark | None:
         """The place after an item that was given; None: it is acknowledged.
 
         Raises:
@@ -334,7 +343,7 @@ class Session:
                 f"item must be one that this consumer has given: consumer {self.name!r} has not "
                 f"given LSN {lsn} of {item.timestamp}"
             )
-        return Place(lsn, bookmark.epoch)
+        return Bookmark(lsn, bookmark.epoch)
 
     async def acknowledge(self, item: Item) -> None:
         """On return everything up to the item is acknowledged, durably."""

@@ -56,6 +56,7 @@ class Core:
             max_transaction_bytes=log.max_record_size,
             stored=state,
         )
+        self.versions.epoch = log.tail.epoch
         log.own(self.versions)
         self.consumers: Consumers
         self.wal: Final = new_wal(log, owned=True)
@@ -69,7 +70,7 @@ class Core:
         log.before_close(self._before_close)
         count = await self._replay()
         consumers = self.consumers = Consumers(log, CommitKeeper(self.versions, log))
-        self.versions.on_moved = consumers.hold
+        self.checkpointer.on_stored = consumers.hold_all
         log.hold(OPENING_HOLD, None)
         self.checkpointer.start(log.start_soon)
         self._files.on_fork(self._disown)

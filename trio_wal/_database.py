@@ -37,9 +37,9 @@ from ._operations import (
     check_range,
     check_size,
 )
-from ._pairs import PairStream, new_pair_stream
+from ._pairs import PairStream
 from ._places import check_consumer_name
-from ._snapshot import Snapshot, new_snapshot
+from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._statistics import ConsumerStatistics, WalStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
@@ -103,8 +103,6 @@ class Database(metaclass=NoPublicConstructor):
     def __init__(self, core: Core, recovery: RecoveryReport) -> None:
         self._core = core
         self._versions = core.versions
-        self._epoch = core.log.tail.epoch
-        """For snapshots; only the first open of a backup makes a new one."""
         self._recovery = recovery
 
     # -- transactions --
@@ -316,24 +314,8 @@ class Database(metaclass=NoPublicConstructor):
           reverse: from the last to the first.
           limit: so many at most.
         """
-        self._versions.check_open()
         start, stop = check_range(start, stop, prefix, limit)
-        found = self._scan(start, stop, reverse, limit)
-        next(found)
-        return found
-
-    @enable_ki_protection
-    def _scan(
-        self,
-        start: bytes | None,
-        stop: bytes | None,
-        reverse: bool,
-        limit: int | None,
-    ) -> Iterator[tuple[bytes, bytes]]:
-        with new_snapshot(self._versions, self._epoch) as snapshot:
-            # `scan` takes this: a generator that was never begun would not let go either.
-            yield b"", b""
-            yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
+        return scan_once(self.snapshot(), start, stop, reverse, limit)
 
     def stream(
         self,
@@ -353,12 +335,7 @@ class Database(metaclass=NoPublicConstructor):
         block is left.
         """
         start, stop = check_range(start, stop, prefix, limit)
-        snapshot = self.snapshot()
-
-        def scan() -> Iterator[tuple[bytes, bytes]]:
-            return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
-
-        return new_pair_stream(scan, snapshot.close)
+        return stream_once(self.snapshot(), start, stop, reverse, limit)
 
     def snapshot(self) -> Snapshot:
         """A consistent, durable view at one LSN: ``with db.snapshot() as snap``.
@@ -366,7 +343,7 @@ class Database(metaclass=NoPublicConstructor):
         Its moment is that of entering the block.
         """
         self._versions.check_open()
-        return new_snapshot(self._versions, self._epoch)
+        return new_snapshot(self._versions)
 
     def changes(self, start: int | Bookmark | None = None) -> CommitStream:
         """Every committed transaction from LSN ``start`` on, in order, then new ones::

@@ -6,7 +6,7 @@ consumer is, is `_consumers`'.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import final
@@ -20,7 +20,7 @@ from ._identity import Bookmark
 from ._log import Log
 from ._mvcc import Versions
 from ._operations import check_size, encode_placed_transaction
-from ._places import Move, Places
+from ._places import Move, Place, Places
 from ._transaction import Transaction, acknowledge_in
 
 
@@ -36,6 +36,10 @@ class CommitKeeper:
     @property
     def places(self) -> Places:
         return self._versions.places
+
+    @property
+    def stored(self) -> Mapping[str, Place]:
+        return self._versions.stored_places
 
     @property
     def durable_lsn(self) -> int:

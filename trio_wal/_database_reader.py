@@ -21,16 +21,17 @@ from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Directory, Files, OsFiles
+from ._files import Directory, Files
 from ._follower import Follower
 from ._identity import Bookmark
 from ._operations import check_key, check_range
-from ._pairs import PairStream, new_pair_stream
+from ._pairs import PairStream
 from ._park import end_forked, require_trio
 from ._reader import WatchSource
-from ._snapshot import Snapshot, new_snapshot
+from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._stores import stores_of
 from ._stream import new_record_stream
+from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_bool, check_int, check_path
 from ._worker import Blocking
@@ -161,23 +162,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
     ) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with ``start <= key < stop``, in order; as `Database.scan`."""
         start, stop = check_range(start, stop, prefix, limit)
-        found = self._scan(self.snapshot(), start, stop, reverse, limit)
-        next(found)
-        return found
-
-    @enable_ki_protection
-    def _scan(
-        self,
-        snapshot: Snapshot,
-        start: bytes | None,
-        stop: bytes | None,
-        reverse: bool,
-        limit: int | None,
-    ) -> Iterator[tuple[bytes, bytes]]:
-        with snapshot:
-            # `scan` takes this: a generator that was never begun would not let go either.
-            yield b"", b""
-            yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
+        return scan_once(self.snapshot(), start, stop, reverse, limit)
 
     def stream(
         self,
@@ -190,12 +175,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
     ) -> PairStream:
         """As `scan`, for large ranges; see `Database.stream`."""
         start, stop = check_range(start, stop, prefix, limit)
-        snapshot = self.snapshot()
-
-        def scan() -> Iterator[tuple[bytes, bytes]]:
-            return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
-
-        return new_pair_stream(scan, snapshot.close)
+        return stream_once(self.snapshot(), start, stop, reverse, limit)
 
     def snapshot(self) -> Snapshot:
         """A consistent view at one LSN: ``with reader.snapshot() as snap``.
@@ -204,7 +184,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
         that the store's file grows: keep it short.
         """
         follower = self._check()
-        return new_snapshot(follower.versions, follower.epoch)
+        return new_snapshot(follower.versions)
 
     def changes(self, start: int | Bookmark | None = None) -> CommitStream:
         """Every committed transaction from ``start`` on, then new ones: `Database.changes`."""
@@ -227,10 +207,14 @@ class DatabaseReader(metaclass=NoPublicConstructor):
         lsn = place.lsn if isinstance(place, Bookmark) else check_int("lsn_or_bookmark", place, 0)
         self._check()
         await trio.lowlevel.checkpoint()
+        follower = self._check()
+        if isinstance(place, Bookmark) and place.epoch > follower.epoch:
+            # Of an epoch that has just begun, or of none.
+            await follower.source.refresh()
         while True:
             follower = self._check()
             follower.check_history(place)
-            if follower.lsn >= lsn:
+            if follower.sees(place):
                 return
             await follower.wait_news(lsn)
 
@@ -289,9 +273,9 @@ class _OpenDatabaseReader(AbstractAsyncContextManager[DatabaseReader]):
         require_trio("open_database_reader")
         files, path = self._files, self._path
         blocking = Blocking(threaded=files.threaded)
+        store = stores_of(files).open_store_reader(f"{path}/{STORE_NAME}")
         directory = await blocking(self._open_directory)
         source = WatchSource(directory, blocking)
-        store = stores_of(files).open_store_reader(f"{path}/{STORE_NAME}")
         follower = Follower(f"{path}/{STORE_NAME}", source, store)
         manager = trio.open_nursery()
         try:

@@ -7,19 +7,24 @@ A checkpoint of the owner's comes in pieces, and each of them may be in the stor
 transaction before the LSN that it belongs to.  They are of commits that were durable when that
 transaction began.  So a store is shown only once everything that was durable after its beginning
 has been replayed above it: then each key that a piece has set is set again in a layer.
+
+When the store has come further, all begins anew: a new read transaction, and layers of what the
+log has after it, which is little right after a checkpoint.  The layers of before are of no use
+above another store: a deletion is forgotten where there was nothing to hide under it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, final
+from time import perf_counter
+from typing import Any, Final, NoReturn, final
 
 import trio
 from trio.lowlevel import Task
 
-from ._base import ReadTransaction, StoreGrown, StoreReader, StoreState
+from ._base import ReadTransaction, StoreReader, StoreState
 from ._changes import decode_record
-from ._engine import Forked, Record, Tail
+from ._engine import Forked
 from ._exceptions import (
     CorruptLogError,
     LogDivergedError,
@@ -27,25 +32,28 @@ from ._exceptions import (
     UnsupportedFormatError,
 )
 from ._identity import Bookmark, common_lsn
-from ._layer import Layer
 from ._mvcc import Versions
-from ._operations import moves_in
 from ._reader import WatchSource
 from ._store_files import damaged, data_file, misfit
 from ._stream import RecordStream, new_record_stream
+from ._util import MiB
 from ._watermark import Watermark
 
-FREEZE_BYTES: Final = 4 * 1024 * 1024
-"""Of log in the active layer, after which it waits for the owner's store to have it."""
+CHECK_BYTES: Final = 4 * MiB
+"""Of log above the store, from which on it is asked whether it has come further."""
+CHECK_SECONDS: Final = 0.1
+"""Between two such questions."""
 OPEN_TRIES: Final = 100
 """How often the owner may checkpoint and drop the log while this opens."""
+TURN_SECONDS: Final = 0.0005
+"""For so long commits are replayed without a checkpoint of trio's."""
 
 
 class _NoStatus:
     """Of a log to which nothing is committed here."""
 
-    refuses = True
-    disowned = False
+    refuses: bool = True
+    disowned: bool = False
 
     def check_open(self) -> None:
         raise AssertionError("nothing is committed by a reader")
@@ -54,7 +62,7 @@ class _NoStatus:
 class _NoLog:
     """In the place of `_mvcc.CommitLog`."""
 
-    status = _NoStatus()
+    status: _NoStatus = _NoStatus()
 
     def append(self, record: bytes, task: Task) -> Awaitable[int]:
         raise AssertionError("nothing is committed by a reader")
@@ -66,14 +74,14 @@ class _NoLog:
         raise AssertionError("nothing is committed by a reader")
 
 
-class _Prepared:
-    """A store's read transaction that was begun before it is needed; a `_base.Readable`."""
+class _Begun:
+    """A store of which a read transaction was begun already; a `_base.Readable`."""
 
     def __init__(self, transaction: ReadTransaction) -> None:
-        self.next: ReadTransaction = transaction
+        self._transaction = transaction
 
     def read(self) -> ReadTransaction:
-        return self.next
+        return self._transaction
 
 
 @final
@@ -84,128 +92,110 @@ class Follower:
         self._path = path
         self.source: Final = source
         self._store = store
-        self._prepared: _Prepared
         self.versions: Versions
-        self.checkpoint_lsn = 0
+        self.checkpoint_lsn: int = 0
         """Up to here the store that is read has everything."""
-        self.epoch = 0
-        self.forked = False
+        self.forked: bool = False
         self.failure: Exception | None = None
         """Why it follows no more."""
-        self._frozen: Layer | None = None
+        self._checked = 0.0
+        """When the store was asked how far it has come."""
         self._reached = Watermark()
         self._stopping = trio.CancelScope()
         self._former: list[Versions] = []
-        """Those before the last time that all began anew, while somebody may read them."""
+        """Those of before, while somebody may still be reading them."""
 
     @property
     def lsn(self) -> int:
         """The newest commit that is seen here."""
         return self.versions.durable_lsn
 
-    # -- the store --
-
-    async def _begin_store(self) -> tuple[ReadTransaction, int]:
-        """A read transaction of the store, and what it holds."""
-        while True:
-            try:
-                transaction, state = await self.source.blocking(self._store.read)
-                break
-            except StoreGrown:
-                await self._wait_unread()
-                self._store.grow()
-        try:
-            self._check(state)
-        except BaseException:
-            transaction.close()
-            raise
-        return transaction, 0 if state is None else state.lsn
-
-    def _check(self, state: StoreState | None) -> None:
-        if state is not None and state.log_uuid != self.source.meta.log_uuid:
-            wrong = misfit(state, self.source.meta.log_uuid, 1, state.lsn)
-            assert wrong is not None
-            raise damaged(data_file(self._path), wrong)
-
-    async def _wait_unread(self) -> None:
-        for versions in (*self._former, self.versions):
-            await versions.readers.wait_unread()
-        self._former.clear()
+    @property
+    def epoch(self) -> int:
+        """Of the history that is seen here."""
+        return self.versions.epoch
 
     # -- beginning --
 
     async def begin(self) -> RecordStream:
-        """Read the store and the log's tail; gives the stream that goes on from there.
+        """Read the store, and the log's tail above it; gives the stream that goes on from there.
 
         Raises:
           CorruptLogError, OSError, UnsupportedFormatError
         """
+        source = self.source
+        before: int | None = None
         for _ in range(OPEN_TRIES):
             transaction, lsn = await self._begin_store()
             try:
                 # After that: see the top of this module.
-                await self.source.refresh()
+                await source.refresh()
+                if lsn == before or lsn > source.tail.durable_lsn:
+                    self._refuse(lsn)
                 return await self._begin_above(transaction, lsn)
             except LsnTruncatedError:
                 # The owner has checkpointed and dropped what was to be read.
                 transaction.close()
                 before = lsn
-                _, lsn = await self._begin_store()
-                if lsn == before:
-                    wrong = misfit(None, self.source.meta.log_uuid, self.source.tail.first_lsn, 0)
-                    raise damaged(data_file(self._path), wrong or "") from None
             except BaseException:
                 transaction.close()
                 raise
         raise CorruptLogError(self._path, 0, "its log is dropped faster than it can be read")
 
+    async def _begin_store(self) -> tuple[ReadTransaction, int]:
+        """A read transaction of the store, and what it holds."""
+        transaction, state = await self.source.blocking(self._store.read)
+        if state is None:
+            return transaction, 0
+        if state.log_uuid != self.source.meta.log_uuid:
+            transaction.close()
+            raise damaged(data_file(self._path), "the store belongs to another log")
+        return transaction, state.lsn
+
+    def _refuse(self, lsn: int) -> NoReturn:
+        """Store and log do not fit."""
+        source = self.source
+        if source.damage is not None:
+            raise CorruptLogError(*source.damage.args) from source.damage
+        meta, tail = source.meta, source.tail
+        state = StoreState(meta.log_uuid, lsn)
+        wrong = misfit(state, meta.log_uuid, tail.first_lsn, tail.durable_lsn)
+        raise damaged(data_file(self._path), wrong or f"LSN {lsn + 1} is not in its log")
+
     async def _begin_above(self, transaction: ReadTransaction, lsn: int) -> RecordStream:
-        tail = self.source.tail
-        if lsn > tail.durable_lsn:
-            self._refuse_ahead(lsn, tail)
+        durable_lsn = self.source.tail.durable_lsn
         stream = new_record_stream(self.source, lsn + 1, None, follow=True)
         await stream.__aenter__()
         try:
-            prepared = _Prepared(transaction)
             versions = Versions(
                 self._path,
-                prepared,
+                _Begun(transaction),
                 _NoLog(),
                 durable_lsn=lsn,
                 checkpoint_bytes=1 << 62,
                 max_transaction_bytes=0,
             )
-            await self._replay_up_to(versions, stream, tail.durable_lsn)
+            versions.epoch = stream.bookmark.epoch
+            while versions.durable_lsn < durable_lsn:
+                await self._replay(versions, stream)
         except BaseException:
             await stream.__aexit__(None, None, None)
             raise
-        self._prepared, self.versions = prepared, versions
-        self._frozen = None
-        self.checkpoint_lsn = lsn
-        self.epoch = tail.epoch
+        self.versions, self.checkpoint_lsn = versions, lsn
         return stream
 
-    def _refuse_ahead(self, lsn: int, tail: Tail) -> None:
-        if self.source.damage is not None:
-            raise self.source.damage
-        wrong = misfit(
-            StoreState(self.source.meta.log_uuid, lsn),
-            self.source.meta.log_uuid,
-            1,
-            tail.durable_lsn,
-        )
-        raise damaged(data_file(self._path), wrong or "")
-
-    async def _replay_up_to(self, versions: Versions, stream: RecordStream, lsn: int) -> None:
-        while versions.durable_lsn < lsn:
-            await self._replay(versions, await stream.batches(None).__anext__())
-
-    async def _replay(self, versions: Versions, records: list[Record]) -> None:
+    async def _replay(self, versions: Versions, stream: RecordStream) -> None:
+        """The next commits of the log."""
         name = self.source.name
+        due = perf_counter() + TURN_SECONDS
+        records = await stream.batches(None).__anext__()
+        versions.epoch = stream.bookmark.epoch
         for record in records:
             writes = decode_record(name, record.lsn, record.data)
-            moves = moves_in(record.data)
-            await versions.replay(record.lsn, writes, len(record.data), moves)
+            await versions.replay(record.lsn, writes, len(record.data))
+            if perf_counter() >= due:
+                await trio.lowlevel.checkpoint()
+                due = perf_counter() + TURN_SECONDS
 
     # -- following --
 
@@ -214,64 +204,59 @@ class Follower:
         try:
             with self._stopping:
                 while True:
-                    try:
-                        await self._follow(stream)
-                    except (LsnTruncatedError, LogDivergedError):
-                        # Fallen behind, or the end was cut: what the store has is the truth.
-                        await stream.__aexit__(None, None, None)
-                        stream = await self._begin_anew()
+                    await self._follow(stream)
+                    stream = await self._begin_anew()
         except (Forked, trio.ClosedResourceError):
             return
         except (CorruptLogError, UnsupportedFormatError, OSError, MemoryError) as exc:
             self.failure = exc
+        self._reached.release()
+
+    async def _follow(self, stream: RecordStream) -> None:
+        """Until all is to begin anew."""
+        try:
+            while not await self._store_is_newer():
+                await self._replay(self.versions, stream)
+                self._reached.reached(self.lsn)
+        except LsnTruncatedError:
+            # Fallen behind, or (its kind `LogDivergedError`) the end was cut: the store is right.
+            return
         finally:
             await stream.__aexit__(None, None, None)
-        self._reached.release()
+
+    async def _store_is_newer(self) -> bool:
+        """Whether it has something of what is kept in memory here."""
+        now = perf_counter()
+        if self.versions.view.active.log_bytes < CHECK_BYTES or now < self._checked:
+            return False
+        transaction, lsn = await self._begin_store()
+        transaction.close()
+        self._checked = now + CHECK_SECONDS
+        return lsn > self.checkpoint_lsn
 
     async def _begin_anew(self) -> RecordStream:
         former = self.versions
         stream = await self.begin()
-        self._former.append(former)
+        # Whoever reads it still has its store.
+        former.close()
+        self._former = [each for each in (*self._former, former) if each.readers.pins]
         self._reached.release()
         return stream
 
-    async def _follow(self, stream: RecordStream) -> None:
-        async for records in stream.batches(None):
-            await self._replay(self.versions, records)
-            self._reached.reached(self.lsn)
-            await self._take_checkpoint(stream)
-
-    async def _take_checkpoint(self, stream: RecordStream) -> None:
-        """Let go of the layer that the owner's store has."""
-        versions = self.versions
-        if self._frozen is None and versions.view.active.log_bytes >= FREEZE_BYTES:
-            self._frozen = versions.freeze()
-        frozen = self._frozen
-        if frozen is None:
-            return
-        transaction, lsn = await self._begin_store()
-        try:
-            if lsn < frozen.last_lsn:
-                transaction.close()
-                return
-            await self.source.refresh()
-            await self._replay_up_to(versions, stream, self.source.tail.durable_lsn)
-        except BaseException:
-            transaction.close()
-            raise
-        self._prepared.next = transaction
-        versions.checkpointed(frozen)
-        self._frozen = None
-        self.checkpoint_lsn = lsn
-        self._former = [each for each in self._former if each.readers.pins]
-        self._reached.reached(self.lsn)
-
     def check_history(self, place: int | Bookmark) -> None:
-        """Raises `LogDivergedError` where a bookmark is not in the history that is seen here."""
+        """Raises `LogDivergedError` where a bookmark is not in the log's history."""
         if isinstance(place, Bookmark):
             common = common_lsn(self.source.tail.history, place.epoch)
             if common is None or common < place.lsn:
                 raise LogDivergedError(self._path, place, common)
+
+    def sees(self, place: int | Bookmark) -> bool:
+        """Whether that is seen here; a bookmark that is in the log's history."""
+        if not isinstance(place, Bookmark):
+            return self.lsn >= place
+        # What was seen under an epoch of before may have been cut since.
+        common = common_lsn(self.source.tail.history, self.epoch)
+        return common is not None and min(self.lsn, common) >= place.lsn
 
     async def wait_news(self, lsn: int) -> None:
         """Until that LSN is seen here, or something has happened."""
@@ -300,8 +285,7 @@ class Follower:
     def close(self) -> None:
         """Give everything back, after `run` has ended."""
         self.stop()
-        for versions in (*self._former, self.versions):
-            versions.close()
+        self.versions.close()
         self._former.clear()
         self._store.close()
 

@@ -108,7 +108,9 @@ class Layer:
         "_hidden",
         "_level",
         "_replacing",
+        "acknowledged_lsn",
         "bytes",
+        "commit_lsn",
         "keys",
         "last_lsn",
         "last_seq",
@@ -128,6 +130,10 @@ class Layer:
         """Of its newest durable commit; 0 where there is none."""
         self.places: dict[str, Place | None] = {}
         """Of consumers that its durable commits have moved; None: dropped."""
+        self.acknowledged_lsn: int = 0
+        """Of its newest durable commit that does nothing else; 0 where there is none."""
+        self.commit_lsn: int = 0
+        """Of the newest one before that that does more."""
         self.keys: SortedKeys = SortedKeys()
         """Without those that are buried."""
         self._replacing: deque[Version] = deque()

@@ -8,8 +8,6 @@ from __future__ import annotations
 from threading import get_ident
 from typing import Final, final
 
-import trio
-
 from ._admission import Line
 from ._park import require_trio
 from ._queue import WriteQueue
@@ -49,7 +47,7 @@ class Lines:
         """Raises `trio.ClosedResourceError` after the end of the line, and `RuntimeError` in
         another run of trio."""
         if line.closed:
-            raise _left(line)
+            raise line.left()
         if get_ident() != self._thread:
             name = printable(str(line.name))
             raise RuntimeError(f"writer {name} belongs to another run of trio")
@@ -65,7 +63,7 @@ class Lines:
     def close(self, line: Line) -> None:
         """Whoever stands in the line gets `trio.ClosedResourceError`; what was accepted stays."""
         del self._open[str(line.name)]
-        self._queue.close_line(line, lambda: _left(line))
+        self._queue.close_line(line)
 
     def statistics(self) -> dict[str, WriterStatistics]:
         return {name: self.statistics_of(line) for name, line in self._open.items()}
@@ -89,8 +87,3 @@ class Lines:
             records_appended=line.records_appended,
             bytes_appended=line.bytes_appended,
         )
-
-
-def _left(line: Line) -> trio.ClosedResourceError:
-    name = printable(str(line.name))
-    return trio.ClosedResourceError(f"writer {name}: its block was left")

@@ -17,10 +17,9 @@ they are lost, and whoever made them cannot take them back any more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, Protocol, final
 
-import attrs
 import trio
 from trio.lowlevel import Task, enable_ki_protection
 
@@ -29,7 +28,7 @@ from ._exceptions import LogFullError, TransactionConflict
 from ._layer import Layer, Version
 from ._memtable import Memtable, View
 from ._operations import Writes, encode_placed_transaction, encode_transaction
-from ._places import Moves, Place, Places
+from ._places import CommitPlaces, Moves, Place
 from ._text import printable
 from ._watch import Watches
 
@@ -285,7 +284,7 @@ class Versions:
     ) -> None:
         """
         Args:
-          stored: what the store says of itself.
+          stored: what the store says of itself; None: it has no places of consumers.
         """
         self.path: Final = path
         """The database's, for messages."""
@@ -302,15 +301,17 @@ class Versions:
         self._pins: Final = self.readers.pins
         self._moving: dict[int, Moves] = {}
         """What those among them do to the places of consumers, by number."""
-        self._stored_places: dict[str, Place] = {} if stored is None else dict(stored.places)
-        self.places: Final = Places(self._stored_places, 0 if stored is None else stored.lsn)
-        """Of consumers, as of `durable_lsn`."""
-        self.on_moved: Callable[[str], None] | None = None
-        """Called with the name of each consumer whose place has moved."""
+        stored = stored or StoreState(b"", 0)
+        self.stored_places: Mapping[str, Place] = stored.places
+        """Of consumers, as of the newest checkpoint."""
+        self.places: Final = CommitPlaces(stored.places, stored.commit_lsn, stored.lsn)
+        """As of `durable_lsn`."""
         self.last_seq: int = 0
         self.settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
         self.durable_lsn: int = durable_lsn
+        self.epoch: int = 0
+        """Of the history that they are of; set by who makes or replays them."""
         self.max_transaction_bytes: Final = max_transaction_bytes
         self._checkpoint_bytes: Final = checkpoint_bytes
         self.room: Final = Room()
@@ -581,24 +582,19 @@ class Versions:
                 self._moved(lsn, moves, layer, alone=not writes)
 
     def _moved(self, lsn: int, moves: Moves, layer: Layer, *, alone: bool) -> None:
+        layer.places.update(self.places.record(lsn, moves, alone=alone))
         if alone:
-            self.places.acknowledged_at(lsn)
-        changed = self.places.moved(moves)
-        layer.places.update(changed)
-        if self.on_moved is not None:
-            for name in changed:
-                self.on_moved(name)
+            layer.acknowledged_lsn, layer.commit_lsn = lsn, self.places.commit_lsn
 
-    def places_at(self, frozen: Layer, lsn: int) -> dict[str, Place]:
-        """As of the frozen layer's LSN: what a checkpoint says."""
-        return {
-            name: attrs.evolve(place, acknowledgements=self.places.hidden(place, lsn))
-            for name, place in self._places_with(frozen).items()
-        }
-
-    def _places_with(self, frozen: Layer) -> dict[str, Place]:
-        places = {**self._stored_places, **frozen.places}
-        return {name: place for name, place in places.items() if place is not None}
+    def state_at(self, frozen: Layer, before: StoreState) -> StoreState:
+        """What a store that holds the frozen layer says of itself."""
+        lsn = max(frozen.last_lsn, before.lsn)
+        places = {**before.places, **frozen.places}
+        known = {name: place for name, place in places.items() if place is not None}
+        if lsn == before.lsn:
+            return StoreState(before.log_uuid, lsn, known, before.commit_lsn)
+        commit_lsn = frozen.commit_lsn if frozen.acknowledged_lsn == lsn else lsn
+        return StoreState(before.log_uuid, lsn, known, commit_lsn)
 
     # -- room --
 
@@ -641,26 +637,20 @@ class Versions:
         self._refresh()
         return frozen
 
-    def checkpointed(self, frozen: Layer) -> None:
+    def checkpointed(self, frozen: Layer, state: StoreState) -> None:
         """The store holds the frozen layer, durably."""
         # A copy: the garbage collector ends scans that were left, whenever it likes.
         for reader in list(self._pins):
             reader.layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh()
-        self._stored_places = self._places_with(frozen)
-        self._forget_acknowledgements()
+        self.stored_places = state.places
+        self.places.forget_before(
+            min((place.lsn for place in self.places.now.values()), default=state.lsn)
+        )
         self.room.tell()
         if self.view.active.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
-
-    def _forget_acknowledgements(self) -> None:
-        known = (*self._stored_places.values(), *self.places.now.values())
-        self.places.forget_before(min((p.lsn for p in known), default=self.durable_lsn))
-        if self.on_moved is not None:
-            # Those that have everything hold less of the log than when they moved last.
-            for name in self.places.now:
-                self.on_moved(name)
 
     def reopen_base(self, between: Callable[[], None]) -> None:
         """Do something while the store is not being read; nobody else may be reading."""

@@ -27,7 +27,7 @@ from ._disk.recovery import Plan
 from ._engine import Engine
 from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
-from ._files import Files, OsFiles
+from ._files import Files
 from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
 from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
@@ -35,6 +35,7 @@ from ._park import require_trio
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
+from ._system.files import OsFiles
 from ._util import MiB, check_int, check_one_of, check_path
 from ._worker import Blocking
 

@@ -70,11 +70,9 @@ def moves_in(record: bytes) -> dict[str, Move]:
     return _split(record)[0]
 
 
-def is_acknowledgement(record: bytes) -> bool:
-    """Whether a transaction, which can be decoded, moves places and writes nothing."""
-    return (
-        record[:1] == PLACED_FORMAT and record[-1:] == b"\x80" and not _count_operations(record)[0]
-    )
+def moves_places(record: bytes) -> bool:
+    """Whether a transaction says anything of places."""
+    return record[:1] == PLACED_FORMAT
 
 
 def _split(record: bytes) -> tuple[dict[str, Move], int]:
@@ -92,8 +90,7 @@ def _split(record: bytes) -> tuple[dict[str, Move], int]:
 
 def decode_transaction(record: bytes) -> Writes:
     """Raises `OperationsError`."""
-    _count_operations(record)
-    begin = 1 if record[:1] == TRANSACTION_FORMAT else _split(record)[1]
+    begin, _, _ = _count_operations(record)
     try:
         writes = _decoder.decode(memoryview(record)[begin:])
     except msgspec.MsgspecError as exc:
@@ -104,8 +101,9 @@ def decode_transaction(record: bytes) -> Writes:
     return writes
 
 
-def _count_operations(record: bytes) -> tuple[int, int]:
-    """How many a transaction says that it has, and where the first one starts.
+def _count_operations(record: bytes) -> tuple[int, int, int]:
+    """Where a transaction's map begins, how many operations it says that it has, and where the
+    first one starts.
 
     Raises `OperationsError`, also where there are more than a writer may have written.
     """
@@ -122,7 +120,7 @@ def _count_operations(record: bytes) -> tuple[int, int]:
         raise OperationsError(f"no transaction: {count:,} keys, over {OPERATIONS_MAX:,}")
     if count * _OPERATION_BYTES_MIN > len(record) - start:
         raise OperationsError(f"no transaction: {count:,} keys in {len(record):,} bytes")
-    return count, start
+    return begin, count, start
 
 
 def operations_in(record: bytes) -> Iterator[tuple[bytes, bytes | None]]:
@@ -131,7 +129,7 @@ def operations_in(record: bytes) -> Iterator[tuple[bytes, bytes | None]]:
 
     Raises `OperationsError`, which is all that `decode_transaction` would say.
     """
-    count, at = _count_operations(record)
+    _, count, at = _count_operations(record)
     for _ in range(count):
         key, at = _take_bytes(record, at)
         if key is None:

@@ -217,11 +217,11 @@ class WriteQueue:
         self._set_limits()
         return line
 
-    def close_line(self, line: Line, error: Callable[[], BaseException]) -> None:
+    def close_line(self, line: Line) -> None:
         """Nobody comes in through this line any more; who stands there is told.  What was
         accepted stays."""
-        line.closed = True
-        self._dismiss(line, lambda _: error())
+        line.close()
+        self._dismiss(line, lambda _: line.left())
         self._lines.remove(line)
         self._admission.close(line)
         self._admit()
@@ -250,9 +250,7 @@ class WriteQueue:
             self._admission.records += records
             self._admission.bytes += size
         if line.name is not None:
-            share = self._share(line, batch)
-            share.records += records
-            share.bytes += size
+            share = line.share_of(batch)
             line.records += records
             line.bytes += size
             if isinstance(key, int):
@@ -328,19 +326,6 @@ class WriteQueue:
         self._sealed.insert(place, batch)
         self._admission.seal(batch)
         return batch
-
-    def _share(self, line: Line, batch: Batch) -> Share:
-        """The line's share of a batch."""
-        share = line.share
-        if share is not None and share.batch is batch:
-            return share
-        if batch.shares is None:
-            batch.shares = {}
-        share = batch.shares.get(line)
-        if share is None:
-            share = batch.shares[line] = Share(line, batch)
-        line.share = share
-        return share
 
     def enqueue(self, batch: Batch) -> None:
         """Hand a batch that has its first entry to the flusher; it is still filled."""
@@ -432,36 +417,39 @@ class WriteQueue:
     def append_in(self, line: Line, record: bytes, task: Task) -> Generator[Any, Any, int]:
         """`append` through a writer's line."""
         batch = self.filling
-        place = len(batch.entries)
+        entries = batch.entries
+        place = len(entries)
         size = len(record)
         total = batch.bytes + size
+        mine, my_bytes = line.records, line.bytes + size
         if (
             place >= batch.records_credit
             or total > batch.bytes_credit
-            or line.high
+            or mine >= line.records_credit
+            or my_bytes > line.max_queue_bytes
             or line.blocked
-            or line.records >= line.max_queue_size
-            or line.bytes + size > line.max_queue_bytes
         ):
             return (yield from self.submit(record, line).__await__())
-        batch.entries[task] = record
+        entries[task] = record
         batch.bytes = total
         if not place:
             self.enqueue(batch)
         share = line.share
         if share is None or share.batch is not batch:
-            share = self._share(line, batch)
-        share.records += 1
-        share.bytes += size
-        line.records += 1
-        line.bytes += size
-        claim = self._claim(batch, task, share)
+            share = line.share_of(batch)
+        line.records = mine + 1
+        line.bytes = my_bytes
+        claims = self._claims
+        claim = claims.pop() if claims else Claim(self)
+        claim.batch = batch
+        claim.task = task
+        claim.share = share
         if REUSES:
             (yield claim.request).unwrap()
         else:
             yield from park(claim.request).__await__()
         claim.batch = claim.task = claim.share = None
-        self._claims.append(claim)
+        claims.append(claim)
         if batch.lsns is None and batch.first_lsn:
             return batch.first_lsn + place
         return self.outcome(batch, task)
@@ -487,6 +475,8 @@ class WriteQueue:
         """
         self.status.check_open(self._fate(item, "not written"))
         line = line or self.line
+        if line.closed:
+            raise line.left()
         task = current_task()
         if self._has_room(item, line):
             if enter is not None:
@@ -598,21 +588,12 @@ class WriteQueue:
             self._admission.bytes -= size
             self._admission.records -= records
         if share is not None:
-            self._return(share, records, size)
+            share.line.give_back(share, records, size)
+            self._admission.refresh(share.line)
         if self.owner is not None:
             self.owner.withdrawn(task)
         self._admit()
         return Abort.SUCCEEDED
-
-    def _return(self, share: Share, records: int, size: int) -> None:
-        """A writer has so much less waiting."""
-        line: Line = share.line
-        line.note_peaks()
-        share.records -= records
-        share.bytes -= size
-        line.records -= records
-        line.bytes -= size
-        self._admission.refresh(line)
 
     def withdraw_blocked(self, blocked: Blocked) -> Abort:
         """Take back what waits for room, or has found it since."""
@@ -738,11 +719,7 @@ class WriteQueue:
     def _take_shares(self, batch: Batch) -> None:
         shares: dict[Line, Share] = batch.shares or {}
         for line, share in shares.items():
-            line.note_peaks()
-            line.records -= share.records
-            line.bytes -= share.bytes
-            if line.share is share:
-                line.share = None
+            line.take(share)
             self._admission.refresh(line)
 
     @property
@@ -835,13 +812,8 @@ class WriteQueue:
         """Count anew what waits."""
         self._admission.recount(tuple(self._sealed))
         for line in self._lines:
-            shares = [
-                share
-                for batch in (*self._sealed, self.filling)
-                if (share := (batch.shares or {}).get(line)) is not None
-            ]
-            line.records = sum(share.records for share in shares)
-            line.bytes = sum(share.bytes for share in shares)
+            found = ((batch.shares or {}).get(line) for batch in (*self._sealed, self.filling))
+            line.recount(share for share in found if share is not None)
 
     def _dismiss_all(self, error: Callable[[Item], BaseException]) -> None:
         for line in self._lines:

@@ -38,11 +38,12 @@ from ._disk.walk import begun_lsn, judge_end, proven_lsn
 from ._engine import Moved, Reader, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Directory, File, Files, OsFiles, Watch, Word, close_quietly
+from ._files import Directory, File, Files, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
 from ._park import require_trio
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
+from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_path
 from ._worker import Blocking

@@ -34,9 +34,10 @@ class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor
     _entered = False
     _lsn = 0
 
-    def __init__(self, versions: Versions, epoch: int) -> None:
+    _epoch = 0
+
+    def __init__(self, versions: Versions) -> None:
         self._versions = versions
-        self._epoch = epoch
 
     @enable_ki_protection
     def __enter__(self) -> Snapshot:
@@ -44,7 +45,7 @@ class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor
             raise RuntimeError("a snapshot is for one use")
         # Here, not when it was made: without the block nobody would let go of what it keeps.
         self._pin = Pin(self._versions)
-        self._lsn = self._pin.lsn
+        self._lsn, self._epoch = self._pin.lsn, self._versions.epoch
         self._entered = True
         return self
 
@@ -144,3 +145,33 @@ def _nothing() -> None:
 
 
 new_snapshot = constructor(Snapshot)
+
+
+@enable_ki_protection
+def _scan_once(
+    snapshot: Snapshot, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+) -> Iterator[tuple[bytes, bytes]]:
+    with snapshot:
+        # `scan_once` takes this: a generator that was never begun would not let go either.
+        yield b"", b""
+        yield from snapshot.scan(start, stop, reverse=reverse, limit=limit)
+
+
+def scan_once(
+    snapshot: Snapshot, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+) -> Iterator[tuple[bytes, bytes]]:
+    """A scan of a snapshot that begins now and ends with the scan."""
+    found = _scan_once(snapshot, start, stop, reverse, limit)
+    next(found)
+    return found
+
+
+def stream_once(
+    snapshot: Snapshot, start: bytes | None, stop: bytes | None, reverse: bool, limit: int | None
+) -> PairStream:
+    """A stream of a snapshot that begins when the stream is entered, and ends with it."""
+
+    def scan() -> Iterator[tuple[bytes, bytes]]:
+        return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
+
+    return new_pair_stream(scan, snapshot.close)

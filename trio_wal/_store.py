@@ -20,18 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 from . import _pages
 from ._base import MapFull, ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
-from ._files import (
-    OsDirectory,
-    close_quietly,
-    descriptor,
-    identity,
-    leave_mark,
-    make_directory,
-    open_store_directory,
-    path_below,
-    remove_file,
-    system_error,
-)
+from ._files import close_quietly
 from ._operations import KEY_BYTES_MAX
 from ._places import encode_places
 from ._store_files import (
@@ -44,6 +33,16 @@ from ._store_files import (
     data_file,
     forget_suspect,
     store_size,
+)
+from ._system.files import OsDirectory
+from ._system.paths import make_directory
+from ._system.store import (
+    identity,
+    leave_mark,
+    open_store_directory,
+    path_below,
+    remove_file,
+    system_error,
 )
 from ._util import MiB
 
@@ -269,7 +268,9 @@ class LmdbStore:
                     txn.put(b"log", state.log_uuid, db=self._meta)
                     txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
                     if state.places:
-                        txn.put(_pages.CONSUMERS, encode_places(state.places), db=self._meta)
+                        places = encode_places(state.places)
+                        said = state.commit_lsn.to_bytes(8, "little") + places
+                        txn.put(_pages.CONSUMERS, said, db=self._meta)
                     else:
                         txn.delete(_pages.CONSUMERS, db=self._meta)
         except self._lmdb.MapFullError as exc:
@@ -278,7 +279,7 @@ class LmdbStore:
             explained = self.explained(exc, "checkpoint failed")
             assert explained is not None
             if isinstance(explained, OSError):
-                # LMDB would write the same pages again, and that may not help: see `_files`.
+                # LMDB would write the same pages again, and that may not help: see `_system.sync`.
                 self._suspect = True
                 full = self._mark_suspect()
                 if explained.errno == errno.EIO and full is not None:
@@ -331,7 +332,7 @@ class LmdbStore:
             file = directory.open(DATA_NAME, create=True)
             try:
                 # Compacted: what was deleted stays in free pages, and need not travel.
-                self._env.copyfd(descriptor(file), compact=True)
+                self._env.copyfd(file.fileno(), compact=True)
                 file.sync()
             finally:
                 close_quietly(file)

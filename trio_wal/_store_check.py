@@ -17,9 +17,10 @@ import attrs
 from . import _pages
 from ._base import Progress, StoreCheckLevel, StoreState
 from ._exceptions import CorruptLogError
-from ._files import ChildError, File, run_child
+from ._files import File
 from ._store import TURN_PAUSE_SECONDS, TURN_SECONDS, read_everything
 from ._store_files import data_file, found_at, opened_data, state_of, store_size
+from ._system.child import ChildError, run_child
 from ._util import MiB
 
 log = logging.getLogger("trio_wal")

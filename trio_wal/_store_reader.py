@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import threading
 from time import sleep
 from typing import Any, Final
 
 from . import _pages
-from ._base import ReadTransaction, StoreGrown, StoreState
+from ._base import ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
-from ._files import OsDirectory, identity, open_store_directory, path_below
 from ._store import LmdbRead, engine_options, explained
 from ._store_files import (
     DATA_NAME,
@@ -27,6 +27,8 @@ from ._store_files import (
     state_of,
     store_size,
 )
+from ._system.files import OsDirectory, on_every_fork
+from ._system.store import identity, open_store_directory, path_below
 
 MAP_SIZE: Final = 1 << 36
 """64 GiB of address space, or four times the file."""
@@ -53,6 +55,36 @@ class _Nothing:
         pass
 
 
+class _Environment:
+    """A file that is open: LMDB allows it once in a process, so its readers share it."""
+
+    def __init__(self, env: Any, place: tuple[int, int]) -> None:
+        self.env = env
+        self.place = place
+        """Which file it is."""
+        self.users = 0
+        self.data: Any = None
+        self.meta: Any = None
+
+
+class _Process:
+    """What is open in this process."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Also in a forked child: what was open is the parent's, and so may be the thread that has
+        the lock."""
+        self.environments: dict[tuple[int, int], _Environment] = {}
+        self.lock = threading.Lock()
+        """Who opens or closes one, or changes `_Environment.users`."""
+
+
+_process = _Process()
+on_every_fork(_process.begin)
+
+
 class LmdbStoreReader:
     """A `StoreReader` of LMDB's."""
 
@@ -60,11 +92,7 @@ class LmdbStoreReader:
         self._lmdb = importlib.import_module("lmdb")
         self.lmdb_error: type[Exception] = self._lmdb.Error
         self.path = path
-        self._env: Any = None
-        self._data: Any = None
-        self._meta: Any = None
-        self._place: tuple[int, int] | None = None
-        """Which file is open."""
+        self._opened: _Environment | None = None
 
     def explained(self, exc: BaseException, what: str) -> CorruptLogError | OSError | None:
         """LMDB's error as ours; None: it is not LMDB's."""
@@ -79,31 +107,39 @@ class LmdbStoreReader:
 
     # -- opening --
 
-    def _open(self) -> bool:
-        """Whether there is a file, which is open then."""
+    def _open(self) -> _Environment | None:
+        """None: there is no file yet."""
         try:
             directory = open_store_directory(self.path)
         except FileNotFoundError:
-            return False
+            return None
         try:
             sizes = check_files(directory)
             size = sizes[DATA_NAME]
             if not size:
-                return False
+                return None
             self._look_through()
-            self._place = identity(directory, DATA_NAME)
-            if sizes[LOCK_NAME] is None:
-                _make_lock(directory)
-            try:
-                self._env = self._open_lmdb(directory, max(MAP_SIZE, 4 * size))
-            except self.lmdb_error as exc:
-                raise self._refused(exc) from exc
-            if identity(directory, DATA_NAME) != self._place:
-                self.close()
+            with _process.lock:
+                opened = self._shared(directory, size)
+                opened.users += 1
+            if identity(directory, DATA_NAME) != opened.place:
+                _release(opened)
                 raise damaged(data_file(self.path), "the file was replaced while it was opened")
+            return opened
         finally:
             directory.close()
-        return True
+
+    def _shared(self, directory: OsDirectory, size: int) -> _Environment:
+        place = identity(directory, DATA_NAME)
+        opened = _process.environments.get(place)
+        if opened is None:
+            _make_lock(directory)
+            try:
+                env = self._open_lmdb(directory, max(MAP_SIZE, 4 * size))
+            except self.lmdb_error as exc:
+                raise self._refused(exc) from exc
+            opened = _process.environments[place] = _Environment(env, place)
+        return opened
 
     def _open_lmdb(self, directory: OsDirectory, size: int) -> Any:
         return self._lmdb.open(
@@ -164,20 +200,22 @@ class LmdbStoreReader:
 
     def read(self) -> tuple[ReadTransaction, StoreState | None]:
         self._check_place()
-        if self._env is None and not self._open():
-            return _Nothing(), None
-        env: Any = self._env
+        if self._opened is None:
+            self._opened = self._open()
+        opened = self._opened
         try:
-            if self._data is None and not self._open_databases():
+            if opened is None or not self._has_databases(opened):
                 return _Nothing(), None
-            txn = env.begin(db=self._data)
-        except (self._lmdb.MapResizedError, self._lmdb.MapFullError):
-            raise StoreGrown from None
+            txn = opened.env.begin(db=opened.data)
+        except self._lmdb.MapResizedError as exc:
+            # LMDB maps more only while nothing is read.
+            text = "the store has outgrown what this reader has mapped: open the reader again"
+            raise OSError(errno.ENOMEM, text, data_file(self.path)) from exc
         except self.lmdb_error as exc:
             raise self._told(exc, "the store cannot be read") from exc
         try:
             names = (b"lsn", b"log", b"format", _pages.CONSUMERS)
-            meta = {name: txn.get(name, db=self._meta) for name in names}
+            meta = {name: txn.get(name, db=opened.meta) for name in names}
             state = state_of(self.path, {k: v for k, v in meta.items() if v is not None})
             return LmdbRead(self, txn), state
         except self.lmdb_error as exc:
@@ -187,41 +225,45 @@ class LmdbStoreReader:
             txn.abort()
             raise
 
-    def _open_databases(self) -> bool:
-        """Whether both are there; they are made when a store is opened for the first time."""
-        try:
-            self._meta = self._env.open_db(_pages.META, create=False)
-            self._data = self._env.open_db(_pages.DATA, create=False)
-        except self._lmdb.NotFoundError:
-            return False
+    def _has_databases(self, opened: _Environment) -> bool:
+        """They are made when a store is opened for the first time."""
+        with _process.lock:
+            if opened.data is None:
+                try:
+                    opened.meta = opened.env.open_db(_pages.META, create=False)
+                    opened.data = opened.env.open_db(_pages.DATA, create=False)
+                except self._lmdb.NotFoundError:
+                    return False
         return True
 
     def _check_place(self) -> None:
-        if self._env is None:
+        if self._opened is None:
             return
         directory = open_store_directory(self.path)
         try:
-            if identity(directory, DATA_NAME) != self._place:
+            if identity(directory, DATA_NAME) != self._opened.place:
                 raise CorruptLogError(
                     data_file(self.path), 0, "another file stands here now: open the reader again"
                 )
         finally:
             directory.close()
 
-    def grow(self) -> None:
-        try:
-            self._env.set_mapsize(max(MAP_SIZE, 4 * store_size(self.path)))
-        except self.lmdb_error as exc:
-            raise self._told(exc, "the map cannot grow") from exc
-
     def size(self) -> int:
         return store_size(self.path)
 
     def close(self) -> None:
-        env, self._env = self._env, None
-        self._data = self._meta = None
-        if env is not None:
-            env.close()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            _release(opened)
+
+
+def _release(opened: _Environment) -> None:
+    with _process.lock:
+        opened.users -= 1
+        # In a forked child it is the parent's, and stays as it is.
+        if not opened.users and _process.environments.get(opened.place) is opened:
+            del _process.environments[opened.place]
+            opened.env.close()
 
 
 def _make_lock(directory: OsDirectory) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import final
 
 from ._base import Progress, Store, StoreCheckLevel, StoreReader, Stores, StoreState
-from ._files import Files, OsFiles, open_store_directory, remove_file
+from ._files import Files
 from ._store import LmdbStore
 from ._store_check import check_before_open
 from ._store_files import DATA_NAME, LOCK_NAME, SUSPECT_NAME, inspect_store
 from ._store_reader import LmdbStoreReader
+from ._system.files import OsFiles
+from ._system.store import open_store_directory, remove_file
 
 
 def stores_of(files: Files) -> Stores:

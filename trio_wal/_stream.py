@@ -371,7 +371,8 @@ class RecordStream(
 
         Args:
           max_records: in a list; None: as they stand in the log's frames, which is fastest.
-          linger: for so many seconds, after there is a first record, a list waits for more.
+          linger: for so many seconds, after there is a first record, a list waits for more;
+              without ``max_records`` it keeps all that it reads meanwhile in memory.
 
         Raises what iterating the stream raises; first all that is whole is given.
         """

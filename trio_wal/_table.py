@@ -164,7 +164,12 @@ class Table(Generic[K, V]):
         if self._encode is None:
             return check_bytes(f"table {self._name!r}: value", value)
         kind = self._class
-        if kind is not None and not isinstance(value, kind):
+        # As type checkers have it, an int may stand for a float; but what would not be decoded as
+        # what it is, as a bool for an int, is refused.
+        if kind is not None and (
+            not isinstance(value, (float, int) if kind is float else kind)
+            or (kind in (int, float) and isinstance(value, bool))
+        ):
             raise TypeError(
                 f"table {self._name!r}: value must be of type {kind.__qualname__}, "
                 f"not {type(value).__name__}"

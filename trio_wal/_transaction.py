@@ -26,7 +26,7 @@ from ._operations import (
     check_range,
     check_size,
 )
-from ._places import Move, encode_moves
+from ._places import Move, encode_moves, is_after
 from ._readset import ReadSet
 from ._util import check_bytes, check_int
 
@@ -406,7 +406,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._guards = (*self._guards, guard)
         moves = dict(self._moves or {})
         old = moves.get(name)
-        if move is None or not _is_after(move, old):
+        if move is None or (old is not None and not is_after(move, old)):
             return
         moves[name] = move
         size = self._bytes + len(encode_moves(moves)) - len(encode_moves(self._moves or {}))
@@ -426,13 +426,6 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     def lsn(self) -> int | None:
         """The LSN of the commit; None before."""
         return self._lsn
-
-
-def _is_after(move: Move, old: Move | None) -> bool:
-    """Whether a move goes on from another one of the same transaction."""
-    if old is None or old.place is None or move.place is None:
-        return True
-    return move.place.lsn > old.place.lsn
 
 
 acknowledge_in = Transaction._acknowledge

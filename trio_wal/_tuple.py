@@ -35,6 +35,8 @@ _END: Final = b"\x00"
 INT_BYTES_MAX: Final = 255
 """Of an int's magnitude."""
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_FIRST: Final = datetime.min.replace(tzinfo=timezone.utc) - EPOCH
+_LAST: Final = datetime.max.replace(tzinfo=timezone.utc) - EPOCH
 _MICROSECOND: Final = timedelta(microseconds=1)
 _SIGN: Final = 1 << 63
 _POSITIVE: Final = [bytes((_ZERO + width,)) for width in range(9)]
@@ -214,7 +216,10 @@ class _Datetime:
                 f"{where} is a datetime without a time zone, of which nobody can tell when it is: "
                 "give it one, as with tzinfo=datetime.timezone.utc"
             )
-        return b"\x40" + ((value - EPOCH) // _MICROSECOND + _SIGN).to_bytes(8, "big")
+        since = value - EPOCH
+        if not _FIRST <= since <= _LAST:
+            raise ValueError(f"{where} is no time of the calendar in UTC, as which it is kept")
+        return b"\x40" + (since // _MICROSECOND + _SIGN).to_bytes(8, "big")
 
     def decode(self, data: bytes, at: int) -> tuple[datetime, int]:
         if _take(data, at, 1) != b"\x40":
@@ -242,7 +247,8 @@ class _Nested:
         if _take(data, at, 1) != _TUPLE:
             raise KeyFormatError(f"a tuple is due at byte {at}")
         values, end = self._elements.decode(data, at + 1, _END)
-        _take(data, end, 1)
+        if _take(data, end, 1) != _END:
+            raise KeyFormatError(f"a tuple's end is due at byte {end}")
         return values, end + 1
 
 

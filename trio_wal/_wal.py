@@ -23,7 +23,7 @@ from ._consumers import Consumers, EngineKeeper, Session, check_start
 from ._engine import RecoveryReport
 from ._exceptions import RecordTooLargeError
 from ._exports import NoPublicConstructor, constructor
-from ._files import Files, OsFiles
+from ._files import Files
 from ._flusher import Durability
 from ._identity import Bookmark
 from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
@@ -32,6 +32,7 @@ from ._places import check_consumer_name
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
+from ._system.files import OsFiles
 from ._util import MiB, check_bytes, check_int
 from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
 

@@ -15,7 +15,7 @@ import trio
 
 COMMITS_REMEMBERED: Final = 10_000
 KEYS_REMEMBERED: Final = 100_000
-"""Of these commits together, about 10 MB."""
+"""Of these commits together: some 10 MB where keys have 50 bytes, 60 MB where they have 511."""
 
 
 Commit = tuple[int, Collection[bytes], Any, int]
@@ -29,7 +29,7 @@ class Watch:
     __slots__ = ("_event", "key", "lsn", "prefix")
 
     def __init__(self, key: bytes | None, prefix: bytes | None) -> None:
-        self.key = key
+        self.key: bytes | None = key
         self.prefix: bytes = prefix or b""
         self.lsn: int | None = None
         """Of the commit that touched it."""

@@ -138,6 +138,7 @@ class Writer(metaclass=NoPublicConstructor):
         self._line = line
         self._append = log.append_in
         self._thread = get_ident()
+        self._record_size_max = log.max_record_size
 
     def _check_data(self, data: bytes) -> bytes:
         self._log.lines.check(self._line)
@@ -159,15 +160,11 @@ class Writer(metaclass=NoPublicConstructor):
           trio.ClosedResourceError: the writer's block was left, or the log is closed.
           RuntimeError: called from another run of trio than the log's.
         """
-        line = self._line
-        if (
-            type(data) is not bytes
-            or len(data) > self._log.max_record_size
-            or line.closed
-            or get_ident() != self._thread
-        ):
+        if type(data) is not bytes or len(data) > self._record_size_max:
             data = self._check_data(data)
-        return await self._append(line, data, current_task())
+        if get_ident() != self._thread:
+            self._log.lines.check(self._line)
+        return await self._append(self._line, data, current_task())
 
     @enable_ki_protection
     async def append_many(self, records: Iterable[bytes]) -> range:

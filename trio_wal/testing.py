@@ -594,9 +594,6 @@ class MemoryStoreReader:
         image = self._image()
         return _MemoryRead(image.items), image.state
 
-    def grow(self) -> None:
-        pass
-
     def size(self) -> int:
         return sum(map(len, self._image().items.values()))
 

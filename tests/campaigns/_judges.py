@@ -22,7 +22,7 @@ import trio
 
 import trio_wal
 from trio_wal._disk.verify import verify
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 from . import _report
 from .__main__ import load
@@ -213,6 +213,13 @@ def readers(seed: int, seconds: float, only: str = "") -> Judgement:
     raise AssertionError("unreachable")
 
 
+def lines(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Storms on the lines of a queue."""
+    from .lines import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -309,5 +316,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "bombs": bombs,
     "store": store,
     "pages": pages,
+    "lines": lines,
 }
 """In the order in which they are asked."""

@@ -30,11 +30,11 @@ import attrs
 import trio
 
 import trio_wal
-from trio_wal import Bookmark
+from trio_wal import Bookmark, DatabaseReader, Snapshot
 
 from . import _program
-from ._marks import Chain
-from ._owner import HEAD, Stream, now
+from ._marks import Chain, mark_of
+from ._owner import HEAD, KEYS, SUM, Stream, now, sum_of
 from ._promises import Wrong
 
 FOLLOWERS: Final = 3
@@ -138,6 +138,7 @@ class _Readers:
         self.tell = tell
         self.followers: dict[str, Stream] = {}
         self.numbers = 0
+        self.database: DatabaseReader | None = None
 
     def rng(self, who: object) -> Random:
         return Random(f"{self.onlooker.seed} reading {who}")
@@ -156,6 +157,9 @@ class _Readers:
             if self.onlooker.role == "readers":
                 nursery.start_soon(self.one_follower)
                 nursery.start_soon(self.again_and_again)
+                if self.onlooker.kind == "database":
+                    nursery.start_soon(self.one_database_reader)
+                    nursery.start_soon(self.databases_again_and_again)
 
     async def many_streams(self) -> None:
         """Eight streams on one reader that stays open."""
@@ -183,6 +187,64 @@ class _Readers:
             except Exception as exc:  # noqa: BLE001  (told, and a finding)
                 self.tell("wrong", now(), "open_reader", _program.leaves(exc))
             await trio.sleep(rng.uniform(0, 3 * self.onlooker.pause))
+
+    # -- the database, read --
+
+    async def one_database_reader(self) -> None:
+        """One that stays open."""
+        path = os.path.dirname(self.onlooker.path)
+        async with trio_wal.open_database_reader(path) as reader:
+            self.database = reader
+            await self.moments(reader, "database reader", math.inf)
+
+    async def databases_again_and_again(self) -> None:
+        path = os.path.dirname(self.onlooker.path)
+        rng = self.rng("databases again")
+        while True:
+            who = "new database reader"
+            try:
+                async with trio_wal.open_database_reader(path) as reader:
+                    await self.moments(reader, who, rng.randint(1, 50))
+            except Exception as exc:  # noqa: BLE001  (told, and a finding)
+                self.tell("wrong", now(), who, _program.leaves(exc))
+            await trio.sleep(rng.uniform(0, 3 * self.onlooker.pause))
+
+    async def moments(self, reader: DatabaseReader, who: str, count: float) -> None:
+        """Look again and again; each time all of it must be of one moment."""
+        rng = self.rng(who)
+        last_lsn, number = 0, 0
+        while number < count:
+            number += 1
+            try:
+                with reader.snapshot() as snap:
+                    wrong = self.wrong_moment(snap, who)
+                    await trio.sleep(rng.uniform(0, self.onlooker.pause))
+                    # Also after whatever has happened meanwhile.
+                    wrong = wrong or self.wrong_moment(snap, who)
+                if snap.lsn < last_lsn:
+                    wrong = wrong or f"LSN {snap.lsn} was seen after {last_lsn}"
+                last_lsn = snap.lsn
+            except Exception as exc:  # noqa: BLE001  (told, and a finding)
+                wrong = _program.leaves(exc)
+            if wrong:
+                self.tell("wrong", now(), who, wrong)
+                return
+            await trio.sleep(rng.uniform(0, self.onlooker.pause))
+
+    def wrong_moment(self, snap: Snapshot, who: str) -> str:
+        items = dict(snap.scan())
+        head = items.get(HEAD)
+        mark = None if head is None else mark_of(self.onlooker.seed, head)
+        if mark is None:
+            return "" if head is None and not snap.lsn else f"no head at LSN {snap.lsn}"
+        self.tell("gave", now(), who, mark.lsn, mark.history)
+        if mark.lsn != snap.lsn:
+            return f"the head is of LSN {mark.lsn} at LSN {snap.lsn}"
+        told, keys = int(items.get(SUM, b"0")), {k: v for k, v in items.items() if k[:4] == KEYS}
+        if sum_of(keys.items()) != told:
+            return f"at LSN {snap.lsn} keys are missing, or of another moment: {sorted(keys)}"
+        differ = [key for key, value in items.items() if snap.get(key) != value]
+        return f"at LSN {snap.lsn} get says otherwise of {differ}" if differ else ""
 
     async def follow(self, reader: Any, who: str) -> None:
         rng = self.rng(who)
@@ -262,7 +324,11 @@ class _Readers:
                 await trio.sleep(0.002)
             for stream in self.followers.values():
                 stream._tell_given()
+            if self.database is not None:
+                await self.database.wait_for(last_lsn)
             return ""
+        if self.database is not None and self.database.durable_lsn < last_lsn:
+            return f"the database reader stands still at LSN {self.database.durable_lsn}"
         return "; ".join(
             f"{who} stands still at LSN {stream.position} of {stream.chain.told()}, "
             f"the log ends at LSN {last_lsn} of history {history}"

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
+import zlib
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial, reduce
 from itertools import count
-from operator import attrgetter
+from operator import attrgetter, xor
 from random import Random
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from trio_wal import (
     KeepSegments,
     LogDivergedError,
     LsnTruncatedError,
+    Transaction,
     WriteAheadLog,
 )
 from trio_wal._disk.directory import LogDirectory
@@ -51,6 +53,11 @@ from ._promises import Wrong, check
 
 HEAD: Final = b"head"
 """The key of a database that has the record of its newest transaction."""
+SUM: Final = b"sum"
+"""The key that has `sum_of` all that begin with `KEYS`."""
+KEYS: Final = b"key/"
+KEYS_MAX: Final = 50
+DELETED_SHARE: Final = 0.4
 TELL_RECORDS: Final = 8
 """A stream tells what it has been given so often, and at its end."""
 
@@ -70,6 +77,15 @@ class Owner(BaseJob):
         retention = KeepSegments(self.keep) if self.keep else None
         opening = trio_wal.open_database if self.kind == "database" else trio_wal.open_wal
         return opening(self.path, retention=retention, **self.options)
+
+
+def sum_of(items: Iterable[tuple[bytes, bytes]]) -> int:
+    """Of a database's state: no key can be missing, added or of another moment unnoticed."""
+    return reduce(xor, (_part(*item) for item in items), 0)
+
+
+def _part(key: bytes, value: bytes | None) -> int:
+    return 0 if value is None else zlib.crc32(value, zlib.crc32(key)) << 32 | zlib.crc32(key)
 
 
 def size_of(rng: Random) -> int:
@@ -365,9 +381,15 @@ class _LogLife(_Life):
 
 class _DatabaseLife(_Life):
     db: Database
+    state: dict[bytes, bytes]
+    sum: int
 
     async def run(self, db: Database) -> None:
         self.db = db
+        self.state = dict(db.scan(prefix=KEYS))
+        self.sum = sum_of(self.state.items())
+        if int(db.get(SUM, b"0")) != self.sum:
+            self.tell("strange", "the database holds another state than was written")
         await self.look(db.wal)
         await self.go(self.checkpoint, self.put)
 
@@ -388,15 +410,27 @@ class _DatabaseLife(_Life):
 
     async def act(self, task: int, number: int, rng: Random) -> int:
         db, writer = self.db, self.writer
-        # No reads, so no conflicts; and what waits for a checkpoint does so on entering: the
-        # order of commits is that of the calls.
+        # No await after the first read, so no conflicts; and what waits for a checkpoint does so on
+        # entering: the order of commits is that of the calls.
         async with db.transaction() as tx:
             for _ in range(rng.randrange(4)):
-                tx.put(b"key/%d" % rng.randrange(50), rng.randbytes(rng.randrange(300)))
+                self.change(tx, rng)
+            tx.put(SUM, b"%d" % self.sum)
             tx.put(HEAD, writer.record(rng, empty=False))
             last, seen = writer.next_lsn - 1, db.durable_lsn
         self.acknowledge(tx.lsn or 0, last, seen)
         return number + 1
+
+    def change(self, tx: Transaction, rng: Random) -> None:
+        key = KEYS + b"%d" % rng.randrange(KEYS_MAX)
+        before = self.state.pop(key, None)
+        if rng.random() < DELETED_SHARE:
+            tx.discard(key)
+            after = None
+        else:
+            after = self.state[key] = rng.randbytes(rng.randrange(300))
+            tx.put(key, after)
+        self.sum ^= _part(key, before) ^ _part(key, after)
 
     async def put(self, rng: Random) -> None:
         """Alone: it may have to wait for a checkpoint after its record was made."""

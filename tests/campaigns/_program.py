@@ -35,8 +35,9 @@ import trio
 import trio_wal
 from trio_wal import Database, Transaction, TransactionConflict, WriteAheadLog
 from trio_wal._disk.segment import SPARE_PREFIX
-from trio_wal._files import Files, OsDirectory, OsFile, OsFiles
+from trio_wal._files import Files
 from trio_wal._operations import decode_transaction
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles
 
 from . import _report
 

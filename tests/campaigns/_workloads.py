@@ -164,13 +164,17 @@ class LogWorld(World):
 
     # -- calls --
 
+    def to(self, wal: Any, task: int) -> Any:
+        """Through what a task writes: always the same, as only so its records keep their order."""
+        return wal
+
     async def append(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
-        await self._append(task, [payload], wal.append(payload))
+        await self._append(task, [payload], self.to(wal, task).append(payload))
 
     async def append_many(self, wal: Any, task: int) -> None:
         payloads = [self._payload(task) for _ in range(self.rng.choice((1, 2, 3, 5)))]
-        await self._append(task, payloads, wal.append_many(payloads))
+        await self._append(task, payloads, self.to(wal, task).append_many(payloads))
 
     async def _append(self, task: int, payloads: list[bytes], call: Awaitable[Any]) -> None:
         unit = self.sim.promises.submit(task, *payloads)
@@ -182,13 +186,15 @@ class LogWorld(World):
 
     async def send(self, wal: Any, task: int) -> None:
         payload = self._payload(task)
+        through = self.to(wal, task)
 
         async def send_now() -> None:
-            wal.send_nowait(payload)
+            through.send_nowait(payload)
 
         unit = self.sim.promises.submit(task, payload)
         with contextlib.suppress(trio.WouldBlock):
-            await self.hand_over(unit, wal.send(payload) if self.rng.random() < 0.5 else send_now())
+            sending = through.send(payload) if self.rng.random() < 0.5 else send_now()
+            await self.hand_over(unit, sending)
             self.sent += unit
 
     async def flush(self, wal: Any, task: int) -> None:
@@ -269,6 +275,38 @@ class LogWorld(World):
 
 
 @attrs.define(eq=False)
+class LinesWorld(LogWorld):
+    """A session whose tasks have writers: none, two normal ones, one of high priority."""
+
+    through: list[Any] = attrs.Factory(list)
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        queue_size = opened.statistics().max_queue_size
+        async with (
+            opened.writer("a", max_queue_size=min(2, queue_size)) as a,
+            opened.writer("b") as b,
+            opened.writer("high", priority="high") as high,
+        ):
+            self.through = [opened, a, high, b]
+            await super().tasks(opened, 4)
+
+    def to(self, wal: Any, task: int) -> Any:
+        return self.through[task % 4]
+
+    async def flush(self, wal: Any, task: int) -> None:
+        """A writer's own: of what it has accepted."""
+        before = [submission for submission in self.sent if submission.task == task]
+        lsn = await self.to(wal, task).flush()
+
+        def told() -> None:
+            for submission in before:
+                if not submission.gone and (submission.lsn is None or submission.lsn > lsn):
+                    raise Wrong("lost", f"flush returned LSN {lsn} and left {submission}")
+
+        self.sim.tell(told)
+
+
+@attrs.define(eq=False)
 class DatabaseWorld(World):
     """A session on the database."""
 
@@ -299,6 +337,10 @@ class DatabaseWorld(World):
         rng = self.rng
         return rng.randbytes(rng.choice((1, 8, rng.randint(0, 120), rng.randint(300, 900))))
 
+    def to(self, db: Any, task: int) -> Any:
+        """Through what a task commits."""
+        return db
+
     async def transact(self, db: Any, task: int) -> None:
         """Reads and writes; serializable: at its LSN what it read still stood."""
         rng, sim = self.rng, self.sim
@@ -307,7 +349,7 @@ class DatabaseWorld(World):
         scanned: list[tuple[bytes, bytes]] | None = None
         submission: Record | None = None
         try:
-            async with db.transaction() as tx:
+            async with self.to(db, task).transaction() as tx:
                 for _ in range(rng.randint(1, 4)):
                     key = self._key()
                     if rng.random() < 0.6:
@@ -352,7 +394,7 @@ class DatabaseWorld(World):
     async def put(self, db: Any, task: int) -> None:
         key, value = b"task %d" % task, b"%x" % self.rng.getrandbits(64)
         unit = self.sim.promises.submit(task, encode_transaction({key: value}))
-        lsn = await self.hand_over(unit, db.put(key, value))
+        lsn = await self.hand_over(unit, self.to(db, task).put(key, value))
         self.sim.tell(self.sim.promises.acknowledge, unit, lsn)
 
     async def look(self, db: Any, task: int) -> None:
@@ -386,6 +428,24 @@ class DatabaseWorld(World):
         sim.files._folders.pop(f"{path}/log")
         sim.files._folders.pop(path, None)
         sim.files._stores.pop(f"{path}/store")
+
+
+@attrs.define(eq=False)
+class LinesDatabaseWorld(DatabaseWorld):
+    """A session whose tasks have writers."""
+
+    through: list[Any] = attrs.Factory(list)
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        async with (
+            opened.writer("a", max_queue_size=1) as a,
+            opened.writer("high", priority="high") as high,
+        ):
+            self.through = [a, opened, high]
+            await super().tasks(opened, 4)
+
+    def to(self, db: Any, task: int) -> Any:
+        return self.through[task % 3]
 
 
 # -- the workloads ------------------------------------------------------------------
@@ -465,6 +525,28 @@ WORKLOADS = {
             "failed-sync",
             {**_MIXED, "append": 9, "truncate_before": 1, "truncate_after": 1},
             fails=True,
+        ),
+        Workload(
+            "lines",
+            lambda sim: LinesWorld(sim, _MIXED).session(),
+            _options(
+                max_queue_size=lambda rng: rng.choice((2, 3, "auto")),
+                max_batch_bytes=lambda rng: rng.choice((300, 500, 1 << 20)),
+                reserve=lambda rng: rng.choice((0.0, 0.1, 0.5)),
+                commit_delay=lambda rng: rng.choice((0.0, 0.001, "auto")),
+            ),
+        ),
+        Workload(
+            "lines-database",
+            lambda sim: LinesDatabaseWorld(
+                sim, {"transact": 6, "put": 2, "look": 1, "cancelled": 1}
+            ).session(),
+            _options(
+                checkpoint_bytes=lambda rng: rng.choice((300, 1 << 20)),
+                max_queue_size=lambda rng: rng.choice((1, 2)),
+                commit_delay=lambda rng: rng.choice((0.0, "auto")),
+            ),
+            database=True,
         ),
         _database("failed-sync-database", {"transact": 5, "checkpoint": 1}, fails=True),
         _database("transactions", {"transact": 6, "put": 1, "look": 1, "cancelled": 1}),

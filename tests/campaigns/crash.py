@@ -25,6 +25,7 @@ SHARES = {
     "errors": 1,
     "leaks": 1,
     "interrupts": 1,
+    "lines": 1,
     "realerrors": 1,
 }
 """How the minutes are divided among the parts."""

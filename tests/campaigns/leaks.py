@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -35,7 +35,8 @@ import trio
 from helpers import read_all
 
 import trio_wal
-from trio_wal import _files, _park
+from trio_wal import _park
+from trio_wal._system import child, descriptors as numbers, files, owner, paths, store, sync, watch
 
 from . import _report
 from ._promises import Wrong, check
@@ -47,6 +48,8 @@ CALLS: Final = (
     "posix_fallocate", "fdatasync", "fsync", "replace", "unlink", "eventfd",
 )  # fmt: skip
 """Of `os`, as the package calls them; besides these ``flock`` and ``thread``."""
+CALLERS: Final = (_park, child, numbers, files, owner, paths, store, sync, watch)
+"""The modules that call the system."""
 NEVER_FAIL: Final = frozenset({"close", "fstat"})
 """Counted, so that cases keep their numbers; but close(2) fails with the descriptor closed."""
 ERRORS: Final[dict[str, tuple[int, ...]]] = {
@@ -112,11 +115,12 @@ class Failing:
             return await run_sync(*args, **options)
 
         with (
-            mock.patch.object(_files, "os", fake),
-            mock.patch.object(_park, "os", fake),
+            ExitStack() as patched,
             mock.patch.object(fcntl, "flock", self.wrap("flock", fcntl.flock)),
             mock.patch.object(trio.to_thread, "run_sync", in_thread),
         ):
+            for module in CALLERS:
+                patched.enter_context(mock.patch.object(module, "os", fake))
             yield
 
 

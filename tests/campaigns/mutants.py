@@ -55,6 +55,7 @@ ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", 
 PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
+LINES, LINES_DB = "lines", "simulator:lines-database"
 
 MUTANTS: Final = (
     # -- group commit --
@@ -108,6 +109,88 @@ MUTANTS: Final = (
         "                item = waiting.entries.pop(task)",
         "                item = waiting.entries[task]",
     ),
+    # -- lines, turns, the fast lane --
+    mutant(
+        "no turns: a line that was let in stays first", "_admission", LINES,
+        "        if line.entry and len(self._heap) > 1:\n",
+        "        if line.entry and len(self._heap) > 1000:\n",
+    ),
+    mutant(
+        "turns are counted in calls, not in records", "_admission", LINES,
+        "        line.tag += records\n",
+        "        line.tag += 1\n",
+    ),
+    mutant(
+        "a line that was idle has saved up its turns", "_admission", LINES,
+        "                line.tag = max(line.tag, self._clock)\n",
+        "                line.tag = line.tag + 0\n",
+    ),
+    mutant(
+        "a line whose share is full stands in the way of others", "_admission", LINES,
+        "        if first is not None and line.fits(first.item):",
+        "        if first is not None:",
+    ),
+    mutant(
+        "nothing is kept for high priority", "_admission", LINES,
+        "        if self._highs:\n",
+        "        if self._highs < 0:\n",
+    ),
+    mutant(
+        "the reserve is kept after the last high writer has gone", "_admission", LINES,
+        "            self._highs -= 1\n",
+        "            self._highs -= 0\n",
+    ),
+    mutant(
+        "high priority has no precedence", "_admission", LINES,
+        "            line = None if yields else self._high.first()\n",
+        "            line = self._normal.first() or self._high.first()\n",
+    ),
+    mutant(
+        "high priority starves the others", "_admission", LINES,
+        "PASSED_MAX: Final = 8\n",
+        "PASSED_MAX: Final = 800\n",
+    ),
+    mutant(
+        "somebody normal passes those who wait", "_admission", LINES,
+        "            return not self.crowded and self.fits(item, batch)",
+        "            return self.fits(item, batch)",
+    ),
+    mutant(
+        "what is withdrawn stays in its writer's share", "_admission", LINES,
+        "            self._less_before(records, size)\n"
+        "        self.records -= records\n        self.bytes -= size\n",
+        "            self._less_before(records, size)\n        self.bytes -= size\n",
+    ),
+    mutant(
+        "a writer's share has no room again when its batch is taken", "_admission", LINES,
+        "        self.records -= share.records\n        self.bytes -= share.bytes\n",
+        "        self.records -= share.records\n",
+    ),
+    mutant(
+        "who leaves a line does not let in the next", "_queue", LINES,
+        "        self._admission.refresh(blocked.line)\n        if self.owner",
+        "        if self.owner",
+    ),
+    mutant(
+        "a writer does not count what it refuses", "_queue", LINES,
+        "            line.rejected += 1\n",
+        "",
+    ),
+    mutant(
+        "a writer's waits are counted of the log only", "_admission", LINES,
+        "        if self.name is not None:\n            self.waits.note(seconds)\n",
+        "",
+    ),
+    mutant(
+        "a commit that stood in line is not validated when it is let in", "_mvcc", LINES_DB,
+        "            if validate is not None:\n                validate()\n",
+        "",
+    ),
+    mutant(
+        "a commit that stands in line has its number already", "_database_writer", LINES_DB,
+        "    versions.by_turns = True\n",
+        "    versions.by_turns = False\n",
+    ),
     mutant(
         "a unit is written as two frames", "_disk/directory", SIMULATOR,
         "        active = self.active\n        active.write(body,",
@@ -130,8 +213,8 @@ MUTANTS: Final = (
         "                pass\n",
     ),
     mutant(
-        "a failed open leaves the directory that it has made", "_files", "leaks:log/flock",
-        "        _remove_directories(made)\n\n    def lock", "\n    def lock",
+        "a failed open leaves the directory that it has made", "_system/files", "leaks:log/flock",
+        "        remove_directories(made)\n\n    def lock", "\n    def lock",
     ),
     mutant(
         "a failed open of a database leaves its directory", "_opening", "leaks:database/eventfd",
@@ -494,15 +577,15 @@ MUTANTS: Final = (
         "                view.base.explain(exc)\n", "",
     ),
     mutant(
-        "a link is followed to where LMDB writes", "_files", "hostile:places",
+        "a link is followed to where LMDB writes", "_system/store", "hostile:places",
         "    if not stat.S_ISREG(found.st_mode):\n", "    if False:\n",
     ),
     mutant(
-        "a file with another name elsewhere is written", "_files", "hostile:places",
+        "a file with another name elsewhere is written", "_system/store", "hostile:places",
         "    if found.st_nlink > 1:\n", "    if False:\n",
     ),
     mutant(
-        "a store may be a link", "_files", "hostile:places",
+        "a store may be a link", "_system/store", "hostile:places",
         "    return OsFiles().open_directory(path, follow=False)\n",
         "    return OsFiles().open_directory(path)\n",
     ),
@@ -523,6 +606,20 @@ MUTANTS: Final = (
     mutant(
         "readers do not take the owner's word as proof", "_reader", "bitrot:ways/reader",
         "                told_lsn=proof,\n", "                told_lsn=0,\n",
+    ),
+    mutant(
+        "a database reader forgets what its snapshots see", "_mvcc", READERS_DB,
+        "        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):\n",
+        "        if layer.add(writes, seq, seq, keep_older=False):\n",
+    ),
+    mutant(
+        "a database reader gives a store back that is being read", "_follower", READERS_DB,
+        "        former.close()\n", "        former.view.base.transaction.close()\n",
+    ),
+    mutant(
+        "a database reader stands still behind a dropped log", "_follower", READERS_DB,
+        "        except LsnTruncatedError:\n            # Fallen",
+        "        except KeyError:\n            # Fallen",
     ),
     mutant(
         "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",

@@ -44,7 +44,7 @@ from databases import hash_tree
 import trio_wal
 from trio_wal import CorruptLogError, WalError, _pages, _store_check, _store_files
 from trio_wal._disk.verify import Verification, verify
-from trio_wal._files import OsFiles
+from trio_wal._system.files import OsFiles
 
 from . import _report
 

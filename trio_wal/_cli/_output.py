@@ -32,7 +32,8 @@ from rich.table import Table
 
 from trio_wal._disk.chain import LOG_NAME, META_NAME, STORE_NAME
 from trio_wal._disk.frame import FEATURE_DATABASE, FEATURE_ZSTD
-from trio_wal._files import Directory, OsFiles, close_quietly
+from trio_wal._files import Directory, close_quietly
+from trio_wal._system.files import OsFiles
 from trio_wal._text import encodable, plain_json, printable
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import codecs
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Final
 
@@ -101,24 +101,24 @@ def _beyond(reader: LogReader, lsn: int) -> int:
 async def _dump(
     records: RecordStream, to: int | None, pieces_of: Callable[[Record], Iterable[bytes]]
 ) -> None:
+    async for batch in records.batches(None):
+        _dump_batch([record for record in batch if to is None or record.lsn <= to], pieces_of)
+        if to is not None and batch[-1].lsn >= to:
+            break
+
+
+def _dump_batch(batch: Sequence[Record], pieces_of: Callable[[Record], Iterable[bytes]]) -> None:
+    """Nothing of it is held back: the stream may have to wait for what comes next."""
     ready: list[bytes] = []
     size = 0
     try:
-        async for record in records:
-            if to is not None and record.lsn > to:
-                break
+        for record in batch:
             for piece in pieces_of(record):
                 ready.append(piece)
                 size += len(piece)
                 if size >= WRITE_BYTES:
                     _write(ready)
                     size = 0
-            # Nothing is held back while the stream reads on: it may have to wait.
-            if not records._ready:
-                _write(ready)
-                size = 0
-            if record.lsn == to:
-                break
     except Exception:
         # What is whole is given first.
         _write(ready)

@@ -13,8 +13,8 @@ from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._disk.finding import TOLD, Finding
 from trio_wal._disk.verify import Verification, verify as verify_log
 from trio_wal._exceptions import CorruptLogError
-from trio_wal._files import OsFiles
 from trio_wal._store_check import StoreCheck
+from trio_wal._system.files import OsFiles
 
 from ._output import (
     CommandError,

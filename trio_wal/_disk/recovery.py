@@ -102,7 +102,7 @@ def reread_tail(directory: Directory) -> None:
     """Before a log is recovered: have the end of it read from the disk.
 
     After a failed write or sync the page cache holds what the disk does not, and such a page
-    may stay lost even if it is written again (see `_files`).  A process that has ended can
+    may stay lost even if it is written again (see `_system.sync`).  A process that has ended can
     have left such pages in the last two segments only: it does not begin a third before the
     footer of the first is synced.  And recovery writes to no other segment.
 

@@ -22,8 +22,8 @@ import trio
 from trio_wal._cli._output import CommandError
 from trio_wal._disk.chain import LOG_NAME
 from trio_wal._disk.verify import verify as verify_log
-from trio_wal._files import OsFiles
 from trio_wal._opening import open_database
+from trio_wal._system.files import OsFiles
 from trio_wal._util import MiB
 from trio_wal._wal import open_wal
 
