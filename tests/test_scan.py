@@ -169,6 +169,29 @@ def test_a_length_is_believed_only_behind_a_good_checksum() -> None:
     assert max(asked) <= _scan.WINDOW
 
 
+def test_a_walk_reads_little_at_first_and_then_more() -> None:
+    asked: list[int] = []
+
+    def read(length: int, offset: int) -> bytes:
+        asked.append(length)
+        return data[offset : offset + length]
+
+    # Who follows a log's end begins a walk for each batch; most of what it asks for is zeros.
+    data = DATA
+    assert len(list(FrameScanner(read, HEADER, start_of(HEADER)))) > 1
+    assert set(asked) == {_scan.FIRST_WINDOW}
+    asked.clear()
+    files = make_log(
+        *([bytes(100_000)] for _ in range(40)), close=False, segment_size=16 * 1024 * 1024
+    )
+    data = files.read_file(LOG, segments(files)[-1])
+    walk = FrameScanner(read, decode_segment_header(data), start_of(decode_segment_header(data)))
+    assert len(list(walk)) > 20
+    assert asked[0] == _scan.FIRST_WINDOW
+    assert max(asked) == _scan.WINDOW
+    assert len(asked) < 12
+
+
 def test_a_frame_of_another_incarnation_of_the_segment_is_not_taken() -> None:
     salted = attrs.evolve(HEADER, salt=bytes(16))
     data = changed(DATA, 0, salted.encode())

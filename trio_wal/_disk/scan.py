@@ -43,6 +43,9 @@ NextData = Callable[[int], int]
 """``next_data(offset)``: as `File.next_data`."""
 
 WINDOW: Final = 1 * MiB
+FIRST_WINDOW: Final = 16 * KiB
+"""A walk begins with so little, and takes four times as much each time, up to `WINDOW`: who follows
+a log's end begins a walk for each batch, and a mebibyte of zeros takes a millisecond."""
 SKIM_WINDOW: Final = 128 * KiB
 """Where nothing is kept: so little stays in the processor's cache, and in memory that an
 allocator does not give back and take anew."""
@@ -93,7 +96,8 @@ class FrameScanner:
         self._chained = chained
         self._bodies = bodies
         self._skim = skim
-        self._window_size = SKIM_WINDOW if skim else WINDOW
+        self._window_size = FIRST_WINDOW
+        self._window_max = SKIM_WINDOW if skim else WINDOW
         self._window = b""
         self._window_offset = 0
         self.position = position
@@ -103,6 +107,7 @@ class FrameScanner:
         start = offset - self._window_offset
         if start < 0 or start + length > len(self._window):
             self._window = self._read(max(length, self._window_size), offset)
+            self._window_size = min(4 * self._window_size, self._window_max)
             self._window_offset = offset
             start = 0
         return self._window[start : start + length]
