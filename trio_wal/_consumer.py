@@ -5,10 +5,12 @@ Law: promises and the checks of what users pass; the work is `_consumers`'.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import final
+from typing import Any, final
+
+from trio.lowlevel import enable_ki_protection
 
 from ._consumers import Session
 from ._engine import Record
@@ -32,10 +34,12 @@ class Consumer(
         self._session = session
         self._records: RecordStream | None = None
 
+    @enable_ki_protection
     async def __aenter__(self) -> Consumer:
         self._records = await self._session.enter()
         return self
 
+    @enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -57,18 +61,15 @@ class Consumer(
     def __aiter__(self) -> Consumer:
         return self
 
-    async def __anext__(self) -> Record:
-        record = await (self._records or self._session.stream).__anext__()
-        if record.timestamp is not self._session.timestamp:
-            self._session.note(record.lsn, record.timestamp)
-        return record
+    def __anext__(self) -> Coroutine[Any, Any, Record]:
+        return (self._records or self._session.stream).__anext__()
 
     def batches(
         self, max_records: int | None = 1000, *, linger: float = 0.0
     ) -> AsyncIterator[list[Record]]:
         """The same records in lists, as `RecordStream.batches`; acknowledge the last one of a
         list for all of it."""
-        return _Batches(self._session, self._session.stream.batches(max_records, linger=linger))
+        return self._session.stream.batches(max_records, linger=linger)
 
     async def acknowledge(self, item: Record) -> None:
         """Everything up to this record, which this consumer has given, is done with.
@@ -89,24 +90,6 @@ class Consumer(
         if not isinstance(item, Record):
             raise TypeError(f"item must be a Record, not {type(item).__name__}")
         await self._session.acknowledge(item)
-
-
-@final
-class _Batches(AsyncIterator[list[Record]]):
-    def __init__(self, session: Session, records: AsyncIterator[list[Record]]) -> None:
-        self._session = session
-        self._records = records
-
-    def __aiter__(self) -> _Batches:
-        return self
-
-    async def __anext__(self) -> list[Record]:
-        session = self._session
-        records = await self._records.__anext__()
-        for record in records:
-            if record.timestamp is not session.timestamp:
-                session.note(record.lsn, record.timestamp)
-        return records
 
 
 new_consumer = constructor(Consumer)

@@ -7,10 +7,8 @@ begins after it, so that what was not acknowledged is given again.  Who keeps th
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping
-from datetime import datetime
-from typing import Final, Protocol, final
+from typing import Final, NoReturn, Protocol, final
 
 import attrs
 import trio
@@ -21,7 +19,7 @@ from ._identity import Bookmark, common_lsn
 from ._log import Log
 from ._places import CONSUMERS_MAX, Move, Place, Places, consumer_hold, is_after
 from ._statistics import ConsumerStatistics
-from ._stream import RecordStream
+from ._stream import RecordStream, check_history
 from ._text import printable
 from ._util import check_int
 
@@ -63,7 +61,7 @@ class _Group:
 
     moves: dict[str, Move] = attrs.Factory(dict[str, Move])
     done: bool = False
-    error: OSError | LogFullError | trio.ClosedResourceError | None = None
+    error: Exception | None = None
 
     def add(self, name: str, move: Move) -> None:
         old = self.moves.get(name)
@@ -104,13 +102,8 @@ class EngineKeeper:
                     # Whoever comes from here on waits for the write after this one.
                     self._next = _Group()
                     await self._write(group)
-        error = group.error
-        if isinstance(error, LogFullError):
-            raise error.again()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, error.filename) from error
-        if error is not None:
-            raise trio.ClosedResourceError(*error.args)
+        if group.error is not None:
+            self._raise(group.error)
 
     async def _write(self, group: _Group) -> None:
         moved = Places(self.places.now)
@@ -123,6 +116,15 @@ class EngineKeeper:
             self.places.moved(group.moves)
         finally:
             group.done = True
+
+    def _raise(self, error: Exception) -> NoReturn:
+        """To each who has waited for the write."""
+        self._log.status.check_usable()
+        if isinstance(error, LogFullError):
+            raise error.again()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, error.filename) from error
+        raise trio.ClosedResourceError(f"{printable(self._log.name)}: this log is closed")
 
     async def settle(self, name: str) -> None:
         async with self._one:
@@ -169,8 +171,9 @@ class Consumers:
                 raise KeyError(name)
             await self.keeper.admit()
             await self.keeper.move(name, Move(None))
-            # Where durability is less than "sync".
-            await self.log.flush()
+            with trio.CancelScope(shield=True):
+                # Where durability is less than "sync".
+                await self.log.flush()
             self.hold(name)
         finally:
             self.in_use.discard(name)
@@ -192,7 +195,7 @@ class Consumers:
 
 
 def _busy(name: str) -> trio.BusyResourceError:
-    return trio.BusyResourceError(f"consumer {printable(name)} is in use")
+    return trio.BusyResourceError(f"consumer {name!r} is in use")
 
 
 class Item(Protocol):
@@ -200,8 +203,6 @@ class Item(Protocol):
 
     @property
     def lsn(self) -> int: ...
-    @property
-    def timestamp(self) -> datetime: ...
 
 
 def check_start(start: int | Bookmark | None) -> int | Bookmark | None:
@@ -221,11 +222,6 @@ class Session:
         self._start = start
         self._stream: RecordStream | None = None
         self._left = False
-        self.timestamp: datetime | None = None
-        """Of the newest item that was given."""
-        self._lsns: list[int] = []
-        self._timestamps: list[datetime] = []
-        """Of items that were given and not acknowledged, one entry for each batch."""
 
     # -- the block --
 
@@ -275,7 +271,7 @@ class Session:
         while True:
             stream = await log.follow(self._start).__aenter__()
             try:
-                if len(keeper.places.now) >= CONSUMERS_MAX:
+                if len(keeper.places.now.keys() | consumers.in_use) > CONSUMERS_MAX:
                     raise ValueError(
                         f"name must be one of at most {CONSUMERS_MAX} consumers: drop another one"
                     )
@@ -292,12 +288,13 @@ class Session:
             # The log was being cut at its beginning when the hold came.
             await stream.__aexit__(None, None, None)
 
+    @enable_ki_protection
     async def leave(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
             self._left = True
-            await stream.__aexit__(None, None, None)
             self._consumers.in_use.discard(self.name)
+            await stream.__aexit__(None, None, None)
 
     @property
     def stream(self) -> RecordStream:
@@ -309,18 +306,11 @@ class Session:
     def check_open(self) -> None:
         """Raises where nobody is in the block."""
         if self._left:
-            name = printable(self.name)
-            raise trio.ClosedResourceError(f"consumer {name}: its block was left")
+            raise trio.ClosedResourceError(f"the block of consumer {self.name!r} was left")
         if self._stream is None:
             raise RuntimeError("enter the consumer first: async with log.consumer() as consumer")
 
-    # -- what was given --
-
-    def note(self, lsn: int, timestamp: datetime) -> None:
-        """An item was given whose timestamp is another object than `timestamp`."""
-        self.timestamp = timestamp
-        self._lsns.append(lsn)
-        self._timestamps.append(timestamp)
+    # -- acknowledging --
 
     def place_of(self, item: Item) -> Bookmark | None:
         """The place after an item that was given; None: it is acknowledged.
@@ -332,16 +322,15 @@ class Session:
         """
         stream, lsn = self.stream, item.lsn
         self._consumers.log.status.check_usable()
-        stream.check_history()
+        check_history(stream)
         now = self._consumers.keeper.places.now.get(self.name)
         if now is not None and lsn <= now.lsn:
             return None
         bookmark = stream.bookmark
-        known = bisect_right(self._lsns, lsn)
-        if lsn > bookmark.lsn or not known or self._timestamps[known - 1] != item.timestamp:
+        if lsn > bookmark.lsn:
             raise ValueError(
-                f"item must be one that this consumer has given: consumer {self.name!r} has not "
-                f"given LSN {lsn} of {item.timestamp}"
+                f"item must be one that this consumer has given: it has given no LSN over "
+                f"{bookmark.lsn}, and this is {lsn}"
             )
         return Bookmark(lsn, bookmark.epoch)
 
@@ -353,10 +342,3 @@ class Session:
             return
         await self._consumers.keeper.move(self.name, Move(place))
         self._consumers.hold(self.name)
-        self.forget(place.lsn)
-
-    def forget(self, lsn: int) -> None:
-        """Items up to there are acknowledged."""
-        known = bisect_right(self._lsns, lsn) - 1
-        if known > 0:
-            del self._lsns[:known], self._timestamps[:known]

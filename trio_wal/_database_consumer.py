@@ -6,10 +6,10 @@ consumer is, is `_consumers`'.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
 from trio.lowlevel import current_task, enable_ki_protection
 
@@ -84,10 +84,12 @@ class DatabaseConsumer(
         self._path = path
         self._commits: CommitStream | None = None
 
+    @enable_ki_protection
     async def __aenter__(self) -> DatabaseConsumer:
         self._commits = new_commit_stream(self._path, await self._session.enter())
         return self
 
+    @enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -114,18 +116,15 @@ class DatabaseConsumer(
     def __aiter__(self) -> DatabaseConsumer:
         return self
 
-    async def __anext__(self) -> Commit:
-        commit = await (self._commits or self._entered()).__anext__()
-        if commit.timestamp is not self._session.timestamp:
-            self._session.note(commit.lsn, commit.timestamp)
-        return commit
+    def __anext__(self) -> Coroutine[Any, Any, Commit]:
+        return (self._commits or self._entered()).__anext__()
 
     def batches(
         self, max_records: int | None = 1000, *, linger: float = 0.0
     ) -> AsyncIterator[list[Commit]]:
         """The same commits in lists, as `CommitStream.batches`; acknowledge the last one of a
         list for all of it."""
-        return _Batches(self._session, self._entered().batches(max_records, linger=linger))
+        return self._entered().batches(max_records, linger=linger)
 
     @enable_ki_protection
     async def acknowledge(self, item: Commit) -> None:
@@ -175,24 +174,6 @@ class DatabaseConsumer(
         place = session.place_of(item)
         move = None if place is None else Move(place)
         acknowledge_in(tx, self._versions, session.name, move, session.check_open)
-
-
-@final
-class _Batches(AsyncIterator[list[Commit]]):
-    def __init__(self, session: Session, commits: AsyncIterator[list[Commit]]) -> None:
-        self._session = session
-        self._commits = commits
-
-    def __aiter__(self) -> _Batches:
-        return self
-
-    async def __anext__(self) -> list[Commit]:
-        session = self._session
-        commits = await self._commits.__anext__()
-        for commit in commits:
-            if commit.timestamp is not session.timestamp:
-                session.note(commit.lsn, commit.timestamp)
-        return commits
 
 
 new_database_consumer = constructor(DatabaseConsumer)

@@ -189,10 +189,10 @@ class LocalEngine:
         self._history = directory.history
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
-        self.places: Mapping[str, ConsumerPlace] = directory.places
+        self.places: Mapping[str, ConsumerPlace] = directory.places.found
         self._batch_times: BatchTimes | None = None
         """From the first consumer on."""
-        for name, place in directory.places.items():
+        for name, place in self.places.items():
             directory.hold(consumer_hold(name), place.lsn + 1)
         self._started = False
         self._forked = False
@@ -357,10 +357,10 @@ class LocalEngine:
             self._due.set()
 
     async def keep_places(self, places: Mapping[str, ConsumerPlace]) -> None:
-        await self._blocking(self._directory.keep_places, places)
+        await self._blocking(self._directory.places.write, places)
 
     async def admit_consumers(self) -> None:
-        await self._blocking(self._directory.admit_consumers)
+        await self._blocking(self._directory.meta.admit_consumers)
 
     def behind(self, lsn: int) -> tuple[int, float]:
         if self._batch_times is None:
@@ -387,7 +387,7 @@ class LocalEngine:
                 first_lsn=after_lsn + 1,
                 features=self._directory.features,
                 history=self._directory.history,
-                consumers=self._directory.consumers,
+                consumers=self._directory.meta.says.consumers,
             )
         finally:
             directory.close()

@@ -258,9 +258,7 @@ class CommitPlaces(Places):
         self._acknowledged_lsn = lsn
         for name, place in self.now.items():
             if place.reach == lsn - 1 or (name in changed and self.commit_lsn <= place.lsn):
-                changed[name] = self.now[name] = attrs.evolve(
-                    place, reach=max(lsn, place.lsn)
-                )
+                changed[name] = self.now[name] = attrs.evolve(place, reach=max(lsn, place.lsn))
         self._note(lsn)
         return changed
 

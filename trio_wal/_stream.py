@@ -350,8 +350,7 @@ class RecordStream(
         which the stream began.  ``read`` and ``follow`` go on from there."""
         return self._entered().bookmark
 
-    def check_history(self) -> None:
-        """Raises `LogDivergedError` where records that were given are no longer in the log."""
+    def _check_history(self) -> None:
         self._entered().check_history()
 
     def _entered(self) -> Reading:
@@ -426,3 +425,6 @@ class RecordStream(
 
 
 new_record_stream = constructor(RecordStream)
+check_history = RecordStream._check_history
+"""Of a stream; raises `LogDivergedError` where records that it has given are not in the log any
+more."""

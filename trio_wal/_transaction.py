@@ -409,7 +409,9 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         if move is None or (old is not None and not is_after(move, old)):
             return
         moves[name] = move
-        size = self._bytes + len(encode_moves(moves)) - len(encode_moves(self._moves or {}))
+        # The one: a map without operations has a byte, too.
+        before = -1 if self._moves is None else len(encode_moves(self._moves))
+        size = self._bytes + len(encode_moves(moves)) - before
         check_size(size, self._versions.max_transaction_bytes)
         self._bytes, self._moves = size, moves
 

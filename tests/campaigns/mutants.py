@@ -285,7 +285,7 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self._meta.write(meta)\n            with self._shape:\n",
+        "            self.meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
     ),
     mutant(
@@ -295,7 +295,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self._meta.write(meta)\n            with self._shape:\n",
+        "            self.meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
         "                spare = self.spares.drop(segment, spare)\n", "                pass\n",
     ),
@@ -310,7 +310,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
-        "                self._meta.write(meta)\n            except LogFullError",
+        "                self.meta.write(meta)\n            except LogFullError",
         "                pass\n            except LogFullError",
     ),
     mutant(
@@ -461,8 +461,9 @@ MUTANTS: Final = (
     # -- the database --
     mutant(
         "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
-        "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
-        "        lsn = max(log.durable_lsn, self.state.lsn)\n",
+        "        state = self._versions.state_at(frozen, self.state)\n",
+        "        state = self._versions.state_at(frozen, self.state)\n"
+        "        state = type(state)(state.log_uuid, max(log.durable_lsn, state.lsn), state.places)\n",
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
@@ -470,14 +471,12 @@ MUTANTS: Final = (
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
-        "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
-        "        lsn = max(frozen.last_lsn, self.state.lsn)\n"
-        "        log.hold(HOLD, lsn + 1)\n",
+        "        lsn = state.lsn\n", "        lsn = state.lsn\n        log.hold(HOLD, lsn + 1)\n",
     ),
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "            lsn = min((lsn, *self._holds.copy().values()))\n", "",
+        "            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",

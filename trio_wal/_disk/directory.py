@@ -36,8 +36,9 @@ from trio_wal._retention import Retention
 from .chain import TRUNCATE_NAME
 from .cut import find_cut, plan_cut
 from .frame import DATA_OFFSET, FEATURE_DATABASE, Meta, SegmentHeader, Truncation
+from .holds import Holds
 from .metafile import MetaFile
-from .placesfile import write_places
+from .placesfile import PlacesFile
 from .recovery import Plan
 from .repair import repair, uncreate
 from .segment import ActiveSegment, Extent, SegmentInfo, create_segment, encode
@@ -59,8 +60,6 @@ class LogDirectory:
         found_names: frozenset[str],
         places: Mapping[str, Place],
     ) -> None:
-        self.places: Final = places
-        """Of consumers, as this open has found them."""
         self._files = files
         self._directory = directory
         self._segment_size = segment_size
@@ -69,7 +68,8 @@ class LogDirectory:
         """Whether this open has made the log."""
         self._found_names: Final = found_names
         opened = repair(files, directory, plan, segment_size=segment_size, features=features)
-        self._meta = MetaFile(directory, opened.meta)
+        self.meta: Final = MetaFile(directory, opened.meta)
+        self.places: Final = PlacesFile(directory, opened.meta.log_uuid, places)
         self._sealed = opened.sealed
         self.active: ActiveSegment = opened.active
         self.spares: Final = Spares(
@@ -78,7 +78,7 @@ class LogDirectory:
             segment_size=segment_size,
             database=bool(opened.meta.features & FEATURE_DATABASE),
         )
-        self._holds: dict[str, tuple[int, float]] = {}
+        self._holds = Holds()
         self._untouched = plan.meta is not None and plan.clean
         self.report: RecoveryReport = attrs.evolve(
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
@@ -92,7 +92,7 @@ class LogDirectory:
         self.cutting: bool = False
         """Whether that is under way: what a reader misses now need not be damage."""
         self.cut_failed: OSError | None = None
-        """What kept `truncate_after` from its end: log.meta may hold a decision that `_meta`
+        """What kept `truncate_after` from its end: log.meta may hold a decision that `meta`
         does not know, and to write what it knows again would take that back, files being gone."""
         self.sync_seconds: float = 0.0
         """How long the last sync took."""
@@ -107,7 +107,7 @@ class LogDirectory:
 
     @property
     def first_lsn(self) -> int:
-        return self._meta.says.base_lsn
+        return self.meta.says.base_lsn
 
     @property
     def last_lsn(self) -> int:
@@ -116,15 +116,15 @@ class LogDirectory:
     @property
     def features(self) -> int:
         """Feature flags, as in `SegmentHeader`."""
-        return self._meta.says.features
+        return self.meta.says.features
 
     @property
     def log_uuid(self) -> bytes:
-        return self._meta.says.log_uuid
+        return self.meta.says.log_uuid
 
     @property
     def history(self) -> History:
-        return self._meta.says.history
+        return self.meta.says.history
 
     @property
     def segments(self) -> int:
@@ -158,7 +158,7 @@ class LogDirectory:
           LogFullError: the next segment cannot be prepared; nothing was written.
           OSError: the log is broken; the frame may be there or not.
         """
-        body = encode(records, self._meta.says.features)
+        body = encode(records, self.meta.says.features)
         if not self.active.fits(body.stored_length):
             self._rotate(body.stored_length)
         active = self.active
@@ -185,7 +185,7 @@ class LogDirectory:
 
     def publish(self) -> None:
         """Let readers in other processes know what is durable; nobody waits for this."""
-        meta = self._meta.says
+        meta = self.meta.says
         if self._published != (self.synced_lsn, meta):
             word = (self.synced_lsn, meta)
             with contextlib.suppress(OSError):
@@ -198,7 +198,7 @@ class LogDirectory:
 
     def prepare_spare(self) -> None:
         """Make the next segment ready, in the background; see `Spares.prepare`."""
-        self._meta.reserve_unless_deciding()
+        self.meta.reserve_unless_deciding()
         self.spares.prepare()
 
     def rotate(self) -> None:
@@ -252,55 +252,11 @@ class LogDirectory:
     # -- truncation --
 
     def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> bool:
-        """Keep the records from here on, whatever is asked to be dropped; None: no more.
-
-        Args:
-          bytes_max: of more bytes of segments than these the oldest are not kept.
-
-        Returns whether that lets go of the oldest segment.
-        """
-        if lsn is None:
-            self._holds.pop(who, None)
-        else:
-            self._holds[who] = lsn, bytes_max
+        """See `Holds.set`.  Returns whether that may let go of the oldest segment."""
+        self._holds.set(who, lsn, bytes_max)
         with self._shape:
             oldest = self._sealed[0].next_lsn if self._sealed else math.inf
         return lsn is None or lsn >= oldest
-
-    def _held_from(self, sealed: list[SegmentInfo]) -> list[int]:
-        """The first LSN that each hold keeps."""
-        kept: list[int] = []
-        for first, bytes_max in self._holds.copy().values():
-            lsn = first
-            left = bytes_max - self.active.position.offset
-            for segment in reversed(sealed if bytes_max < math.inf else ()):
-                left -= segment.bytes
-                if left < 0 or segment.next_lsn <= lsn:
-                    lsn = max(lsn, segment.next_lsn)
-                    break
-            kept.append(lsn)
-        return kept
-
-    # -- consumers --
-
-    def keep_places(self, places: Mapping[str, Place]) -> None:
-        """Write down, durably, up to where consumers have acknowledged."""
-        write_places(self._directory, self.log_uuid, places)
-
-    def admit_consumers(self) -> None:
-        """From here on transactions may move places of consumers: versions that do not know it
-        must refuse the log.  Durable on return."""
-        with self._meta.deciding:
-            if not self._meta.says.consumers:
-                meta = attrs.evolve(self._meta.says, consumers=True)
-                self._meta.write(meta)
-                with self._shape:
-                    self._meta.says = meta
-
-    @property
-    def consumers(self) -> bool:
-        """Whether they may."""
-        return self._meta.says.consumers
 
     def behind(self, lsn: int) -> tuple[int, int]:
         """How many bytes of frames come after ``lsn``, and when the next record cannot have been
@@ -326,13 +282,13 @@ class LogDirectory:
         Durable on return: first ``log.meta`` says where the log starts, then files go.
         Returns how many were dropped.
         """
-        with self._meta.deciding:
+        with self.meta.deciding:
             if self.cut_failed is not None:
                 text = "the log's end could not be cut, and nothing else will be"
                 raise OSError(errno.EIO, text, self.path) from self.cut_failed
             sealed = self.sealed()
             # Looked at here, under the lock: a caller's own look may be out of date.
-            lsn = min((lsn, *self._held_from(sealed)))
+            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)
             dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
             if not dropped:
                 return 0
@@ -340,17 +296,17 @@ class LogDirectory:
             now, active = self.shape()
             following = [segment for segment in now if segment.first_lsn >= dropped[-1].next_lsn]
             first = following[0].header if following else active.header
-            meta = attrs.evolve(self._meta.says, base_number=first.number, base_lsn=first.first_lsn)
-            self._meta.write(meta)
+            meta = attrs.evolve(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
+            self.meta.write(meta)
             with self._shape:
-                self._meta.says = meta
+                self.meta.says = meta
                 # The I/O worker may have added one meanwhile.
                 del self._sealed[: len(dropped)]
             spare: str | None = None
             for segment in dropped:
                 spare = self.spares.drop(segment, spare)
             self._directory.sync()
-            self._meta.reserve()
+            self.meta.reserve()
             if spare is not None:
                 self.spares.recycle(spare)
         return len(dropped)
@@ -380,7 +336,7 @@ class LogDirectory:
         """
         if lsn >= self.last_lsn:
             return
-        with self._meta.deciding:
+        with self.meta.deciding:
             if lsn < self.first_lsn - 1:
                 # Retention, in another thread, was faster.
                 raise LsnTruncatedError(self.first_lsn, lsn)
@@ -398,7 +354,7 @@ class LogDirectory:
         self.sync()
         cut = find_cut(self._directory, self._sealed, self.active, lsn)
         keep, position, records = cut.keep, cut.position, cut.records
-        says = self._meta.says
+        says = self.meta.says
         history = branch(says.history, lsn, self._files.random_bytes(4))
         header = SegmentHeader(
             self.active.header.log_uuid,
@@ -426,12 +382,12 @@ class LogDirectory:
             )
             meta = attrs.evolve(says, truncation=decided, history=history)
             try:
-                self._meta.write(meta)
+                self.meta.write(meta)
             except LogFullError:
                 self._directory.unlink(TRUNCATE_NAME)
                 raise
             # The block of the old one is free now, and the next write must not fail.
-            self._meta.reserve()
+            self.meta.reserve()
             self._finish_truncation(meta, keep, new.extent)
         finally:
             close_quietly(spare.file)
@@ -448,11 +404,11 @@ class LogDirectory:
             plan,
             segment_size=self._segment_size,
             features=self.features,
-            meta_reserved=self._meta.take_reserved(),
+            meta_reserved=self.meta.take_reserved(),
         )
         self.active.file.close()
         with self._shape:
-            self._meta.says = done.meta
+            self.meta.says = done.meta
             self._sealed = done.sealed
             self.active = done.active
         self.cuts += 1
@@ -479,7 +435,7 @@ class LogDirectory:
                 self.sync()
                 if not self._untouched:
                     self.active.mark_closed()
-                self._meta.discard()
+                self.meta.discard()
                 self.spares.discard()
         finally:
             close_quietly(self.active.file)
@@ -506,5 +462,5 @@ class LogDirectory:
     def disown(self) -> None:
         """In a forked child: the parent's threads may have had the locks, and are not there."""
         self._shape = threading.Lock()
-        self._meta.disown()
+        self.meta.disown()
         self.spares.disown()

@@ -68,7 +68,7 @@ def open_log_directory(
             read_from = check(plan)
             if read_from is not None:
                 plan = check_records(directory, plan, read_from)
-        known = {} if database or plan.meta is None else read_places(directory, plan.meta.log_uuid)
+        places = {} if database or plan.meta is None else read_places(directory, plan.meta.log_uuid)
         # Only now, when nothing can be refused any more, is anything written.
         directory.sign(new=plan.meta is None)
         return LogDirectory(
@@ -79,7 +79,7 @@ def open_log_directory(
             features=features,
             started_us=started_us,
             found_names=found_names,
-            places=known,
+            places=places,
         )
     except BaseException:
         with contextlib.suppress(OSError, CorruptLogError, UnsupportedFormatError):

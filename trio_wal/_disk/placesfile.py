@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from struct import Struct
-from typing import Final
+from typing import Final, final
 
 from trio_wal._exceptions import CorruptLogError, LogFullError, UnsupportedFormatError
 from trio_wal._files import NO_SPACE, Directory
@@ -76,6 +76,21 @@ def read_places(directory: Directory, log_uuid: bytes) -> dict[str, Place]:
     finally:
         file.close()
     return decode_file(f"{directory.path}/{PLACES_NAME}", data, log_uuid)
+
+
+@final
+class PlacesFile:
+    """That of an open log."""
+
+    def __init__(self, directory: Directory, log_uuid: bytes, found: Mapping[str, Place]) -> None:
+        self.found: Final = found
+        """What stood there when the log was opened."""
+        self._directory = directory
+        self._log_uuid = log_uuid
+
+    def write(self, places: Mapping[str, Place]) -> None:
+        """As `write_places`."""
+        write_places(self._directory, self._log_uuid, places)
 
 
 def write_places(directory: Directory, log_uuid: bytes, places: Mapping[str, Place]) -> None:
