@@ -463,7 +463,7 @@ MUTANTS: Final = (
         "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
         "        state = self._versions.state_at(frozen, self.state)\n",
         "        state = self._versions.state_at(frozen, self.state)\n"
-        "        state = type(state)(state.log_uuid, max(log.durable_lsn, state.lsn), state.places)\n",
+        "        state = type(state)(state.log_uuid, max(log.durable_lsn, state.lsn))\n",
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",

@@ -29,9 +29,9 @@ class Holds:
     def allowed(self, lsn: int, sealed: Sequence[SegmentInfo], active_bytes: int) -> int:
         """Below which LSN all may be dropped, where that is asked for below this one."""
         for first, bytes_max in self._by_name.copy().values():
-            if bytes_max < math.inf:
-                first = max(first, _within(bytes_max - active_bytes, sealed))
-            lsn = min(lsn, first)
+            bounded = bytes_max < math.inf
+            within = _within(bytes_max - active_bytes, sealed) if bounded else 0
+            lsn = min(lsn, max(first, within))
         return lsn
 
 

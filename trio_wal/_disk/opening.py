@@ -69,6 +69,9 @@ def open_log_directory(
             if read_from is not None:
                 plan = check_records(directory, plan, read_from)
         places = {} if database or plan.meta is None else read_places(directory, plan.meta.log_uuid)
+        if places:
+            # Its name may be in the page cache only: no place may be taken back any more.
+            directory.sync()
         # Only now, when nothing can be refused any more, is anything written.
         directory.sign(new=plan.meta is None)
         return LogDirectory(
