@@ -56,6 +56,7 @@ PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
 LINES, LINES_DB = "lines", "simulator:lines-database"
+CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
 
 MUTANTS: Final = (
     # -- group commit --
@@ -727,6 +728,69 @@ MUTANTS: Final = (
         "the owner gives what is not yet synced", "_local", READERS,
         "        if sync:\n            self.durable_lsn = directory.synced_lsn\n",
         "        self.durable_lsn = directory.last_lsn\n        if sync:\n",
+    ),
+    # -- consumers --
+    mutant(
+        "an acknowledgement returns before it is written", "_consumers", CONSUMERS,
+        "            await self._log.engine.keep_places(moved.now)\n",
+        "            await trio.lowlevel.checkpoint()\n",
+    ),
+    mutant(
+        "an acknowledgement is written and not synced", "_disk/placesfile", CONSUMERS,
+        "            file.sync()\n", "            pass\n",
+    ),
+    mutant(
+        "the new name of the places is not synced", "_disk/placesfile", CONSUMERS,
+        "    directory.rename(PLACES_NEW_NAME, PLACES_NAME)\n    directory.sync()",
+        "    directory.rename(PLACES_NEW_NAME, PLACES_NAME)",
+    ),
+    mutant(
+        "places that are in the page cache only are believed", "_disk/opening", CONSUMERS,
+        "            directory.sync()\n", "            pass\n",
+    ),
+    mutant(
+        "a consumer begins without a hold", "_consumers", CONSUMERS,
+        "begin.lsn + 1, log.consumer_hold_bytes)\n                await keeper.admit()\n",
+        "begin.lsn + 1, 0)\n                await keeper.admit()\n",
+    ),
+    mutant(
+        "a consumer holds what comes after the next record", "_consumers", CONSUMERS,
+        "min(now.reach, stored.reach) + 1", "min(now.reach, stored.reach) + 2",
+    ),
+    mutant(
+        "a consumer goes on behind what it was given", "_consumers", CONSUMERS,
+        "        return Bookmark(lsn, bookmark.epoch)\n", "        return bookmark\n",
+    ),
+    mutant(
+        "a place reaches over commits", "_places", CONSUMERS_DB,
+        "            if place.reach == lsn - 1 or", "            if place.reach < lsn or",
+    ),
+    mutant(
+        "an acknowledgement passes over commits before it", "_places", CONSUMERS_DB,
+        " and self.commit_lsn <= place.lsn)", ")",
+    ),
+    mutant(
+        "a checkpoint forgets where consumers are", "_mvcc", CONSUMERS_DB,
+        "        layer.places.update(self.places.record(lsn, moves, alone=alone))\n",
+        "        self.places.record(lsn, moves, alone=alone)\n",
+    ),
+    mutant(
+        "a checkpoint takes places from after it", "_mvcc", CONSUMERS_DB,
+        "        places = {**before.places, **frozen.places}\n",
+        "        places = {**before.places, **frozen.places, **self.places.now}\n",
+    ),
+    mutant(
+        "what replay says of consumers is passed over", "_core", CONSUMERS_DB,
+        "                moves = moves_in(record.data)\n", "                moves = None\n",
+    ),
+    mutant(
+        "an acknowledgement in a transaction is forgotten", "_transaction", CONSUMERS_DB,
+        "await versions.commit(self._writes, current_task(), self._moves)",
+        "await versions.commit(self._writes, current_task())",
+    ),
+    mutant(
+        "acknowledgements are given to consumers", "_changes", CONSUMERS_DB,
+        "        if not writes and moves_places(record.data):\n", "        if False:\n",
     ),
 )  # fmt: skip
 
