@@ -130,8 +130,13 @@ class Followed:
     """The longest wait after a change, in target latencies; the first round counts, too."""
 
 
+LOOK_SECONDS: Final = 0.002
+SAMPLE_SECONDS: Final = 0.1
+"""Over which what waits is averaged: the queue fills and empties within a round."""
+
+
 async def follow_disk(speeds: list[float], seconds: float) -> Followed:
-    """``max_queue_size="auto"`` under 3,000 tasks, while the disk's speed changes."""
+    """``max_queue_size="auto"`` under 10,000 tasks, while the disk's speed changes."""
     speed = Speed(speeds[0])
     times: list[float] = []
     waits: list[float] = []
@@ -144,33 +149,34 @@ async def follow_disk(speeds: list[float], seconds: float) -> Followed:
 
             async def sample() -> None:
                 last, then = wal.last_lsn, perf_counter()
+                waiting: list[int] = []
                 while perf_counter() < until:
-                    await trio.sleep(0.05)
+                    await trio.sleep(LOOK_SECONDS)
                     now, lsn = perf_counter(), wal.last_lsn
-                    if lsn == last:
-                        continue
                     seen = wal.statistics()
+                    waiting.append(seen.records_waiting)
+                    if now - then < SAMPLE_SECONDS or lsn == last:
+                        continue
                     # Little's law, the other way round.
                     times.append(now - began)
-                    waits.append(seen.records_waiting * (now - then) / (lsn - last))
+                    waits.append(statistics.mean(waiting) * (now - then) / (lsn - last))
                     bounds.append(seen.max_queue_size)
                     last, then = lsn, now
+                    waiting.clear()
 
             async with trio.open_nursery() as nursery:
-                for _ in range(3_000):
+                for _ in range(10_000):
                     nursery.start_soon(_repeat, lambda: wal.append(RECORD), until)
                 nursery.start_soon(sample)
                 for number, speed.sync_seconds in enumerate(speeds):
                     changes.append(number * seconds)
                     await trio.sleep(seconds)
                 nursery.cancel_scope.cancel()
-    # A sample is one look at a queue that fills and empties; five of them say how long it is.
-    smooth = [statistics.median(waits[max(0, n - 4) : n + 1]) for n in range(len(waits))]
     settled = []
     for change in changes:
         late = [
             time - change
-            for time, wait in zip(times, smooth, strict=True)
+            for time, wait in zip(times, waits, strict=True)
             if change < time < change + seconds and not TARGET / 2 <= wait <= 2 * TARGET
         ]
         settled.append(max(late, default=0.0))

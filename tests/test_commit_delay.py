@@ -156,8 +156,13 @@ def throughput(
     think: Callable[[random.Random], float],
     delay: AutoDelay | float,
     seconds: float,
+    resolution: float = 0.0,
 ) -> float:
-    """Entries per second of tasks that append, think, and append again."""
+    """Entries per second of tasks that append, think, and append again.
+
+    Args:
+      resolution: of the timer that ends a delay, in seconds: it rounds up.
+    """
     rng = random.Random(5)
     now, done, waiting = 0.0, 0, 0
     coming = [think(rng) for _ in range(tasks)]
@@ -177,6 +182,8 @@ def throughput(
         if isinstance(delay, AutoDelay):
             wait, siblings = delay.seconds, delay.siblings
         end = now + float(wait)  # type: ignore[arg-type]
+        if resolution:
+            end = now + math.ceil(float(wait) / resolution) * resolution  # type: ignore[arg-type]
         while waiting < siblings and now < end:
             now = min(end, coming[0]) if coming else end
             waiting += come(now)
@@ -208,6 +215,17 @@ def test_auto_is_about_as_good_as_the_best(name: str, tasks: int, sync: float) -
     fixed = [throughput(tasks, sync, think, share * sync, seconds) for share in (0, 0.1, 0.3, 1)]
     auto = throughput(tasks, sync, think, AutoDelay(), seconds)
     assert auto >= 0.9 * max(fixed), (fixed, auto)
+
+
+@pytest.mark.parametrize("name", THINK)
+@pytest.mark.parametrize("tasks", [8, 64])
+@pytest.mark.parametrize("sync", [0.0001, 0.001])
+def test_trials_cost_little_where_a_timer_is_longer_than_a_sync(
+    name: str, tasks: int, sync: float
+) -> None:
+    think = THINK[name](sync)
+    without = throughput(tasks, sync, think, 0.0, 5)
+    assert throughput(tasks, sync, think, AutoDelay(), 5, 0.001) >= 0.95 * without
 
 
 def test_it_learns_that_a_delay_doubles_the_throughput_of_two_halves() -> None:

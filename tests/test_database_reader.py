@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -596,3 +597,26 @@ async def test_each_moment_is_what_its_commits_make(
         await reader.wait_for(db.wal.bookmark)
         await check_reader(reader, model)
         assert reader.statistics().checkpoint_lsn > 0
+
+
+async def test_one_process_has_the_file_open_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "db")
+    says = "this process has the database open already: read through its Database, and close"
+    async with trio_wal.open_database(path) as db:
+        await db.put(b"a", b"1")
+        await db.checkpoint()
+        with pytest.raises(OSError, match=says) as told:
+            async with trio_wal.open_database_reader(path):
+                pass
+        assert told.value.errno == errno.EBUSY
+        await db.put(b"b", b"2")
+    async with trio_wal.open_database_reader(path) as reader:
+        with pytest.raises(OSError, match=says) as told:
+            async with trio_wal.open_database(path):
+                pass
+        assert told.value.errno == errno.EBUSY
+        assert dict(reader.scan()) == {b"a": b"1", b"b": b"2"}
+    # It was nothing that the store must be suspected for.
+    async with trio_wal.open_database(path) as db:
+        assert dict(db.scan()) == {b"a": b"1", b"b": b"2"}
+        assert sorted(os.listdir(tmp_path / "db" / "store")) == ["data.mdb", "lock.mdb"]

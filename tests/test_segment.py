@@ -563,6 +563,31 @@ def test_a_dropped_segment_that_is_being_read_is_not_written_over() -> None:
     log.spares.unpin(header)
 
 
+def test_a_cursor_is_closed_while_a_file_is_made_ready() -> None:
+    """It is closed in the event loop, which must not wait for the disk."""
+    files = MemoryFiles()
+    log = open_log(files)
+    header = log.active.header
+    log.spares.pin(header)
+    closed = threading.Event()
+
+    def close() -> None:
+        log.spares.unpin(header)
+        closed.set()
+
+    def look(operation: str, path: str) -> None:
+        if operation == "allocate":
+            closing = threading.Thread(target=close)
+            closing.start()
+            assert closed.wait(60), "it waited for the file"
+            closing.join(60)
+
+    files.after_operation = look
+    log.spares.take(0)
+    files.after_operation = None
+    assert closed.is_set()
+
+
 def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() -> None:
     """`prepare_spare` runs in another thread and may begin at any moment."""
     files = MemoryFiles()

@@ -7,6 +7,8 @@ oscillate, and what a delay is good for, stands in docs/design.
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 from typing import Final, Protocol, final
 
 AUTO_RECORDS_MIN: Final = 16
@@ -29,6 +31,9 @@ STRANGERS_MAX: Final = 3
 learned is forgotten."""
 CLOSE: Final = 1.25
 """A wait that is so close to what it should be is left as it is."""
+PACES: Final = 5
+"""The bound goes by the median of so many rounds: one that was held up by another program says
+nothing of the disk."""
 SPREAD_MIN: Final = 0.02
 """Rounds whose records differ by less say nothing of what a record costs."""
 
@@ -94,6 +99,8 @@ class AutoBound:
         self.records: int = AUTO_RECORDS_START
         """The bound in force."""
         self._costs = RoundCosts()
+        self._paces: Final[deque[float]] = deque(maxlen=PACES)
+        """Seconds a record took, in the last rounds."""
         self._taken_at = -math.inf
         self._taken = 0
         self._was_full = False
@@ -116,7 +123,8 @@ class AutoBound:
         if not (full and was_full):
             # What was flushed is what came, and not how fast it can be flushed.
             return False
-        wait = waiting * seconds / flushed
+        self._paces.append(seconds / flushed)
+        wait = waiting * median(self._paces)
         goal = max(self.target_latency, FIXED_MAX * self._costs.fixed_seconds)
         if goal / CLOSE <= wait <= goal * CLOSE:
             return False
@@ -187,6 +195,9 @@ PAUSE_MIN: Final = 2.0
 PAUSE_MAX: Final = 32.0
 PAUSE_GROWTH: Final = 1.5
 """Epochs of the best choice between two trials of others."""
+LOSS_MAX: Final = 0.02
+"""Of the time, that trials may cost.  On a fast disk a trial is dear whatever is learned from it:
+no timer of Linux wakes trio before the next millisecond, which is ten syncs of 0.1 ms."""
 CROWD_FORGET: Final = 15 / 16
 """What the largest crowd counts for after one more round."""
 
@@ -241,6 +252,8 @@ class AutoDelay:
         self._epochs = 0
         """Of the best, since another was tried."""
         self._pause = PAUSE_MIN
+        self._paid_at = -math.inf
+        """When what the last trial has lost is `LOSS_MAX` of the time since."""
         self._round_seconds = 0.0
         self._crowd = 0.0
         self._began: float | None = None
@@ -268,9 +281,12 @@ class AutoDelay:
         rate = self._entries / (now - self._began)
         if self._rounds < EPOCH_ROUNDS and not self._is_hopeless(rate):
             return
-        self._began = now
+        began, self._began = self._began, now
         self._entries = self._rounds = 0
-        self._end_epoch(rate)
+        best = self._best
+        if self._now is not best and rate < best.rate:
+            self._paid_at = now + (now - began) * (1 - rate / best.rate) / LOSS_MAX
+        self._end_epoch(rate, paid=now >= self._paid_at)
 
     def _is_hopeless(self, rate: float) -> bool:
         best = self._best
@@ -278,7 +294,7 @@ class AutoDelay:
         tried = self._now is not best and self._rounds >= HOPELESS_ROUNDS
         return tried and rate < HOPELESS * best.rate - noise
 
-    def _end_epoch(self, rate: float) -> None:
+    def _end_epoch(self, rate: float, *, paid: bool) -> None:
         now, best = self._now, self._best
         if now is best:
             change = abs(rate - best.rate) - 2 * NOISE * math.sqrt(best.variance)
@@ -288,7 +304,7 @@ class AutoDelay:
                 self._pause = PAUSE_MIN
             now.note(rate)
             self._epochs += 1
-            if self._epochs >= self._pause:
+            if paid and self._epochs >= self._pause:
                 self._epochs = 0
                 self._now = self._choices[self._next]
                 if self._now is best:

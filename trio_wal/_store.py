@@ -194,8 +194,9 @@ class LmdbStore:
             size = max(map_size, (sizes[DATA_NAME] or 0) + 16 * MiB)
             try:
                 self._open_lmdb(directory, size)
-            except OSError:
-                leave_mark(directory, SUSPECT_NAME)
+            except OSError as exc:
+                if exc.errno != errno.EBUSY:
+                    leave_mark(directory, SUSPECT_NAME)
                 raise
             remove_file(directory, SUSPECT_NAME)
         finally:
@@ -373,6 +374,13 @@ def explained(
     name = type(exc).__name__
     if name in _DAMAGE:
         return damaged(data_file(path), f"{what}: {exc}")
+    if "already open in this process" in str(exc):
+        return OSError(
+            errno.EBUSY,
+            "this process has the database open already: read through its Database, and close "
+            "its DatabaseReaders before it is opened with open_database",
+            data_file(path),
+        )
     number = system_error(str(exc))
     if number is None:
         number = _SYSTEM.get(name, errno.EIO)

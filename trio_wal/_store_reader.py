@@ -154,12 +154,6 @@ class LmdbStoreReader:
 
     def _refused(self, exc: Exception) -> CorruptLogError | OSError:
         found = self._told(exc, "LMDB says")
-        if "already open" in str(exc):
-            return OSError(
-                errno.EBUSY,
-                "this process has the database open already: read through its Database",
-                data_file(self.path),
-            )
         if isinstance(found, OSError) and found.errno in (errno.EACCES, errno.EPERM):
             return OSError(
                 found.errno,

@@ -220,6 +220,13 @@ def lines(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def threads(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Checkpoints without pause beside commits and deletions, in real threads."""
+    from .threads import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -317,5 +324,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "store": store,
     "pages": pages,
     "lines": lines,
+    "threads": threads,
 }
 """In the order in which they are asked."""

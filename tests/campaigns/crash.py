@@ -26,6 +26,7 @@ SHARES = {
     "leaks": 1,
     "interrupts": 1,
     "lines": 1,
+    "threads": 1,
     "realerrors": 1,
 }
 """How the minutes are divided among the parts."""

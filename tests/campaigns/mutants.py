@@ -55,6 +55,7 @@ ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", 
 PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
+THREADS: Final = "threads"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
 
@@ -109,6 +110,24 @@ MUTANTS: Final = (
         "what a full disk refused is written all the same", "_queue", ERRORS,
         "                item = waiting.entries.pop(task)",
         "                item = waiting.entries[task]",
+    ),
+    # -- checkpoints in a thread --
+    mutant(
+        "a checkpoint reads a layer's orders in its thread", "_layer", THREADS,
+        "        self._hidden.tidy()\n        # Only runs",
+        "        # Only runs",
+        "        return self._newest(heapq.merge(*parts))\n",
+        "        yield from self._newest(heapq.merge(*parts))\n",
+    ),
+    mutant(
+        "a deletion that hides something in the store is dropped", "_layer", THREADS,
+        "            for key in found.difference(hiding):\n",
+        "            for key in found:\n",
+    ),
+    mutant(
+        "what was replaced is forgotten though a snapshot sees it", "_layer", THREADS,
+        "            if version.before is not None and oldest is None:\n",
+        "            if version.before is not None:\n",
     ),
     # -- lines, turns, the fast lane --
     mutant(

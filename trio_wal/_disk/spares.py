@@ -85,6 +85,8 @@ class Spares:
         self._hurry = False
         self._recycled: list[str] = []
         self._made = 0
+        self._reading = threading.Lock()
+        """Never held for long: a cursor that is closed in the event loop takes it, too."""
         self._readers: dict[bytes, int] = {}
 
     @property
@@ -254,13 +256,15 @@ class Spares:
                 and self.ready is None
                 and not self.preparing
                 and not self._recycled
-                and segment.header.salt not in self._readers
                 and self._active().mean_frame_bytes < ZERO_FRAMES_BELOW
             )
             if recycle:
-                kept = self._new_name()
-                self._directory.rename(segment.name, kept)
-            else:
+                with self._reading:
+                    recycle = segment.header.salt not in self._readers
+                    if recycle:
+                        kept = self._new_name()
+                        self._directory.rename(segment.name, kept)
+            if not recycle:
                 self._directory.unlink(segment.name)
         return kept
 
@@ -272,11 +276,11 @@ class Spares:
 
     def pin(self, header: SegmentHeader) -> None:
         """Somebody reads this segment: its file may be unlinked, but not written over."""
-        with self._lock:
+        with self._reading:
             self._readers[header.salt] = self._readers.get(header.salt, 0) + 1
 
     def unpin(self, header: SegmentHeader) -> None:
-        with self._lock:
+        with self._reading:
             self._readers[header.salt] -= 1
             if not self._readers[header.salt]:
                 del self._readers[header.salt]
@@ -308,3 +312,4 @@ class Spares:
     def disown(self) -> None:
         """In a forked child: the parent's threads may have had the lock, and are not there."""
         self._lock = threading.Condition()
+        self._reading = threading.Lock()
