@@ -28,6 +28,7 @@ from trio_wal import (
 )
 from trio_wal._disk import frame
 from trio_wal._disk.frame import META_SIZE_MAX, decode_meta
+from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.placesfile import PLACES_VERSION
 from trio_wal._disk.verify import verify
 from trio_wal.testing import MemoryFiles
@@ -561,6 +562,34 @@ async def test_beginning_and_dropping_survive_a_crash_at_every_operation(
             known = list(opened.statistics().consumers)
             if state != "either":
                 assert known == (["a"] if state == "there" else [])
+
+
+async def test_a_place_that_an_open_has_found_is_durable() -> None:
+    """Its file's new name may be in the page cache only, and a clean log is not written to."""
+    kit = Kit("log")
+    files = kit.files
+    assert files is not None
+    images: list[MemoryFiles] = []
+
+    def crash(operation: str, path: str) -> None:
+        if operation == "rename":
+            images.append(files.crash_image(kind="kill"))
+
+    async with kit.open() as wal:
+        await kit.add(wal, 3)
+        await acknowledge(wal, "a", 1)
+    async with kit.open() as wal:
+        files.after_operation = crash
+        await acknowledge(wal, "a", 2)
+        files.after_operation = None
+    (image,) = images
+    log = open_log_directory(image, PATH, segment_size=TINY)
+    assert log.places.found["a"].lsn == 2
+    for seed in range(20):
+        again = open_log_directory(image.crash_image(seed, "power"), PATH, segment_size=TINY)
+        assert again.places.found["a"].lsn == 2
+        again.abandon()
+    log.abandon()
 
 
 # -- cancellation -------------------------------------------------------------------------------

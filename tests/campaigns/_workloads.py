@@ -474,6 +474,7 @@ class Consumes(World):
         """That they come without a gap, but for acknowledgements."""
         for before, lsn in pairwise([after, *lsns]):
             missing = set(range(before + 1, lsn)) - self.sim.alone
+            check(lsn not in self.sim.alone, f"LSN {lsn} is given, an acknowledgement")
             check(before < lsn and not missing, f"after {before} comes {lsn}: {missing} is missing")
 
     def _told(self, name: str, lsn: int) -> None:

@@ -764,10 +764,6 @@ MUTANTS: Final = (
         "    directory.rename(PLACES_NEW_NAME, PLACES_NAME)",
     ),
     mutant(
-        "places that are in the page cache only are believed", "_disk/opening", CONSUMERS,
-        "            directory.sync()\n", "            pass\n",
-    ),
-    mutant(
         "a consumer begins without a hold", "_consumers", CONSUMERS,
         "begin.lsn + 1, log.consumer_hold_bytes)\n                await keeper.admit()\n",
         "begin.lsn + 1, 0)\n                await keeper.admit()\n",
@@ -792,11 +788,6 @@ MUTANTS: Final = (
         "a checkpoint forgets where consumers are", "_mvcc", CONSUMERS_DB,
         "        layer.places.update(self.places.record(lsn, moves, alone=alone))\n",
         "        self.places.record(lsn, moves, alone=alone)\n",
-    ),
-    mutant(
-        "a checkpoint takes places from after it", "_mvcc", CONSUMERS_DB,
-        "        places = {**before.places, **frozen.places}\n",
-        "        places = {**before.places, **frozen.places, **self.places.now}\n",
     ),
     mutant(
         "what replay says of consumers is passed over", "_core", CONSUMERS_DB,

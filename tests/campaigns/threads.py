@@ -203,9 +203,7 @@ class Case:
         """Begin to hold a moment, or compare and let go of one."""
         if len(self.snapshots) < SNAPSHOTS_MAX and self.rng.random() < 0.6:
             leave = ExitStack()
-            self.snapshots.append(
-                (leave.enter_context(db.snapshot()), dict(self.content), leave)
-            )
+            self.snapshots.append((leave.enter_context(db.snapshot()), dict(self.content), leave))
         elif self.snapshots:
             place = self.rng.randrange(len(self.snapshots))
             snapshot, content, leave = self.snapshots.pop(place)
