@@ -62,12 +62,12 @@ def encode_placed_transaction(writes: Writes, moves: Moves) -> bytes:
     return PLACED_FORMAT + encode_moves(moves) + _encode(writes)
 
 
-def moves_in(record: bytes) -> dict[str, Move]:
-    """What a transaction does to the places of consumers.
+def moves_in(record: bytes) -> dict[str, Move] | None:
+    """What a transaction does to the places of consumers; None: nothing.
 
     Raises `OperationsError`.
     """
-    return _split(record)[0]
+    return _split(record)[0] if record[:1] == PLACED_FORMAT else None
 
 
 def moves_places(record: bytes) -> bool:
@@ -77,11 +77,8 @@ def moves_places(record: bytes) -> bool:
 
 def _split(record: bytes) -> tuple[dict[str, Move], int]:
     """The moves, and where the map begins."""
-    kind = record[:1]
-    if kind == TRANSACTION_FORMAT:
-        return {}, 1
-    if kind != PLACED_FORMAT:
-        raise OperationsError(f"a transaction does not start with {kind!r}")
+    if record[:1] != PLACED_FORMAT:
+        raise OperationsError(f"a transaction does not start with {record[:1]!r}")
     try:
         return decode_moves(record, 1)
     except PlacesError as exc:
