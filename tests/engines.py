@@ -195,6 +195,7 @@ class MemoryEngine:
         self.batch_bytes_max = server.batch_bytes_max
         self.batch_records_max = server.batch_records_max
         self.places = server.places
+        self.keeps_places = True
         self.last_lsn = server.last_lsn
         self.durable_lsn = server.durable_lsn
         self.recovery = RecoveryReport(

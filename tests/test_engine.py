@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
+import nats_cluster
 import pytest
 import trio
+from cas import CasServers, open_wal_on_cas
 from engines import MemoryServer, open_database_on, open_wal_on
 from helpers import SMALL_SEGMENT, Call, append_until, open_memory, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -25,6 +27,8 @@ from trio_wal.testing import MemoryFiles
 
 class Files:
     """A log in a directory."""
+
+    replicated = False
 
     def __init__(self) -> None:
         self._files = MemoryFiles()
@@ -51,6 +55,8 @@ class Files:
 class Server:
     """A log on a server in memory."""
 
+    replicated = False
+
     def __init__(self) -> None:
         self._server = MemoryServer()
 
@@ -74,9 +80,75 @@ class Server:
         self._server.crash()
 
 
-@pytest.fixture(params=[Files, Server])
+class Replicated:
+    """A log that a majority of servers in memory keeps."""
+
+    replicated = True
+
+    def __init__(self) -> None:
+        self._servers = CasServers()
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Any]:
+        return open_wal_on_cas(self._servers, **options)
+
+    def hold(self) -> None:
+        self._servers.hold()
+
+    def release(self) -> None:
+        self._servers.release()
+
+    def fill(self) -> None:
+        self._servers.bytes_max = 0
+
+    def make_room(self) -> None:
+        self._servers.bytes_max = math.inf
+
+    def crash(self, seed: int) -> None:
+        self._servers.crash()
+
+
+class Nats:
+    """A log on a real server, which is neither stalled nor filled here."""
+
+    replicated = True
+    count = 0
+
+    def __init__(self, cluster: nats_cluster.Cluster) -> None:
+        self._cluster = cluster
+        Nats.count += 1
+        self._name = f"contract-{Nats.count}"
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Any]:
+        where = [f"monitor={url}" for url in self._cluster.monitors]
+        url = f"{self._cluster.urls[0]}/{self._name}?replicas=1&{'&'.join(where)}"
+        return trio_wal.open_wal(url, **options)
+
+
+@pytest.fixture(params=[Files, Server, Replicated])
 def home(request: pytest.FixtureRequest) -> Any:
     return request.param()
+
+
+@pytest.fixture(scope="module")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nats_cluster.Cluster]:
+    if (reason := nats_cluster.missing()) is not None:
+        pytest.skip(reason)
+    with nats_cluster.running(tmp_path_factory.mktemp("nats"), 1, seed=7) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=[Files, Server, Replicated, Nats])
+def any_home(request: pytest.FixtureRequest) -> Any:
+    """Also one whose servers are real."""
+    if request.param is Nats:
+        return Nats(request.getfixturevalue("nats_server"))
+    return request.param()
+
+
+def needs_cutting(home: Any) -> None:
+    """For what a replicated log does not do."""
+    if home.replicated:
+        pytest.skip("what a majority has is not taken back")
 
 
 @pytest.fixture
@@ -88,10 +160,18 @@ LARGE = bytes(3000)
 """A few of these are more than a directory has prepared."""
 
 
+async def soon(condition: Callable[[], bool]) -> None:
+    """A real server takes its time."""
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110  (its news come from elsewhere)
+            await trio.sleep(0.001)
+
+
 # -- every engine -------------------------------------------------------------------------
 
 
-async def test_what_was_written_is_there_in_every_later_session(home: Any) -> None:
+async def test_what_was_written_is_there_in_every_later_session(any_home: Any) -> None:
+    home = any_home
     expected: dict[int, bytes] = {}
     uuids = set()
     for session in range(3):
@@ -109,7 +189,9 @@ async def test_what_was_written_is_there_in_every_later_session(home: Any) -> No
             expected.update(enumerate(data, first))
             assert await read_all(wal) == expected
             assert await read_all(wal, 3, 5) == {3: b"", 4: b"four"}
-            assert wal.bookmark == trio_wal.Bookmark(first + 5, 0)
+            assert wal.bookmark == trio_wal.Bookmark(first + 5, wal.epoch)
+            # A replicated log begins an epoch at each open, because each open takes it over.
+            assert (wal.epoch > 0) is home.replicated
             statistics = wal.statistics()
             assert (statistics.records_appended, statistics.state) == (6, "open")
             assert statistics.durable_lsn == statistics.last_lsn == first + 5
@@ -117,7 +199,8 @@ async def test_what_was_written_is_there_in_every_later_session(home: Any) -> No
     assert len(uuids) == 1
 
 
-async def test_a_follower_gets_what_comes_and_ends_with_the_log(home: Any) -> None:
+async def test_a_follower_gets_what_comes_and_ends_with_the_log(any_home: Any) -> None:
+    home = any_home
     found: dict[int, bytes] = {}
 
     async def follow(wal: Any) -> None:
@@ -129,10 +212,9 @@ async def test_a_follower_gets_what_comes_and_ends_with_the_log(home: Any) -> No
         nursery.start_soon(follow, wal)
         for lsn in range(1, 20):
             await wal.append(b"record")
-            await wait_all_tasks_blocked()
-            assert list(found) == list(range(1, lsn + 1))
+            await soon(lambda: list(found) == list(range(1, lsn + 1)))  # noqa: B023
         await wal.append_many([b"record"] * 10)
-        await wait_all_tasks_blocked()
+        await soon(lambda: len(found) == 29)
     assert list(found) == list(range(1, 30))
 
 
@@ -154,7 +236,33 @@ async def test_what_anybody_holds_is_kept_until_all_have_let_go(home: Any) -> No
         assert wal.first_lsn == 61
 
 
-async def test_truncate_before_drops_whole_pieces_and_readers_are_told(home: Any) -> None:
+async def test_writers_share_any_log(any_home: Any) -> None:
+    # The engines of the tests are given what `open_wal` makes of "auto".
+    bound: Any = "auto" if isinstance(any_home, (Files, Nats)) else 1_000_000
+    async with any_home.open(
+        max_queue_size=bound, target_latency=0.005, commit_delay="auto"
+    ) as wal:
+        assert 16 <= wal.statistics().max_queue_size <= 1_000_000
+        async with (
+            wal.writer("bulk", max_queue_size=4) as bulk,
+            wal.writer("urgent", priority="high") as urgent,
+            trio.open_nursery() as nursery,
+        ):
+            for _ in range(20):
+                nursery.start_soon(bulk.append, b"bulk")
+                nursery.start_soon(urgent.append, b"urgent")
+            await bulk.send(b"bulk")
+            await bulk.flush()
+        writers = wal.statistics().writers
+        assert await wal.append(b"the log's own") == 42
+        data = list((await read_all(wal)).values())
+        assert (data.count(b"bulk"), data.count(b"urgent")) == (21, 20)
+        assert writers == {}
+        assert 16 <= wal.statistics().max_queue_size <= 1_000_000
+
+
+async def test_truncate_before_drops_whole_pieces_and_readers_are_told(any_home: Any) -> None:
+    home = any_home
     async with home.open() as wal:
         for _ in range(40):
             await wal.append(LARGE)
@@ -178,6 +286,7 @@ async def test_truncate_before_drops_whole_pieces_and_readers_are_told(home: Any
 
 
 async def test_truncate_after_begins_an_epoch_and_followers_are_told(home: Any) -> None:
+    needs_cutting(home)
     async with home.open() as wal:
         for number in range(1, 11):
             await wal.append(b"old %d" % number)
@@ -332,6 +441,8 @@ async def test_after_a_crash_all_that_was_durable_is_there(home: Any, seed: int)
 
 
 async def test_durability_interval_syncs_by_itself(home: Any, autojump_clock: MockClock) -> None:
+    if home.replicated:
+        pytest.skip("what is written there is durable")
     async with home.open(durability="interval", flush_interval=1.0) as wal:
         assert await wal.append(b"one") == 1
         assert (wal.last_lsn, wal.durable_lsn) == (1, 0)

@@ -35,6 +35,7 @@ ORDER: dict[int, list[str]] = {
         "_statistics",
         "_pace",
         "_engine",
+        "_caslog",
         "_events",
         "_exports",
         "_retention",
@@ -42,6 +43,7 @@ ORDER: dict[int, list[str]] = {
         "_pages",
         "_disk.finding",
         "_disk.frame",
+        "_messages",
         "_codec",
         "_disk.scan",
         "_operations",
@@ -64,6 +66,7 @@ ORDER: dict[int, list[str]] = {
         "_store_check",
         "_store_reader",
         "_stores",
+        "_snapshots",
         "_disk.segment",
         "_disk.chain",
         "_disk.walk",
@@ -92,12 +95,19 @@ ORDER: dict[int, list[str]] = {
         "_flusher",
         "_stream",
         "_local",
+        "_streamlog",
+        "_appender",
+        "_replicated",
+        "_asyncio",
+        "_natscas",
+        "_natscheck",
+        "nats",
         "_log",
         "_writer",
-        "_reader",
         "_consumers",
         "_consumer",
         "_wal",
+        "_reader",
     ],
     # The database on top of the log.
     3: [
@@ -112,9 +122,12 @@ ORDER: dict[int, list[str]] = {
         "_database_writer",
         "_changes",
         "_database_consumer",
+        "_replay",
         "_checkpoint",
         "_core",
         "_database",
+        "_remote",
+        "_replica",
         "_table",
         "_opening",
         "_follower",
@@ -158,11 +171,12 @@ PATHS = {"PathLike", "fspath"}
 OS_ALLOWED = {
     "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
+    "_replicated": {"getpid"},
 }
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
-EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb"}
+EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio"}
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 
@@ -456,6 +470,7 @@ def test_the_extras_are_known_at_the_edges_only() -> None:
     for module in ("cyclopts", "rich"):
         assert {source.name for source in SOURCES if imported(source, module)} == {"_cli"}
     assert {source.name for source in SOURCES if imported(source, "zstandard")} == {"_codec"}
+    assert {source.name for source in SOURCES if imported(source, "nats")} == {"_natscas", "nats"}
 
 
 def test_only_the_command_line_prints() -> None:

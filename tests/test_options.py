@@ -257,7 +257,9 @@ def test_a_database_takes_every_option_of_a_log_by_its_name_and_default() -> Non
     database = inspect.signature(trio_wal.open_database).parameters
     assert set(log) <= set(database)
     for name, parameter in log.items():
-        assert database[name] == parameter, name
+        # Whose log it is says another option of a database.
+        if name != "path":
+            assert database[name] == parameter, name
     assert {parameter.kind for parameter in database.values()} == {
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.KEYWORD_ONLY,

@@ -17,6 +17,17 @@ import trio_wal
 from trio_wal._statistics import HISTOGRAM_BOUNDS, SyncTimes
 from trio_wal.testing import MemoryFiles
 
+REPLICATED = (
+    "position",
+    "replicas",
+    "replicas_current",
+    "unsettled_seconds",
+    "rotations",
+    "resolved",
+    "assume_synced",
+)
+"""None for a log in a directory."""
+
 
 async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
     async with open_memory(files) as wal:
@@ -49,6 +60,8 @@ async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
             "disk_bytes": 1 << 20,
             "last_sync_time": None,
             "state": "open",
+            "epoch": 0,
+            **dict.fromkeys(REPLICATED),
         }
 
 

@@ -5,6 +5,8 @@ Start with `open_wal`.  The modules, from bytes to tasks: ``_files`` ``_system``
 memory with faults.
 """
 
+from importlib import import_module as _import_module
+
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._consumer import Consumer as Consumer
@@ -22,13 +24,16 @@ from ._exceptions import (
     KeyExistsError as KeyExistsError,
     LogDivergedError as LogDivergedError,
     LogFailedError as LogFailedError,
+    LogFencedError as LogFencedError,
     LogFullError as LogFullError,
     LogLockedError as LogLockedError,
+    LogUnavailableError as LogUnavailableError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
     TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
+    UnsupportedOperationError as UnsupportedOperationError,
     UntrustedDirectoryError as UntrustedDirectoryError,
     WalError as WalError,
     WrongDirectoryError as WrongDirectoryError,
@@ -36,10 +41,16 @@ from ._exceptions import (
 from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
-from ._opening import VerifyStore as VerifyStore, open_database as open_database
+from ._opening import (
+    VerifyStore as VerifyStore,
+    open_database as open_database,
+    open_replica as open_replica,
+)
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
+from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
+from ._replicated import RemoteLog as RemoteLog
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -48,6 +59,10 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
+from ._snapshots import (
+    DirectorySnapshots as DirectorySnapshots,
+    SnapshotStore as SnapshotStore,
+)
 from ._statistics import (
     ConsumerStatistics as ConsumerStatistics,
     WalStatistics as WalStatistics,
@@ -62,3 +77,10 @@ from ._writer import Writer as Writer
 __version__ = "0.1.0"
 
 _exports.say_public(__name__, globals())
+
+
+def __getattr__(name: str) -> object:
+    """`trio_wal.nats` is loaded when it is used: it takes what the log alone has no need of."""
+    if name == "nats":
+        return _import_module("trio_wal.nats")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

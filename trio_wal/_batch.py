@@ -12,7 +12,13 @@ from typing import Any, TypeAlias, final
 import attrs
 from trio.lowlevel import Task, reschedule
 
-from ._exceptions import CorruptLogError, LogFullError, LsnTruncatedError, Outcome
+from ._exceptions import (
+    CorruptLogError,
+    LogFullError,
+    LsnTruncatedError,
+    Outcome,
+    UnsupportedOperationError,
+)
 from ._park import WOKEN
 
 
@@ -38,7 +44,9 @@ class Job:
     writes."""
 
     run: Callable[[], Awaitable[None]]
-    error: LogFullError | CorruptLogError | LsnTruncatedError | None = None
+    error: LogFullError | CorruptLogError | LsnTruncatedError | UnsupportedOperationError | None = (
+        None
+    )
     """Why it could not be done; nothing was changed then."""
 
 

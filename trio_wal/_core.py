@@ -6,6 +6,7 @@ right order; what each of them does is its own.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Final, final
 
@@ -17,15 +18,20 @@ from ._checkpoint import Checkpointer
 from ._consumers import Consumers
 from ._database_consumer import CommitKeeper
 from ._disk.chain import LOG_NAME, STORE_NAME
+from ._events import tell
+from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._files import Files
 from ._log import Log
 from ._mvcc import Versions
 from ._operations import moves_in
+from ._snapshots import SNAPSHOTS, SnapshotStore, put_snapshot
 from ._wal import new_wal
 from ._worker import Blocking
 
 OPENING_HOLD: Final = "opening"
 """Under which name the log is held until it is known which consumers there are."""
+SNAPSHOT_NAME: Final = ".snapshot"
+"""Where the copy stands that is being made, with a random part behind."""
 
 
 @final
@@ -105,6 +111,39 @@ class Core:
         except BaseException:
             await blocking(files.discard_directory, temporary)
             raise
+
+    async def snapshot_to(self, kept: SnapshotStore) -> int:
+        """Keep a copy of the store, as of now, where other machines find it; gives its LSN."""
+        files, blocking = self._files, self._blocking
+        temporary = await blocking(files.begin_directory, f"{self.path}/{SNAPSHOT_NAME}")
+        try:
+            copied = f"{temporary}/{STORE_NAME}"
+
+            async def copy(_: StoreState) -> None:
+                await blocking(self._store.copy, copied)
+
+            lsn = await self.checkpointer.checkpoint_for(copy)
+            # In which epoch does not matter to who goes on: LSNs of a log on servers are never
+            # given twice, and in a directory the copy's next open begins one of its own.
+            tail = self.log.tail
+            await blocking(
+                put_snapshot, files, kept, copied, uuid=self.wal.uuid, lsn=lsn, epoch=tail.epoch
+            )
+        finally:
+            await blocking(files.discard_directory, temporary)
+        self.log.hold(SNAPSHOTS, lsn + 1)
+        return lsn
+
+    async def try_snapshot(self, kept: SnapshotStore) -> None:
+        """As `snapshot_to`, by itself: what fails is told, and tried again some time."""
+        path = self.path
+        try:
+            lsn = await self.snapshot_to(kept)
+        except (OSError, LogFailedError, LogFullError, CorruptLogError) as exc:
+            text = f"no snapshot was made, will try again: {exc!r}"
+            tell(logging.WARNING, "snapshot_failed", path, text, error=repr(exc))
+        else:
+            tell(logging.INFO, "snapshot", path, f"snapshot up to LSN {lsn}", lsn=lsn)
 
     def store_statistics(self) -> tuple[int, int]:
         """(keys, bytes of the file); after the close, those of that moment."""

@@ -40,6 +40,7 @@ from ._operations import (
 from ._pairs import PairStream
 from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
+from ._snapshots import SnapshotStore
 from ._statistics import ConsumerStatistics, WalStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
@@ -517,6 +518,25 @@ class Database(metaclass=NoPublicConstructor):
         path = check_path(dest)
         await self._check_usable()
         return await self._core.backup(path)
+
+    async def snapshot_to(self, store: SnapshotStore) -> int:
+        """Keep a copy of the state, as of now, where other machines find it; returns its LSN.
+
+        For a log on servers: a machine that has nothing begins with the newest snapshot, and only
+        what a snapshot has may be dropped from the log.  ``snapshots=`` of `open_database` makes
+        them by itself.  Once the copy has begun it is finished even if the caller is cancelled;
+        what is kept under its name is whole, or not there.
+
+        Args:
+          store: `DirectorySnapshots`, or another `SnapshotStore`.
+
+        Raises:
+          CorruptLogError: the store is damaged.
+          OSError: the copy could not be made; nothing of it is left.
+          LogFailedError: the log is broken.
+        """
+        await self._check_usable()
+        return await self._core.snapshot_to(store)
 
     # -- what it is --
 

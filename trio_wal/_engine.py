@@ -2,8 +2,8 @@
 
 Law: values and protocols.  No files, no sockets, no threads, no trio.
 
-An engine is where a log's bytes are.  Today that is a directory of segments (`_local`); a
-replicated stream fits behind the same calls.  Above the seam there are records, LSNs and
+An engine is where a log's bytes are: a directory of segments (`_local`), or a replicated stream
+(`_replicated`).  Above the seam there are records, LSNs and
 batches: the queue decides what is written next, the flusher when, the streams who reads what.
 Below it there are files or servers: how a batch is laid out, what "durable" takes, and what an
 answer that never came means.
@@ -19,7 +19,7 @@ What an error means is part of each promise:
   LogFullError      nothing was written; the same call may succeed later
   OSError           the log is broken, and what was being written may be there or not
   LogFailedError    the log is broken, and its ``outcome`` says which of the two it is
-  CorruptLogError, LsnTruncatedError
+  CorruptLogError, LsnTruncatedError, UnsupportedOperationError
                     from a truncation only: it was refused, and nothing has changed
 
 An engine never reports an ambiguous outcome as a success or as "not written".  One that can
@@ -230,6 +230,8 @@ class Engine(Protocol):
     places: Mapping[str, Place]
     """Up to where consumers had acknowledged when it was opened; none for a database's log,
     whose transactions move them."""
+    keeps_places: bool
+    """Whether `keep_places` can be called."""
     batch_bytes_max: int
     """The most that one `write` takes, where each record counts for ``len(record)`` +
     `RECORD_OVERHEAD`."""
@@ -328,6 +330,7 @@ class Engine(Protocol):
 
         Raises:
           LogFullError, CorruptLogError, LsnTruncatedError: nothing has changed.
+          UnsupportedOperationError: there is no such thing here.
           OSError, LogFailedError: see the top of this module.
         """
         ...
@@ -341,6 +344,7 @@ class Engine(Protocol):
         Raises:
           LogFullError: there is no room to write down where the log begins now; nothing has
               changed.
+          LogFailedError: the log is broken, and nothing was dropped.
           OSError: some of them may be gone.
         """
         ...

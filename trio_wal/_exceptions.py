@@ -105,17 +105,28 @@ class LogLockedError(WalError):
       path: the directory of the log or database.
       pid: the owner's process id; None where it cannot be told.
       database: whether it is a database.
+      owner: who has a replicated log open, as it says itself; otherwise None.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], pid: int | None, database: bool = False
+        self,
+        path: str | os.PathLike[str],
+        pid: int | None,
+        database: bool = False,
+        owner: str | None = None,
     ) -> None:
-        super().__init__(path, pid, database)
+        super().__init__(path, pid, database, owner)
         self.path: str = os.fspath(path)
         self.pid = pid
         self.database = database
+        self.owner = owner
 
     def __str__(self) -> str:
+        if self.owner is not None:
+            return printable(
+                f"{self.path}: the log is open in {self.owner}; close it there, "
+                "read with open_reader(), or open it with takeover=True"
+            )
         owner = "another process" if self.pid is None else f"process {self.pid}"
         if self.database:
             return printable(
@@ -308,6 +319,118 @@ class LogFailedError(WalError, trio.BrokenResourceError):
         return printable(
             f"{self.path}: a write or sync failed and the log is closed for writing; {fate}"
         )
+
+
+class LogFencedError(LogFailedError):
+    """Another owner has taken the replicated log over; this handle takes nothing more.
+
+    Its ``outcome`` is always ``"not written"``: where the batch in flight would have gone, the
+    other one's epoch begins.  What was acknowledged before is in the log.  Open it again to take
+    it back, or leave it to the other.
+
+    Attributes:
+      epoch: the epoch that the other owner has begun.
+      owner: who that is, as it says itself.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], epoch: int, owner: str, outcome: Outcome = "not written"
+    ) -> None:
+        super().__init__(path, "not written")
+        self.epoch = epoch
+        self.owner = owner
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.epoch, self.owner)
+
+    def again(self, outcome: Outcome) -> LogFailedError:
+        """The same, for one more task; nothing of it was written either."""
+        return LogFencedError(self.path, self.epoch, self.owner)
+
+    def __str__(self) -> str:
+        return printable(
+            f"{self.path}: {self.owner} has taken this log over, with epoch {self.epoch}; the "
+            "records of this call were not written, open the log again to take it back"
+        )
+
+
+class LogUnavailableError(LogFailedError):
+    """The servers of a replicated log have given no answer for as long as ``unavailable_after``
+    allows; this handle takes nothing more.
+
+    Attributes:
+      seconds: for how long they were asked.
+      reason: what the last try came to.
+      outcome: ``"unknown"`` for the batch in flight, which may be in the log, or get there yet;
+          the next open settles that.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        seconds: float,
+        reason: str,
+        outcome: Outcome = "unknown",
+    ) -> None:
+        super().__init__(path, outcome)
+        self.seconds = seconds
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.seconds, self.reason, self.outcome)
+
+    def again(self, outcome: Outcome) -> LogFailedError:
+        """The same, for one more task, whose records have an outcome of their own."""
+        return LogUnavailableError(self.path, self.seconds, self.reason, outcome)
+
+    def __str__(self) -> str:
+        fate = (
+            "the records of this call were not written"
+            if self.outcome == "not written"
+            else "whether the records of this call are durable is unknown until the log is reopened"
+        )
+        return printable(
+            f"{self.path}: no answer from a majority of the servers for {self.seconds:.1f} seconds "
+            f"({self.reason}); {fate}"
+        )
+
+
+class UnsupportedOperationError(WalError, TypeError):
+    """This kind of log cannot do that; nothing was changed.
+
+    Attributes:
+      path: the log.
+      operation: what was called.
+      reason: why it cannot be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], operation: str, reason: str) -> None:
+        super().__init__(path, operation, reason)
+        self.path: str = os.fspath(path)
+        self.operation = operation
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return printable(f"{self.path}: {self.operation}() is not supported here: {self.reason}")
+
+
+class UnsuitableServersError(WalError):
+    """The servers, or the stream on them, would not keep what a log promises; nothing was written.
+
+    Attributes:
+      path: the log.
+      reason: what is wrong.
+      remedy: what to do.
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.path = path
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return printable(f"{self.path}: {self.reason}; {self.remedy}; nothing was written")
 
 
 class TransactionConflict(WalError):

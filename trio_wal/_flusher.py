@@ -29,6 +29,7 @@ from ._exceptions import (
     LogFullError,
     LsnTruncatedError,
     Outcome,
+    UnsupportedOperationError,
 )
 from ._pace import Delay
 from ._queue import WriteQueue
@@ -288,7 +289,12 @@ class Flusher:
         self._job = trio.Event()
         try:
             await job.run()
-        except (LogFullError, CorruptLogError, LsnTruncatedError) as exc:
+        except (
+            LogFullError,
+            CorruptLogError,
+            LsnTruncatedError,
+            UnsupportedOperationError,
+        ) as exc:
             job.error = exc
         except (OSError, LogFailedError) as exc:
             self._job_failure = exc

@@ -23,7 +23,6 @@ import trio
 from trio.lowlevel import Task
 
 from ._base import ReadTransaction, StoreReader, StoreState
-from ._changes import decode_record
 from ._engine import Forked
 from ._exceptions import (
     CorruptLogError,
@@ -34,6 +33,7 @@ from ._exceptions import (
 from ._identity import Bookmark, common_lsn
 from ._mvcc import Versions
 from ._reader import WatchSource
+from ._replay import replay_live
 from ._store_files import damaged, data_file, misfit
 from ._stream import RecordStream, new_record_stream
 from ._util import MiB
@@ -45,8 +45,6 @@ CHECK_SECONDS: Final = 0.1
 """Between two such questions."""
 OPEN_TRIES: Final = 100
 """How often the owner may checkpoint and drop the log while this opens."""
-TURN_SECONDS: Final = 0.0005
-"""For so long commits are replayed without a checkpoint of trio's."""
 
 
 class _NoStatus:
@@ -186,16 +184,9 @@ class Follower:
 
     async def _replay(self, versions: Versions, stream: RecordStream) -> None:
         """The next commits of the log."""
-        name = self.source.name
-        due = perf_counter() + TURN_SECONDS
         records = await stream.batches(None).__anext__()
         versions.epoch = stream.bookmark.epoch
-        for record in records:
-            writes = decode_record(name, record.lsn, record.data)
-            await versions.replay(record.lsn, writes, len(record.data))
-            if perf_counter() >= due:
-                await trio.lowlevel.checkpoint()
-                due = perf_counter() + TURN_SECONDS
+        await replay_live(versions, self.source.name, records)
 
     # -- following --
 

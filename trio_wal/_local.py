@@ -130,6 +130,15 @@ class LocalOptions:
     trust_directory: bool
 
 
+def check_retention(retention: Retention | None) -> None:
+    """Raises `TypeError` where it is neither None nor a `Retention`."""
+    if retention is not None and not isinstance(retention, Retention):
+        raise TypeError(
+            "retention must be None or made of KeepAll, KeepSegments, KeepFor and KeepBytes, "
+            f"not {type(retention).__name__}"
+        )
+
+
 def check_local_options(
     *,
     path: str | PathLike[str],
@@ -140,11 +149,7 @@ def check_local_options(
     trust_directory: bool,
 ) -> LocalOptions:
     """These arguments of `open_wal`, or the error that names the wrong one."""
-    if not isinstance(retention, Retention):
-        raise TypeError(
-            "retention must be None or made of KeepAll, KeepSegments, KeepFor and KeepBytes, "
-            f"not {type(retention).__name__}"
-        )
+    check_retention(retention)
     if compression is not None:
         check_one_of("compression", compression, ("none", "zstd"))
         if compression == "zstd":
@@ -190,6 +195,7 @@ class LocalEngine:
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
         self.places: Mapping[str, ConsumerPlace] = directory.places.found
+        self.keeps_places = True
         self._batch_times: BatchTimes | None = None
         """From the first consumer on."""
         for name, place in self.places.items():

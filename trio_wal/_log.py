@@ -29,7 +29,7 @@ from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
-from ._statistics import ConsumerStatistics, WalStatistics
+from ._statistics import ConsumerStatistics, ReplicationStatistics, WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
@@ -96,6 +96,11 @@ def check_log_options(
         reserve=check_share("reserve", reserve, RESERVE_MAX),
         consumer_hold_bytes=check_int_or_inf("consumer_hold_bytes", consumer_hold_bytes, 0),
     )
+
+
+def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
+    """The fields of `WalStatistics` that only a replicated log has."""
+    return {} if found is None else attrs.asdict(found)
 
 
 def _check_delay(commit_delay: float | Literal["auto"]) -> float | Literal["auto"]:
@@ -250,6 +255,8 @@ class Log:
             disk_bytes=engine.disk_bytes,
             last_sync_time=engine.syncs.last_time,
             state=self.status.state.value,
+            epoch=tail.epoch,
+            **_replicated(engine.replication),
         )
 
     # -- writing --

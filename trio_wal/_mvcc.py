@@ -553,21 +553,28 @@ class Versions:
     async def replay(
         self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None
     ) -> None:
-        """A durable commit of the log's, in the log's order, where there are no others."""
+        """A durable commit of the log's, in the log's order, where nothing is committed.
+
+        Others may be reading meanwhile, and waiting for it.
+        """
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
         if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
             self._renew()
+        layer.last_lsn = lsn
+        layer.log_bytes += log_bytes
         self.durable_lsn = max(self.durable_lsn, lsn)
+        if moves:
+            self._moved(lsn, moves, layer, alone=not writes)
+        if self.watches.begun:
+            self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
+        if layer.log_bytes >= self._checkpoint_bytes:
+            self.room.ask()
         while self._settle_layers(seq):
             if not self._dead():
                 break
             # More deletions to be buried than are at once.
             await trio.lowlevel.checkpoint()
-        layer.last_lsn = lsn
-        layer.log_bytes += log_bytes
-        if moves:
-            self._moved(lsn, moves, layer, alone=not writes)
 
     # -- places of consumers --
 

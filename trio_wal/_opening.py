@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 import attrs
 from trio.lowlevel import enable_ki_protection
@@ -32,11 +32,16 @@ from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
 from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
+from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
+from ._replica import OpenReplica, Replica
+from ._replicated import BATCH_BYTES_MAX, RemoteLog
 from ._retention import KeepSegments, Retention
+from ._snapshots import SnapshotStore
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
-from ._util import MiB, check_int, check_one_of, check_path
+from ._util import MiB, check_bool, check_int, check_one_of, check_path
+from ._wal import check_remote, check_remote_log, refuse_options
 from ._worker import Blocking
 
 VerifyStore = Literal["auto", "child", "none"]
@@ -48,7 +53,7 @@ MAP_SIZE_MAX: Final = 1 << 61
 """Below what LMDB's C can count, once doubled; where less is too much, the system says so."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class _Options:
     """The checked arguments of `open_database` that are not the log's alone."""
 
@@ -212,6 +217,9 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
 def open_database(
     path: str | os.PathLike[str],
     *,
+    log: str | RemoteLog | None = None,
+    snapshots: SnapshotStore | None = None,
+    snapshot_bytes: int = 1024 * MiB,
     checkpoint_bytes: int = 64 * MiB,
     map_size: int = MAP_SIZE,
     verify_store: VerifyStore = "auto",
@@ -246,6 +254,11 @@ def open_database(
 
     Args:
       path: a directory; created with mode 0700 if it is missing.
+      log: a log that servers keep, `trio_wal.nats.Log` or its URL; the directory is then this
+          machine's cache of what is in it, and may be deleted.  None: the log is in the directory.
+      snapshots: where snapshots of such a database are kept, for machines that have nothing; only
+          what one of them has is dropped from the log.  None: nothing is ever dropped from it.
+      snapshot_bytes: a snapshot is made every so many bytes of log.
       checkpoint_bytes: committed state is moved into the store every so many bytes of log.
           Twice that may have to be replayed on opening, and kept in memory.
       map_size: bytes of address space for LMDB; grown when it is full.
@@ -264,6 +277,10 @@ def open_database(
       verify_bytes, trust_directory, reserve, consumer_hold_bytes: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
+    With ``log`` there are neither ``compression`` nor ``verify_bytes``, and of ``durability`` only
+    ``"sync"``; opening takes the log over, and whoever had it open gets `LogFencedError` from the
+    next commit on.
+
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
 
@@ -275,13 +292,13 @@ def open_database(
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.
     """
-    name = check_path(path)
-    check_int("checkpoint_bytes", checkpoint_bytes, 1)
-    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
-    check_one_of("verify_store", verify_store, ("auto", "child", "none"))
-    used = OsFiles() if files is None else files
+    name, used = check_path(path), OsFiles() if files is None else files
+    own = _check_options(
+        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
+    )
+    remote = None if log is None else check_remote_log(log)
     run = check_log_options(
-        LocalEngine.batch_bytes_max,
+        LocalEngine.batch_bytes_max if remote is None else BATCH_BYTES_MAX,
         max_queue_size=max_queue_size,
         target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
@@ -293,19 +310,106 @@ def open_database(
         reserve=reserve,
         consumer_hold_bytes=consumer_hold_bytes,
     )
+    keep = KeepSegments(1) if retention is None else retention
+    if remote is not None:
+        check_remote(durability, segment_size, retention, compression, verify_bytes)
+        cache = _cache_options(own, remote, snapshots, snapshot_bytes)
+        return OpenRemoteDatabase(cache.keeping(segment_size, keep, trust_directory), run, used)
+    refuse_options("a database with a log of its own", snapshots=snapshots is not None)
     where = check_local_options(
         path=f"{name}/{LOG_NAME}",
-        retention=KeepSegments(1) if retention is None else retention,
+        retention=keep,
         segment_size=segment_size,
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
     )
-    options = _Options(
-        path=used.absolute(name),
-        checkpoint_bytes=checkpoint_bytes,
-        map_size=map_size,
-        verify_store=verify_store,
-        on_verify_progress=on_verify_progress,
+    return _OpenDatabase(own, used, run, where)
+
+
+def _check_options(
+    path: str,
+    checkpoint_bytes: int,
+    map_size: int,
+    verify_store: VerifyStore,
+    on_verify_progress: Progress | None,
+) -> _Options:
+    check_int("checkpoint_bytes", checkpoint_bytes, 1)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
+    check_one_of("verify_store", verify_store, ("auto", "child", "none"))
+    return _Options(path, checkpoint_bytes, map_size, verify_store, on_verify_progress)
+
+
+def _cache_options(
+    own: _Options, log: RemoteLog, snapshots: SnapshotStore | None, snapshot_bytes: int
+) -> RemoteOptions:
+    return check_remote_options(
+        own.path,
+        log,
+        snapshots,
+        snapshot_bytes,
+        own.checkpoint_bytes,
+        own.map_size,
+        own.verify_store != "none",
     )
-    return _OpenDatabase(options, used, run, where)
+
+
+def open_replica(
+    path: str | os.PathLike[str],
+    *,
+    log: str | RemoteLog,
+    snapshots: SnapshotStore | None = None,
+    checkpoint_bytes: int = 64 * MiB,
+    map_size: int = MAP_SIZE,
+    trust_directory: bool = False,
+    files: Files | None = None,
+) -> AbstractAsyncContextManager[Replica]:
+    """Follow a database whose log servers keep, on another machine, with a store of its own.
+
+    ::
+
+        async with trio_wal.open_replica("bank.replica", log=log) as replica:
+            await replica.wait_for(lsn)
+            replica.get(b"alice")
+
+    A standby is a replica that is promoted when the leader is gone: `Replica.promote`.
+
+    Args:
+      path: a directory for this machine's copy; created with mode 0700 if it is missing, and made
+          again from the log, and from a snapshot, whenever it is deleted.
+      log: `trio_wal.nats.Log`, or its URL.
+      snapshots: where to begin, where the log no longer reaches back to what is here.
+      checkpoint_bytes, map_size, trust_directory, files: as for `open_database`.
+
+    Raises, when called:
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Raises, on entering:
+      FileNotFoundError: there is no such log; `open_database` makes one.
+      LogLockedError: the directory is open elsewhere.
+      CorruptLogError: the store is damaged, of another log, or neither the log nor a snapshot
+          reaches back to it.
+      UnsuitableServersError, LogUnavailableError, PermissionError: as `open_wal`.
+      WrongDirectoryError, UntrustedDirectoryError, OSError, RuntimeError: as `open_database`.
+    """
+    name, used = check_path(path), OsFiles() if files is None else files
+    remote = check_remote_log(log)
+    check_int("checkpoint_bytes", checkpoint_bytes, 1)
+    check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
+    options = attrs.evolve(
+        check_remote_options(used.absolute(name), remote, snapshots, 1, checkpoint_bytes, map_size),
+        trust_directory=check_bool("trust_directory", trust_directory),
+    )
+    same: dict[str, Any] = {
+        "log": remote,
+        "snapshots": snapshots,
+        "checkpoint_bytes": checkpoint_bytes,
+        "map_size": map_size,
+        "trust_directory": trust_directory,
+        "files": files,
+    }
+
+    def promote(**given: Any) -> AbstractAsyncContextManager[Database]:
+        return open_database(name, **{**same, **given})
+
+    return OpenReplica(options, used, promote)

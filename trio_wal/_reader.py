@@ -14,10 +14,11 @@ import time
 import uuid
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import attrs
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from ._disk.chain import (
     LOG_NAME,
@@ -35,17 +36,20 @@ from ._disk.finding import Finding
 from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import begun_lsn, judge_end, proven_lsn
-from ._engine import Moved, Reader, Tail
+from ._engine import Forked, Moved, Reader, Source, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, File, Files, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
-from ._park import require_trio
+from ._park import end_forked, require_trio
+from ._replicated import RemoteLog, open_remote_source
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
+from ._streamlog import StreamSource
 from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_path
+from ._wal import refuse_options, remote_log
 from ._worker import Blocking
 
 POLL_SECONDS: Final = 0.02
@@ -140,6 +144,10 @@ class WatchSource:
         """After a look."""
         assert self._seen.meta is not None
         return self._seen.meta
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        return uuid.UUID(bytes=self.meta.log_uuid)
 
     @property
     def segments(self) -> tuple[FoundSegment, ...]:
@@ -431,6 +439,10 @@ class WatchSource:
             # This file system does not tell.
             self._watchable = False
 
+    def disown(self) -> None:
+        """This is a forked child: the threads are the parent's."""
+        self.blocking.disown()
+
     async def aclose(self) -> None:
         """Streams that wait get `trio.ClosedResourceError`."""
         self._closed = True
@@ -457,6 +469,25 @@ def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int) -> bool:
     )
 
 
+class _ReaderSource(Source, Protocol):
+    """What a reader has: a log of which another owner may be writing."""
+
+    @property
+    def uuid(self) -> uuid.UUID: ...
+
+    def look(self) -> None:
+        """Bring `tail` up to date, where that does not take waiting."""
+        ...
+
+    async def aclose(self) -> None:
+        """Streams that wait get `trio.ClosedResourceError`."""
+        ...
+
+    def disown(self) -> None:
+        """This is a forked child."""
+        ...
+
+
 @final
 class LogReader(metaclass=NoPublicConstructor):
     """A look at a log without owning it; what `open_reader` gives.
@@ -469,7 +500,7 @@ class LogReader(metaclass=NoPublicConstructor):
     cannot be read.
     """
 
-    def __init__(self, files: Files, source: WatchSource) -> None:
+    def __init__(self, files: Files, source: _ReaderSource) -> None:
         self._source = source
         self._closed = False
         files.on_fork(self._disown)
@@ -483,19 +514,20 @@ class LogReader(metaclass=NoPublicConstructor):
     def uuid(self) -> uuid.UUID:
         """The log's, and that of its copies."""
         self._check_open()
-        return uuid.UUID(bytes=self._source.meta.log_uuid)
+        return self._source.uuid
 
     @property
     def epoch(self) -> int:
         """Grows when LSNs may be given a second time; reads a few blocks of the log's files."""
         self._look()
-        return self._source.meta.epoch
+        return self._source.tail.epoch
 
     @property
     def bookmark(self) -> Bookmark:
         """`durable_lsn` with the `epoch` of the same look."""
         self._look()
-        return Bookmark(self._source.tail.durable_lsn, self._source.meta.epoch)
+        tail = self._source.tail
+        return Bookmark(tail.durable_lsn, tail.epoch)
 
     @property
     def first_lsn(self) -> int:
@@ -542,7 +574,7 @@ class LogReader(metaclass=NoPublicConstructor):
     def _disown(self) -> None:
         """In a forked child there is nothing to wait for: its threads are the parent's."""
         self._closed = True
-        self._source.blocking.disown()
+        self._source.disown()
 
     async def _close(self) -> None:
         if not self._closed:
@@ -586,8 +618,47 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
             await self._reader._close()
 
 
+@final
+class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
+    """For a log that servers keep: what they say of it arrives in a task."""
+
+    def __init__(self, log: RemoteLog) -> None:
+        self._log = log
+        self._reader: LogReader | None = None
+        self._nursery_manager = trio.open_nursery()
+        self._nursery: trio.Nursery
+        self._source: StreamSource
+
+    @enable_ki_protection
+    async def __aenter__(self) -> LogReader:
+        if self._reader is not None:
+            raise RuntimeError("open_reader() gives a context manager for one use")
+        require_trio("open_reader")
+        source = self._source = await open_remote_source(self._log)
+        self._nursery = await self._nursery_manager.__aenter__()
+        self._nursery.start_soon(source.keep_up)
+        self._reader = _new_log_reader(OsFiles(), source)
+        return self._reader
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._reader is not None:
+            if self._source.forked:
+                await end_forked(self._nursery, Forked)
+            else:
+                await self._reader._close()
+                self._nursery.cancel_scope.cancel()
+            # Its task has ended, or does now: this wraps nothing.
+            await self._nursery_manager.__aexit__(None, None, None)
+
+
 def open_reader(
-    path: str | os.PathLike[str], *, files: Files | None = None
+    path: str | os.PathLike[str] | RemoteLog, *, files: Files | None = None
 ) -> AbstractAsyncContextManager[LogReader]:
     """Read a log that this or another process may be writing; needs no lock, never writes.
 
@@ -599,7 +670,8 @@ def open_reader(
                     ...
 
     Args:
-      path: the log's directory.
+      path: the log's directory; or a log that servers keep, from any machine, as for `open_wal`.
+          What its properties say is then a few milliseconds old.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     Raises, on entering:
@@ -608,4 +680,9 @@ def open_reader(
       CorruptLogError, UnsupportedFormatError: it is one of which nothing can be read.
       RuntimeError: trio is not running.
     """
+    log = remote_log(path)
+    if log is not None:
+        refuse_options("a replicated log", files=files is not None)
+        return _OpenRemoteReader(log)
+    assert not isinstance(path, RemoteLog)
     return _OpenReader(check_path(path), OsFiles() if files is None else files)

@@ -126,6 +126,19 @@ class ConsumerStatistics:
     open, when their segment was begun; 0 where there are none."""
 
 
+@attrs.frozen(kw_only=True)
+class ReplicationStatistics:
+    """What only a replicated log has; `WalStatistics` says what it means."""
+
+    position: int
+    replicas: int
+    replicas_current: int
+    unsettled_seconds: float
+    rotations: int
+    resolved: int
+    assume_synced: bool
+
+
 @attrs.frozen
 class EngineStatistics:
     """What an engine knows that its log does not; `WalStatistics` says what it means."""
@@ -133,6 +146,7 @@ class EngineStatistics:
     syncs: SyncTimes
     segments: int
     disk_bytes: int
+    replication: ReplicationStatistics | None = None
 
 
 @final
@@ -238,3 +252,19 @@ class WalStatistics:
     state: Literal["open", "full", "closing", "closed", "failed"]
     """Where it is ``full``, there is no disk space for the next segment; for ``failed`` see
     `LogFailedError`."""
+    epoch: int
+    """As `WriteAheadLog.epoch`."""
+    position: int | None = None
+    """The last message of a replicated log; None, as all that follow, for a log in a directory."""
+    replicas: int | None = None
+    """How many servers keep a copy of the log."""
+    replicas_current: int | None = None
+    """How many of them were up to date when they were last asked, every ten seconds."""
+    unsettled_seconds: float | None = None
+    """For how long the batch in flight has had no outcome; 0 where none is in flight."""
+    rotations: int | None = None
+    """How often another server was tried because one gave no answer."""
+    resolved: int | None = None
+    """How often a batch was found to have landed though its answer was lost."""
+    assume_synced: bool | None = None
+    """Whether the servers were taken at their word, and not asked whether they sync each write."""

@@ -21,14 +21,22 @@ from trio.lowlevel import current_task, enable_ki_protection
 from ._consumer import Consumer, new_consumer
 from ._consumers import Consumers, EngineKeeper, Session, check_start
 from ._engine import RecoveryReport
-from ._exceptions import RecordTooLargeError
+from ._exceptions import RecordTooLargeError, UnsupportedOperationError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
 from ._flusher import Durability
 from ._identity import Bookmark
-from ._local import VERIFY_BYTES, LocalEngine, check_local_options, open_local
+from ._local import (
+    SEGMENT_SIZE_MAX,
+    VERIFY_BYTES,
+    LocalEngine,
+    check_local_options,
+    check_retention,
+    open_local,
+)
 from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
 from ._places import check_consumer_name
+from ._replicated import BATCH_BYTES_MAX, RemoteLog, open_remote
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
@@ -284,6 +292,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
         Raises, when called:
           TypeError, ValueError: an argument is wrong, or the log belongs to a database.
+          UnsupportedOperationError: the log is replicated.
 
         Raises, on entering; nothing was made:
           trio.BusyResourceError: somebody is using it.
@@ -310,6 +319,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
     def _get_consumers(self) -> Consumers:
         self._check_not_owned()
+        if not self._log.engine.keeps_places:
+            reason = "servers keep places of a database's consumers only"
+            raise UnsupportedOperationError(self._log.name, "consumer", reason)
         assert self._consumers is not None
         return self._consumers
 
@@ -356,6 +368,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFullError: there is no space for the new end of the log; nothing was dropped.
           CorruptLogError: records that are to stay cannot be read; nothing was dropped.
           LsnTruncatedError: retention dropped the record ``lsn`` meanwhile; nothing else was.
+          UnsupportedOperationError: the log is a replicated one.
         """
         self._check_not_owned()
         check_int("lsn", lsn, 0)
@@ -369,7 +382,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
     @property
     def path(self) -> str:
-        """The log's directory, absolute."""
+        """The log's directory, absolute; the address of a replicated log."""
         return self._log.name
 
     @property
@@ -472,8 +485,51 @@ class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
         await self._opened.leave(exc)
 
 
+def remote_log(path: str | os.PathLike[str] | RemoteLog) -> RemoteLog | None:
+    """The log on servers that is given in the place of a path; None: it is a path."""
+    if isinstance(path, str) and path.startswith(("nats://", "tls://")):
+        from .nats import Log as NatsLog
+
+        return NatsLog.parse(path)
+    return path if isinstance(path, RemoteLog) else None
+
+
+def check_remote_log(log: object) -> RemoteLog:
+    """The ``log`` of `open_database` and `open_replica`."""
+    if not isinstance(log, (str, RemoteLog)):
+        raise TypeError(f"log must be a trio_wal.nats.Log or its URL, not {type(log).__name__}")
+    found = remote_log(log)
+    if found is None:
+        raise ValueError(f"log must be a trio_wal.nats.Log or its URL, not {log!r}")
+    return found
+
+
+def refuse_options(what: str, **given: bool) -> None:
+    """Raises `TypeError` that names the options which were given though they mean nothing."""
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise TypeError(f"{', '.join(wrong)}: not an option of {what}")
+
+
+def check_remote(
+    durability: Durability,
+    segment_size: int,
+    retention: Retention | None,
+    compression: str | None,
+    verify_bytes: float,
+) -> None:
+    """Those arguments of `open_wal` that a replicated log takes, or does not."""
+    what = "a replicated log"
+    refuse_options(
+        what, compression=compression is not None, verify_bytes=verify_bytes != VERIFY_BYTES
+    )
+    if durability != "sync":
+        raise ValueError(f"durability must be 'sync' for {what}, not {durability!r}")
+    check_int("segment_size", segment_size, 1, SEGMENT_SIZE_MAX)
+    check_retention(retention)
+
+
 def open_wal(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | RemoteLog,
     *,
     max_queue_size: float | Literal["auto"] = 10_000,
     target_latency: float = TARGET_LATENCY,
@@ -504,7 +560,8 @@ def open_wal(
     The body's exception passes through as it is.
 
     Args:
-      path: a directory; created with mode 0700 if it is missing.
+      path: a directory; created with mode 0700 if it is missing.  Or a log that servers keep:
+          `trio_wal.nats.Log`, or its URL, ``"nats://host:4222/orders"``.
       max_queue_size: records that may wait to be written; `math.inf`: no bound; ``"auto"``: it
           follows the rate at which records are flushed, between 16 and 1,000,000, so that a
           record waits about ``target_latency`` for its turn.  `WalStatistics.max_queue_size` is
@@ -544,6 +601,11 @@ def open_wal(
           `math.inf`: any number.  A consumer that is further behind may get `LsnTruncatedError`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
+    A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory`` nor
+    ``files``, and of ``durability`` only ``"sync"``; ``segment_size`` is how much of it
+    `KeepSegments` counts as one.  To open it takes it over: whoever had it open gets
+    `LogFencedError` from the next write on.
+
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
 
@@ -556,12 +618,13 @@ def open_wal(
       LogFullError: no disk space to recover it.
       OSError: the operating system's own.
       RuntimeError: trio is not running.
+      UnsuitableServersError, LogUnavailableError, LogFencedError: of a replicated log.
 
     Raises, on leaving:
       LogFailedError: a write or sync failed and nobody has been told.
     """
     run = check_log_options(
-        LocalEngine.batch_bytes_max,
+        LocalEngine.batch_bytes_max if remote_log(path) is None else BATCH_BYTES_MAX,
         max_queue_size=max_queue_size,
         target_latency=target_latency,
         max_queue_bytes=max_queue_bytes,
@@ -573,6 +636,15 @@ def open_wal(
         reserve=reserve,
         consumer_hold_bytes=consumer_hold_bytes,
     )
+    log = remote_log(path)
+    if log is not None:
+        check_remote(durability, segment_size, retention, compression, verify_bytes)
+        refuse_options("a replicated log", trust_directory=trust_directory, files=files is not None)
+        keep = KeepAll() if retention is None else retention
+        return _OpenWal(
+            OpenLog("open_wal", run, partial(open_remote, log, segment_size, keep, OsFiles()))
+        )
+    assert not isinstance(path, RemoteLog)
     where = check_local_options(
         path=path,
         segment_size=segment_size,

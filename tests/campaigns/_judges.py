@@ -311,6 +311,13 @@ async def _refused(path: Path, otherwise: str) -> None:
     raise AssertionError(otherwise)
 
 
+def replication(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Histories of a replicated log."""
+    from .replication import run_one
+
+    return _until_found((run_one(case)[1] for case in itertools.count(seed)), seconds)
+
+
 JUDGES: Final[dict[str, Judge]] = {
     "simulator": partial(_first_failure, "_simulator", "run_points"),
     "whole": partial(_first_failure, "whole", "run_whole"),
@@ -323,6 +330,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "bombs": bombs,
     "store": store,
     "pages": pages,
+    "replication": replication,
     "lines": lines,
     "threads": threads,
 }

@@ -55,6 +55,7 @@ ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", 
 PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
+REPLICATION: Final = "replication"
 THREADS: Final = "threads"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
@@ -801,6 +802,66 @@ MUTANTS: Final = (
     mutant(
         "acknowledgements are given to consumers", "_changes", CONSUMERS_DB,
         "        if not writes and moves_places(record.data):\n", "        if False:\n",
+    ),
+    # -- a replicated log --
+    mutant(
+        "whatever stands at a batch's place is taken for it", "_appender", REPLICATION,
+        "        if found != ident:\n", "        if False:\n",
+    ),
+    mutant(
+        "nothing at a batch's place is taken for another's", "_appender", REPLICATION,
+        "        if found is None:\n", "        if found == '':\n",
+    ),
+    mutant(
+        "a full log is believed after a try without an answer", "_appender", REPLICATION,
+        "                if not open_tries:\n", "                if True:\n",
+    ),
+    mutant(
+        "a try that is made again has another name", "_appender", REPLICATION,
+        "return await self._cas.append(after, pieces, ident)",
+        "return await self._cas.append(\n"
+        "                    after, pieces, ident.replace(self._writer, f'{open_tries:016x}')\n"
+        "                )",
+    ),
+    mutant(
+        "what has had no answer is called not written", "_appender", REPLICATION,
+        'return "unknown" if open_tries else "not written"', 'return "not written"',
+    ),
+    mutant(
+        "no answer is taken for a good one", "_appender", REPLICATION,
+        "                open_tries += 1\n", "                return after + len(pieces)\n",
+    ),
+    mutant(
+        "the tail that was read before the epoch began is believed", "_replicated", REPLICATION,
+        "    epoch = await _begin_epoch(cas, found, options, files, writer)\n"
+        "    log = StreamLog(cas, found.uuid, options.unavailable_after)\n"
+        "    end = await _find_end(log, epoch)\n",
+        "    log = StreamLog(cas, found.uuid, options.unavailable_after)\n"
+        "    before = await _find_end(log, found.last)\n"
+        "    epoch = await _begin_epoch(cas, found, options, files, writer)\n"
+        "    end = attrs.evolve(await _find_end(log, epoch), last_lsn=before.last_lsn)\n",
+    ),
+    mutant(
+        "no epoch: who opens a log begins where it ends", "_replicated", REPLICATION,
+        "        except Conflict as exc:\n            reason = str(exc)\n            if unsure_at",
+        "        except Conflict as exc:\n            return exc.last\n            if unsure_at",
+    ),
+    mutant(
+        "messages are dropped with the last mark", "_replicated", REPLICATION,
+        "            if self._appender.mark < position:\n", "            if False:\n",
+    ),
+    mutant(
+        "where messages are dropped one replica says", "_replicated", REPLICATION,
+        "        if first > lsn:\n", "        if False:\n",
+    ),
+    mutant(
+        "one replica is believed", "_streamlog", REPLICATION,
+        "                if await self.cas.ident_at(position) == entry.ident:\n",
+        "                if True:\n",
+    ),
+    mutant(
+        "the chain over the messages is not looked at", "_streamlog", REPLICATION,
+        "            if header is None or header.previous != chain:\n", "            if False:\n",
     ),
 )  # fmt: skip
 

@@ -1,0 +1,39 @@
+"""Commits of a log that somebody else writes, brought into memory as they come.
+
+Law: by the log's order and nothing else; whoever reads here meanwhile gets their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Final
+
+import trio
+
+from ._changes import decode_record
+from ._engine import Record
+from ._mvcc import Versions
+from ._operations import moves_in
+
+TURN_SECONDS: Final = 0.0005
+"""For so long commits are replayed without a checkpoint of trio's."""
+
+
+async def replay_live(versions: Versions, name: str, records: Sequence[Record]) -> None:
+    """Show the next commits.  Cancelled: some of them are shown.
+
+    Args:
+      name: of the log, for messages.
+
+    Raises:
+      CorruptLogError: one of them is none.
+    """
+    due = perf_counter() + TURN_SECONDS
+    for record in records:
+        writes = decode_record(name, record.lsn, record.data)
+        moves = moves_in(record.data)
+        await versions.replay(record.lsn, writes, len(record.data), moves)
+        if perf_counter() >= due:
+            await trio.lowlevel.checkpoint()
+            due = perf_counter() + TURN_SECONDS
