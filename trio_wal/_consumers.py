@@ -27,6 +27,9 @@ from ._util import check_int
 class Keeper(Protocol):
     """Where places are, durably."""
 
+    in_log: bool
+    """Whether they move by records of the log: then they are of its history."""
+
     @property
     def places(self) -> Places: ...
 
@@ -72,6 +75,8 @@ class _Group:
 @final
 class EngineKeeper:
     """A `Keeper` of a log that is nobody's: the engine writes all places at once."""
+
+    in_log = False
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -257,12 +262,13 @@ class Session:
         """Where to go on: behind acknowledgements that come directly after the place."""
         log = self._consumers.log
         tail = log.tail
+        if self._consumers.keeper.in_log:
+            return Bookmark(place.reach, tail.epoch)
         common = common_lsn(tail.history, place.epoch)
         if common is None or place.lsn > min(common, tail.last_lsn):
             parted = None if common is None else min(common, tail.last_lsn)
             raise LogDivergedError(log.name, place.bookmark, parted)
-        # Acknowledgements that come after it are in this log, and so in today's history.
-        return place.bookmark if place.reach == place.lsn else Bookmark(place.reach, tail.epoch)
+        return place.bookmark
 
     async def _begin(self) -> RecordStream:
         """Its first use: the place becomes durable before anything is given."""

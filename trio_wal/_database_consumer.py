@@ -28,6 +28,8 @@ from ._transaction import Transaction, acknowledge_in
 class CommitKeeper:
     """A `_consumers.Keeper`: a place moves by a transaction that does nothing else."""
 
+    in_log = True
+
     def __init__(self, versions: Versions, log: Log) -> None:
         self._versions = versions
         self._log = log
