@@ -32,12 +32,8 @@ class StoreState:
     lsn: int
     places: Mapping[str, Place] = attrs.field(factory=dict[str, Place])
     """Of the database's consumers, as of that LSN."""
-    commit_lsn: int = attrs.field()
+    commit_lsn: int = attrs.field(default=attrs.Factory(lambda self: self.lsn, takes_self=True))
     """The newest record up to that LSN that does more than to move places."""
-
-    @commit_lsn.default
-    def _default_commit_lsn(self) -> int:
-        return self.lsn
 
 
 class ReadTransaction(Protocol):

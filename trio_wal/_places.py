@@ -49,13 +49,9 @@ class Place:
     lsn: int
     """The last record that it is done with; 0: none."""
     epoch: int
-    reach: int = attrs.field()
+    reach: int = attrs.field(default=attrs.Factory(lambda self: self.lsn, takes_self=True))
     """What comes after ``lsn``, up to here, is nothing but acknowledgements: nothing that the
     consumer has yet to see."""
-
-    @reach.default
-    def _default_reach(self) -> int:
-        return self.lsn
 
     @property
     def bookmark(self) -> Bookmark:
