@@ -12,7 +12,7 @@ import errno
 import math
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -32,6 +32,7 @@ from trio_wal._disk.repair import create_empty
 from trio_wal._engine import Forked, Moved, Record, Tail
 from trio_wal._identity import History, branch
 from trio_wal._log import Log, LogOptions, OpenLog
+from trio_wal._places import Place
 from trio_wal._statistics import EngineStatistics, SyncTimes
 from trio_wal._wal import new_wal
 from trio_wal._worker import Blocking
@@ -66,6 +67,7 @@ class MemoryServer:
         self.first_lsn = 1
         self.durable_lsn = 0
         self.history: History = ()
+        self.places: Mapping[str, Place] = {}
         self.starts = [1]
         """The first LSN of each piece."""
         self.closed_in_order = True
@@ -192,6 +194,8 @@ class MemoryEngine:
         self.uuid = server.uuid
         self.batch_bytes_max = server.batch_bytes_max
         self.batch_records_max = server.batch_records_max
+        self.places = server.places
+        self.keeps_places = True
         self.last_lsn = server.last_lsn
         self.durable_lsn = server.durable_lsn
         self.recovery = RecoveryReport(
@@ -376,7 +380,19 @@ class MemoryEngine:
                 raise fault.error
             self.server.drop_before(min(lsn, self.durable_lsn + 1, *self._holds.values()))
 
-    def hold(self, who: str, lsn: int | None) -> None:
+    async def keep_places(self, places: Mapping[str, Place]) -> None:
+        with self.counted():
+            await trio.lowlevel.checkpoint()
+            self.server.places = dict(places)
+
+    async def admit_consumers(self) -> None:
+        with self.counted():
+            await trio.lowlevel.checkpoint()
+
+    def behind(self, lsn: int) -> tuple[int, float]:
+        return sum(len(record.data) for record in self.server.records if record.lsn > lsn), 0.0
+
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
         if lsn is None:
             self._holds.pop(who, None)
         else:

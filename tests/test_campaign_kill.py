@@ -204,6 +204,24 @@ def test_a_record_that_was_not_written_must_be_absent(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong"), [(None, True), (2, True), (3, False), (4, False), (5, True)]
+)
+def test_a_consumer_is_where_it_was_told_to_be(place: int | None, wrong: bool) -> None:
+    ledger = log_ledger(
+        ("place", None),
+        ("begun", 0),
+        ("acknowledging", 3),
+        ("place acknowledged", 3),
+        ("acknowledging", 4),
+    )
+    ledger.take(("place", place))
+    assert any("lost: the consumer is at" in text for text in ledger.problems) == wrong
+    assert not log_ledger(
+        ("begun", 0), ("place acknowledged", 3), ("forgetting",), ("place", place)
+    ).problems
+
+
 def test_what_an_opening_did_not_find_must_not_come_back() -> None:
     ledger = log_ledger(("life", 1), ("open", *opened(1, A, B, C, D)))
     assert ledger.check(opened(1, A, B, C, D)) == []

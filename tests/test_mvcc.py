@@ -472,7 +472,7 @@ def test_a_scan_that_the_garbage_collector_ends_disturbs_no_checkpoint(home: Hom
     home.log.sync()
     frozen = home.versions.freeze()
     assert frozen is not None
-    home.versions.checkpointed(frozen)
+    home.versions.checkpointed(frozen, StoreState(b"", frozen.last_lsn))
     assert (first.dropped, last.dropped) == (1, 1)
     left: list[object] = [*home.versions.readers.pins]
     assert left == [first, last]
@@ -537,7 +537,7 @@ async def test_writers_wait_while_a_checkpoint_is_a_whole_interval_behind() -> N
     async with trio.open_nursery() as nursery:
         nursery.start_soon(versions.wait_for_room)
         await wait_all_tasks_blocked()
-        versions.checkpointed(frozen)
+        versions.checkpointed(frozen, StoreState(b"", frozen.last_lsn))
     assert not versions.behind()
     assert versions.checkpoint_due()
 

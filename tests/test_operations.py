@@ -112,7 +112,7 @@ def test_the_format_stays_as_it_is() -> None:
     ("record", "message"),
     [
         (b"", "a transaction does not start with b''$"),
-        (b"\x02\x80", r"a transaction does not start with b'\\x02'$"),
+        (b"\x03\x80", r"a transaction does not start with b'\\x03'$"),
         (b"\x01", "no transaction: "),
         (b"\x01\x81", "no transaction: "),
         (b"\x01\x80\x00", "no transaction: "),

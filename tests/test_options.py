@@ -58,10 +58,14 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("commit_delay", "1", "commit_delay must be a number of seconds, not str"),
     ("commit_delay", None, "commit_delay must be a number of seconds, not NoneType"),
     ("reserve", "0.1", "reserve must be a number, not str"),
+    ("consumer_hold_bytes", "1", "consumer_hold_bytes must be an int, not str"),
+    ("consumer_hold_bytes", 0.5, "consumer_hold_bytes must be an int or math.inf, not 0.5"),
+    ("consumer_hold_bytes", None, "consumer_hold_bytes must be an int, not NoneType"),
 ]
 
 WRONG_VALUES: list[tuple[str, object, str]] = [
     ("max_queue_size", 0, "max_queue_size must be at least 1, not 0"),
+    ("consumer_hold_bytes", -1, "consumer_hold_bytes must be at least 0, not -1"),
     ("max_queue_size", -1, "max_queue_size must be at least 1, not -1"),
     ("max_queue_bytes", 0, "max_queue_bytes must be at least 1, not 0"),
     (
@@ -175,6 +179,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "verify_bytes": 32 * MiB,
         "trust_directory": False,
         "reserve": 0.1,
+        "consumer_hold_bytes": math.inf,
         "files": None,
     }
 

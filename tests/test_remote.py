@@ -31,6 +31,85 @@ def state(db: Any) -> dict[bytes, bytes]:
     return dict(db.scan())
 
 
+# -- consumers ----------------------------------------------------------------------------
+
+
+async def lsns_given(db: Any, name: str) -> list[int]:
+    found: list[int] = []
+    async with db.consumer(name) as consumer:
+        with trio.move_on_after(1):
+            async for commit in consumer:
+                found.append(commit.lsn)  # noqa: PERF401  (kept when it is cancelled)
+    return found
+
+
+async def acknowledge(db: Any, name: str, lsn: int) -> None:
+    async with db.consumer(name) as consumer:
+        async for commit in consumer:
+            if commit.lsn == lsn:
+                await consumer.acknowledge(commit)
+                return
+
+
+async def test_consumers_move_to_whoever_takes_over(
+    log: MemoryLog, tmp_path: Path, autojump_clock: object
+) -> None:
+    async with trio_wal.open_database(tmp_path / "a", log=log) as db:
+        for number in range(5):
+            await db.put(b"%d" % number, b"value")
+        await acknowledge(db, "x", 2)
+        await db.checkpoint()
+        await acknowledge(db, "x", 3)
+        async with trio_wal.open_replica(tmp_path / "b", log=log) as replica:
+            await replica.wait_for(db.durable_lsn)
+            async with replica.promote() as promoted:
+                assert promoted.statistics().consumers["x"].acknowledged_lsn == 3
+                await promoted.checkpoint()
+                assert await lsns_given(promoted, "x") == [4, 5]
+                await acknowledge(promoted, "x", 5)
+        with suppress(trio_wal.LogFencedError):
+            await db.put(b"x", b"never")
+    shutil.rmtree(tmp_path / "a")
+    for name in ("b", "a"):
+        async with trio_wal.open_database(tmp_path / name, log=log) as db:
+            assert db.statistics().consumers["x"].acknowledged_lsn == 5
+            assert await lsns_given(db, "x") == []
+
+
+async def test_a_consumer_holds_what_a_snapshot_has(
+    log: MemoryLog, tmp_path: Path, autojump_clock: object
+) -> None:
+    kept = DirectorySnapshots(tmp_path / "snapshots")
+    options: Any = {"log": log, "snapshots": kept, "segment_size": 1}
+    async with trio_wal.open_database(tmp_path / "a", **options) as db:
+        for number in range(20):
+            await db.put(b"%d" % number, bytes(100))
+        await acknowledge(db, "x", 10)
+        await db.snapshot_to(kept)
+        await trio.sleep(5)
+    async with trio_wal.open_database(
+        tmp_path / "a", retention=trio_wal.KeepSegments(1), **options
+    ) as db:
+        await db.put(b"more", b"")
+        await trio.sleep(5)
+        assert 1 < db.wal.first_lsn <= 11
+        assert await lsns_given(db, "x") == [*range(11, 21), 23]
+    shutil.rmtree(tmp_path / "a")
+    async with trio_wal.open_database(tmp_path / "a", **options) as db:
+        assert await lsns_given(db, "x") == [*range(11, 21), 23]
+        assert db.statistics().consumers["x"].lag_bytes > 0
+        await db.drop_consumer("x")
+
+
+async def test_a_log_on_servers_has_no_consumers_of_its_own(log: MemoryLog) -> None:
+    async with trio_wal.open_wal(log) as wal:
+        with pytest.raises(trio_wal.UnsupportedOperationError, match="consumers"):
+            wal.consumer("x")
+        with pytest.raises(trio_wal.UnsupportedOperationError, match="consumers"):
+            await wal.drop_consumer("x")
+        assert wal.statistics().consumers == {}
+
+
 # -- the database -------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
             "backpressure_seconds_histogram": tuple((b, 0) for b in (*HISTOGRAM_BOUNDS, math.inf)),
             "rejected": 0,
             "writers": {},
+            "consumers": {},
             "records_appended": 0,
             "bytes_appended": 0,
             "batches_synced": 0,

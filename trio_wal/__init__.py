@@ -9,7 +9,9 @@ from importlib import import_module as _import_module
 
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
+from ._consumer import Consumer as Consumer
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database_consumer import DatabaseConsumer as DatabaseConsumer
 from ._database_reader import (
     DatabaseReader as DatabaseReader,
     DatabaseReaderStatistics as DatabaseReaderStatistics,
@@ -61,7 +63,11 @@ from ._snapshots import (
     DirectorySnapshots as DirectorySnapshots,
     SnapshotStore as SnapshotStore,
 )
-from ._statistics import WalStatistics as WalStatistics, WriterStatistics as WriterStatistics
+from ._statistics import (
+    ConsumerStatistics as ConsumerStatistics,
+    WalStatistics as WalStatistics,
+    WriterStatistics as WriterStatistics,
+)
 from ._stream import RecordStream as RecordStream
 from ._table import Readable as Readable, Table as Table
 from ._transaction import Transaction as Transaction

@@ -6,12 +6,13 @@ a dict in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NoReturn, Protocol, runtime_checkable
 
 import attrs
 
 from ._exceptions import CorruptLogError
+from ._places import Place
 
 StoreCheckLevel = Literal["child", "auto"]
 Progress = Callable[[int, int], None]
@@ -29,6 +30,10 @@ class StoreState:
 
     log_uuid: bytes
     lsn: int
+    places: Mapping[str, Place] = attrs.field(factory=dict[str, Place])
+    """Of the database's consumers, as of that LSN."""
+    commit_lsn: int = attrs.field(default=attrs.Factory(lambda self: self.lsn, takes_self=True))
+    """The newest record up to that LSN that does more than to move places."""
 
 
 class ReadTransaction(Protocol):

@@ -20,7 +20,13 @@ from ._exceptions import CorruptLogError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark
 from ._log import Log
-from ._operations import Operation, OperationsError, Writes, decode_transaction
+from ._operations import (
+    Operation,
+    OperationsError,
+    Writes,
+    decode_transaction,
+    moves_places,
+)
 from ._stream import RecordStream
 from ._watch import Watch
 
@@ -77,9 +83,12 @@ class CommitStream(
         return self
 
     async def __anext__(self) -> Commit:
-        if self._damage is not None:
-            await self._tell_damage(self._damage)
-        return self._commit(await self._records.__anext__())
+        while True:
+            if self._damage is not None:
+                await self._tell_damage(self._damage)
+            commit = self._commit(await self._records.__anext__())
+            if commit is not None:
+                return commit
 
     def batches(
         self, max_records: int | None = 1000, *, linger: float = 0.0
@@ -92,19 +101,23 @@ class CommitStream(
             await self._tell_damage(self._damage)
         commits: list[Commit] = []
         try:
-            commits.extend(map(self._commit, await records.__anext__()))
+            while not commits:
+                commits.extend(filter(None, map(self._commit, await records.__anext__())))
         except CorruptLogError:
             # First what is whole.
             if not commits:
                 raise
         return commits
 
-    def _commit(self, record: Record) -> Commit:
+    def _commit(self, record: Record) -> Commit | None:
+        """None: it only moves places of consumers, which is nobody's business."""
         try:
             writes = decode_record(self._path, record.lsn, record.data)
         except CorruptLogError as exc:
             self._damage, self._damaged_lsn = exc, record.lsn
             raise
+        if not writes and moves_places(record.data):
+            return None
         operations = tuple(Operation(key, value) for key, value in writes.items())
         return Commit(record.lsn, record.timestamp, operations)
 

@@ -88,6 +88,8 @@ class Checkpointer:
         self._started = False
         self.count: int = 0
         self.seconds_last: float = 0.0
+        self.on_stored: Callable[[], None] = lambda: None
+        """Called when the store holds more; what then lets go of the log does so at once."""
         self._failing_since: float | None = None
         """In trio's time; None: the last one passed."""
 
@@ -157,8 +159,8 @@ class Checkpointer:
         if log.durable_lsn < frozen.last_lsn:
             # Where durability is less than "sync": the store must never be ahead of the log.
             await log.flush()
-        lsn = max(frozen.last_lsn, self.state.lsn)
-        state = StoreState(self.state.log_uuid, lsn)
+        state = self._versions.state_at(frozen, self.state)
+        lsn = state.lsn
         started = perf_counter()
         try:
             await self._write(frozen, state)
@@ -167,7 +169,8 @@ class Checkpointer:
             raise
         self._passed(lsn, perf_counter() - started)
         self.state = state
-        self._versions.checkpointed(frozen)
+        self._versions.checkpointed(frozen, state)
+        self.on_stored()
         log.hold(HOLD, lsn + 1)
         return lsn
 

@@ -15,16 +15,21 @@ from trio.lowlevel import enable_ki_protection
 from ._base import Store, StoreState
 from ._changes import decode_record
 from ._checkpoint import Checkpointer
+from ._consumers import Consumers
+from ._database_consumer import CommitKeeper
 from ._disk.chain import LOG_NAME, STORE_NAME
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._files import Files
 from ._log import Log
 from ._mvcc import Versions
+from ._operations import moves_in
 from ._snapshots import SNAPSHOTS, SnapshotStore, put_snapshot
 from ._wal import new_wal
 from ._worker import Blocking
 
+OPENING_HOLD: Final = "opening"
+"""Under which name the log is held until it is known which consumers there are."""
 SNAPSHOT_NAME: Final = ".snapshot"
 """Where the copy stands that is being made, with a random part behind."""
 
@@ -55,9 +60,11 @@ class Core:
             durable_lsn=log.durable_lsn,
             checkpoint_bytes=checkpoint_bytes,
             max_transaction_bytes=log.max_record_size,
+            stored=state,
         )
         self.versions.epoch = log.tail.epoch
         log.own(self.versions)
+        self.consumers: Consumers
         self.wal: Final = new_wal(log, owned=True)
         self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)
         self._closed_store: tuple[int, int] | None = None
@@ -68,6 +75,9 @@ class Core:
         log = self.log
         log.before_close(self._before_close)
         count = await self._replay()
+        consumers = self.consumers = Consumers(log, CommitKeeper(self.versions, log))
+        self.checkpointer.on_stored = consumers.hold_all
+        log.hold(OPENING_HOLD, None)
         self.checkpointer.start(log.start_soon)
         self._files.on_fork(self._disown)
         return count
@@ -78,7 +88,8 @@ class Core:
         async with log.read(self.checkpointer.state.lsn + 1) as records:
             async for record in records:
                 writes = decode_record(log.name, record.lsn, record.data)
-                await versions.replay(record.lsn, writes, len(record.data))
+                moves = moves_in(record.data)
+                await versions.replay(record.lsn, writes, len(record.data), moves)
                 count += 1
                 if versions.checkpoint_due():
                     await self.checkpointer.checkpoint()

@@ -21,7 +21,9 @@ import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._changes import CommitStream, changed_in_log, new_commit_stream
+from ._consumers import Session, check_start
 from ._core import Core
+from ._database_consumer import DatabaseConsumer, new_database_consumer
 from ._database_writer import DatabaseWriter, open_database_writer
 from ._engine import RecoveryReport
 from ._exceptions import LogDivergedError
@@ -36,9 +38,10 @@ from ._operations import (
     check_size,
 )
 from ._pairs import PairStream
+from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._snapshots import SnapshotStore
-from ._statistics import WalStatistics
+from ._statistics import ConsumerStatistics, WalStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
 from ._util import check_bytes, check_int, check_path
@@ -63,6 +66,8 @@ class DatabaseStatistics:
 
     wal: WalStatistics
     """Of the log in front."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that there are, by name, in use or not; also in ``wal``."""
     transactions: int
     """Transactions with writes that became durable in this session."""
     conflicts: int
@@ -425,6 +430,52 @@ class Database(metaclass=NoPublicConstructor):
             raise trio.ClosedResourceError(f"{printable(self.path)}: this database is closed")
         return watch.lsn
 
+    def consumer(self, name: str, *, start: int | Bookmark | None = None) -> DatabaseConsumer:
+        """A named, durable place among the commits, as an async context manager::
+
+            async with db.consumer("mailer") as consumer:
+                async for commit in consumer:
+                    send_mails(commit.operations)
+                    await consumer.acknowledge(commit)
+
+        It gives commits from behind what its last user has acknowledged, whenever that was, and
+        in which process.  Its first use makes it, durably, before anything is given.  From then
+        on the log keeps what comes after its place, unless that takes more than
+        ``consumer_hold_bytes``; `drop_consumer` ends that.  Places belong to the database: its
+        backups have them as of their LSN.
+
+        From the first consumer on older versions of trio-wal refuse the database.
+
+        Args:
+          name: 1 to 255 characters.
+          start: where its first use begins: the first LSN, or a bookmark to continue after; None:
+              the oldest commit that the log still has.  Later it says nothing.
+
+        Raises, when called:
+          TypeError, ValueError: an argument is wrong.
+
+        Raises, on entering; no consumer was made:
+          trio.BusyResourceError: somebody is using it.
+          LsnTruncatedError: its place, or ``start``, is no longer in the log.
+          LogDivergedError: its place, or ``start``, is not in this database's history.
+          ValueError: there are 1,000 consumers.
+          LogFullError, OSError: its first place could not be written.
+          LogFailedError, trio.ClosedResourceError: the log is broken, or it is closed.
+        """
+        session = Session(self._core.consumers, check_consumer_name(name), check_start(start))
+        return new_database_consumer(session, self._versions, self._core.log.name)
+
+    @enable_ki_protection
+    async def drop_consumer(self, name: str) -> None:
+        """Forget a consumer and what it holds, in a transaction of its own.  Durable on return.
+
+        Raises:
+          KeyError: there is none of this name.
+          trio.BusyResourceError: somebody is using it.
+          LogFullError, LogFailedError, trio.ClosedResourceError: as `put`.
+        """
+        await self._core.consumers.drop(check_consumer_name(name))
+
     # -- into the store --
 
     async def checkpoint(self) -> int:
@@ -527,8 +578,10 @@ class Database(metaclass=NoPublicConstructor):
         versions, checkpointer = self._versions, self._core.checkpointer
         store_keys, store_bytes = self._core.store_statistics()
         layers = versions.view.layers()
+        wal = self.wal.statistics()
         return DatabaseStatistics(
-            wal=self.wal.statistics(),
+            wal=wal,
+            consumers=wal.consumers,
             transactions=versions.transactions,
             conflicts=versions.conflicts,
             pending=versions.pending,

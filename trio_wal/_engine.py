@@ -31,7 +31,8 @@ A kind of LogFailedError that an engine has for itself reaches every caller as t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Final, Protocol, final
 from uuid import UUID
@@ -40,6 +41,7 @@ import attrs
 
 from ._exceptions import CorruptLogError
 from ._identity import History, epoch_of
+from ._places import Place
 from ._statistics import EngineStatistics
 
 RECORD_OVERHEAD: Final = 4
@@ -225,6 +227,11 @@ class Engine(Protocol):
     """Made with the log; kept for ever, also by its copies."""
     recovery: RecoveryReport
     """What opening it found and did."""
+    places: Mapping[str, Place]
+    """Up to where consumers had acknowledged when it was opened; none for a database's log,
+    whose transactions move them."""
+    keeps_places: bool
+    """Whether `keep_places` can be called."""
     batch_bytes_max: int
     """The most that one `write` takes, where each record counts for ``len(record)`` +
     `RECORD_OVERHEAD`."""
@@ -342,9 +349,38 @@ class Engine(Protocol):
         """
         ...
 
-    def hold(self, who: str, lsn: int | None) -> None:
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
         """Keep the records from ``lsn`` on, whatever asks for them to be dropped; None: no
-        longer.  One hold per name: ``"store"``, ``"archive"``, ``"consumer:billing"``."""
+        longer.  One hold per name: ``"store"``, ``"archive"``, ``"consumer:billing"``.
+
+        Args:
+          bytes_max: where they take more than so many bytes, the oldest may be dropped all the
+              same.
+        """
+        ...
+
+    async def keep_places(self, places: Mapping[str, Place]) -> None:
+        """Have these be `places`, durably, all or nothing.  Called by one task at a time.
+
+        Raises:
+          LogFullError: there is no room; nothing has changed.
+          OSError: they are there, or those before them.
+        """
+        ...
+
+    async def admit_consumers(self) -> None:
+        """Of a database's log: have versions refuse it that do not know that transactions move
+        places of consumers.  Durable on return.
+
+        Raises:
+          LogFullError: there is no room; nothing has changed.
+          OSError: it may be so or not.
+        """
+        ...
+
+    def behind(self, lsn: int) -> tuple[int, float]:
+        """How many bytes of the log come after ``lsn``, and how many seconds ago the oldest
+        record there was written; both estimated, and at least what they are.  Cheap."""
         ...
 
     def cursor(self) -> Cursor:

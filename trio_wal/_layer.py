@@ -24,6 +24,7 @@ import msgspec
 from ._exceptions import CorruptLogError
 from ._operations import Writes
 from ._order import RUN_KEYS, RUN_KEYS_READ, Gaps, Order, SortedKeys
+from ._places import Place
 
 VERSION_OVERHEAD: Final = 200
 """Bytes that a version costs beside its key and value: measured, CPython 3.11."""
@@ -107,11 +108,14 @@ class Layer:
         "_hidden",
         "_level",
         "_replacing",
+        "acknowledged_lsn",
         "bytes",
+        "commit_lsn",
         "keys",
         "last_lsn",
         "last_seq",
         "log_bytes",
+        "places",
         "versions",
     )
 
@@ -124,6 +128,12 @@ class Layer:
         self.last_seq: int = 0
         self.last_lsn: int = 0
         """Of its newest durable commit; 0 where there is none."""
+        self.places: dict[str, Place | None] = {}
+        """Of consumers that its durable commits have moved; None: dropped."""
+        self.acknowledged_lsn: int = 0
+        """Of its newest durable commit that does nothing else; 0 where there is none."""
+        self.commit_lsn: int = 0
+        """Of the newest one before that that does more."""
         self.keys: SortedKeys = SortedKeys()
         """Without those that are buried."""
         self._replacing: deque[Version] = deque()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Final, Literal, final
@@ -32,8 +32,9 @@ from ._engine import Forked, Moved, Record, RecoveryReport, Tail
 from ._events import tell
 from ._exceptions import LogFullError
 from ._files import Files, close_quietly
+from ._places import Place as ConsumerPlace, consumer_hold
 from ._retention import Retention
-from ._statistics import EngineStatistics, SyncTimes
+from ._statistics import BatchTimes, EngineStatistics, SyncTimes
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
 from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
 
@@ -193,6 +194,12 @@ class LocalEngine:
         self._history = directory.history
         self._active_number = directory.active.header.number
         self._syncs = SyncTimes()
+        self.places: Mapping[str, ConsumerPlace] = directory.places.found
+        self.keeps_places = True
+        self._batch_times: BatchTimes | None = None
+        """From the first consumer on."""
+        for name, place in self.places.items():
+            directory.hold(consumer_hold(name), place.lsn + 1)
         self._started = False
         self._forked = False
         self._ending = trio.Event()
@@ -295,6 +302,8 @@ class LocalEngine:
         except OSError:
             self._stop_maintenance()
             raise
+        if self._batch_times is not None:
+            self._batch_times.note(self.last_lsn + 1, directory.active.position.time_us)
         self.last_lsn = directory.last_lsn
         if sync:
             self.durable_lsn = directory.synced_lsn
@@ -349,9 +358,24 @@ class LocalEngine:
     async def drop_before(self, lsn: int) -> None:
         await self._blocking(self._directory.drop_before, lsn)
 
-    def hold(self, who: str, lsn: int | None) -> None:
-        self._directory.hold(who, lsn)
-        self._due.set()
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
+        if self._directory.hold(who, lsn, bytes_max):
+            self._due.set()
+
+    async def keep_places(self, places: Mapping[str, ConsumerPlace]) -> None:
+        await self._blocking(self._directory.places.write, places)
+
+    async def admit_consumers(self) -> None:
+        await self._blocking(self._directory.meta.admit_consumers)
+
+    def behind(self, lsn: int) -> tuple[int, float]:
+        if self._batch_times is None:
+            self._batch_times = BatchTimes(self.last_lsn)
+        size, since_us = self._directory.behind(lsn)
+        noted_us = self._batch_times.time_of(lsn + 1)
+        if noted_us is not None:
+            since_us = noted_us
+        return size, max(0, self._files.time_us() - since_us) / 1e6
 
     def cursor(self) -> FileCursor:
         return FileCursor(DirectoryLocator(self._directory), self._blocking)
@@ -363,6 +387,7 @@ class LocalEngine:
             first_lsn=after_lsn + 1,
             features=self._directory.features,
             history=self._directory.history,
+            consumers=self._directory.meta.says.consumers,
         )
         await self._blocking(create, self._files, dest)
 

@@ -8,7 +8,8 @@ thread.  It promises nothing to users: that is for the facades that are built on
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Literal, final
 
@@ -28,7 +29,7 @@ from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
-from ._statistics import ReplicationStatistics, WalStatistics
+from ._statistics import ConsumerStatistics, ReplicationStatistics, WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
@@ -55,6 +56,7 @@ class LogOptions:
     commit_delay: float | Literal["auto"]
     durability: Durability
     reserve: float
+    consumer_hold_bytes: float = math.inf
 
 
 def check_log_options(
@@ -69,6 +71,7 @@ def check_log_options(
     commit_delay: float | Literal["auto"],
     durability: Durability,
     reserve: float,
+    consumer_hold_bytes: float,
 ) -> LogOptions:
     """These arguments of `open_wal`, or the error that names the wrong one.
 
@@ -91,6 +94,7 @@ def check_log_options(
         commit_delay=_check_delay(commit_delay),
         durability=durability,
         reserve=check_share("reserve", reserve, RESERVE_MAX),
+        consumer_hold_bytes=check_int_or_inf("consumer_hold_bytes", consumer_hold_bytes, 0),
     )
 
 
@@ -188,6 +192,9 @@ class Log:
             self.status, self._queue, options.max_queue_size, options.max_queue_bytes
         )
         """Those of writers."""
+        self.consumer_hold_bytes: Final[float] = options.consumer_hold_bytes
+        self.consumers: Callable[[], Mapping[str, ConsumerStatistics]] = dict
+        """Says how far consumers are."""
         self._nursery: trio.Nursery
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
@@ -234,6 +241,7 @@ class Log:
             backpressure_seconds_histogram=queue.waits.histogram(),
             rejected=counters.rejected,
             writers=self.lines.statistics(),
+            consumers=self.consumers(),
             records_appended=flusher.counters.records_appended,
             bytes_appended=flusher.counters.bytes_appended,
             batches_synced=engine.syncs.count,
@@ -290,9 +298,9 @@ class Log:
         await queue.submit(Flush(), line)
         return engine.durable_lsn
 
-    def hold(self, who: str, lsn: int) -> None:
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
         """Keep the record ``lsn`` and all that come after it: see `Engine.hold`."""
-        self.engine.hold(who, lsn)
+        self.engine.hold(who, lsn, bytes_max)
 
     async def wait_durable(self, lsn: int) -> None:
         await self._flusher.wait_durable(lsn)

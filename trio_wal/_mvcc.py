@@ -17,17 +17,18 @@ they are lost, and whoever made them cannot take them back any more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, Protocol, final
 
 import trio
 from trio.lowlevel import Task, enable_ki_protection
 
-from ._base import Readable
+from ._base import Readable, StoreState
 from ._exceptions import LogFullError, TransactionConflict
 from ._layer import Layer, Version
 from ._memtable import Memtable, View
-from ._operations import Writes, encode_transaction
+from ._operations import Writes, encode_placed_transaction, encode_transaction
+from ._places import CommitPlaces, Moves, Place
 from ._text import printable
 from ._watch import Watches
 
@@ -279,7 +280,12 @@ class Versions:
         durable_lsn: int,
         checkpoint_bytes: int,
         max_transaction_bytes: int,
+        stored: StoreState | None = None,
     ) -> None:
+        """
+        Args:
+          stored: what the store says of itself; None: it has no places of consumers.
+        """
         self.path: Final = path
         """The database's, for messages."""
         self._log = log
@@ -293,6 +299,13 @@ class Versions:
         """On those among them that a transaction has read, by number."""
         self.readers: Final = Readers()
         self._pins: Final = self.readers.pins
+        self._moving: dict[int, Moves] = {}
+        """What those among them do to the places of consumers, by number."""
+        stored = stored or StoreState(b"", 0)
+        self.stored_places: Mapping[str, Place] = stored.places
+        """Of consumers, as of the newest checkpoint."""
+        self.places: Final = CommitPlaces(stored.places, stored.commit_lsn, stored.lsn)
+        """As of `durable_lsn`."""
         self.last_seq: int = 0
         self.settled_seq: int = 0
         """Of the newest commit whose call may return; those above are pending."""
@@ -354,7 +367,7 @@ class Versions:
 
     # -- commits --
 
-    def commit(self, writes: Writes, task: Task) -> Awaitable[int]:
+    def commit(self, writes: Writes, task: Task, moves: Moves | None = None) -> Awaitable[int]:
         """Hand over to the log, in one stretch with the validation of the task that calls, and
         wait; it gives the LSN.
 
@@ -364,8 +377,12 @@ class Versions:
         if self._status.refuses:
             self._status.check_open()
         if self.by_turns:
-            return self.commit_in_turn(writes, task)
-        payload = encode_transaction(writes)
+            return self.commit_in_turn(writes, task, moves=moves)
+        if moves is None:
+            payload = encode_transaction(writes)
+        else:
+            payload = encode_placed_transaction(writes, moves)
+            self._moving[self.last_seq + 1] = moves
         layer = self.view.active
         self.last_seq = seq = self.last_seq + 1
         size = len(payload)
@@ -383,6 +400,7 @@ class Versions:
         task: Task,
         line: Any = None,
         validate: Callable[[], None] | None = None,
+        moves: Moves | None = None,
     ) -> Awaitable[int]:
         """`commit` where there are several lines: it has its number only when the log lets it in.
 
@@ -391,13 +409,18 @@ class Versions:
           validate: raises where it must not be committed, as of that moment.
         """
         self._status.check_open()
-        payload = encode_transaction(writes)
+        if moves is None:
+            payload = encode_transaction(writes)
+        else:
+            payload = encode_placed_transaction(writes, moves)
 
         def enter() -> None:
             if validate is not None:
                 validate()
             layer = self.view.active
             self.last_seq = seq = self.last_seq + 1
+            if moves is not None:
+                self._moving[seq] = moves
             self._pending[task] = (seq, writes, layer, len(payload))
             if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
                 self._renew()
@@ -456,6 +479,7 @@ class Versions:
             return
         seq, writes, layer, size = commit
         layer.log_bytes -= size
+        self._moving.pop(seq, None)
         if self.room.waiting and not self.behind():
             self.room.tell()
         if layer.remove(writes, seq, self.settled_seq):
@@ -486,6 +510,8 @@ class Versions:
             # A checkpoint froze the layer in between.
             frozen = [c for c in commits if c[2] is not layer]
             frozen[0][2].last_lsn = batch.first_lsn + len(frozen) - 1
+        if self._moving:
+            self._settle_moves(batch.first_lsn, commits)
         if self.watches.begun:
             self.watches.settled(batch.first_lsn, commits)
         if self._settle_layers(seq) and not self._burying and self._dead():
@@ -524,7 +550,9 @@ class Versions:
         finally:
             self._burying = False
 
-    async def replay(self, lsn: int, writes: Writes, log_bytes: int) -> None:
+    async def replay(
+        self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None
+    ) -> None:
         """A durable commit of the log's, in the log's order, where nothing is committed.
 
         Others may be reading meanwhile, and waiting for it.
@@ -536,6 +564,8 @@ class Versions:
         layer.last_lsn = lsn
         layer.log_bytes += log_bytes
         self.durable_lsn = max(self.durable_lsn, lsn)
+        if moves:
+            self._moved(lsn, moves, layer, alone=not writes)
         if self.watches.begun:
             self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
         if layer.log_bytes >= self._checkpoint_bytes:
@@ -545,6 +575,33 @@ class Versions:
                 break
             # More deletions to be buried than are at once.
             await trio.lowlevel.checkpoint()
+
+    # -- places of consumers --
+
+    def moving(self, name: str) -> bool:
+        """Whether a pending commit moves this consumer's place."""
+        return any(name in moves for moves in self._moving.values())
+
+    def _settle_moves(self, first_lsn: int, commits: Iterable[tuple[Any, ...]]) -> None:
+        for lsn, (seq, writes, layer, _) in enumerate(commits, first_lsn):
+            moves = self._moving.pop(seq, None)
+            if moves is not None:
+                self._moved(lsn, moves, layer, alone=not writes)
+
+    def _moved(self, lsn: int, moves: Moves, layer: Layer, *, alone: bool) -> None:
+        layer.places.update(self.places.record(lsn, moves, alone=alone))
+        if alone:
+            layer.acknowledged_lsn, layer.commit_lsn = lsn, self.places.commit_lsn
+
+    def state_at(self, frozen: Layer, before: StoreState) -> StoreState:
+        """What a store that holds the frozen layer says of itself."""
+        lsn = max(frozen.last_lsn, before.lsn)
+        places = {**before.places, **frozen.places}
+        known = {name: place for name, place in places.items() if place is not None}
+        if lsn == before.lsn:
+            return StoreState(before.log_uuid, lsn, known, before.commit_lsn)
+        commit_lsn = frozen.commit_lsn if frozen.acknowledged_lsn == lsn else lsn
+        return StoreState(before.log_uuid, lsn, known, commit_lsn)
 
     # -- room --
 
@@ -587,13 +644,17 @@ class Versions:
         self._refresh()
         return frozen
 
-    def checkpointed(self, frozen: Layer) -> None:
+    def checkpointed(self, frozen: Layer, state: StoreState) -> None:
         """The store holds the frozen layer, durably."""
         # A copy: the garbage collector ends scans that were left, whenever it likes.
         for reader in list(self._pins):
             reader.layer_dropped(frozen)
         self._memtable.drop_frozen()
         self._refresh()
+        self.stored_places = state.places
+        self.places.forget_before(
+            min((place.lsn for place in self.places.now.values()), default=state.lsn)
+        )
         self.room.tell()
         if self.view.active.log_bytes >= self._checkpoint_bytes:
             self.room.ask()

@@ -7,6 +7,7 @@ it was, and nothing else.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -19,7 +20,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._base import Progress, StoreState
 from ._checkpoint import HOLD
-from ._core import Core
+from ._core import OPENING_HOLD, Core
 from ._database import Database, new_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._disk.recovery import Plan
@@ -150,6 +151,8 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
             undo=partial(self._stores.remove_store, self._store_path),
         )
         engine.hold(HOLD, self._next_lsn)
+        # Until it is known which consumers there are.
+        engine.hold(OPENING_HOLD, 0)
         return engine
 
     @enable_ki_protection
@@ -235,6 +238,7 @@ def open_database(
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
     reserve: float = RESERVE,
+    consumer_hold_bytes: float = math.inf,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -270,7 +274,7 @@ def open_database(
       max_queue_size, target_latency, max_queue_bytes: as for `open_wal`.
       max_record_size, max_batch_bytes: as for `open_wal`.
       flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
-      verify_bytes, trust_directory, reserve: as for `open_wal`.
+      verify_bytes, trust_directory, reserve, consumer_hold_bytes: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     With ``log`` there are neither ``compression`` nor ``verify_bytes``, and of ``durability`` only
@@ -304,6 +308,7 @@ def open_database(
         commit_delay=commit_delay,
         durability=durability,
         reserve=reserve,
+        consumer_hold_bytes=consumer_hold_bytes,
     )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:

@@ -3,7 +3,8 @@
 Law: pure.  One transaction is one payload, so it is all there or not at all by
 construction.  Format: a byte that says which format, then MessagePack
 (https://msgpack.org) of a map from key to new value, nil where the key is deleted, in the
-order of the transaction's first write to each key.
+order of the transaction's first write to each key.  Where the transaction also moves places of
+consumers, they stand before the map, as `_places` writes them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import msgspec
 
 from ._disk.frame import FRAME_BODY_MAX
 from ._exceptions import RecordTooLargeError
+from ._places import Move, Moves, PlacesError, decode_moves, encode_moves
 from ._util import check_bytes, check_int
 
 KEY_BYTES_MAX: Final = 511
 """LMDB's default limit: a longer key would be accepted and could never be checkpointed."""
 TRANSACTION_FORMAT: Final = b"\x01"
+PLACED_FORMAT: Final = b"\x02"
+"""Of a transaction that moves places of consumers; only in logs that say so: see `Meta`."""
 OPERATION_OVERHEAD: Final = 16
 """Upper bound of what the format adds to a key and a value."""
 
@@ -54,11 +58,38 @@ def encode_transaction(writes: Writes) -> bytes:
     return TRANSACTION_FORMAT + _encode(writes)
 
 
+def encode_placed_transaction(writes: Writes, moves: Moves) -> bytes:
+    return PLACED_FORMAT + encode_moves(moves) + _encode(writes)
+
+
+def moves_in(record: bytes) -> dict[str, Move] | None:
+    """What a transaction does to the places of consumers; None: nothing.
+
+    Raises `OperationsError`.
+    """
+    return _split(record)[0] if record[:1] == PLACED_FORMAT else None
+
+
+def moves_places(record: bytes) -> bool:
+    """Whether a transaction says anything of places."""
+    return record[:1] == PLACED_FORMAT
+
+
+def _split(record: bytes) -> tuple[dict[str, Move], int]:
+    """The moves, and where the map begins."""
+    if record[:1] != PLACED_FORMAT:
+        raise OperationsError(f"a transaction does not start with {record[:1]!r}")
+    try:
+        return decode_moves(record, 1)
+    except PlacesError as exc:
+        raise OperationsError(f"no transaction: {exc}") from exc
+
+
 def decode_transaction(record: bytes) -> Writes:
     """Raises `OperationsError`."""
-    _count_operations(record)
+    begin, _, _ = _count_operations(record)
     try:
-        writes = _decoder.decode(memoryview(record)[1:])
+        writes = _decoder.decode(memoryview(record)[begin:])
     except msgspec.MsgspecError as exc:
         raise OperationsError(f"no transaction: {exc}") from exc
     for key in writes:
@@ -67,26 +98,26 @@ def decode_transaction(record: bytes) -> Writes:
     return writes
 
 
-def _count_operations(record: bytes) -> tuple[int, int]:
-    """How many a transaction says that it has, and where the first one starts.
+def _count_operations(record: bytes) -> tuple[int, int, int]:
+    """Where a transaction's map begins, how many operations it says that it has, and where the
+    first one starts.
 
     Raises `OperationsError`, also where there are more than a writer may have written.
     """
-    if record[:1] != TRANSACTION_FORMAT:
-        raise OperationsError(f"a transaction does not start with {record[:1]!r}")
-    kind = record[1:2]
+    begin = 1 if record[:1] == TRANSACTION_FORMAT else _split(record)[1]
+    kind = record[begin : begin + 1]
     if kind and 0x80 <= kind[0] <= 0x8F:
-        count, start = kind[0] & 0x0F, 2
+        count, start = kind[0] & 0x0F, begin + 1
     elif kind in (b"\xde", b"\xdf"):
-        start = 4 if kind == b"\xde" else 6
-        count = int.from_bytes(record[2:start], "big")
+        start = begin + (3 if kind == b"\xde" else 5)
+        count = int.from_bytes(record[begin + 1 : start], "big")
     else:
         raise OperationsError(f"no transaction: a map is due, not {kind!r}")
     if count > OPERATIONS_MAX:
         raise OperationsError(f"no transaction: {count:,} keys, over {OPERATIONS_MAX:,}")
     if count * _OPERATION_BYTES_MIN > len(record) - start:
         raise OperationsError(f"no transaction: {count:,} keys in {len(record):,} bytes")
-    return count, start
+    return begin, count, start
 
 
 def operations_in(record: bytes) -> Iterator[tuple[bytes, bytes | None]]:
@@ -95,7 +126,7 @@ def operations_in(record: bytes) -> Iterator[tuple[bytes, bytes | None]]:
 
     Raises `OperationsError`, which is all that `decode_transaction` would say.
     """
-    count, at = _count_operations(record)
+    _, count, at = _count_operations(record)
     for _ in range(count):
         key, at = _take_bytes(record, at)
         if key is None:

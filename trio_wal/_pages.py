@@ -42,6 +42,10 @@ FINDINGS_MAX: Final = 100
 """After so many the rest of the file is not looked at."""
 DATA: Final = b"data"
 META: Final = b"meta"
+CONSUMERS: Final = b"consumers"
+"""Of what a store says of itself, the one value that may be long."""
+CONSUMERS_BYTES_MAX: Final = 1 << 21
+"""More than `_places.PLACES_BYTES_MAX`: what is longer is not read."""
 
 _WORD: Final = "Q" if calcsize("P") == 8 else "I"
 _PAGE: Final = Struct(f"={_WORD}HHHH")
@@ -245,7 +249,12 @@ class _Walk:
         meta: dict[bytes, bytes] = {}
 
         def take_meta(offset: int, key: bytes, flags: int, value: bytes) -> None:
-            if flags or key not in (b"lsn", b"log", b"format"):
+            if key == CONSUMERS and flags == _BIG:
+                first, length = unpack_from(f"={_WORD}I", value)
+                if length > CONSUMERS_BYTES_MAX:
+                    raise PagesError(offset, f"the places of consumers have {length} bytes")
+                value = self._read(length, first * self._page_size + _PAGE.size)
+            elif flags or key not in (b"lsn", b"log", b"format", CONSUMERS):
                 raise PagesError(offset, "the store says of itself what no store says")
             meta[key] = value
 

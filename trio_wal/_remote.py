@@ -17,7 +17,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._base import StoreState
 from ._caslog import Description
-from ._core import Core
+from ._core import OPENING_HOLD, Core
 from ._database import Database, new_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
@@ -167,7 +167,7 @@ class Cache:
                     self.state = None
                 fetch_snapshot(self._files, kept, manifest, self.store_path)
                 state = self._stores.inspect_store(self.store_path)
-                if state != StoreState(found.uuid.bytes, manifest.lsn):
+                if state is None or (state.log_uuid, state.lsn) != (found.uuid.bytes, manifest.lsn):
                     self._stores.remove_store(self.store_path)
                     reason = "it is not the snapshot that its manifest names"
                     raise CorruptLogError(manifest.data, 0, reason)
@@ -210,6 +210,7 @@ class OpenRemoteDatabase(AbstractAsyncContextManager[Database]):
         engine = await open_replicated(cas, found, how, self._files)
         # Until a snapshot is known nothing may be dropped.
         engine.hold(SNAPSHOTS, 1)
+        engine.hold(OPENING_HOLD, 0)
         try:
             tail = engine.tail
             self._state = await self._blocking(cache.fit, found, tail.first_lsn, tail.last_lsn)

@@ -14,6 +14,7 @@ import trio
 from ._changes import decode_record
 from ._engine import Record
 from ._mvcc import Versions
+from ._operations import moves_in
 
 TURN_SECONDS: Final = 0.0005
 """For so long commits are replayed without a checkpoint of trio's."""
@@ -31,7 +32,8 @@ async def replay_live(versions: Versions, name: str, records: Sequence[Record]) 
     due = perf_counter() + TURN_SECONDS
     for record in records:
         writes = decode_record(name, record.lsn, record.data)
-        await versions.replay(record.lsn, writes, len(record.data))
+        moves = moves_in(record.data)
+        await versions.replay(record.lsn, writes, len(record.data), moves)
         if perf_counter() >= due:
             await trio.lowlevel.checkpoint()
             due = perf_counter() + TURN_SECONDS

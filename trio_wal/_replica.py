@@ -150,6 +150,7 @@ class Following:
             durable_lsn=state.lsn,
             checkpoint_bytes=options.checkpoint_bytes,
             max_transaction_bytes=1,
+            stored=state,
         )
         self.checkpointer = Checkpointer(self.versions, self._store, followed, blocking, state)
         self.checkpointer.start(self._nursery.start_soon)

@@ -22,7 +22,7 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Final, TypeVar, final
@@ -56,6 +56,7 @@ from ._messages import (
     encode_mark,
     epoch_ident,
 )
+from ._places import Place
 from ._retention import KeepAll, Retention
 from ._statistics import EngineStatistics, ReplicationStatistics, SyncTimes
 from ._streamlog import PAUSE_SECONDS_MIN, End, Patience, StreamCursor, StreamLog, StreamSource
@@ -156,6 +157,28 @@ class _Segments:
         """The first LSN behind the oldest sealed segments."""
         return (*self.sealed, self.active)[count].first_lsn
 
+    def within(self, bytes_max: float) -> int:
+        """The first LSN of the newest ones that have no more bytes than these together; 0 for
+        all."""
+        if bytes_max < math.inf:
+            bytes_max -= self.active.bytes
+            for count in range(len(self.sealed), 0, -1):
+                bytes_max -= self.sealed[count - 1].bytes
+                if bytes_max < 0:
+                    return self.lsn_after(count)
+        return 0
+
+    def behind(self, lsn: int) -> tuple[int, int]:
+        """Bytes of those that have records after an LSN, and a time before which none of these
+        was written."""
+        size, since_us = self.active.bytes, 0
+        for number in range(len(self.sealed), 0, -1):
+            since_us = self.sealed[number - 1].last_time_us
+            if self.lsn_after(number) - 1 <= lsn:
+                break
+            size += self.sealed[number - 1].bytes
+        return size, since_us
+
     def drop_before(self, lsn: int) -> None:
         while self.sealed and self.lsn_after(1) <= lsn:
             del self.sealed[0]
@@ -197,6 +220,8 @@ class ReplicatedEngine:
     """
 
     batch_records_max = BATCH_RECORDS_MAX
+    places: Mapping[str, Place] = {}
+    keeps_places = False
 
     def __init__(
         self,
@@ -229,7 +254,7 @@ class ReplicatedEngine:
         self._places = _Places()
         older = _Segment(first_lsn, found.bytes, end.time_us)
         self._segments = _Segments(options.segment_size, older, end.last_lsn)
-        self._holds: dict[str, int] = {}
+        self._holds: dict[str, tuple[int, float]] = {}
         self._syncs = SyncTimes()
         self._one = trio.Lock()
         """One append at a time."""
@@ -420,7 +445,7 @@ class ReplicatedEngine:
         await self._counted(partial(self._drop_before, lsn))
 
     async def _drop_before(self, lsn: int) -> None:
-        lsn = min(lsn, self.durable_lsn + 1, *self._holds.values())
+        lsn = min(lsn, self.durable_lsn + 1, self._held_from())
         if lsn <= self._first_lsn:
             await trio.lowlevel.checkpoint()
             return
@@ -482,12 +507,31 @@ class ReplicatedEngine:
             history=self._history,
         )
 
-    def hold(self, who: str, lsn: int | None) -> None:
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
         if lsn is None:
             self._holds.pop(who, None)
         else:
-            self._holds[who] = lsn
+            self._holds[who] = lsn, bytes_max
         self._due.set()
+
+    def _held_from(self) -> int:
+        """The first LSN that a hold keeps."""
+        within = self._segments.within
+        kept = [max(lsn, within(bytes_max)) for lsn, bytes_max in self._holds.values()]
+        return min(kept, default=self.durable_lsn + 1)
+
+    async def keep_places(self, places: Mapping[str, Place]) -> None:
+        raise UnsupportedOperationError(
+            self.name, "consumer", "servers keep no places of a log's consumers, but a database's"
+        )
+
+    async def admit_consumers(self) -> None:
+        """There is no version that knows such logs and no consumers."""
+        await trio.lowlevel.checkpoint()
+
+    def behind(self, lsn: int) -> tuple[int, float]:
+        size, since_us = self._segments.behind(lsn)
+        return size, max(0, self._files.time_us() - since_us) / 1e6
 
     async def _locate(self, lsn: int) -> int:
         low, high = self._places.around(lsn, self._first, self._appender.position)

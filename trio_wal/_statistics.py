@@ -6,7 +6,7 @@ Law: values only; nothing here looks anything up.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Final, Literal, final
@@ -70,6 +70,60 @@ class SyncTimes:
 
     def histogram(self) -> Histogram:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
+
+
+BATCHES_NOTED_MAX: Final = 1024
+
+
+class BatchTimes:
+    """When the newest batches were written; the older, the fewer of them."""
+
+    def __init__(self, last_lsn: int) -> None:
+        self._since = last_lsn + 1
+        """Before this one nothing is known."""
+        self._lsns: list[int] = []
+        self._times: list[int] = []
+        self._apart_us = 0
+
+    def note(self, first_lsn: int, time_us: int) -> None:
+        """One more; times count from 1970."""
+        times, lsns = self._times, self._lsns
+        while lsns and lsns[-1] >= first_lsn:
+            # The log's end was cut.
+            lsns.pop()
+            times.pop()
+        if times and time_us - times[-1] < self._apart_us:
+            return
+        if len(times) == BATCHES_NOTED_MAX:
+            del times[1::2], lsns[1::2]
+            self._apart_us = max(1000, 2 * self._apart_us)
+        times.append(time_us)
+        lsns.append(first_lsn)
+
+    def time_of(self, lsn: int) -> int | None:
+        """When a record was written, or some time before; None: nobody knows here."""
+        if lsn < self._since or not self._lsns:
+            return None
+        return self._times[max(0, bisect_right(self._lsns, lsn) - 1)]
+
+
+@final
+@attrs.frozen(kw_only=True)
+class ConsumerStatistics:
+    """A look at one consumer; in ``statistics().consumers``."""
+
+    acknowledged_lsn: int
+    """Up to here its user is done with everything; 0: with nothing."""
+    lag_records: int
+    """Durable records (of a database: commits) after that.  Of a database that was opened after
+    a checkpoint, acknowledgements among those that the checkpoint covers may be counted too few or
+    too many; where the consumer has everything it is 0."""
+    lag_bytes: int
+    """Bytes that these take in the log: whole segments by their size, of the segment with the
+    place a share by number of records."""
+    lag_seconds: float
+    """How long ago the oldest of them was written, or at most so long: of those from before this
+    open, when their segment was begun; 0 where there are none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -168,6 +222,8 @@ class WalStatistics:
     """How often ``send_nowait`` raised `trio.WouldBlock`."""
     writers: Mapping[str, WriterStatistics]
     """Those whose block has not been left, by name; their figures are part of those above."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that there are, by name, in use or not."""
     records_appended: int
     """Records written in this session."""
     bytes_appended: int

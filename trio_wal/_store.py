@@ -22,6 +22,7 @@ from ._base import MapFull, ReadTransaction, StoreState
 from ._exceptions import CorruptLogError
 from ._files import close_quietly
 from ._operations import KEY_BYTES_MAX
+from ._places import encode_places
 from ._store_files import (
     DATA_NAME,
     LOCK_NAME,
@@ -267,6 +268,12 @@ class LmdbStore:
                     txn.put(b"lsn", state.lsn.to_bytes(8, "little"), db=self._meta)
                     txn.put(b"log", state.log_uuid, db=self._meta)
                     txn.put(b"format", STORE_FORMAT.to_bytes(2, "little"), db=self._meta)
+                    if state.places:
+                        places = encode_places(state.places)
+                        said = state.commit_lsn.to_bytes(8, "little") + places
+                        txn.put(_pages.CONSUMERS, said, db=self._meta)
+                    else:
+                        txn.delete(_pages.CONSUMERS, db=self._meta)
         except self._lmdb.MapFullError as exc:
             raise MapFull from exc
         except self.lmdb_error as exc:

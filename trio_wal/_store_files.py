@@ -14,6 +14,7 @@ from . import _pages
 from ._base import StoreState
 from ._exceptions import CorruptLogError
 from ._files import File, close_quietly
+from ._places import PlacesError, decode_places
 from ._system.files import OsDirectory
 from ._system.store import open_store_directory, plain_size
 
@@ -123,7 +124,17 @@ def state_of(path: str, meta: dict[bytes, bytes]) -> StoreState | None:
         raise damaged(name, "the store does not say of which log it is the state")
     if int.from_bytes(version, "little") != STORE_FORMAT:
         raise damaged(name, f"store format {int.from_bytes(version, 'little')} is not known")
-    return StoreState(uuid, int.from_bytes(lsn, "little"))
+    covered_lsn = int.from_bytes(lsn, "little")
+    found = meta.get(_pages.CONSUMERS)
+    if found is None:
+        return StoreState(uuid, covered_lsn)
+    commit_lsn = int.from_bytes(found[:8], "little")
+    if commit_lsn > covered_lsn:
+        raise damaged(name, f"a commit {commit_lsn} in a store of LSN {covered_lsn}")
+    try:
+        return StoreState(uuid, covered_lsn, decode_places(found[8:]), commit_lsn)
+    except PlacesError as exc:
+        raise damaged(name, f"the places of consumers: {exc}") from exc
 
 
 def misfit(

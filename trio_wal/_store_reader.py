@@ -208,7 +208,7 @@ class LmdbStoreReader:
         except self.lmdb_error as exc:
             raise self._told(exc, "the store cannot be read") from exc
         try:
-            names = (b"lsn", b"log", b"format")
+            names = (b"lsn", b"log", b"format", _pages.CONSUMERS)
             meta = {name: txn.get(name, db=opened.meta) for name in names}
             state = state_of(self.path, {k: v for k, v in meta.items() if v is not None})
             return LmdbRead(self, txn), state

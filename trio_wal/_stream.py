@@ -101,7 +101,7 @@ class Reading:
         if self._stop is not None and lsn is not None:
             self._stop = min(self._stop, lsn + 1)
 
-    def _check_history(self) -> None:
+    def check_history(self) -> None:
         self.epoch_changed()
         if self._diverged is not None:
             known = self._diverged
@@ -114,7 +114,7 @@ class Reading:
         while not self.ready:
             if self.ended:
                 raise trio.ClosedResourceError("this stream of records is closed")
-            self._check_history()
+            self.check_history()
             if not await self._fill(follow=follow, to_end=to_end):
                 return False
         return True
@@ -130,7 +130,7 @@ class Reading:
             contextlib.suppress(WalError, OSError, trio.ClosedResourceError),
         ):
             while self.ready and len(self.ready) < count and not self.ended:
-                self._check_history()
+                self.check_history()
                 if not await self._fill(follow=follow, to_end=to_end):
                     break
 
@@ -144,7 +144,7 @@ class Reading:
         tail = source.tail
         if self._next > tail.durable_lsn:
             await source.refresh()
-            self._check_history()
+            self.check_history()
             tail = source.tail
             if self._next > max(self._begin, tail.durable_lsn + 1):
                 # Cut by an owner of an older version, which tells of no epoch.
@@ -180,7 +180,7 @@ class Reading:
         source = self.source
         await trio.sleep(RETRY_SECONDS)
         await source.settle()
-        self._check_history()
+        self.check_history()
         tail, next_lsn = source.tail, self._next
         if next_lsn < tail.first_lsn:
             raise LsnTruncatedError(tail.first_lsn, next_lsn) from exc
@@ -350,6 +350,9 @@ class RecordStream(
         which the stream began.  ``read`` and ``follow`` go on from there."""
         return self._entered().bookmark
 
+    def _check_history(self) -> None:
+        self._entered().check_history()
+
     def _entered(self) -> Reading:
         if self._reading is None:
             raise RuntimeError(f"enter the stream first: async with {self._entering}")
@@ -422,3 +425,6 @@ class RecordStream(
 
 
 new_record_stream = constructor(RecordStream)
+check_history = RecordStream._check_history
+"""Of a stream; raises `LogDivergedError` where records that it has given are not in the log any
+more."""

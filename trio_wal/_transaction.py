@@ -26,6 +26,7 @@ from ._operations import (
     check_range,
     check_size,
 )
+from ._places import Move, encode_moves, is_after
 from ._readset import ReadSet
 from ._util import check_bytes, check_int
 
@@ -63,6 +64,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     _lsn: int | None = None
     _line: Any = None
     """The log's, through which it is committed; None: the log's own."""
+    _moves: dict[str, Move] | None = None
+    """What it does to the places of consumers."""
+    _guards: tuple[Callable[[], None], ...] = ()
+    """Those raise where their consumers are no longer in use."""
 
     def __init__(self, versions: Versions, line: Any = None) -> None:
         self._versions = versions
@@ -94,7 +99,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
             return
         if exc_type is not None:
             self._end()
-        elif self._reads is None and self._writes and self._line is None:
+        elif self._reads is None and self._writes and self._line is None and self._moves is None:
             # As `commit`, which has nothing to validate here.
             task = current_task()
             if self._task is not task:
@@ -356,15 +361,17 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._check()
         versions, reads = self._versions, self._reads
         conflict = None if reads is None else reads.conflict()
-        if versions.by_turns and self._writes and conflict is None:
+        if versions.by_turns and (self._writes or self._moves) and conflict is None:
             return await self._commit_in_turn()
         self._end()
         if reads is not None and conflict is not None:
             versions.note_conflict()
             await trio.lowlevel.checkpoint()
             raise TransactionConflict(conflict, own=reads.is_own(conflict))
-        if self._writes:
-            self._lsn = await versions.commit(self._writes, current_task())
+        for guard in self._guards:
+            guard()
+        if self._writes or self._moves:
+            self._lsn = await versions.commit(self._writes, current_task(), self._moves)
         else:
             self._lsn = await versions.wait_for(None if reads is None else reads.dependency)
         return self._lsn
@@ -374,7 +381,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         versions = self._versions
         try:
             self._lsn = await versions.commit_in_turn(
-                self._writes, current_task(), self._line, self._validate
+                self._writes, current_task(), self._line, self._validate, self._moves
             )
         finally:
             self._end()
@@ -387,6 +394,26 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         if reads is not None and conflict is not None:
             self._versions.note_conflict()
             raise TransactionConflict(conflict, own=reads.is_own(conflict))
+        for guard in self._guards:
+            guard()
+
+    def _acknowledge(
+        self, versions: Versions, name: str, move: Move | None, guard: Callable[[], None]
+    ) -> None:
+        self._check()
+        if versions is not self._versions:
+            raise ValueError("tx must be a transaction of the consumer's database")
+        self._guards = (*self._guards, guard)
+        moves = dict(self._moves or {})
+        old = moves.get(name)
+        if move is None or (old is not None and not is_after(move, old)):
+            return
+        moves[name] = move
+        # The one: a map without operations has a byte, too.
+        before = -1 if self._moves is None else len(encode_moves(self._moves))
+        size = self._bytes + len(encode_moves(moves)) - before
+        check_size(size, self._versions.max_transaction_bytes)
+        self._bytes, self._moves = size, moves
 
     @enable_ki_protection
     def abort(self) -> None:
@@ -402,6 +429,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         """The LSN of the commit; None before."""
         return self._lsn
 
+
+acknowledge_in = Transaction._acknowledge
 
 new_transaction = constructor(Transaction)
 

@@ -6,6 +6,7 @@ here, in the docstrings; the README and the docs quote it.
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Iterable
@@ -17,8 +18,10 @@ from typing import Literal, final
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
+from ._consumer import Consumer, new_consumer
+from ._consumers import Consumers, EngineKeeper, Session, check_start
 from ._engine import RecoveryReport
-from ._exceptions import RecordTooLargeError
+from ._exceptions import RecordTooLargeError, UnsupportedOperationError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
 from ._flusher import Durability
@@ -32,6 +35,7 @@ from ._local import (
     open_local,
 )
 from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
+from ._places import check_consumer_name
 from ._replicated import BATCH_BYTES_MAX, RemoteLog, open_remote
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
@@ -58,6 +62,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         self._log = log
         self._append = log.append
         self._owned = owned
+        self._consumers = None if owned else Consumers(log, EngineKeeper(log))
         # Of a log that is owned every record is too large, and so comes to `_check_size`.
         self._record_size_max = -1 if owned else log.max_record_size
 
@@ -264,6 +269,61 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFailedError: the log is broken, after all that is durable was given.
         """
         return self._log.follow(start)
+
+    # -- consuming --
+
+    def consumer(self, name: str, *, start: int | Bookmark | None = None) -> Consumer:
+        """A named, durable place in the log, as an async context manager::
+
+            async with wal.consumer("mailer") as consumer:
+                async for record in consumer:
+                    send_mail(record.data)
+                    await consumer.acknowledge(record)
+
+        It gives records from behind what its last user has acknowledged, whenever that was.
+        Its first use makes it, durably, before anything is given.  From then on no segment is
+        dropped that holds records after its place, by retention or by `truncate_before`, unless
+        that takes more than ``consumer_hold_bytes``; `drop_consumer` ends that.
+
+        Args:
+          name: 1 to 255 characters.
+          start: where its first use begins: the first LSN, or a bookmark to continue after; None:
+              the oldest record.  Later it says nothing.
+
+        Raises, when called:
+          TypeError, ValueError: an argument is wrong, or the log belongs to a database.
+          UnsupportedOperationError: the log is replicated.
+
+        Raises, on entering; nothing was made:
+          trio.BusyResourceError: somebody is using it.
+          LsnTruncatedError: its place, or ``start``, is below `first_lsn`.
+          LogDivergedError: its place, or ``start``, is not in the log's history.
+          ValueError: there are 1,000 consumers.
+          LogFullError, OSError: its first place could not be written.
+          LogFailedError, trio.ClosedResourceError: the log is broken, or closed.
+        """
+        consumers = self._get_consumers()
+        return new_consumer(Session(consumers, check_consumer_name(name), check_start(start)))
+
+    @enable_ki_protection
+    async def drop_consumer(self, name: str) -> None:
+        """Forget a consumer and what it holds.  Durable on return.
+
+        Raises:
+          KeyError: there is none of this name.
+          trio.BusyResourceError: somebody is using it.
+          LogFullError, OSError, LogFailedError, trio.ClosedResourceError: as
+              `Consumer.acknowledge`.
+        """
+        await self._get_consumers().drop(check_consumer_name(name))
+
+    def _get_consumers(self) -> Consumers:
+        self._check_not_owned()
+        if not self._log.engine.keeps_places:
+            reason = "servers keep places of a database's consumers only"
+            raise UnsupportedOperationError(self._log.name, "consumer", reason)
+        assert self._consumers is not None
+        return self._consumers
 
     # -- truncating --
 
@@ -485,6 +545,7 @@ def open_wal(
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
     reserve: float = RESERVE,
+    consumer_hold_bytes: float = math.inf,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, recovering it first.
@@ -536,6 +597,8 @@ def open_wal(
           git do.
       reserve: how much of the queue, 0 to 0.9, is kept for writers of high priority while there
           are any: see `WriteAheadLog.writer`.
+      consumer_hold_bytes: bytes of segments that consumers may keep from being dropped;
+          `math.inf`: any number.  A consumer that is further behind may get `LsnTruncatedError`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory`` nor
@@ -571,6 +634,7 @@ def open_wal(
         commit_delay=commit_delay,
         durability=durability,
         reserve=reserve,
+        consumer_hold_bytes=consumer_hold_bytes,
     )
     log = remote_log(path)
     if log is not None:

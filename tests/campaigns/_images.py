@@ -7,7 +7,7 @@ directly, since an image is recovered a hundred thousand times a minute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 import trio_wal
+from trio_wal._base import StoreState
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory
@@ -22,7 +23,8 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import Plan
 from trio_wal._engine import Record
 from trio_wal._local import DirectoryLocator
-from trio_wal._operations import decode_transaction, encode_transaction
+from trio_wal._operations import decode_transaction, encode_transaction, moves_in
+from trio_wal._places import CommitPlaces, Place
 from trio_wal.testing import MemoryFiles
 
 from ._promises import State, Wrong, apply
@@ -42,6 +44,7 @@ class Recovered:
     pairs: list[Pair]
     store_lsn: int = 0
     store_items: State = attrs.Factory(dict)
+    store_state: StoreState | None = None
 
     @property
     def first_lsn(self) -> int:
@@ -117,7 +120,20 @@ def recover_database(
     store = files._stores.get(f"{path}/{STORE_NAME}")
     if store is None:
         return found
-    return Recovered(found.log, found.pairs, store.state.lsn if store.state else 0, store.items)
+    lsn = store.state.lsn if store.state else 0
+    return Recovered(found.log, found.pairs, lsn, store.items, store.state)
+
+
+def places_in(found: Recovered, *, database: bool) -> Mapping[str, Place]:
+    """Of consumers, as the next program finds them."""
+    if not database:
+        return found.log.places.found
+    state = found.store_state or StoreState(b"", 0)
+    places = CommitPlaces(state.places, state.commit_lsn, state.lsn)
+    for lsn, payload in found.pairs:
+        if lsn > found.store_lsn and (moves := moves_in(payload)):
+            places.record(lsn, moves, alone=not decode_transaction(payload))
+    return places.now
 
 
 def replayed(found: Recovered) -> State:
@@ -149,7 +165,7 @@ def fingerprint(files: MemoryFiles) -> int:
                 for name, inode in sorted(folder.names.items())
             ),
             tuple(
-                (path, store.state, tuple(store.items.items()))
+                (path, str(store.state), tuple(store.items.items()))
                 for path, store in files._stores.items()
             ),
         )

@@ -58,6 +58,10 @@ class Ledger:
         """How often it was opened and looked at."""
         self.closing = False
         """Whether the present life has said that it is closing."""
+        self.place: int | None = None
+        """Where the consumer was told to be; None: perhaps there is none."""
+        self.tried: int = -1
+        """Up to where it has asked to be."""
         self.units: dict[Id, list[Record]] = {}
         """All that anybody meant to write."""
 
@@ -140,6 +144,35 @@ class Ledger:
     def check(self, words: Sequence[Any]) -> list[str]:
         """What is wrong with the message of an opening now; the ledger stays as it is."""
         raise NotImplementedError
+
+    # -- messages of a consumer --
+
+    def _begun(self, lsn: int) -> None:
+        if self.place is None:
+            self.place = lsn
+        self.tried = max(self.tried, lsn)
+
+    def _acknowledging(self, lsn: int) -> None:
+        self.tried = max(self.tried, lsn)
+
+    def _place_acknowledged(self, lsn: int) -> None:
+        self.place = lsn
+
+    def _forgetting(self) -> None:
+        self.place, self.tried = None, 1 << 62
+
+    def _forgotten(self) -> None:
+        self.tried = -1
+
+    def _place(self, lsn: int | None) -> None:
+        """Where an opening finds it."""
+        if self.place is not None and (lsn is None or not self.place <= lsn <= self.tried):
+            self.problems.append(
+                f"{LOST}: the consumer is at LSN {lsn}, has been at {self.place}, and has tried "
+                f"{self.tried}"
+            )
+        self.place = lsn
+        self.tried = -1 if lsn is None else lsn
 
     def _check_found(self, found: Found, first_lsn: int) -> list[str]:
         return list(map(str, self.promises.check(found, first_lsn, killed=not self.power)))

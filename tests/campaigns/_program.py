@@ -61,6 +61,7 @@ BALANCE: Final = 100
 SLOTS: Final = 6
 SHARED: Final = 4
 SETUP: Final = b"setup"
+CONSUMER: Final = "mirror"
 
 _HEAD: Final = struct.Struct("<4sIHHIHHI")
 _MAGIC: Final = b"TWc1"
@@ -91,6 +92,8 @@ class BaseJob:
     """Whether `truncate_after` is among what it does."""
     drops: bool = True
     """Whether `truncate_before` is."""
+    consumes: bool = False
+    """Whether a log's consumer is beside it."""
     options: dict[str, Any] = attrs.Factory(dict)
     """For `open_wal` or `open_database`."""
 
@@ -351,6 +354,9 @@ class _LogLife(_Life):
             *("open", wal.first_lsn, wal.last_lsn, report.torn_bytes, report.clean_shutdown),
             [mark for _, mark in found],
         )
+        if self.job.consumes:
+            known = wal.statistics().consumers.get(CONSUMER)
+            self.tell("place", None if known is None else known.acknowledged_lsn)
 
     async def run(self, wal: WriteAheadLog) -> None:
         self.wal = wal
@@ -360,6 +366,8 @@ class _LogLife(_Life):
             beside.append(self.drop)
         if self.job.cuts:
             beside.append(self.cut)
+        if self.job.consumes:
+            beside.append(self.consume)
         await self.tasks(self.act, *beside)
         await self.probe(wal, partial(wal.append, b"after the failure"))
 
@@ -471,6 +479,30 @@ class _LogLife(_Life):
                     self.tell("seen", item.lsn)
                     if rng.random() < 0.05:
                         return
+
+    async def consume(self, rng: Random) -> None:
+        """What is acknowledged is not given again, nor is anything passed over."""
+        wal = self.wal
+        with self.telling():
+            try:
+                async with wal.consumer(CONSUMER) as consumer:
+                    expected = consumer.bookmark.lsn + 1
+                    self.tell("begun", expected - 1)
+                    async for item in consumer:
+                        if item.lsn != expected:
+                            self.tell("strange", f"a consumer got {item.lsn}, not {expected}")
+                        expected = item.lsn + 1
+                        if rng.random() < 0.3:
+                            self.tell("acknowledging", item.lsn)
+                            await consumer.acknowledge(item)
+                            self.tell("place acknowledged", item.lsn)
+                        if rng.random() < 0.05:
+                            return
+            except trio_wal.LogDivergedError:
+                # What it has seen was cut off.
+                self.tell("forgetting")
+                await wal.drop_consumer(CONSUMER)
+                self.tell("forgotten")
 
 
 # -- the database ----------------------------------------------------------------------

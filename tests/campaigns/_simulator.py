@@ -40,6 +40,7 @@ from ._images import (
     Recovered,
     append_after,
     fingerprint,
+    places_in,
     recover_database,
     recover_log,
     replayed,
@@ -171,6 +172,18 @@ class Workload:
     written can be read, and is not on the disk."""
 
 
+@attrs.define
+class Consumed:
+    """How far a consumer is."""
+
+    told: int = -1
+    """Up to here it was told that all is acknowledged; -1: not even that it is there."""
+    tried: int = 0
+    """Up to here it has asked for it."""
+    may_be_gone: bool = False
+    """Whether it is being dropped."""
+
+
 class _Found(Exception):
     """Something is wrong with an image."""
 
@@ -219,6 +232,11 @@ class Simulation:
     """The highest first LSN of any image: the live log must come to it."""
     store_floor: int = 0
     """A checkpoint has returned this LSN."""
+    consumers: dict[str, Consumed] = attrs.Factory(dict)
+    alone: set[int] = attrs.Factory(set)
+    """LSNs of a database's acknowledgements."""
+    moves: set[bytes] = attrs.Factory(set)
+    """Records that were to be such."""
     _operation: int = 0
     _crash_at: int = 0
     _fails_closing: bool = False
@@ -267,8 +285,11 @@ class Simulation:
             if self.workload.database:
                 del self.states[lsn:]
                 state = dict(self.states[lsn - 1])
-                apply(state, decode_transaction(dict(found.pairs)[lsn]))
+                writes = decode_transaction(dict(found.pairs)[lsn])
+                apply(state, writes)
                 self.states.append(state)
+                if not writes:
+                    self.alone.add(lsn)
 
     # -- sessions --
 
@@ -364,6 +385,10 @@ class Simulation:
             found = self._recover(image.crash_image(kind="kill"), math.inf)
             self._check(found, killed=self._next_killed)
             self.promises.crashed(found.pairs, found.first_lsn)
+            places = places_in(found, database=self.workload.database)
+            told = {name: one.told for name, one in self.consumers.items()}
+            # What nobody was told may be gone until the log is open again.
+            self.consumers = {name: Consumed(told[name], one.lsn) for name, one in places.items()}
             self.highest_first = found.first_lsn
         except Exception as exc:  # noqa: BLE001
             self.fail(exc, TOLD, "after the crash of a session")
@@ -594,6 +619,25 @@ class Simulation:
             self._learn(found)
         if self.workload.database:
             self._check_store(found)
+        self._check_consumers(found)
+
+    def _check_consumers(self, found: Recovered) -> None:
+        places = places_in(found, database=self.workload.database)
+        for name, consumed in self.consumers.items():
+            place = places.get(name)
+            if place is None:
+                if consumed.told >= 0 and not consumed.may_be_gone:
+                    raise Wrong("lost", f"consumer {name} is not there, but {consumed}")
+            elif not consumed.told <= place.lsn <= consumed.tried:
+                raise Wrong("lost", f"consumer {name} is at LSN {place.lsn}, but {consumed}")
+            elif found.first_lsn > place.reach + 1:
+                told = f"consumer {name} has yet to see what comes after LSN {place.reach}"
+                raise Wrong("lost", f"{told}, and the log begins at {found.first_lsn}")
+            elif not self.alone.issuperset(range(place.lsn + 1, place.reach + 1)):
+                raise Wrong("lost", f"consumer {name}, at {place}, passes over commits")
+        strange = places.keys() - self.consumers.keys()
+        if strange:
+            raise Wrong("other", f"nobody has made the consumers {strange}")
 
     def _check_store(self, found: Recovered) -> None:
         lsn, last_lsn = found.store_lsn, found.log.last_lsn

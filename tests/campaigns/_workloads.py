@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -19,14 +20,15 @@ import attrs
 import trio
 
 import trio_wal
-from trio_wal import KeepBytes, KeepFor, KeepSegments, _checkpoint
+from trio_wal import Bookmark, KeepBytes, KeepFor, KeepSegments, _checkpoint
 from trio_wal._disk.frame import segment_name
-from trio_wal._operations import encode_transaction
+from trio_wal._operations import encode_placed_transaction, encode_transaction
+from trio_wal._places import Move
 from trio_wal._retention import Retention, _Both, _Either
 
 from ._images import DB, LOG, Pair, recover_database, replayed
 from ._promises import Record, Wrong, check, check_serial
-from ._simulator import Simulation, Workload
+from ._simulator import Consumed, Simulation, Workload
 
 SEGMENT_SIZES = (1, 1, 7_000, 12_000)
 """The first: as small as they come, two short records."""
@@ -430,6 +432,213 @@ class DatabaseWorld(World):
         sim.files._stores.pop(f"{path}/store")
 
 
+UNKNOWN_LSN = 1 << 62
+"""Where a consumer begins, nobody knows before its block is entered."""
+READ_SECONDS = 0.001
+"""Virtual ones, after which a consumer has been given all that there is."""
+
+
+class Consumes(World):
+    """Calls of tasks that consume, and tell how far they are."""
+
+    def _opened_with(self, opened: Any) -> None:
+        known = opened.statistics().consumers
+        for name, consumed in list(self.sim.consumers.items()):
+            if name in known:
+                self._told(name, known[name].acknowledged_lsn)
+            else:
+                check(consumed.told < 0 or consumed.may_be_gone, f"{name} is not there")
+                del self.sim.consumers[name]
+        check(known.keys() == self.sim.consumers.keys(), "a consumer that nobody has made")
+
+    def _name(self) -> str:
+        """One that there is, or a new one."""
+        every = self.sim.consumers.items()
+        known = [name for name, one in every if one.told >= 0 and not one.may_be_gone]
+        if known and (len(known) > 3 or self.rng.random() < 0.8):
+            return self.rng.choice(known)
+        return f"consumer {self.rng.getrandbits(32):x}"
+
+    async def _given(self, consumer: Any) -> list[Any]:
+        """Some of what it is given."""
+        found: list[Any] = []
+        most = self.rng.randint(1, 6)
+        with trio.move_on_after(READ_SECONDS):
+            if self.rng.random() < 0.3:
+                found += await consumer.batches(most).__anext__()
+            while len(found) < most:
+                found.append(await consumer.__anext__())
+        return found
+
+    def _check_given(self, after: int, lsns: list[int]) -> None:
+        """That they come without a gap, but for acknowledgements."""
+        for before, lsn in pairwise([after, *lsns]):
+            missing = set(range(before + 1, lsn)) - self.sim.alone
+            check(lsn not in self.sim.alone, f"LSN {lsn} is given, an acknowledgement")
+            check(before < lsn and not missing, f"after {before} comes {lsn}: {missing} is missing")
+
+    def _told(self, name: str, lsn: int) -> None:
+        consumed = self.sim.consumers[name]
+        if consumed.told < 0:
+            consumed.tried = lsn
+        consumed.told = max(consumed.told, lsn)
+
+
+@attrs.define(eq=False)
+class ConsumersWorld(LogWorld, Consumes):
+    """A session with consumers of the log."""
+
+    cancels = ("append", "consume", "consume", "drop_consumer")
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        self.sim.tell(self._opened_with, opened)
+        await super().tasks(opened, count)
+
+    async def consume(self, wal: Any, task: int) -> None:
+        sim, name = self.sim, self._name()
+        start = self.rng.choice((None, self.rng.randint(wal.first_lsn, wal.last_lsn + 1)))
+        known = sim.consumers.get(name)
+        if known is None:
+            # It may be there from now on.
+            sim.consumers[name] = Consumed(-1, UNKNOWN_LSN)
+        with contextlib.suppress(trio.BusyResourceError, trio_wal.LsnTruncatedError):
+            async with wal.consumer(name, start=start) as consumer:
+                after = consumer.bookmark.lsn
+                sim.tell(self._told, name, after)
+                items = await self._given(consumer)
+                sim.tell(self._check_given, after, [item.lsn for item in items])
+                for item in self.rng.sample(items, min(2, len(items))):
+                    consumed = sim.consumers[name]
+                    consumed.tried = max(consumed.tried, item.lsn)
+                    await consumer.acknowledge(item)
+                    sim.tell(self._told, name, item.lsn)
+
+    async def drop_consumer(self, wal: Any, task: int) -> None:
+        name = self._name()
+        if name in self.sim.consumers:
+            self.sim.consumers[name].may_be_gone = True
+            try:
+                with contextlib.suppress(KeyError):
+                    await wal.drop_consumer(name)
+            except (trio.BusyResourceError, trio.Cancelled) as exc:
+                if not self.sim.quiet:
+                    self.sim.consumers[name].may_be_gone = False
+                if isinstance(exc, trio.Cancelled):
+                    raise
+                return
+            if not self.sim.quiet:
+                del self.sim.consumers[name]
+
+
+@attrs.define(eq=False)
+class ConsumersDatabaseWorld(DatabaseWorld, Consumes):
+    """A session with consumers of the database."""
+
+    cancels = ("transact", "consume", "consume", "drop_consumer")
+
+    async def tasks(self, opened: Any, count: int) -> None:
+        self.sim.tell(self._opened_with, opened)
+        await super().tasks(opened, count)
+
+    async def consume(self, db: Any, task: int) -> None:
+        sim, name = self.sim, self._name()
+        start = self.rng.randint(db.wal.first_lsn, db.durable_lsn + 1)
+        begin: list[Record] = []
+        if name not in sim.consumers:
+            sim.consumers[name] = Consumed(-1, start - 1)
+            begin = self._submit(task, {}, name, Bookmark(start - 1, db.epoch), begins=True)
+        consumer = db.consumer(name, start=start)
+        try:
+            await self.hand_over(begin, consumer.__aenter__())
+        except (trio.BusyResourceError, trio_wal.LsnTruncatedError) as exc:
+            if begin:
+                sim.tell(sim.promises.withdraw, begin, f"entering raised {type(exc).__name__}")
+            check(isinstance(exc, trio.BusyResourceError) or begin, f"{name}: {exc}")
+            return
+        try:
+            after = consumer.bookmark.lsn
+            if begin:
+                sim.tell(self._durable, begin)
+                sim.tell(self._told, name, start - 1)
+            items = await self._given(consumer)
+            sim.tell(self._check_given, after, [item.lsn for item in items])
+            for item in sorted(self.rng.sample(items, min(2, len(items))), key=lambda i: i.lsn):
+                await self._acknowledge(db, task, consumer, item)
+        finally:
+            await consumer.__aexit__(None, None, None)
+
+    async def _acknowledge(self, db: Any, task: int, consumer: Any, item: Any) -> None:
+        sim, place = self.sim, Bookmark(item.lsn, db.epoch)
+        consumed = sim.consumers[consumer.name]
+        consumed.tried = max(consumed.tried, item.lsn)
+        if self.rng.random() < 0.5 and self._is_new(consumer.name, place):
+            unit = self._submit(task, {}, consumer.name, place)
+            await self.hand_over(unit, consumer.acknowledge(item))
+            sim.tell(self._durable, unit)
+        else:
+            writes: dict[bytes, bytes | None]
+            writes = {b"seen": b"%d %x" % (item.lsn, self.rng.getrandbits(64))}
+
+            async def transact() -> int:
+                async with db.transaction() as tx:
+                    consumer.acknowledge_in(tx, item)
+                    tx.put(b"seen", writes[b"seen"])
+                assert tx.lsn is not None
+                return tx.lsn
+
+            unit = self._submit(task, writes, consumer.name, place)
+            lsn = await self.hand_over(unit, transact())
+            sim.tell(sim.promises.acknowledge, unit, lsn)
+        sim.tell(self._told, consumer.name, item.lsn)
+
+    def _is_new(self, name: str, place: Bookmark | None) -> bool:
+        """Whether a record that does only this tells of which call it is."""
+        record = encode_placed_transaction({}, {name: Move(place)})
+        known = record in self.sim.moves
+        self.sim.moves.add(record)
+        return not known
+
+    def _submit(
+        self,
+        task: int,
+        writes: dict[bytes, bytes | None],
+        name: str,
+        place: Bookmark | None,
+        *,
+        begins: bool = False,
+    ) -> list[Record]:
+        moves = {name: Move(place, begins)}
+        return self.sim.promises.submit(task, encode_placed_transaction(writes, moves))
+
+    def _durable(self, unit: list[Record]) -> None:
+        """A call has returned that does not say of which LSN it was."""
+        lsn = unit[0].lsn
+        if lsn is None:
+            raise Wrong("lost", f"{unit[0]} is nowhere, and its call has returned")
+        self.sim.promises.acknowledge(unit, lsn)
+
+    async def drop_consumer(self, db: Any, task: int) -> None:
+        name = self._name()
+        consumed = self.sim.consumers.get(name)
+        if consumed is None or consumed.told < 0 or not self._is_new(name, None):
+            return
+        consumed.may_be_gone = True
+        unit = self._submit(task, {}, name, None)
+        try:
+            await self.hand_over(unit, db.drop_consumer(name))
+        except (trio.BusyResourceError, trio.Cancelled) as exc:
+            if isinstance(exc, trio.BusyResourceError):
+                self.sim.tell(self.sim.promises.withdraw, unit, "it is in use")
+            if not self.sim.quiet:
+                consumed.may_be_gone = False
+            if isinstance(exc, trio.Cancelled):
+                raise
+            return
+        self.sim.tell(self._durable, unit)
+        if not self.sim.quiet:
+            del self.sim.consumers[name]
+
+
 @attrs.define(eq=False)
 class LinesDatabaseWorld(DatabaseWorld):
     """A session whose tasks have writers."""
@@ -545,6 +754,42 @@ WORKLOADS = {
                 checkpoint_bytes=lambda rng: rng.choice((300, 1 << 20)),
                 max_queue_size=lambda rng: rng.choice((1, 2)),
                 commit_delay=lambda rng: rng.choice((0.0, "auto")),
+            ),
+            database=True,
+        ),
+        Workload(
+            "consumers",
+            lambda sim: ConsumersWorld(
+                sim,
+                {
+                    "append": 5,
+                    "append_many": 1,
+                    "truncate_before": 2,
+                    "consume": 5,
+                    "drop_consumer": 1,
+                    "cancelled": 1,
+                },
+            ).session(),
+            _options(
+                durability=lambda rng: rng.choice(("sync", "interval")),
+                retention=lambda rng: rng.choice((None, KeepSegments(1))),
+            ),
+        ),
+        Workload(
+            "consumers-database",
+            lambda sim: ConsumersDatabaseWorld(
+                sim,
+                {
+                    "transact": 4,
+                    "put": 2,
+                    "checkpoint": 1,
+                    "consume": 5,
+                    "drop_consumer": 1,
+                    "cancelled": 1,
+                },
+            ).session(),
+            _options(
+                checkpoint_bytes=lambda rng: rng.choice((300, 900, 1 << 20)), max_queue_size=100
             ),
             database=True,
         ),

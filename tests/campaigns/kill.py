@@ -109,6 +109,7 @@ def plan(
         seed=task.seed,
         life=number,
         tasks=TASKS,
+        consumes=task.kind == "log",
         options=options,
         **end,
     )

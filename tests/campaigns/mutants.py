@@ -58,6 +58,7 @@ LEAKS: Final = "leaks"
 REPLICATION: Final = "replication"
 THREADS: Final = "threads"
 LINES, LINES_DB = "lines", "simulator:lines-database"
+CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
 
 MUTANTS: Final = (
     # -- group commit --
@@ -327,7 +328,7 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self._meta.write(meta)\n            with self._shape:\n",
+        "            self.meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
     ),
     mutant(
@@ -337,7 +338,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self._meta.write(meta)\n            with self._shape:\n",
+        "            self.meta.write(meta)\n            with self._shape:\n",
         "            with self._shape:\n",
         "                spare = self.spares.drop(segment, spare)\n", "                pass\n",
     ),
@@ -352,7 +353,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a cut is not decided in log.meta", "_disk/directory", "simulator:cut",
-        "                self._meta.write(meta)\n            except LogFullError",
+        "                self.meta.write(meta)\n            except LogFullError",
         "                pass\n            except LogFullError",
     ),
     mutant(
@@ -503,8 +504,9 @@ MUTANTS: Final = (
     # -- the database --
     mutant(
         "a checkpoint claims what it does not hold", "_checkpoint", "simulator:checkpoints",
-        "        lsn = max(frozen.last_lsn, self.state.lsn)\n",
-        "        lsn = max(log.durable_lsn, self.state.lsn)\n",
+        "        state = self._versions.state_at(frozen, self.state)\n",
+        "        state = self._versions.state_at(frozen, self.state)\n"
+        "        state = type(state)(state.log_uuid, max(log.durable_lsn, state.lsn))\n",
     ),
     mutant(
         "a checkpoint takes what is not durable", "_checkpoint", "simulator:checkpoints",
@@ -512,14 +514,12 @@ MUTANTS: Final = (
     ),
     mutant(
         "the log is recycled before the store has it", "_checkpoint", "simulator:checkpoints",
-        "        state = StoreState(self.state.log_uuid, lsn)\n",
-        "        state = StoreState(self.state.log_uuid, lsn)\n"
-        "        log.hold(HOLD, lsn + 1)\n",
+        "        lsn = state.lsn\n", "        lsn = state.lsn\n        log.hold(HOLD, lsn + 1)\n",
     ),
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "            lsn = min((lsn, *self._holds.copy().values()))\n", "",
+        "            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
@@ -770,6 +770,60 @@ MUTANTS: Final = (
         "the owner gives what is not yet synced", "_local", READERS,
         "        if sync:\n            self.durable_lsn = directory.synced_lsn\n",
         "        self.durable_lsn = directory.last_lsn\n        if sync:\n",
+    ),
+    # -- consumers --
+    mutant(
+        "an acknowledgement returns before it is written", "_consumers", CONSUMERS,
+        "            await self._log.engine.keep_places(moved.now)\n",
+        "            await trio.lowlevel.checkpoint()\n",
+    ),
+    mutant(
+        "an acknowledgement is written and not synced", "_disk/placesfile", CONSUMERS,
+        "            file.sync()\n", "            pass\n",
+    ),
+    mutant(
+        "the new name of the places is not synced", "_disk/placesfile", CONSUMERS,
+        "    directory.rename(PLACES_NEW_NAME, PLACES_NAME)\n    directory.sync()",
+        "    directory.rename(PLACES_NEW_NAME, PLACES_NAME)",
+    ),
+    mutant(
+        "a consumer begins without a hold", "_consumers", CONSUMERS,
+        "begin.lsn + 1, log.consumer_hold_bytes)\n                await keeper.admit()\n",
+        "begin.lsn + 1, 0)\n                await keeper.admit()\n",
+    ),
+    mutant(
+        "a consumer holds what comes after the next record", "_consumers", CONSUMERS,
+        "min(now.reach, stored.reach) + 1", "min(now.reach, stored.reach) + 2",
+    ),
+    mutant(
+        "a consumer goes on behind what it was given", "_consumers", CONSUMERS,
+        "        return Bookmark(lsn, bookmark.epoch)\n", "        return bookmark\n",
+    ),
+    mutant(
+        "a place reaches over commits", "_places", CONSUMERS_DB,
+        "            if place.reach == lsn - 1 or", "            if place.reach < lsn or",
+    ),
+    mutant(
+        "an acknowledgement passes over commits before it", "_places", CONSUMERS_DB,
+        " and self.commit_lsn <= place.lsn)", ")",
+    ),
+    mutant(
+        "a checkpoint forgets where consumers are", "_mvcc", CONSUMERS_DB,
+        "        layer.places.update(self.places.record(lsn, moves, alone=alone))\n",
+        "        self.places.record(lsn, moves, alone=alone)\n",
+    ),
+    mutant(
+        "what replay says of consumers is passed over", "_core", CONSUMERS_DB,
+        "                moves = moves_in(record.data)\n", "                moves = None\n",
+    ),
+    mutant(
+        "an acknowledgement in a transaction is forgotten", "_transaction", CONSUMERS_DB,
+        "await versions.commit(self._writes, current_task(), self._moves)",
+        "await versions.commit(self._writes, current_task())",
+    ),
+    mutant(
+        "acknowledgements are given to consumers", "_changes", CONSUMERS_DB,
+        "        if not writes and moves_places(record.data):\n", "        if False:\n",
     ),
     # -- a replicated log --
     mutant(

@@ -51,6 +51,8 @@ from .segment import NEW_NAME, SPARE_PREFIX
 META_NAME: Final = "log.meta"
 META_NEW_NAME: Final = "log.meta.tmp"
 TRUNCATE_NAME: Final = "truncate.tmp"
+PLACES_NAME: Final = "consumers"
+PLACES_NEW_NAME: Final = "consumers.tmp"
 LOG_NAME: Final = "log"
 STORE_NAME: Final = "store"
 """What a database's directory holds: its log, and LMDB's files."""
@@ -101,7 +103,7 @@ def read_meta(directory: Directory) -> Meta | None:
 
 
 def is_ours(name: str) -> bool:
-    return name in (LOCK_NAME, META_NEW_NAME, TRUNCATE_NAME, NEW_NAME) or (
+    return name in (LOCK_NAME, META_NEW_NAME, TRUNCATE_NAME, NEW_NAME, PLACES_NEW_NAME) or (
         name.startswith(SPARE_PREFIX) and name.endswith(".tmp")
     )
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Final
 
@@ -29,12 +30,15 @@ from trio_wal._exceptions import (
 )
 from trio_wal._files import Directory, File, Files, close_quietly
 from trio_wal._identity import History, branch
+from trio_wal._places import Place
 from trio_wal._retention import Retention
 
 from .chain import TRUNCATE_NAME
 from .cut import find_cut, plan_cut
-from .frame import FEATURE_DATABASE, Meta, SegmentHeader, Truncation
+from .frame import DATA_OFFSET, FEATURE_DATABASE, Meta, SegmentHeader, Truncation
+from .holds import Holds
 from .metafile import MetaFile
+from .placesfile import PlacesFile
 from .recovery import Plan
 from .repair import repair, uncreate
 from .segment import ActiveSegment, Extent, SegmentInfo, create_segment, encode
@@ -54,6 +58,7 @@ class LogDirectory:
         features: int,
         started_us: int,
         found_names: frozenset[str],
+        places: Mapping[str, Place],
     ) -> None:
         self._files = files
         self._directory = directory
@@ -63,7 +68,8 @@ class LogDirectory:
         """Whether this open has made the log."""
         self._found_names: Final = found_names
         opened = repair(files, directory, plan, segment_size=segment_size, features=features)
-        self._meta = MetaFile(directory, opened.meta)
+        self.meta: Final = MetaFile(directory, opened.meta)
+        self.places: Final = PlacesFile(directory, opened.meta.log_uuid, places)
         self._sealed = opened.sealed
         self.active: ActiveSegment = opened.active
         self.spares: Final = Spares(
@@ -72,7 +78,7 @@ class LogDirectory:
             segment_size=segment_size,
             database=bool(opened.meta.features & FEATURE_DATABASE),
         )
-        self._holds: dict[str, int] = {}
+        self._holds = Holds()
         self._untouched = plan.meta is not None and plan.clean
         self.report: RecoveryReport = attrs.evolve(
             opened.report, seconds=max(0, files.time_us() - started_us) / 1e6
@@ -86,7 +92,7 @@ class LogDirectory:
         self.cutting: bool = False
         """Whether that is under way: what a reader misses now need not be damage."""
         self.cut_failed: OSError | None = None
-        """What kept `truncate_after` from its end: log.meta may hold a decision that `_meta`
+        """What kept `truncate_after` from its end: log.meta may hold a decision that `meta`
         does not know, and to write what it knows again would take that back, files being gone."""
         self.sync_seconds: float = 0.0
         """How long the last sync took."""
@@ -101,7 +107,7 @@ class LogDirectory:
 
     @property
     def first_lsn(self) -> int:
-        return self._meta.says.base_lsn
+        return self.meta.says.base_lsn
 
     @property
     def last_lsn(self) -> int:
@@ -110,15 +116,15 @@ class LogDirectory:
     @property
     def features(self) -> int:
         """Feature flags, as in `SegmentHeader`."""
-        return self._meta.says.features
+        return self.meta.says.features
 
     @property
     def log_uuid(self) -> bytes:
-        return self._meta.says.log_uuid
+        return self.meta.says.log_uuid
 
     @property
     def history(self) -> History:
-        return self._meta.says.history
+        return self.meta.says.history
 
     @property
     def segments(self) -> int:
@@ -152,7 +158,7 @@ class LogDirectory:
           LogFullError: the next segment cannot be prepared; nothing was written.
           OSError: the log is broken; the frame may be there or not.
         """
-        body = encode(records, self._meta.says.features)
+        body = encode(records, self.meta.says.features)
         if not self.active.fits(body.stored_length):
             self._rotate(body.stored_length)
         active = self.active
@@ -179,7 +185,7 @@ class LogDirectory:
 
     def publish(self) -> None:
         """Let readers in other processes know what is durable; nobody waits for this."""
-        meta = self._meta.says
+        meta = self.meta.says
         if self._published != (self.synced_lsn, meta):
             word = (self.synced_lsn, meta)
             with contextlib.suppress(OSError):
@@ -192,7 +198,7 @@ class LogDirectory:
 
     def prepare_spare(self) -> None:
         """Make the next segment ready, in the background; see `Spares.prepare`."""
-        self._meta.reserve_unless_deciding()
+        self.meta.reserve_unless_deciding()
         self.spares.prepare()
 
     def rotate(self) -> None:
@@ -245,12 +251,30 @@ class LogDirectory:
 
     # -- truncation --
 
-    def hold(self, who: str, lsn: int | None) -> None:
-        """Keep the records from here on, whatever is asked to be dropped; None: no more."""
-        if lsn is None:
-            self._holds.pop(who, None)
-        else:
-            self._holds[who] = lsn
+    def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> bool:
+        """See `Holds.set`.  Returns whether that may let go of the oldest segment."""
+        self._holds.set(who, lsn, bytes_max)
+        with self._shape:
+            oldest = self._sealed[0].next_lsn if self._sealed else math.inf
+        return lsn is None or lsn >= oldest
+
+    def behind(self, lsn: int) -> tuple[int, int]:
+        """How many bytes of frames come after ``lsn``, and when the next record cannot have been
+        written before; both estimated from what is known of whole segments."""
+        sealed, active = self.shape()
+        now = active.position
+        count = now.next_lsn - active.header.first_lsn
+        share = min(1.0, (now.next_lsn - 1 - lsn) / count) if count else 0.0
+        total = share * (now.offset - DATA_OFFSET)
+        since = active.header.created_us
+        for segment in reversed(sealed):
+            if segment.next_lsn - 1 <= lsn:
+                break
+            count = segment.next_lsn - segment.first_lsn
+            share = min(1.0, (segment.next_lsn - 1 - lsn) / count) if count else 0.0
+            total += share * segment.bytes
+            since = segment.header.created_us
+        return max(0, math.ceil(total)), since
 
     def drop_before(self, lsn: int) -> int:
         """Drop the sealed segments that hold only records below ``lsn``.
@@ -258,13 +282,13 @@ class LogDirectory:
         Durable on return: first ``log.meta`` says where the log starts, then files go.
         Returns how many were dropped.
         """
-        with self._meta.deciding:
+        with self.meta.deciding:
             if self.cut_failed is not None:
                 text = "the log's end could not be cut, and nothing else will be"
                 raise OSError(errno.EIO, text, self.path) from self.cut_failed
             sealed = self.sealed()
             # Looked at here, under the lock: a caller's own look may be out of date.
-            lsn = min((lsn, *self._holds.copy().values()))
+            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)
             dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
             if not dropped:
                 return 0
@@ -272,17 +296,17 @@ class LogDirectory:
             now, active = self.shape()
             following = [segment for segment in now if segment.first_lsn >= dropped[-1].next_lsn]
             first = following[0].header if following else active.header
-            meta = attrs.evolve(self._meta.says, base_number=first.number, base_lsn=first.first_lsn)
-            self._meta.write(meta)
+            meta = attrs.evolve(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
+            self.meta.write(meta)
             with self._shape:
-                self._meta.says = meta
+                self.meta.says = meta
                 # The I/O worker may have added one meanwhile.
                 del self._sealed[: len(dropped)]
             spare: str | None = None
             for segment in dropped:
                 spare = self.spares.drop(segment, spare)
             self._directory.sync()
-            self._meta.reserve()
+            self.meta.reserve()
             if spare is not None:
                 self.spares.recycle(spare)
         return len(dropped)
@@ -312,7 +336,7 @@ class LogDirectory:
         """
         if lsn >= self.last_lsn:
             return
-        with self._meta.deciding:
+        with self.meta.deciding:
             if lsn < self.first_lsn - 1:
                 # Retention, in another thread, was faster.
                 raise LsnTruncatedError(self.first_lsn, lsn)
@@ -330,7 +354,7 @@ class LogDirectory:
         self.sync()
         cut = find_cut(self._directory, self._sealed, self.active, lsn)
         keep, position, records = cut.keep, cut.position, cut.records
-        says = self._meta.says
+        says = self.meta.says
         history = branch(says.history, lsn, self._files.random_bytes(4))
         header = SegmentHeader(
             self.active.header.log_uuid,
@@ -358,12 +382,12 @@ class LogDirectory:
             )
             meta = attrs.evolve(says, truncation=decided, history=history)
             try:
-                self._meta.write(meta)
+                self.meta.write(meta)
             except LogFullError:
                 self._directory.unlink(TRUNCATE_NAME)
                 raise
             # The block of the old one is free now, and the next write must not fail.
-            self._meta.reserve()
+            self.meta.reserve()
             self._finish_truncation(meta, keep, new.extent)
         finally:
             close_quietly(spare.file)
@@ -380,11 +404,11 @@ class LogDirectory:
             plan,
             segment_size=self._segment_size,
             features=self.features,
-            meta_reserved=self._meta.take_reserved(),
+            meta_reserved=self.meta.take_reserved(),
         )
         self.active.file.close()
         with self._shape:
-            self._meta.says = done.meta
+            self.meta.says = done.meta
             self._sealed = done.sealed
             self.active = done.active
         self.cuts += 1
@@ -411,7 +435,7 @@ class LogDirectory:
                 self.sync()
                 if not self._untouched:
                     self.active.mark_closed()
-                self._meta.discard()
+                self.meta.discard()
                 self.spares.discard()
         finally:
             close_quietly(self.active.file)
@@ -438,5 +462,5 @@ class LogDirectory:
     def disown(self) -> None:
         """In a forked child: the parent's threads may have had the locks, and are not there."""
         self._shape = threading.Lock()
-        self._meta.disown()
+        self.meta.disown()
         self.spares.disown()

@@ -63,6 +63,10 @@ FEATURE_DATABASE: Final = 2
 FEATURE_EPOCHS: Final = 16
 """Incompatible feature, of ``log.meta`` only: the log has a history of epochs, which whoever writes
 that file anew must keep."""
+FEATURE_CONSUMERS: Final = 32
+"""Incompatible feature, of ``log.meta`` only: transactions of the database may move places of
+consumers (`_operations.PLACED_FORMAT`), and its store may keep them."""
+_META_FEATURES: Final = FEATURE_EPOCHS | FEATURE_CONSUMERS
 FEATURES_KNOWN: Final = FEATURE_ZSTD | FEATURE_DATABASE
 
 _CHECKED_SECTOR: Final = struct.Struct(f"<{BLOCK - 4}sI")
@@ -503,6 +507,8 @@ class Meta:
     history: History = ()
     copied: bool = False
     """Whether this is a copy of another log that was not opened yet: then it gets an epoch."""
+    consumers: bool = False
+    """Whether the database's transactions may move places of consumers."""
 
     @property
     def epoch(self) -> int:
@@ -511,13 +517,15 @@ class Meta:
     def encode(self) -> bytes:
         cut = self.truncation or Truncation(bytes(16), 0, 0, 0, 0)
         table = b"".join(_PARTING.pack(p.epoch, p.after_lsn) for p in self.history)
-        epochs = FEATURE_EPOCHS if self.history or self.copied else 0
+        own = FEATURE_EPOCHS if self.history or self.copied else 0
+        if self.consumers:
+            own |= FEATURE_CONSUMERS
         block = _seal_sector(
             _META.pack(
                 META_MAGIC,
                 FORMAT_VERSION,
                 0,
-                self.features | epochs,
+                self.features | own,
                 self.log_uuid,
                 self.base_number,
                 self.base_lsn,
@@ -547,22 +555,25 @@ def decode_meta(data: bytes) -> Meta:
     _open_sector(data, META_MAGIC, "log.meta")
     (_, _, _, features, uuid, number, lsn, live, cut, copied, salt, *rest) = _META.unpack_from(data)
     keep, offset, previous, _, first, _, partings, table_crc = rest
-    if features & ~(FEATURES_KNOWN | FEATURE_EPOCHS):
-        unknown = features & ~(FEATURES_KNOWN | FEATURE_EPOCHS)
+    unknown = features & ~(FEATURES_KNOWN | _META_FEATURES)
+    if unknown:
         raise UnsupportedVersion(unknown, "feature set")
     if max(number, lsn) > START_MAX:
         raise FrameError(f"log.meta has the number {number} and LSN {lsn}")
     if not features & FEATURE_EPOCHS and (partings or copied):
         raise FrameError("log.meta has epochs, but does not say so")
+    if features & FEATURE_CONSUMERS and not features & FEATURE_DATABASE:
+        raise FrameError("log.meta says that transactions move consumers, in a log that has none")
     return Meta(
         log_uuid=uuid,
         base_number=number,
         base_lsn=lsn,
-        features=features & ~FEATURE_EPOCHS,
+        features=features & ~_META_FEATURES,
         live=bool(live),
         truncation=Truncation(salt, keep, offset, previous, first) if cut else None,
         history=_decode_history(data, partings, table_crc),
         copied=bool(copied),
+        consumers=bool(features & FEATURE_CONSUMERS),
     )
 
 

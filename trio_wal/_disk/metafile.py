@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 
+import attrs
+
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import NO_SPACE, Directory
 
@@ -41,6 +43,20 @@ class MetaFile:
                 path = self._directory.path
                 raise LogFullError(path, BLOCK, "log.meta cannot be written") from exc
             raise
+
+    def admit_consumers(self) -> None:
+        """From here on transactions may move places of consumers: versions that do not know it
+        must refuse the log.  Durable on return.
+
+        Raises:
+          LogFullError, OSError: as `write`.
+        """
+        with self.deciding:
+            if not self.says.consumers:
+                meta = attrs.evolve(self.says, consumers=True)
+                self.write(meta)
+                self.says = meta
+                self.reserve()
 
     def reserve(self) -> None:
         """Keep the space for the next one, as far as there is space."""

@@ -20,6 +20,7 @@ from trio_wal._files import Directory, Files, close_quietly
 
 from .directory import LogDirectory
 from .frame import FEATURE_DATABASE, FEATURE_ZSTD
+from .placesfile import read_places
 from .recovery import VERIFY_BYTES, Plan, check_records, examine, reread_tail
 from .repair import uncreate
 
@@ -67,6 +68,10 @@ def open_log_directory(
             read_from = check(plan)
             if read_from is not None:
                 plan = check_records(directory, plan, read_from)
+        places = {} if database or plan.meta is None else read_places(directory, plan.meta.log_uuid)
+        if places:
+            # Its name may be in the page cache only: no place may be taken back any more.
+            directory.sync()
         # Only now, when nothing can be refused any more, is anything written.
         directory.sign(new=plan.meta is None)
         return LogDirectory(
@@ -77,6 +82,7 @@ def open_log_directory(
             features=features,
             started_us=started_us,
             found_names=found_names,
+            places=places,
         )
     except BaseException:
         with contextlib.suppress(OSError, CorruptLogError, UnsupportedFormatError):

@@ -172,6 +172,7 @@ def create_empty(
     first_lsn: int,
     features: int,
     history: History,
+    consumers: bool = False,
 ) -> None:
     """Make a directory with the log that goes on at ``first_lsn``: for a backup.
 
@@ -179,7 +180,13 @@ def create_empty(
     opened: there may be several copies of a backup.
     """
     meta = Meta(
-        log_uuid, base_number=1, base_lsn=first_lsn, features=features, history=history, copied=True
+        log_uuid,
+        base_number=1,
+        base_lsn=first_lsn,
+        features=features,
+        history=history,
+        copied=True,
+        consumers=consumers,
     )
     directory = files.open_directory(path, create=True)
     try:

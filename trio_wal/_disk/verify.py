@@ -24,6 +24,7 @@ from trio_wal._util import KiB
 
 from .chain import (
     META_NAME,
+    PLACES_NAME,
     Chain,
     FoundSegment,
     Until,
@@ -34,7 +35,16 @@ from .chain import (
     read_segment,
 )
 from .finding import Finding, Report, finding_of
-from .frame import BLOCK, DATA_OFFSET, META_SIZE_MAX, POINTER_OFFSET, Meta, segment_name_lsn
+from .frame import (
+    BLOCK,
+    DATA_OFFSET,
+    FEATURE_DATABASE,
+    META_SIZE_MAX,
+    POINTER_OFFSET,
+    Meta,
+    segment_name_lsn,
+)
+from .placesfile import read_places
 from .walk import Walk, begun_lsn, check_last, check_segment, proven_lsn
 
 LOOK_TRIES: Final = 20
@@ -155,6 +165,8 @@ def _list(directory: Directory) -> Listing:
     # Before the files: what it speaks of is in them then.
     word = directory.published()
     meta = _read_meta(directory, findings.append)
+    if meta is not None and not meta.features & FEATURE_DATABASE:
+        _check_places(directory, meta, findings.append)
     if meta is None:
         made_up = _guess_meta(directory)
         chain = list_chain(directory, made_up, findings.append)
@@ -181,6 +193,13 @@ def _read_meta(directory: Directory, report: Report) -> Meta | None:
             raise no_log(directory.path, names)
         report(Finding(path, 0, "the file is missing"))
     return meta
+
+
+def _check_places(directory: Directory, meta: Meta, report: Report) -> None:
+    try:
+        read_places(directory, meta.log_uuid)
+    except (CorruptLogError, UnsupportedFormatError, OSError) as exc:
+        report(finding_of(exc, f"{directory.path}/{PLACES_NAME}"))
 
 
 def _guess_meta(directory: Directory) -> Meta:
