@@ -66,6 +66,7 @@ ORDER: dict[int, list[str]] = {
         "_store_check",
         "_store_reader",
         "_stores",
+        "_archive",
         "_snapshots",
         "_disk.segment",
         "_disk.chain",
@@ -81,6 +82,11 @@ ORDER: dict[int, list[str]] = {
         "_disk.cut",
         "_disk.directory",
         "_disk.opening",
+        "_archived",
+        "_archiving",
+        "_restorable",
+        "_sources",
+        "_restoring",
     ],
     # Tasks: trio.
     2: [
@@ -94,6 +100,7 @@ ORDER: dict[int, list[str]] = {
         "_watermark",
         "_flusher",
         "_stream",
+        "_archiver",
         "_local",
         "_streamlog",
         "_appender",
@@ -108,6 +115,7 @@ ORDER: dict[int, list[str]] = {
         "_consumer",
         "_wal",
         "_reader",
+        "_restore",
     ],
     # The database on top of the log.
     3: [

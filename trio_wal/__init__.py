@@ -8,6 +8,7 @@ memory with faults.
 from importlib import import_module as _import_module
 
 from . import _exports
+from ._archive import Archive as Archive, DirectoryArchive as DirectoryArchive
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._consumer import Consumer as Consumer
 from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
@@ -30,6 +31,7 @@ from ._exceptions import (
     LogUnavailableError as LogUnavailableError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
+    RestoreGapError as RestoreGapError,
     TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
@@ -51,6 +53,7 @@ from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
 from ._replicated import RemoteLog as RemoteLog
+from ._restore import RestoreReport as RestoreReport, restore as restore
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -59,10 +62,6 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
-from ._snapshots import (
-    DirectorySnapshots as DirectorySnapshots,
-    SnapshotStore as SnapshotStore,
-)
 from ._statistics import (
     ConsumerStatistics as ConsumerStatistics,
     WalStatistics as WalStatistics,

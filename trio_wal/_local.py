@@ -20,6 +20,8 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive, check_archive
+from ._archiver import CLOSE_SECONDS, Archiver, ask_identity, checking
 from ._codec import require_zstd
 from ._disk.chain import look_at
 from ._disk.cursor import Cursor, Locator, Place, place_in
@@ -128,6 +130,7 @@ class LocalOptions:
     compression: Literal["none", "zstd"] | None
     verify_bytes: float
     trust_directory: bool
+    archive: Archive | None
 
 
 def check_retention(retention: Retention | None) -> None:
@@ -140,13 +143,13 @@ def check_retention(retention: Retention | None) -> None:
 
 
 def check_local_options(
-    *,
     path: str | PathLike[str],
     segment_size: int,
     retention: Retention,
     compression: Literal["none", "zstd"] | None,
     verify_bytes: float,
     trust_directory: bool,
+    archive: Archive | None,
 ) -> LocalOptions:
     """These arguments of `open_wal`, or the error that names the wrong one."""
     check_retention(retention)
@@ -161,6 +164,7 @@ def check_local_options(
         compression=compression,
         verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
         trust_directory=check_bool("trust_directory", trust_directory),
+        archive=None if archive is None else check_archive("archive", archive),
     )
 
 
@@ -179,6 +183,7 @@ class LocalEngine:
         blocking: Blocking,
         retention: Retention,
         undo: Callable[[], None] | None,
+        archive: Archive | None = None,
     ) -> None:
         self.name: str = directory.path
         self.uuid: UUID = UUID(bytes=directory.log_uuid)
@@ -208,6 +213,10 @@ class LocalEngine:
         """Set when there may be something to do beside the writing."""
         self._spare_wanted = False
         """Whether the next segment should be prepared now."""
+        self._archiver: Archiver | None = None
+        if archive is not None:
+            threaded = files.threaded
+            self._archiver = Archiver(archive, directory, self.name, self.hold, threaded=threaded)
         # None until the task has begun.
         self._worker_done: trio.Event | None = None
         self._maintenance_done: trio.Event | None = None
@@ -220,13 +229,18 @@ class LocalEngine:
         return Tail(self._directory.first_lsn, self.last_lsn, self.durable_lsn, self._history)
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(self._syncs, self._directory.segments, self._directory.disk_bytes)
+        directory, archiver = self._directory, self._archiver
+        archive = None if archiver is None else archiver.statistics()
+        return EngineStatistics(
+            self._syncs, directory.segments, directory.disk_bytes, archive=archive
+        )
 
     # -- its life --
 
     def tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
         self._started = True
-        return self._run_worker, self._maintain
+        more = () if self._archiver is None else (self._archiver.run,)
+        return self._run_worker, self._maintain, *more
 
     async def ready(self) -> None:
         await self._worker.ready()
@@ -244,7 +258,8 @@ class LocalEngine:
 
     async def aclose(self, *, orderly: bool) -> None:
         try:
-            await self._end(partial(self._directory.close, orderly=orderly))
+            seconds = CLOSE_SECONDS if orderly else 0.0
+            await self._end(partial(self._directory.close, orderly=orderly), seconds)
         finally:
             if not self._forked:
                 # Once more, for where the worker has ended before it could.
@@ -264,7 +279,7 @@ class LocalEngine:
             # There is no worker: that it could not be started is why the open has failed.
             undo()
 
-    async def _end(self, job: Callable[[], None]) -> None:
+    async def _end(self, job: Callable[[], None], archive_seconds: float = 0.0) -> None:
         """End the tasks, with ``job`` as the worker's last."""
         if not self._started:
             self._worker.close()
@@ -273,6 +288,8 @@ class LocalEngine:
         try:
             self._directory.spares.stop()
             self._stop_maintenance()
+            if self._archiver is not None:
+                await self._archiver.stop(archive_seconds)
             if self._maintenance_done is not None:
                 await self._maintenance_done.wait()
             await self._blocking.close()
@@ -291,6 +308,8 @@ class LocalEngine:
         self._directory.disown()
         self._worker.disown()
         self._blocking.disown()
+        if self._archiver is not None:
+            self._archiver.disown()
 
     # -- the one writer --
 
@@ -325,7 +344,15 @@ class LocalEngine:
         await self._call(self._directory.rotate)
 
     async def truncate_after(self, lsn: int) -> None:
-        await self._call(partial(self._directory.truncate_after, lsn))
+        archiver = self._archiver
+        if archiver is None:
+            await self._call(partial(self._directory.truncate_after, lsn))
+            return
+        archiver.begin_cut()
+        try:
+            await self._call(partial(self._directory.truncate_after, lsn))
+        finally:
+            archiver.end_cut()
 
     async def _call(self, job: Callable[[], object]) -> None:
         try:
@@ -343,6 +370,8 @@ class LocalEngine:
         header = self._directory.active.header
         self._active_number = header.number
         self._due.set()
+        if self._archiver is not None:
+            self._archiver.wake()
         tell(
             logging.DEBUG,
             "rotated",
@@ -447,7 +476,11 @@ async def open_local(
       undo: removes what was made beside a log that this open has created, if it fails after all.
 
     Raises: as `open_log_directory`; what this open has created is removed again.
+      WrongDirectoryError: also where the archive is another log's.
     """
+    archive = options.archive
+    if archive is not None:
+        check = checking(archive, await ask_identity(archive, threaded=files.threaded), check)
     blocking = Blocking(threaded=files.threaded)
     directory = await blocking(
         open_log_directory,
@@ -463,7 +496,7 @@ async def open_local(
     worker: Worker | None = None
     try:
         worker = _new_worker(files, directory.publish)
-        return LocalEngine(files, directory, worker, blocking, options.retention, undo)
+        return LocalEngine(files, directory, worker, blocking, options.retention, undo, archive)
     except BaseException:
         # No descriptor for the worker, or no memory.
         if worker is not None:

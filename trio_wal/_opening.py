@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, final
 import attrs
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive
 from ._base import Progress, StoreState
 from ._checkpoint import HOLD
 from ._core import OPENING_HOLD, Core
@@ -36,7 +37,6 @@ from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
 from ._replica import OpenReplica, Replica
 from ._replicated import BATCH_BYTES_MAX, RemoteLog
 from ._retention import KeepSegments, Retention
-from ._snapshots import SnapshotStore
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
@@ -194,7 +194,16 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         store = await blocking(self._stores.open_store, self._store_path, options.map_size)
         try:
             state = self._state or StoreState(log.engine.uuid.bytes, 0)
-            core = Core(self._path, log, store, state, files, blocking, options.checkpoint_bytes)
+            core = Core(
+                self._path,
+                log,
+                store,
+                state,
+                files,
+                blocking,
+                options.checkpoint_bytes,
+                self._where.archive,
+            )
         except BaseException:
             store.close()
             raise
@@ -218,7 +227,7 @@ def open_database(
     path: str | os.PathLike[str],
     *,
     log: str | RemoteLog | None = None,
-    snapshots: SnapshotStore | None = None,
+    snapshots: Archive | None = None,
     snapshot_bytes: int = 1024 * MiB,
     checkpoint_bytes: int = 64 * MiB,
     map_size: int = MAP_SIZE,
@@ -239,6 +248,7 @@ def open_database(
     trust_directory: bool = False,
     reserve: float = RESERVE,
     consumer_hold_bytes: float = math.inf,
+    archive: Archive | None = None,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -275,11 +285,12 @@ def open_database(
       max_record_size, max_batch_bytes: as for `open_wal`.
       flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
       verify_bytes, trust_directory, reserve, consumer_hold_bytes: as for `open_wal`.
+      archive: as for `open_wal`; gets a copy of every `Database.backup`, too.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    With ``log`` there are neither ``compression`` nor ``verify_bytes``, and of ``durability`` only
-    ``"sync"``; opening takes the log over, and whoever had it open gets `LogFencedError` from the
-    next commit on.
+    With ``log`` there are neither ``compression``, ``verify_bytes`` nor ``archive``, and of
+    ``durability`` only ``"sync"``; opening takes the log over, and whoever had it open gets
+    `LogFencedError` from the next commit on.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -312,17 +323,13 @@ def open_database(
     )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:
-        check_remote(durability, segment_size, retention, compression, verify_bytes)
+        check_remote(durability, segment_size, retention, compression, verify_bytes, archive)
         cache = _cache_options(own, remote, snapshots, snapshot_bytes)
         return OpenRemoteDatabase(cache.keeping(segment_size, keep, trust_directory), run, used)
     refuse_options("a database with a log of its own", snapshots=snapshots is not None)
+    path = f"{name}/{LOG_NAME}"
     where = check_local_options(
-        path=f"{name}/{LOG_NAME}",
-        retention=keep,
-        segment_size=segment_size,
-        compression=compression,
-        verify_bytes=verify_bytes,
-        trust_directory=trust_directory,
+        path, segment_size, keep, compression, verify_bytes, trust_directory, archive
     )
     return _OpenDatabase(own, used, run, where)
 
@@ -341,7 +348,7 @@ def _check_options(
 
 
 def _cache_options(
-    own: _Options, log: RemoteLog, snapshots: SnapshotStore | None, snapshot_bytes: int
+    own: _Options, log: RemoteLog, snapshots: Archive | None, snapshot_bytes: int
 ) -> RemoteOptions:
     return check_remote_options(
         own.path,
@@ -358,7 +365,7 @@ def open_replica(
     path: str | os.PathLike[str],
     *,
     log: str | RemoteLog,
-    snapshots: SnapshotStore | None = None,
+    snapshots: Archive | None = None,
     checkpoint_bytes: int = 64 * MiB,
     map_size: int = MAP_SIZE,
     trust_directory: bool = False,

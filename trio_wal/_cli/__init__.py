@@ -22,10 +22,12 @@ from trio_wal._exceptions import WalError, WrongDirectoryError
 
 from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
+from .archive import archive_app
 from .demo import demo
 from .dump import dump
 from .inspect import inspect
 from .nats import nats_app
+from .restore import restore
 from .verify import verify
 
 app = App(
@@ -36,8 +38,9 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (demo, append, dump, inspect, verify):
+for _command in (demo, append, dump, inspect, verify, restore):
     app.command(_command)
+app.command(archive_app)
 app.command(nats_app)
 
 
