@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import trio
@@ -28,7 +29,11 @@ import trio_wal
 from trio_wal import DirectoryArchive, KeepSegments
 from trio_wal._archive import is_same
 from trio_wal._archiver import CLOSE_SECONDS
+from trio_wal._archiving import begin_archive
 from trio_wal.testing import MemoryFiles
+
+ONE, TWO = (f"{lsn:020d}-0.wal" for lsn in (1, 2))
+"""Names of what an archive has."""
 
 
 @pytest.fixture
@@ -153,22 +158,24 @@ def test_what_is_put_or_listed_survives_a_crash_at_any_operation(kind: Any) -> N
     archive = archive_in(files)
     images: list[MemoryFiles] = []
     files.after_operation = lambda *_: images.extend(files.crash_image(n, kind) for n in range(5))
-    archive.put("one", [b"a" * 700, b"b" * 700])
+    archive.put(ONE, [b"a" * 700, b"b" * 700])
     put_at = len(images)
-    archive.put("two", [b"c"])
+    archive.put(TWO, [b"c"])
     for number, image in enumerate(images):
         there = archive_in(image)
         names = there.list()
-        assert "one" in names or number < put_at
+        assert ONE in names or number < put_at
         for name in names:
-            assert b"".join(there.get(name)) == (b"a" * 700 + b"b" * 700 if name == "one" else b"c")
-        # What was listed is believed: it must not go away any more.
+            assert b"".join(there.get(name)) == (b"a" * 700 + b"b" * 700 if name == ONE else b"c")
+        # What a log has listed is believed: it must not go away any more.
+        begin_archive(there, UUID(int=1))
         for seed in range(5):
             assert set(archive_in(image.crash_image(seed)).list()) >= set(names)
+        image.remove_file(ARCHIVE, "archive.json")
         # And whoever puts it once more may believe it, too.
-        there.put("one", [b"a" * 700, b"b" * 700])
+        there.put(ONE, [b"a" * 700, b"b" * 700])
         for seed in range(5):
-            assert "one" in archive_in(image.crash_image(seed)).list()
+            assert ONE in archive_in(image.crash_image(seed)).list()
 
 
 def test_each_failing_call_of_a_put_leaves_nothing_and_can_be_tried_again() -> None:

@@ -60,7 +60,7 @@ class Archive(Protocol):
         ...
 
     def list(self) -> list[str]:
-        """The names of all that is kept, in any order; each is durable."""
+        """The names of all that is kept, in any order."""
         ...
 
     def get(self, name: str) -> Iterator[bytes]:
@@ -103,7 +103,8 @@ class DirectoryArchive:
     """An `Archive` in a directory: on another disk, or one that several machines see.
 
     Every object is a file of its own, written under another name, synced, and linked to its
-    name, so that of two who put at once one wins and the other is told.  Files that end with
+    name, so that of two who put at once one wins and the other is told.  Then the directory is
+    synced, and so all that is in it.  Files that end with
     ``.tmp`` are left by processes that were killed, and may be deleted while nobody archives.
     """
 
@@ -126,7 +127,7 @@ class DirectoryArchive:
                 self._put_new(directory, name, self._write(directory, name, content))
             else:
                 self._check_same(directory, name, content)
-            # Of what was there, too: whoever put it may have been killed before this.
+            # For what is there already, too: who put it may have been killed.
             directory.sync()
         finally:
             directory.close()
@@ -172,10 +173,7 @@ class DirectoryArchive:
         except FileNotFoundError:
             return []
         try:
-            names = [name for name in directory.names() if not name.endswith(_TEMPORARY)]
-            # What is seen here may be in the page cache only.
-            directory.sync()
-            return names
+            return [name for name in directory.names() if not name.endswith(_TEMPORARY)]
         finally:
             directory.close()
 
@@ -314,12 +312,10 @@ def put_identity(archive: Archive, log: UUID) -> None:
     Raises:
       WrongDirectoryError: it is another log's, or none.
     """
-    found = read_identity(archive)
-    found.check(archive, log)
-    if found.log is None:
-        content = {"format": IDENTITY_FORMAT, "log": str(log)}
-        try:
-            archive.put(IDENTITY_NAME, [json.dumps(content).encode()])
-        except FileExistsError:
-            # Another was faster.
-            read_identity(archive).check(archive, log)
+    read_identity(archive).check(archive, log)
+    content = {"format": IDENTITY_FORMAT, "log": str(log)}
+    try:
+        archive.put(IDENTITY_NAME, [json.dumps(content).encode()])
+    except FileExistsError:
+        # Another was faster, or writes it in other words.
+        read_identity(archive).check(archive, log)

@@ -253,6 +253,7 @@ def read_frames(
     header: SegmentHeader,
     ends: Callable[[FrameHeader], bool] = lambda _: False,
     *,
+    last_lsn: int | None = None,
     skim: bool = True,
     step: float = math.inf,
 ) -> Frames:
@@ -261,6 +262,8 @@ def read_frames(
     Args:
       read: asked for ascending offsets only.
       ends: whether to end before this data frame.
+      last_lsn: where this one is reached, whatever stands after it is of no concern: a crash may
+          have torn the footer.
       skim: whether the body of the frame in `Frames.beyond` is of no use.
       step: bytes between two entries of the index.
 
@@ -290,7 +293,7 @@ def read_frames(
             first_us = first_us or frame.time_us
             count += 1
         end = scanner.position
-    if scanner.reason:
+    if scanner.reason and end.next_lsn - 1 != last_lsn:
         raise CorruptLogError(path, end.offset, scanner.reason)
     return frames_so_far(None, None)
 

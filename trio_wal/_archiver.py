@@ -73,7 +73,7 @@ class Archiver:
         self._gone = 0
         """Below this LSN its owner has deleted what it had."""
         self._archived_lsn = directory.first_lsn - 1
-        self._looked_at = directory.cuts
+        self._looked_at: int = directory.cuts
         """`LogDirectory.cuts` when that was found out."""
         self._hold = hold
         self._failures = 0

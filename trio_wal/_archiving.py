@@ -48,8 +48,10 @@ def begin_archive(archive: Archive, log_uuid: UUID) -> list[SegmentName]:
     Raises:
       WrongDirectoryError, CorruptLogError, UnsupportedFormatError, OSError
     """
+    names = archive.list()
+    # What is seen in a directory may be in the page cache only, until something is put there.
     put_identity(archive, log_uuid)
-    return list(archived_segments(archive.list()))
+    return list(archived_segments(names))
 
 
 def key_of(info: SegmentInfo) -> SegmentKey:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archived import SegmentManifest, read_frames, read_header, segment_name_of
+from ._archived import Frames, SegmentManifest, read_frames, read_header, segment_name_of
 from ._disk.frame import FEATURE_DATABASE, FrameHeader, to_datetime
 from ._exceptions import CorruptLogError, LogDivergedError, RestoreGapError, WrongDirectoryError
 from ._identity import Bookmark, History, common_lsn, epoch_of
@@ -281,7 +281,23 @@ class _Planner:
             if reached < piece.last_lsn:
                 # What comes after that is of another history.
                 break
+        if stop is None or reached < stop:
+            chain, reached = self._further(chain, start, reached)
         return chain, reached if stop is None else min(reached, stop)
+
+    def _further(self, chain: list[Piece], start: int, reached: int) -> tuple[list[Piece], int]:
+        """Where the log's end was cut, an older segment may have records that stay, and that the
+        archive has nowhere else."""
+        ends = {piece.last_lsn: number for number, piece in enumerate(chain)}
+        for piece in sorted(self._pieces, key=self._usable, reverse=True):
+            if self._usable(piece) <= reached:
+                break
+            if piece.first_lsn <= start:
+                return [piece], self._usable(piece)
+            number = ends.get(piece.first_lsn - 1)
+            if number is not None and _follows(chain[number].manifest, piece.manifest):
+                return [*chain[: number + 1], piece], self._usable(piece)
+        return chain, reached
 
     def _next(self, before: Piece | None, lsn: int) -> Piece | None:
         for piece in self._pieces:
@@ -317,16 +333,22 @@ class _Planner:
         if not before:
             self._nothing(f"there is nothing of {when} or before")
         piece = min(before, key=lambda piece: (-piece.first_lsn, *self._rank(piece)))
-        usable, last_time_us = self._usable(piece), piece.manifest.last_time_us
-        whole = usable == piece.last_lsn
-        if not whole or time_us < last_time_us:
-            lsn = last_lsn_at(piece, time_us, usable)
-            if lsn < usable:
-                return lsn
-        if self._next(None, usable + 1) is not None:
-            # It was written later: else that segment would have been taken.
-            return usable
-        at_end = self._there.tail is not None or (whole and time_us <= last_time_us)
+        while True:
+            usable, last_time_us = self._usable(piece), piece.manifest.last_time_us
+            whole = usable == piece.last_lsn
+            if not whole or time_us < last_time_us:
+                lsn = last_lsn_at(piece, time_us, usable)
+                if lsn < usable:
+                    return lsn
+            after = self._next(None, usable + 1)
+            if after is None:
+                break
+            if after.first_lsn > usable:
+                # It was written later: else that segment would have been taken.
+                return usable
+            piece = after
+        end_us = last_time_us if whole else time_of(piece, usable)
+        at_end = self._there.tail is not None or time_us <= end_us
         if not at_end or self._beyond(usable):
             # Nobody knows which commits there were until then.
             reason = f"after LSN {usable} nothing is there until {when}"
@@ -390,17 +412,29 @@ def _follows(before: SegmentManifest, after: SegmentManifest) -> bool:
     )
 
 
+def time_of(piece: Piece, lsn: int) -> int:
+    """When a record of a segment was written.
+
+    Raises:
+      CorruptLogError, UnsupportedFormatError
+    """
+    return _frames_until(piece, lambda frame: frame.first_lsn > lsn).end.time_us
+
+
+def _frames_until(piece: Piece, ends: Callable[[FrameHeader], bool]) -> Frames:
+    file = piece.read()
+    header = read_header(file.path, file.pread)
+    return read_frames(file.path, file.pread, header, ends, last_lsn=piece.last_lsn)
+
+
 def last_lsn_at(piece: Piece, time_us: int, usable_lsn: int) -> int:
     """The last record of a segment that was written at or before a time, and is usable.
 
     Raises:
       CorruptLogError, UnsupportedFormatError
     """
-    file = piece.read()
 
     def is_later(frame: FrameHeader) -> bool:
         return frame.time_us > time_us or frame.first_lsn > usable_lsn
 
-    header = read_header(file.path, file.pread)
-    found = read_frames(file.path, file.pread, header, is_later)
-    return min(found.end.next_lsn - 1, usable_lsn)
+    return min(_frames_until(piece, is_later).end.next_lsn - 1, usable_lsn)

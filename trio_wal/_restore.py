@@ -22,7 +22,7 @@ from ._disk.frame import to_datetime
 from ._files import Files
 from ._identity import EPOCH_MAX, epoch_of
 from ._park import require_trio
-from ._restorable import RestorePlan, Target, make_plan
+from ._restorable import RestorePlan, Target, make_plan, time_of
 from ._restoring import restore_to
 from ._sources import opened_sources
 from ._system.files import OsFiles
@@ -48,8 +48,7 @@ class RestoreReport:
     last_lsn: int
     """The place to which it was restored."""
     last_time: datetime | None
-    """When the record ``last_lsn`` was written, UTC; None where only a backup was needed, or
-    where nothing was made."""
+    """When the record ``last_lsn`` was written, UTC; None where only a backup was needed."""
     epoch: int
     """Of the history that was restored.  The first open of what was made begins another one."""
     backup_lsn: int | None
@@ -187,9 +186,8 @@ def _restore(
 def _report(
     dest: str, plan: RestorePlan, last_time: datetime | None, dry_run: bool
 ) -> RestoreReport:
-    last = plan.pieces[-1].manifest if plan.pieces else None
-    if last_time is None and last is not None and last.last_lsn == plan.lsn:
-        last_time = to_datetime(last.last_time_us)
+    if dry_run and plan.pieces:
+        last_time = to_datetime(time_of(plan.pieces[-1], plan.lsn))
     return RestoreReport(
         path=dest,
         uuid=plan.uuid,

@@ -195,7 +195,9 @@ def _make_segment(
         header = read_header(file.path, file.pread)
         _check_header(piece, header)
         step = index_step(file.size())
-        found = read_frames(file.path, file.pread, header, is_over, skim=False, step=step)
+        found = read_frames(
+            file.path, file.pread, header, is_over, last_lsn=stop_lsn, skim=False, step=step
+        )
         end = _end_of(piece, header, found, stop_lsn, max(time_us, found.end.time_us))
         whole = found.seal is not None and stop_lsn == piece.last_lsn
         if whole or end.first_lsn == header.first_lsn:

@@ -158,7 +158,10 @@ def _sealed_piece(
 
 
 def _end_time(path: str, read: scan.Read, segment: FoundSegment, next_lsn: int) -> int:
-    found = read_frames(path, read, segment.header, lambda frame: frame.first_lsn >= next_lsn)
+    last_lsn = next_lsn - 1
+    found = read_frames(
+        path, read, segment.header, lambda frame: frame.first_lsn > last_lsn, last_lsn=last_lsn
+    )
     return found.end.time_us
 
 
