@@ -75,6 +75,7 @@ ORDER: dict[int, list[str]] = {
         "_disk.cursor",
         "_disk.placesfile",
         "_disk.verify",
+        "_disk.salvage",
         "_disk.metafile",
         "_disk.holds",
         "_disk.spares",
@@ -135,6 +136,7 @@ ORDER: dict[int, list[str]] = {
     ],
     # Edges: they compose.
     4: [
+        "_repair",
         "__init__",
         "testing",
         "_admin",

@@ -49,6 +49,7 @@ from ._opening import (
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
+from ._repair import Damage as Damage, RepairReport as RepairReport, repair as repair
 from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
 from ._replicated import RemoteLog as RemoteLog
 from ._retention import (

@@ -26,6 +26,7 @@ from .demo import demo
 from .dump import dump
 from .inspect import inspect
 from .nats import nats_app
+from .repair import repair
 from .verify import verify
 
 app = App(
@@ -36,7 +37,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (demo, append, dump, inspect, verify):
+for _command in (demo, append, dump, inspect, verify, repair):
     app.command(_command)
 app.command(nats_app)
 
