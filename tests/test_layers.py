@@ -132,6 +132,7 @@ ORDER: dict[int, list[str]] = {
         "_table",
         "_opening",
         "_follower",
+        "_copying",
         "_database_reader",
     ],
     # Edges: they compose.
