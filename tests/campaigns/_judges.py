@@ -227,6 +227,13 @@ def threads(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def repair(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Damaged logs and databases repaired, and crashes in that."""
+    from .repair import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -333,5 +340,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "replication": replication,
     "lines": lines,
     "threads": threads,
+    "repair": repair,
 }
 """In the order in which they are asked."""
