@@ -29,7 +29,7 @@ PUBLIC = {
     if not name.startswith("_") and not inspect.ismodule(value)
 }
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
-ALIASES = {"Durability", "VerifyStore"}
+ALIASES = {"Durability", "SyncIn", "VerifyStore"}
 """Types that are no classes."""
 MADE_BY_OPENING = (
     "CommitStream",

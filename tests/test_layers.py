@@ -76,6 +76,7 @@ ORDER: dict[int, list[str]] = {
         "_disk.cursor",
         "_disk.placesfile",
         "_disk.verify",
+        "_disk.salvage",
         "_disk.metafile",
         "_disk.holds",
         "_disk.spares",
@@ -139,10 +140,12 @@ ORDER: dict[int, list[str]] = {
         "_table",
         "_opening",
         "_follower",
+        "_copying",
         "_database_reader",
     ],
     # Edges: they compose.
     4: [
+        "_repair",
         "__init__",
         "testing",
         "_admin",

@@ -11,6 +11,7 @@ import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Final, final
 from uuid import UUID
@@ -50,7 +51,7 @@ class Archiver:
     """
     Args:
       name: the log's, for messages.
-      hold: the engine's.
+      hold, busy: the engine's.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Archiver:
         directory: LogDirectory,
         name: str,
         hold: Callable[[str, int], None],
+        busy: Callable[[], AbstractContextManager[None]],
         *,
         threaded: bool,
     ) -> None:
@@ -76,6 +78,7 @@ class Archiver:
         self._looked_at: int = directory.cuts
         """`LogDirectory.cuts` when that was found out."""
         self._hold = hold
+        self._busy = busy
         self._failures = 0
         self._error: str | None = None
         """What the last try came to; None: it passed."""
@@ -184,9 +187,10 @@ class Archiver:
         while (info := self._next(self._there)) is not None:
             cuts, meta = directory.cuts, directory.meta.says
             try:
-                await self._blocking(
-                    put_segment, self._archive, directory, info, meta, cuts, self._tick
-                )
+                with self._busy():
+                    await self._blocking(
+                        put_segment, self._archive, directory, info, meta, cuts, self._tick
+                    )
             except (Moved, FileNotFoundError):
                 if directory.cuts == cuts:
                     raise

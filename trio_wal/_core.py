@@ -71,6 +71,7 @@ class Core:
         self.consumers: Consumers
         self.wal: Final = new_wal(log, owned=True)
         self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)
+        self.checkpointer.busy = log.engine.busy
         self._closed_store: tuple[int, int] | None = None
 
     async def start(self) -> int:
@@ -111,7 +112,8 @@ class Core:
             copied = f"{temporary}/{STORE_NAME}"
 
             async def copy(state: StoreState) -> None:
-                await blocking(self._store.copy, copied)
+                with self.log.engine.busy():
+                    await blocking(self._store.copy, copied)
                 await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
 
             lsn = await self.checkpointer.checkpoint_for(copy)
@@ -145,7 +147,8 @@ class Core:
                 tick=cancellation_check(threaded=self._files.threaded),
             )
 
-        await self._blocking(put)
+        with self.log.engine.busy():
+            await self._blocking(put)
 
     async def snapshot_to(self, kept: Archive) -> int:
         """Keep a copy of the store, as of now, where other machines find it; gives its LSN."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TypeVar, final, overload
@@ -17,6 +17,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._changes import CommitStream, new_commit_stream
+from ._copying import copy_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
@@ -29,6 +30,7 @@ from ._pairs import PairStream
 from ._park import end_forked, require_trio
 from ._reader import WatchSource
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
+from ._statistics import ConsumerStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._system.files import OsFiles
@@ -56,6 +58,8 @@ class DatabaseReaderStatistics:
     """Snapshots and streams that hold a view."""
     store_bytes: int
     """Size of the store's file."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that the database has, by name."""
     following: bool
     """False: something was found that cannot be read, which every call tells."""
 
@@ -74,6 +78,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
 
     def __init__(self, path: str, files: Files, follower: Follower) -> None:
         self._path = path
+        self._files = files
         self._follower = follower
         self._closed = False
         files.on_fork(self._disown)
@@ -126,6 +131,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
             memtable_bytes=sum(layer.bytes for layer in layers),
             open_readers=len(versions.readers.pins),
             store_bytes=follower.store_bytes(),
+            consumers=follower.consumers(),
             following=follower.failure is None,
         )
 
@@ -217,6 +223,36 @@ class DatabaseReader(metaclass=NoPublicConstructor):
             if follower.sees(place):
                 return
             await follower.wait_news(lsn)
+
+    async def backup(self, dest: str | os.PathLike[str]) -> int:
+        """Write a copy of the state that is seen here, which `open_database` opens.
+
+        The owner need not know of it.  As `Database.backup` it is made under another name next
+        to ``dest`` and renamed when it is durable; every key is written anew, which takes some
+        5 times as long.  Cancelled, nothing of it is left.
+
+        Args:
+          dest: a directory that does not exist yet.
+
+        Returns the LSN whose state the copy has.
+
+        Raises:
+          FileExistsError: ``dest`` exists.
+          CorruptLogError: log or store are damaged.
+          OSError: the copy could not be written; nothing of it is left.
+          trio.ClosedResourceError: the reader was closed.
+        """
+        path = self._files.absolute(check_path(dest))
+        await trio.lowlevel.checkpoint()
+        follower = self._check()
+        state, meta, source = follower.state(), follower.source.meta, follower.source
+        size = follower.store_bytes() + self.statistics().memtable_bytes
+        with self.snapshot() as snapshot:
+            assert snapshot.lsn == state.lsn
+            await copy_database(
+                self._files, source.blocking, path, snapshot.stream(), state, meta, size
+            )
+        return state.lsn
 
     # -- its end --
 

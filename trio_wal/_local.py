@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from typing import Final, Literal, final
@@ -38,7 +39,10 @@ from ._places import Place as ConsumerPlace, consumer_hold
 from ._retention import Retention
 from ._statistics import BatchTimes, EngineStatistics, SyncTimes
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
-from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
+from ._worker import Blocking, InlineWorker, LoopWriter, ThreadWorker, Worker
+
+SyncIn = Literal["thread", "loop"]
+"""What `open_wal` takes as ``sync_in``: ``"thread"`` or ``"loop"``."""
 
 MAINTENANCE_RETRY_SECONDS: Final = 1.0
 SEGMENT_SIZE_MAX: Final = 1 << 40
@@ -131,6 +135,7 @@ class LocalOptions:
     verify_bytes: float
     trust_directory: bool
     archive: Archive | None
+    sync_in: SyncIn
 
 
 def check_retention(retention: Retention | None) -> None:
@@ -149,6 +154,7 @@ def check_local_options(
     compression: Literal["none", "zstd"] | None,
     verify_bytes: float,
     trust_directory: bool,
+    sync_in: SyncIn,
     archive: Archive | None,
 ) -> LocalOptions:
     """These arguments of `open_wal`, or the error that names the wrong one."""
@@ -157,6 +163,7 @@ def check_local_options(
         check_one_of("compression", compression, ("none", "zstd"))
         if compression == "zstd":
             require_zstd()
+    check_one_of("sync_in", sync_in, ("thread", "loop"))
     return LocalOptions(
         path=check_path(path),
         segment_size=check_int("segment_size", segment_size, 1, SEGMENT_SIZE_MAX),
@@ -165,6 +172,7 @@ def check_local_options(
         verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
         trust_directory=check_bool("trust_directory", trust_directory),
         archive=None if archive is None else check_archive("archive", archive),
+        sync_in=sync_in,
     )
 
 
@@ -183,8 +191,13 @@ class LocalEngine:
         blocking: Blocking,
         retention: Retention,
         undo: Callable[[], None] | None,
+        loop: LoopWriter | None = None,
         archive: Archive | None = None,
     ) -> None:
+        """
+        Args:
+          loop: writes in the event loop what is small; None: all is the worker's.
+        """
         self.name: str = directory.path
         self.uuid: UUID = UUID(bytes=directory.log_uuid)
         self.recovery: RecoveryReport = directory.report
@@ -194,6 +207,7 @@ class LocalEngine:
         self._blocking = blocking
         self._retention = retention
         self._undo = undo
+        self._loop = loop
         self.last_lsn: int = directory.last_lsn
         self.durable_lsn: int = directory.synced_lsn
         self._history = directory.history
@@ -215,8 +229,9 @@ class LocalEngine:
         """Whether the next segment should be prepared now."""
         self._archiver: Archiver | None = None
         if archive is not None:
-            threaded = files.threaded
-            self._archiver = Archiver(archive, directory, self.name, self.hold, threaded=threaded)
+            self._archiver = Archiver(
+                archive, directory, self.name, self.hold, self.busy, threaded=files.threaded
+            )
         # None until the task has begun.
         self._worker_done: trio.Event | None = None
         self._maintenance_done: trio.Event | None = None
@@ -229,11 +244,17 @@ class LocalEngine:
         return Tail(self._directory.first_lsn, self.last_lsn, self.durable_lsn, self._history)
 
     def statistics(self) -> EngineStatistics:
-        directory, archiver = self._directory, self._archiver
-        archive = None if archiver is None else archiver.statistics()
+        directory = self._directory
         return EngineStatistics(
-            self._syncs, directory.segments, directory.disk_bytes, archive=archive
+            self._syncs,
+            directory.segments,
+            directory.disk_bytes,
+            archive=None if self._archiver is None else self._archiver.statistics(),
+            loop=None if self._loop is None else self._loop.statistics,
         )
+
+    def busy(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._loop is None else self._loop.busy()
 
     # -- its life --
 
@@ -316,8 +337,12 @@ class LocalEngine:
     async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
         directory = self._directory
         job = partial(directory.write, records, self.durable_lsn, sync=sync)
+        loop = self._loop
         try:
-            wants_spare = await self._worker.call(job)
+            if loop is not None and self._fits_loop(loop, records):
+                wants_spare = loop.run(job)
+            else:
+                wants_spare = await self._worker.call(job)
         except OSError:
             self._stop_maintenance()
             raise
@@ -333,8 +358,13 @@ class LocalEngine:
         if directory.active.header.number != self._active_number:
             self._note_rotation()
 
+    def _fits_loop(self, loop: LoopWriter, records: Sequence[bytes]) -> bool:
+        size = sum(map(len, records))
+        # Another segment, with the syncs that it takes, is for the thread.
+        return loop.may(size) and self._directory.active.fits(size + 4 * len(records))
+
     async def sync(self) -> None:
-        await self._call(self._directory.sync)
+        await self._call(self._directory.sync, in_loop=True)
         self._syncs.note(self._directory.sync_seconds, self._files.time_us())
 
     async def make_room(self) -> None:
@@ -354,9 +384,13 @@ class LocalEngine:
         finally:
             archiver.end_cut()
 
-    async def _call(self, job: Callable[[], object]) -> None:
+    async def _call(self, job: Callable[[], object], *, in_loop: bool = False) -> None:
+        loop = self._loop
         try:
-            await self._worker.call(job)
+            if in_loop and loop is not None and loop.may(0):
+                loop.run(job)
+            else:
+                await self._worker.call(job)
         except OSError:
             self._stop_maintenance()
             raise
@@ -433,11 +467,13 @@ class LocalEngine:
             try:
                 while not self._ending.is_set():
                     try:
-                        await self._blocking(directory.apply_retention, policy)
+                        with self.busy():
+                            await self._blocking(directory.apply_retention, policy)
                         await self._wait_for_maintenance()
                         if self._spare_wanted and not self._ending.is_set():
                             self._spare_wanted = False
-                            await self._blocking(directory.prepare_spare)
+                            with self.busy():
+                                await self._blocking(directory.prepare_spare)
                     except (OSError, LogFullError) as exc:
                         text = f"retention failed, will try again: {exc!r}"
                         tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
@@ -496,7 +532,12 @@ async def open_local(
     worker: Worker | None = None
     try:
         worker = _new_worker(files, directory.publish)
-        return LocalEngine(files, directory, worker, blocking, options.retention, undo, archive)
+        loop = None
+        if options.sync_in == "loop" and isinstance(worker, ThreadWorker):
+            loop = LoopWriter(worker, directory.publish)
+        return LocalEngine(
+            files, directory, worker, blocking, options.retention, undo, loop, archive
+        )
     except BaseException:
         # No descriptor for the worker, or no memory.
         if worker is not None:

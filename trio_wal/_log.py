@@ -32,6 +32,7 @@ from ._state import State, Status
 from ._statistics import (
     ArchiveStatistics,
     ConsumerStatistics,
+    LoopWrites,
     ReplicationStatistics,
     WalStatistics,
 )
@@ -101,6 +102,17 @@ def check_log_options(
         reserve=check_share("reserve", reserve, RESERVE_MAX),
         consumer_hold_bytes=check_int_or_inf("consumer_hold_bytes", consumer_hold_bytes, 0),
     )
+
+
+def _in_loop(loop: LoopWrites | None) -> dict[str, Any]:
+    if loop is None:
+        return {}
+    return {
+        "loop_writes": loop.count,
+        "loop_seconds_total": loop.seconds_total,
+        "loop_seconds_max": loop.seconds_max,
+        "loop_slow": loop.slow,
+    }
 
 
 def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
@@ -266,6 +278,7 @@ class Log:
             last_sync_time=engine.syncs.last_time,
             state=self.status.state.value,
             epoch=tail.epoch,
+            **_in_loop(engine.loop),
             **_replicated(engine.replication),
             **_archived(engine.archive),
         )

@@ -72,6 +72,22 @@ class SyncTimes:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
+@attrs.define
+class LoopWrites:
+    """What was written and synced in the event loop: running totals."""
+
+    count: int = 0
+    seconds_total: float = 0.0
+    seconds_max: float = 0.0
+    slow: int = 0
+
+    def note(self, seconds: float, *, slow: bool) -> None:
+        self.count += 1
+        self.seconds_total += seconds
+        self.seconds_max = max(self.seconds_max, seconds)
+        self.slow += slow
+
+
 BATCHES_NOTED_MAX: Final = 1024
 
 
@@ -159,6 +175,7 @@ class EngineStatistics:
     disk_bytes: int
     replication: ReplicationStatistics | None = None
     archive: ArchiveStatistics | None = None
+    loop: LoopWrites | None = None
 
 
 @final
@@ -266,6 +283,14 @@ class WalStatistics:
     `LogFailedError`."""
     epoch: int
     """As `WriteAheadLog.epoch`."""
+    loop_writes: int = 0
+    """With ``sync_in="loop"``: batches that were written, and mostly synced, in the event loop."""
+    loop_seconds_total: float = 0.0
+    """For how long the event loop stood still meanwhile."""
+    loop_seconds_max: float = 0.0
+    """The longest."""
+    loop_slow: int = 0
+    """How often that took over 5 ms, so that the thread did the work of the next second."""
     position: int | None = None
     """The last message of a replicated log; None, as all that follow, for a log in a directory."""
     replicas: int | None = None
