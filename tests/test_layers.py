@@ -67,6 +67,7 @@ ORDER: dict[int, list[str]] = {
         "_store_reader",
         "_stores",
         "_archive",
+        "_objects",
         "_snapshots",
         "_disk.segment",
         "_disk.chain",
@@ -187,7 +188,7 @@ OS_ALLOWED = {
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
-EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio"}
+EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "obstore", "asyncio"}
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 

@@ -44,6 +44,7 @@ from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._identity import Bookmark as Bookmark
 from ._local import SyncIn as SyncIn
+from ._objects import ObjectArchive as ObjectArchive
 from ._opening import (
     VerifyStore as VerifyStore,
     open_database as open_database,

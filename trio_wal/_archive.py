@@ -306,12 +306,24 @@ def read_identity(archive: Archive) -> Identity:
     return Identity(log)
 
 
+def probe(archive: Archive) -> None:
+    """Have an archive that can tell see whether it is one: `ObjectArchive.probe`.
+
+    Raises:
+      WrongDirectoryError: it is none.
+    """
+    look = getattr(archive, "probe", None)
+    if callable(look):
+        look()
+
+
 def put_identity(archive: Archive, log: UUID) -> None:
     """Make sure that this is the log's archive.
 
     Raises:
       WrongDirectoryError: it is another log's, or none.
     """
+    probe(archive)
     read_identity(archive).check(archive, log)
     content = {"format": IDENTITY_FORMAT, "log": str(log)}
     try:

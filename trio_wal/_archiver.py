@@ -19,7 +19,7 @@ from uuid import UUID
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._archive import Archive, Identity, read_identity
+from ._archive import Archive, Identity, probe, read_identity
 from ._archived import SegmentKey, SegmentName, pruned_before
 from ._archiving import begin_archive, key_of, put_segment
 from ._disk.directory import LogDirectory
@@ -264,6 +264,7 @@ async def ask_identity(archive: Archive, *, threaded: bool) -> Identity:
     identity = Identity(None)
     with trio.move_on_after(OPEN_SECONDS):
         try:
+            await blocking(probe, archive)
             identity = await blocking(read_identity, archive)
         except (WrongDirectoryError, UnsupportedFormatError):
             raise
