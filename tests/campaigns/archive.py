@@ -12,8 +12,8 @@ fails now and then, before or after it has done what was asked.  After each life
 
 At the end the archive works, and gets everything.
 
-``--commits N`` restores a log of so many commits to every one of them instead, and to a time
-between each two.
+``--kills N`` kills a real program instead, and restores what it has left.  ``--commits N`` restores
+a log of so many commits to every one of them, and to a time between each two.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ import argparse
 import errno
 import itertools
 import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -284,6 +289,60 @@ async def _every_commit(count: int, seed: int) -> int:
     return 2 * len(found)
 
 
+# -- real processes -----------------------------------------------------------------
+
+CHILD: Final = """
+import sys, trio, trio_wal
+async def main():
+    archive = trio_wal.DirectoryArchive(sys.argv[1] + "/archive")
+    async with trio_wal.open_database(
+        sys.argv[1] + "/db", archive=archive, segment_size=1, checkpoint_bytes=20_000
+    ) as db:
+        number = db.durable_lsn
+        async def rotate():
+            while True:
+                await trio.sleep(0.02)
+                await db.wal.rotate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rotate)
+            while True:
+                number += 1
+                lsn = await db.put(b"%d" % (number % 100), b"%d" % number + bytes(200))
+                print(lsn, flush=True)
+trio.run(main)
+"""
+
+
+def kill_and_restore(count: int, seed: int) -> int:
+    """Kills a program (SIGKILL) again and again; after each kill its database is restored to the
+    last commit that it was told is durable, and to one before that.  Gives the last LSN."""
+    rng, last = random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            command = [sys.executable, "-c", CHILD, folder]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+                assert child.stdout is not None
+                first = child.stdout.readline()
+                time.sleep(rng.random() * 0.3)
+                child.kill()
+                told = [int(line) for line in (first + child.stdout.read()).splitlines()]
+            check(bool(first), "the program has not come so far as to write")
+            last = max([last, *told])
+            for lsn in (last, rng.randint(0, last)):
+                trio.run(_restore_database, folder, lsn, f"{folder}/made {number}")
+    return last
+
+
+async def _restore_database(folder: str, lsn: int, dest: str) -> None:
+    archive = DirectoryArchive(f"{folder}/archive")
+    await trio_wal.restore(archive, dest, to_lsn=lsn, tail=f"{folder}/db")
+    async with trio_wal.open_database(dest) as db:
+        found = dict(db.scan())
+    expected = {b"%d" % (n % 100): b"%d" % n + bytes(200) for n in range(1, lsn + 1)}
+    check(found == expected, f"LSN {lsn} is another state")
+    await trio.to_thread.run_sync(shutil.rmtree, dest)
+
+
 # -- the campaign -------------------------------------------------------------------
 
 
@@ -297,11 +356,16 @@ def run_share(seeds: range) -> _report.Answer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replay", metavar="SEED", help="one case again")
+    parser.add_argument("--kills", type=int, help="kill a real program so often instead")
     parser.add_argument("--commits", type=int, help="restore one log of so many to each of them")
     _report.add_common_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.kills is not None:
+        last = kill_and_restore(arguments.kills, arguments.seed)
+        print(f"{arguments.kills:,} kills, {last:,} commits: 0 lost, 0 altered")
+        return 0
     if arguments.commits is not None:
         count = trio.run(
             partial(_every_commit, arguments.commits, arguments.seed),
