@@ -33,6 +33,7 @@ ORDER: dict[int, list[str]] = {
         "_places",
         "_base",
         "_statistics",
+        "_health",
         "_pace",
         "_engine",
         "_caslog",
@@ -135,6 +136,7 @@ ORDER: dict[int, list[str]] = {
     ],
     # Edges: they compose.
     4: [
+        "_metrics",
         "__init__",
         "testing",
         "_admin",
@@ -176,7 +178,7 @@ OS_ALLOWED = {
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
-EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio"}
+EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio", "trio_wal._metrics"}
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 

@@ -10,11 +10,10 @@ from importlib import import_module as _import_module
 from . import _exports
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._consumer import Consumer as Consumer
-from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database import Database as Database
 from ._database_consumer import DatabaseConsumer as DatabaseConsumer
 from ._database_reader import (
     DatabaseReader as DatabaseReader,
-    DatabaseReaderStatistics as DatabaseReaderStatistics,
     open_database_reader as open_database_reader,
 )
 from ._database_writer import DatabaseWriter as DatabaseWriter
@@ -40,6 +39,7 @@ from ._exceptions import (
 )
 from ._files import Files as Files
 from ._flusher import Durability as Durability
+from ._health import Health as Health, HealthReason as HealthReason
 from ._identity import Bookmark as Bookmark
 from ._opening import (
     VerifyStore as VerifyStore,
@@ -49,7 +49,7 @@ from ._opening import (
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
-from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
+from ._replica import Replica as Replica
 from ._replicated import RemoteLog as RemoteLog
 from ._retention import (
     KeepAll as KeepAll,
@@ -65,6 +65,9 @@ from ._snapshots import (
 )
 from ._statistics import (
     ConsumerStatistics as ConsumerStatistics,
+    DatabaseReaderStatistics as DatabaseReaderStatistics,
+    DatabaseStatistics as DatabaseStatistics,
+    ReplicaStatistics as ReplicaStatistics,
     WalStatistics as WalStatistics,
     WriterStatistics as WriterStatistics,
 )
