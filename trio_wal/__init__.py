@@ -83,7 +83,7 @@ _exports.say_public(__name__, globals())
 
 
 def __getattr__(name: str) -> object:
-    """`trio_wal.nats` is loaded when it is used: it takes what the log alone has no need of."""
-    if name == "nats":
-        return _import_module("trio_wal.nats")
+    """What needs an extra is loaded when it is used: the log alone has no need of it."""
+    if name in ("nats", "otel", "prometheus"):
+        return _import_module(f"trio_wal.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
