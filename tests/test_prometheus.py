@@ -285,6 +285,25 @@ async def test_in_a_forked_child_nobody_is_asked(files: MemoryFiles) -> None:
         assert value(found, "durable_lsn", log="/log") == 0
 
 
+async def test_figures_are_taken_by_the_loop_whoever_asks(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+    async with open_memory(files) as wal:
+        look = wal._log.statistics
+
+        def statistics() -> Any:
+            threads.add(threading.get_ident())
+            return look()
+
+        monkeypatch.setattr(wal._log, "statistics", statistics)
+        registry = registry_of(WalCollector(wal))
+        scrape(registry)
+        for _ in range(3):
+            await trio.to_thread.run_sync(scrape, registry)
+    assert threads == {threading.get_ident()}
+
+
 async def test_threads_may_scrape_a_busy_database(tmp_path: Path) -> None:
     """Writers, consumers and checkpoints come and go meanwhile, and the store's map grows."""
     async with trio_wal.open_database(
