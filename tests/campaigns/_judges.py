@@ -220,6 +220,13 @@ def lines(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def figures(seed: int, seconds: float, only: str = "") -> Judgement:
+    """A database in trouble and out of it again."""
+    from .figures import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 def threads(seed: int, seconds: float, only: str = "") -> Judgement:
     """Checkpoints without pause beside commits and deletions, in real threads."""
     from .threads import found_in
@@ -333,5 +340,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "replication": replication,
     "lines": lines,
     "threads": threads,
+    "figures": figures,
 }
 """In the order in which they are asked."""
