@@ -13,7 +13,7 @@ import math
 import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any, Final, Literal, final
@@ -379,6 +379,9 @@ class MemoryEngine:
             if fault is not None:
                 raise fault.error
             self.server.drop_before(min(lsn, self.durable_lsn + 1, *self._holds.values()))
+
+    def busy(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def keep_places(self, places: Mapping[str, Place]) -> None:
         with self.counted():

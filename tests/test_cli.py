@@ -1155,3 +1155,40 @@ def test_a_name_is_shown_as_it_is(cli: CommandLine, tmp_path: Path) -> None:
     assert cli.out.startswith(f"{path}\nlog ")
     assert cli("verify", path / os.fsdecode(b"no\xffne")) == 3
     assert cli.err.startswith(f"trio-wal: {path}/no\\xffne: ")
+
+
+# -- repair ---------------------------------------------------------------------------------
+
+
+def test_repair_says_what_would_be_lost_and_changes_nothing(
+    cli: CommandLine, long_log: Path
+) -> None:
+    assert cli("repair", long_log) == 0
+    assert cli.out == "OK: nothing is to be repaired\n"
+    flip(segment_files(long_log)[1], 4096 + 70)
+    before = {name: kept[0] for name, kept in everything(long_log).items()}
+    assert cli("repair", long_log) == 1
+    assert {name: kept[0] for name, kept in everything(long_log).items()} == before
+    assert "would be lost: LSN " in cli.out
+    assert "nothing was changed; --accept-loss does it" in cli.out
+    assert cli("repair", long_log, "--json") == 1
+    told = json.loads(cli.out)
+    assert not told["done"]
+    assert told["lost_records"] == sum(last - first + 1 for first, last in told["lost"]) > 0
+    assert cli("repair", long_log, "--accept-loss") == 0
+    assert f"what was there before is in {long_log}/before-repair-1" in cli.out
+    assert cli("verify", long_log) == 0
+    assert len(lines_of(long_log)) == told["last_lsn"]
+
+
+def test_repair_of_what_is_no_log_or_open(cli: CommandLine, tmp_path: Path, log: Path) -> None:
+    assert cli("repair", tmp_path / "nothing") == 3
+    assert cli("repair", "nats://127.0.0.1:1/orders") == 3
+    assert "the servers repair" in cli.err
+
+    async def main() -> None:
+        async with trio_wal.open_wal(log):
+            assert cli("repair", log, "--accept-loss") == 3
+
+    trio.run(main)
+    assert cli.err.startswith(f"trio-wal: {log}: ")

@@ -633,3 +633,55 @@ async def test_one_process_has_the_file_open_once(tmp_path: Path) -> None:
     async with trio_wal.open_database(path) as db:
         assert dict(db.scan()) == {b"a": b"1", b"b": b"2"}
         assert sorted(os.listdir(tmp_path / "db" / "store")) == ["data.mdb", "lock.mdb"]
+
+
+# -- copies ---------------------------------------------------------------------------------
+
+
+async def test_a_copy_of_what_is_seen(files: MemoryFiles) -> None:
+    async with open_memory_database(files) as db:
+        for number in range(30):
+            await db.put(b"%02d" % number, b"v" * 50)
+            if number == 10:
+                await db.checkpoint()
+        await db.delete(b"03")
+        async with open_reader(files) as reader:
+            await reader.wait_for(31)
+            expected = dict(reader.scan())
+            assert await reader.backup("/copy") == 31
+            with pytest.raises(FileExistsError):
+                await reader.backup("/copy")
+    async with trio_wal.open_database("/copy", files=files) as copy:
+        assert dict(copy.scan()) == expected
+        assert copy.durable_lsn == 31
+        assert await copy.put(b"x", b"y") == 32
+
+
+async def test_a_copy_larger_than_its_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_wal._copying.PIECE_BYTES", 100_000)
+    monkeypatch.setattr("trio_wal._follower.Follower.store_bytes", lambda self: 0)
+    async with trio_wal.open_database(tmp_path / "db", checkpoint_bytes=1 << 20) as db:
+        for number in range(30):
+            async with db.transaction() as tx:
+                tx.put(b"%02d" % number, bytes([number]) * 1_500_000)
+    async with trio_wal.open_database_reader(tmp_path / "db") as reader:
+        assert await reader.backup(tmp_path / "copy") == 30
+    async with trio_wal.open_database(tmp_path / "copy") as copy:
+        assert dict(copy.scan()) == {
+            b"%02d" % number: bytes([number]) * 1_500_000 for number in range(30)
+        }
+
+
+async def test_a_copy_that_is_cancelled_or_fails_leaves_nothing(tmp_path: Path) -> None:
+    async with trio_wal.open_database(tmp_path / "db") as db:
+        await db.put(b"a", b"b")
+    async with trio_wal.open_database_reader(tmp_path / "db") as reader:
+        for _ in range(3):
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await reader.backup(tmp_path / "copy")
+            assert os.listdir(tmp_path) == ["db"]
+        with pytest.raises(NotADirectoryError):
+            await reader.backup(tmp_path / "db" / "log" / "log.meta" / "copy")
+    with pytest.raises(trio.ClosedResourceError):
+        await reader.backup(tmp_path / "copy")

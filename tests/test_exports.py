@@ -30,7 +30,7 @@ PUBLIC = {
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
 EXTRAS = {"testing", "nats", "otel", "prometheus"}
 """Modules that are there once somebody has used them."""
-ALIASES = {"Durability", "VerifyStore"}
+ALIASES = {"Durability", "SyncIn", "VerifyStore"}
 """Types that are no classes."""
 MADE_BY_OPENING = (
     "CommitStream",

@@ -76,6 +76,7 @@ ORDER: dict[int, list[str]] = {
         "_disk.cursor",
         "_disk.placesfile",
         "_disk.verify",
+        "_disk.salvage",
         "_disk.metafile",
         "_disk.holds",
         "_disk.spares",
@@ -132,6 +133,7 @@ ORDER: dict[int, list[str]] = {
         "_table",
         "_opening",
         "_follower",
+        "_copying",
         "_database_reader",
     ],
     # Edges: they compose.
@@ -140,6 +142,7 @@ ORDER: dict[int, list[str]] = {
         "_sampling",
         "prometheus",
         "otel",
+        "_repair",
         "__init__",
         "testing",
         "_admin",

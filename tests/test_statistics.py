@@ -61,6 +61,10 @@ async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
             "last_sync_time": None,
             "state": "open",
             "epoch": 0,
+            "loop_writes": 0,
+            "loop_seconds_total": 0.0,
+            "loop_seconds_max": 0.0,
+            "loop_slow": 0,
             **dict.fromkeys(REPLICATED),
         }
 

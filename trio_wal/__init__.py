@@ -41,6 +41,7 @@ from ._files import Files as Files
 from ._flusher import Durability as Durability
 from ._health import Health as Health, HealthReason as HealthReason
 from ._identity import Bookmark as Bookmark
+from ._local import SyncIn as SyncIn
 from ._opening import (
     VerifyStore as VerifyStore,
     open_database as open_database,
@@ -49,6 +50,7 @@ from ._opening import (
 from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
+from ._repair import Damage as Damage, RepairReport as RepairReport, repair as repair
 from ._replica import Replica as Replica
 from ._replicated import RemoteLog as RemoteLog
 from ._retention import (

@@ -145,6 +145,11 @@ class Stores(Protocol):
         """Remove a store that nothing was ever committed to."""
         ...
 
+    def set_store_aside(self, path: str, dest: str) -> None:
+        """Move a store, as it is, to where nothing stands yet on the same file system; durable
+        on return."""
+        ...
+
 
 class Unreadable:
     """In the place of a read transaction that could not be had: whoever reads is told."""

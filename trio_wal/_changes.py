@@ -11,7 +11,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import NoReturn, final
 
-import attrs
+import msgspec
 import trio
 
 from . import _operations
@@ -32,11 +32,11 @@ from ._watch import Watch
 
 
 @final
-@attrs.frozen
-class Commit:
+class Commit(msgspec.Struct, frozen=True, gc=False):
     """One committed transaction, as `Database.changes` gives it."""
 
     lsn: int
+    """Of its record in the log."""
     timestamp: datetime
     """UTC, of its batch; never decreasing along the log."""
     operations: tuple[Operation, ...]

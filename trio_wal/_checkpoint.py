@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Final, Protocol, final
 
@@ -89,6 +90,8 @@ class Checkpointer:
         self._started = False
         self.count: int = 0
         self.seconds_last: float = 0.0
+        self.busy: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered while the store is written."""
         self.on_stored: Callable[[], None] = lambda: None
         """Called when the store holds more; what then lets go of the log does so at once."""
         self._failing_since: float | None = None
@@ -222,7 +225,8 @@ class Checkpointer:
             self._grow(frozen)
         while True:
             try:
-                await self._blocking(self._apply, frozen.items(), state)
+                with self.busy():
+                    await self._blocking(self._apply, frozen.items(), state)
                 return
             except MapFull:
                 await self._wait_unread(frozen)

@@ -67,6 +67,7 @@ class Core:
         self.consumers: Consumers
         self.wal: Final = new_wal(log, owned=True)
         self.checkpointer: Final = Checkpointer(self.versions, store, log, blocking, state)
+        self.checkpointer.busy = log.engine.busy
         self._closed_store: tuple[int, int] | None = None
 
     async def start(self) -> int:
@@ -105,7 +106,8 @@ class Core:
         files, blocking = self._files, self._blocking
         temporary = await blocking(files.begin_directory, path)
         try:
-            await blocking(self._store.copy, f"{temporary}/{STORE_NAME}")
+            with self.log.engine.busy():
+                await blocking(self._store.copy, f"{temporary}/{STORE_NAME}")
             await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
             await blocking(files.finish_directory, temporary, path)
         except BaseException:

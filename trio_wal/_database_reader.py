@@ -16,6 +16,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._changes import CommitStream, new_commit_stream
+from ._copying import copy_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
@@ -54,6 +55,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
 
     def __init__(self, path: str, files: Files, follower: Follower) -> None:
         self._path = path
+        self._files = files
         self._follower = follower
         self._closed = False
         files.on_fork(self._disown)
@@ -106,6 +108,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
             memtable_bytes=sum(layer.bytes for layer in layers),
             open_readers=len(versions.readers.pins),
             store_bytes=follower.store_bytes(),
+            consumers=follower.consumers(),
             following=follower.failure is None,
         )
 
@@ -206,6 +209,36 @@ class DatabaseReader(metaclass=NoPublicConstructor):
             if follower.sees(place):
                 return
             await follower.wait_news(lsn)
+
+    async def backup(self, dest: str | os.PathLike[str]) -> int:
+        """Write a copy of the state that is seen here, which `open_database` opens.
+
+        The owner need not know of it.  As `Database.backup` it is made under another name next
+        to ``dest`` and renamed when it is durable; every key is written anew, which takes some
+        5 times as long.  Cancelled, nothing of it is left.
+
+        Args:
+          dest: a directory that does not exist yet.
+
+        Returns the LSN whose state the copy has.
+
+        Raises:
+          FileExistsError: ``dest`` exists.
+          CorruptLogError: log or store are damaged.
+          OSError: the copy could not be written; nothing of it is left.
+          trio.ClosedResourceError: the reader was closed.
+        """
+        path = self._files.absolute(check_path(dest))
+        await trio.lowlevel.checkpoint()
+        follower = self._check()
+        state, meta, source = follower.state(), follower.source.meta, follower.source
+        size = follower.store_bytes() + self.statistics().memtable_bytes
+        with self.snapshot() as snapshot:
+            assert snapshot.lsn == state.lsn
+            await copy_database(
+                self._files, source.blocking, path, snapshot.stream(), state, meta, size
+            )
+        return state.lsn
 
     # -- its end --
 

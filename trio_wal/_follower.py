@@ -15,7 +15,7 @@ above another store: a deletion is forgotten where there was nothing to hide und
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
 from typing import Any, Final, NoReturn, final
 
@@ -34,6 +34,7 @@ from ._identity import Bookmark, common_lsn
 from ._mvcc import Versions
 from ._reader import WatchSource
 from ._replay import replay_live
+from ._statistics import ConsumerStatistics
 from ._store_files import damaged, data_file, misfit
 from ._stream import RecordStream, new_record_stream
 from ._util import MiB
@@ -124,13 +125,14 @@ class Follower:
         source = self.source
         before: int | None = None
         for _ in range(OPEN_TRIES):
-            transaction, lsn = await self._begin_store()
+            transaction, state = await self._begin_store()
+            lsn = state.lsn
             try:
                 # After that: see the top of this module.
                 await source.refresh()
                 if lsn == before or lsn > source.tail.durable_lsn:
                     self._refuse(lsn)
-                return await self._begin_above(transaction, lsn)
+                return await self._begin_above(transaction, state)
             except LsnTruncatedError:
                 # The owner has checkpointed and dropped what was to be read.
                 transaction.close()
@@ -140,15 +142,15 @@ class Follower:
                 raise
         raise CorruptLogError(self._path, 0, "its log is dropped faster than it can be read")
 
-    async def _begin_store(self) -> tuple[ReadTransaction, int]:
+    async def _begin_store(self) -> tuple[ReadTransaction, StoreState]:
         """A read transaction of the store, and what it holds."""
         transaction, state = await self.source.blocking(self._store.read)
         if state is None:
-            return transaction, 0
+            return transaction, StoreState(self.source.meta.log_uuid, 0)
         if state.log_uuid != self.source.meta.log_uuid:
             transaction.close()
             raise damaged(data_file(self._path), "the store belongs to another log")
-        return transaction, state.lsn
+        return transaction, state
 
     def _refuse(self, lsn: int) -> NoReturn:
         """Store and log do not fit."""
@@ -160,8 +162,8 @@ class Follower:
         wrong = misfit(state, meta.log_uuid, tail.first_lsn, tail.durable_lsn)
         raise damaged(data_file(self._path), wrong or f"LSN {lsn + 1} is not in its log")
 
-    async def _begin_above(self, transaction: ReadTransaction, lsn: int) -> RecordStream:
-        durable_lsn = self.source.tail.durable_lsn
+    async def _begin_above(self, transaction: ReadTransaction, state: StoreState) -> RecordStream:
+        durable_lsn, lsn = self.source.tail.durable_lsn, state.lsn
         stream = new_record_stream(self.source, lsn + 1, None, follow=True)
         await stream.__aenter__()
         try:
@@ -172,6 +174,7 @@ class Follower:
                 durable_lsn=lsn,
                 checkpoint_bytes=1 << 62,
                 max_transaction_bytes=0,
+                stored=state,
             )
             versions.epoch = stream.bookmark.epoch
             while versions.durable_lsn < durable_lsn:
@@ -220,10 +223,10 @@ class Follower:
         now = perf_counter()
         if self.versions.view.active.log_bytes < CHECK_BYTES or now < self._checked:
             return False
-        transaction, lsn = await self._begin_store()
+        transaction, state = await self._begin_store()
         transaction.close()
         self._checked = now + CHECK_SECONDS
-        return lsn > self.checkpoint_lsn
+        return state.lsn > self.checkpoint_lsn
 
     async def _begin_anew(self) -> RecordStream:
         former = self.versions
@@ -286,6 +289,24 @@ class Follower:
         for versions in (*self._former, self.versions):
             versions.disown()
         self.source.blocking.disown()
+
+    def state(self) -> StoreState:
+        """What a store that holds what is seen here would say of itself."""
+        lsn, places = self.lsn, self.versions.places
+        uuid = self.source.meta.log_uuid
+        return StoreState(uuid, lsn, dict(places.now), places.commit_lsn_at(lsn))
+
+    def consumers(self) -> Mapping[str, ConsumerStatistics]:
+        """The database's, as they are seen here."""
+        places, lsn = self.versions.places, self.lsn
+        found: dict[str, ConsumerStatistics] = {}
+        for name, place in places.now.items():
+            lag = places.lag(place, lsn)
+            size, seconds = self.source.behind(place.reach) if lag else (0, 0.0)
+            found[name] = ConsumerStatistics(
+                acknowledged_lsn=place.lsn, lag_records=lag, lag_bytes=size, lag_seconds=seconds
+            )
+        return found
 
     def store_bytes(self) -> int:
         """Of the store's file."""

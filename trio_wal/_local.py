@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from typing import Final, Literal, final
@@ -36,7 +37,10 @@ from ._places import Place as ConsumerPlace, consumer_hold
 from ._retention import Retention
 from ._statistics import BatchTimes, EngineStatistics, SyncTimes
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
-from ._worker import Blocking, InlineWorker, ThreadWorker, Worker
+from ._worker import Blocking, InlineWorker, LoopWriter, ThreadWorker, Worker
+
+SyncIn = Literal["thread", "loop"]
+"""What `open_wal` takes as ``sync_in``: ``"thread"`` or ``"loop"``."""
 
 MAINTENANCE_RETRY_SECONDS: Final = 1.0
 SEGMENT_SIZE_MAX: Final = 1 << 40
@@ -128,6 +132,7 @@ class LocalOptions:
     compression: Literal["none", "zstd"] | None
     verify_bytes: float
     trust_directory: bool
+    sync_in: SyncIn
 
 
 def check_retention(retention: Retention | None) -> None:
@@ -147,6 +152,7 @@ def check_local_options(
     compression: Literal["none", "zstd"] | None,
     verify_bytes: float,
     trust_directory: bool,
+    sync_in: SyncIn,
 ) -> LocalOptions:
     """These arguments of `open_wal`, or the error that names the wrong one."""
     check_retention(retention)
@@ -154,6 +160,7 @@ def check_local_options(
         check_one_of("compression", compression, ("none", "zstd"))
         if compression == "zstd":
             require_zstd()
+    check_one_of("sync_in", sync_in, ("thread", "loop"))
     return LocalOptions(
         path=check_path(path),
         segment_size=check_int("segment_size", segment_size, 1, SEGMENT_SIZE_MAX),
@@ -161,6 +168,7 @@ def check_local_options(
         compression=compression,
         verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
         trust_directory=check_bool("trust_directory", trust_directory),
+        sync_in=sync_in,
     )
 
 
@@ -179,7 +187,12 @@ class LocalEngine:
         blocking: Blocking,
         retention: Retention,
         undo: Callable[[], None] | None,
+        loop: LoopWriter | None = None,
     ) -> None:
+        """
+        Args:
+          loop: writes in the event loop what is small; None: all is the worker's.
+        """
         self.name: str = directory.path
         self.uuid: UUID = UUID(bytes=directory.log_uuid)
         self.recovery: RecoveryReport = directory.report
@@ -189,6 +202,7 @@ class LocalEngine:
         self._blocking = blocking
         self._retention = retention
         self._undo = undo
+        self._loop = loop
         self.last_lsn: int = directory.last_lsn
         self.durable_lsn: int = directory.synced_lsn
         self._history = directory.history
@@ -220,7 +234,16 @@ class LocalEngine:
         return Tail(self._directory.first_lsn, self.last_lsn, self.durable_lsn, self._history)
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(self._syncs, self._directory.segments, self._directory.disk_bytes)
+        directory = self._directory
+        return EngineStatistics(
+            self._syncs,
+            directory.segments,
+            directory.disk_bytes,
+            loop=None if self._loop is None else self._loop.statistics,
+        )
+
+    def busy(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._loop is None else self._loop.busy()
 
     # -- its life --
 
@@ -297,8 +320,12 @@ class LocalEngine:
     async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
         directory = self._directory
         job = partial(directory.write, records, self.durable_lsn, sync=sync)
+        loop = self._loop
         try:
-            wants_spare = await self._worker.call(job)
+            if loop is not None and self._fits_loop(loop, records):
+                wants_spare = loop.run(job)
+            else:
+                wants_spare = await self._worker.call(job)
         except OSError:
             self._stop_maintenance()
             raise
@@ -314,8 +341,13 @@ class LocalEngine:
         if directory.active.header.number != self._active_number:
             self._note_rotation()
 
+    def _fits_loop(self, loop: LoopWriter, records: Sequence[bytes]) -> bool:
+        size = sum(map(len, records))
+        # Another segment, with the syncs that it takes, is for the thread.
+        return loop.may(size) and self._directory.active.fits(size + 4 * len(records))
+
     async def sync(self) -> None:
-        await self._call(self._directory.sync)
+        await self._call(self._directory.sync, in_loop=True)
         self._syncs.note(self._directory.sync_seconds, self._files.time_us())
 
     async def make_room(self) -> None:
@@ -327,9 +359,13 @@ class LocalEngine:
     async def truncate_after(self, lsn: int) -> None:
         await self._call(partial(self._directory.truncate_after, lsn))
 
-    async def _call(self, job: Callable[[], object]) -> None:
+    async def _call(self, job: Callable[[], object], *, in_loop: bool = False) -> None:
+        loop = self._loop
         try:
-            await self._worker.call(job)
+            if in_loop and loop is not None and loop.may(0):
+                loop.run(job)
+            else:
+                await self._worker.call(job)
         except OSError:
             self._stop_maintenance()
             raise
@@ -404,11 +440,13 @@ class LocalEngine:
             try:
                 while not self._ending.is_set():
                     try:
-                        await self._blocking(directory.apply_retention, policy)
+                        with self.busy():
+                            await self._blocking(directory.apply_retention, policy)
                         await self._wait_for_maintenance()
                         if self._spare_wanted and not self._ending.is_set():
                             self._spare_wanted = False
-                            await self._blocking(directory.prepare_spare)
+                            with self.busy():
+                                await self._blocking(directory.prepare_spare)
                     except (OSError, LogFullError) as exc:
                         text = f"retention failed, will try again: {exc!r}"
                         tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
@@ -463,7 +501,10 @@ async def open_local(
     worker: Worker | None = None
     try:
         worker = _new_worker(files, directory.publish)
-        return LocalEngine(files, directory, worker, blocking, options.retention, undo)
+        loop = None
+        if options.sync_in == "loop" and isinstance(worker, ThreadWorker):
+            loop = LoopWriter(worker, directory.publish)
+        return LocalEngine(files, directory, worker, blocking, options.retention, undo, loop)
     except BaseException:
         # No descriptor for the worker, or no memory.
         if worker is not None:

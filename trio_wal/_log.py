@@ -30,7 +30,7 @@ from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
-from ._statistics import ConsumerStatistics, ReplicationStatistics, WalStatistics
+from ._statistics import ConsumerStatistics, LoopWrites, ReplicationStatistics, WalStatistics
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
@@ -97,6 +97,17 @@ def check_log_options(
         reserve=check_share("reserve", reserve, RESERVE_MAX),
         consumer_hold_bytes=check_int_or_inf("consumer_hold_bytes", consumer_hold_bytes, 0),
     )
+
+
+def _in_loop(loop: LoopWrites | None) -> dict[str, Any]:
+    if loop is None:
+        return {}
+    return {
+        "loop_writes": loop.count,
+        "loop_seconds_total": loop.seconds_total,
+        "loop_seconds_max": loop.seconds_max,
+        "loop_slow": loop.slow,
+    }
 
 
 def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
@@ -257,6 +268,7 @@ class Log:
             last_sync_time=engine.syncs.last_time,
             state=self.status.state.value,
             epoch=tail.epoch,
+            **_in_loop(engine.loop),
             **_replicated(engine.replication),
         )
 

@@ -223,6 +223,10 @@ WAL: Final = _group(
     Metric("last_sync_time", Kind.TIME, TIMESTAMP, "last_sync"),
     _state("state", "open", "full", "closing", "closed", "failed"),
     _gauge("epoch"),
+    _counter("loop_writes", BATCHES),
+    _counter("loop_seconds_total", SECONDS, "loop"),
+    _gauge("loop_seconds_max", SECONDS, "loop_max"),
+    _counter("loop_slow", BATCHES),
     _gauge("position", MESSAGES, "stream_position"),
     _gauge("replicas", SERVERS),
     _gauge("replicas_current", SERVERS),
@@ -262,6 +266,7 @@ READER: Final = _group(
     _gauge("memtable_bytes", BYTES, "memtable"),
     _gauge("open_readers", READERS),
     _gauge("store_bytes", BYTES, "store"),
+    Metric("consumers", Kind.GROUP),
     _gauge("following"),
 )
 
@@ -406,6 +411,7 @@ def points(look: Look) -> Iterator[Point]:
     if isinstance(statistics, WalStatistics):
         for name, writer in statistics.writers.items():
             yield from _points(writer, WRITER, (look.name, name))
+    if isinstance(statistics, (WalStatistics, DatabaseReaderStatistics)):
         for name, consumer in statistics.consumers.items():
             yield from _points(consumer, CONSUMER, (look.name, name))
 

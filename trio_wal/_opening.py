@@ -29,7 +29,7 @@ from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
 from ._files import Files
 from ._flusher import Durability
-from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, check_local_options, open_local
+from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, SyncIn, check_local_options, open_local
 from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
 from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
@@ -237,6 +237,7 @@ def open_database(
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    sync_in: SyncIn = "thread",
     reserve: float = RESERVE,
     consumer_hold_bytes: float = math.inf,
     files: Files | None = None,
@@ -274,12 +275,12 @@ def open_database(
       max_queue_size, target_latency, max_queue_bytes: as for `open_wal`.
       max_record_size, max_batch_bytes: as for `open_wal`.
       flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
-      verify_bytes, trust_directory, reserve, consumer_hold_bytes: as for `open_wal`.
+      verify_bytes, trust_directory, sync_in, reserve, consumer_hold_bytes: as for `open_wal`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    With ``log`` there are neither ``compression`` nor ``verify_bytes``, and of ``durability`` only
-    ``"sync"``; opening takes the log over, and whoever had it open gets `LogFencedError` from the
-    next commit on.
+    With ``log`` there are no ``compression``, ``verify_bytes`` and ``sync_in``, and of
+    ``durability`` only ``"sync"``; opening takes the log over, and whoever had it open gets
+    `LogFencedError` from the next commit on.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
@@ -293,10 +294,8 @@ def open_database(
       LogFailedError: a write or sync failed and nobody has been told.
     """
     name, used = check_path(path), OsFiles() if files is None else files
-    own = _check_options(
-        used.absolute(name), checkpoint_bytes, map_size, verify_store, on_verify_progress
-    )
-    remote = None if log is None else check_remote_log(log)
+    own = _check_options(used, name, checkpoint_bytes, map_size, verify_store, on_verify_progress)
+    remote = _check_log(log, snapshots)
     run = check_log_options(
         LocalEngine.batch_bytes_max if remote is None else BATCH_BYTES_MAX,
         max_queue_size=max_queue_size,
@@ -312,10 +311,9 @@ def open_database(
     )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:
-        check_remote(durability, segment_size, retention, compression, verify_bytes)
+        check_remote(durability, segment_size, retention, compression, verify_bytes, sync_in)
         cache = _cache_options(own, remote, snapshots, snapshot_bytes)
         return OpenRemoteDatabase(cache.keeping(segment_size, keep, trust_directory), run, used)
-    refuse_options("a database with a log of its own", snapshots=snapshots is not None)
     where = check_local_options(
         path=f"{name}/{LOG_NAME}",
         retention=keep,
@@ -323,11 +321,21 @@ def open_database(
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
+        sync_in=sync_in,
     )
     return _OpenDatabase(own, used, run, where)
 
 
+def _check_log(log: RemoteLog | str | None, snapshots: SnapshotStore | None) -> RemoteLog | None:
+    """None: the log is in the database's directory."""
+    if log is None:
+        refuse_options("a database with a log of its own", snapshots=snapshots is not None)
+        return None
+    return check_remote_log(log)
+
+
 def _check_options(
+    files: Files,
     path: str,
     checkpoint_bytes: int,
     map_size: int,
@@ -337,6 +345,7 @@ def _check_options(
     check_int("checkpoint_bytes", checkpoint_bytes, 1)
     check_int("map_size", map_size, 1 * MiB, MAP_SIZE_MAX)
     check_one_of("verify_store", verify_store, ("auto", "child", "none"))
+    path = files.absolute(path)
     return _Options(path, checkpoint_bytes, map_size, verify_store, on_verify_progress)
 
 

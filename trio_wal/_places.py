@@ -240,6 +240,10 @@ class CommitPlaces(Places):
         self._every = 1
         self._due = 1
 
+    def commit_lsn_at(self, lsn: int) -> int:
+        """The newest record up to ``lsn``, the last one of all, that is no acknowledgement."""
+        return self.commit_lsn if self._acknowledged_lsn == lsn else lsn
+
     def record(self, lsn: int, moves: Moves, *, alone: bool) -> dict[str, Place | None]:
         """The record ``lsn`` moves places; gives what has changed.
 

@@ -8,6 +8,7 @@ nothing proves that there was more (`_disk.walk.judge_end`).
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -33,7 +34,7 @@ from ._disk.chain import (
 )
 from ._disk.cursor import Place, place_in
 from ._disk.finding import Finding
-from ._disk.frame import BLOCK, Kind, Meta, Pointer, SegmentHeader
+from ._disk.frame import BLOCK, DATA_OFFSET, Kind, Meta, Pointer, SegmentHeader
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import begun_lsn, judge_end, proven_lsn
 from ._engine import Forked, Moved, Reader, Source, Tail
@@ -156,6 +157,24 @@ class WatchSource:
     @property
     def damage(self) -> CorruptLogError | None:
         return self._seen.damage
+
+    def behind(self, lsn: int) -> tuple[int, float]:
+        """How many bytes of the log come after ``lsn``, and how long ago the oldest of them was
+        written at most: both estimated from what is known of whole segments."""
+        seen = self._seen
+        total, since_us = 0.0, time.time_ns() // 1000
+        next_lsn = seen.durable_lsn + 1
+        for segment in reversed(seen.segments):
+            if next_lsn - 1 <= lsn:
+                break
+            count = next_lsn - segment.header.first_lsn
+            end = segment.size
+            if seen.tail is not None and seen.tail.header == segment.header:
+                end = seen.tail.position.offset
+            total += min(1.0, (next_lsn - 1 - lsn) / count) * (end - DATA_OFFSET) if count else 0
+            since_us = segment.header.created_us
+            next_lsn = segment.header.first_lsn
+        return max(0, math.ceil(total)), max(0, time.time_ns() // 1000 - since_us) / 1e6
 
     # -- looking --
 

@@ -23,6 +23,7 @@ import platform
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import count
 from typing import Final, TypeVar, final
@@ -519,6 +520,9 @@ class ReplicatedEngine:
         within = self._segments.within
         kept = [max(lsn, within(bytes_max)) for lsn, bytes_max in self._holds.values()]
         return min(kept, default=self.durable_lsn + 1)
+
+    def busy(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     async def keep_places(self, places: Mapping[str, Place]) -> None:
         raise UnsupportedOperationError(

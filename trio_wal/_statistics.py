@@ -72,6 +72,22 @@ class SyncTimes:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
+@attrs.define
+class LoopWrites:
+    """What was written and synced in the event loop: running totals."""
+
+    count: int = 0
+    seconds_total: float = 0.0
+    seconds_max: float = 0.0
+    slow: int = 0
+
+    def note(self, seconds: float, *, slow: bool) -> None:
+        self.count += 1
+        self.seconds_total += seconds
+        self.seconds_max = max(self.seconds_max, seconds)
+        self.slow += slow
+
+
 BATCHES_NOTED_MAX: Final = 1024
 
 
@@ -147,6 +163,7 @@ class EngineStatistics:
     segments: int
     disk_bytes: int
     replication: ReplicationStatistics | None = None
+    loop: LoopWrites | None = None
 
 
 @final
@@ -256,6 +273,15 @@ class WalStatistics:
     segment; for ``failed`` see `LogFailedError`."""
     epoch: int
     """Which of the log's histories this is, as `WriteAheadLog.epoch`."""
+    loop_writes: int = 0
+    """Batches that were written, and mostly synced, in the event loop, with ``sync_in="loop"``."""
+    loop_seconds_total: float = 0.0
+    """For how long the event loop stood still for batches that it wrote, all together."""
+    loop_seconds_max: float = 0.0
+    """For how long the event loop stood still for a batch, at most."""
+    loop_slow: int = 0
+    """How often a batch in the event loop took over 5 ms, so that the thread did the work of the
+    next second."""
     position: int | None = None
     """The last message of a replicated log; None, as all that follow, for a log in a directory."""
     replicas: int | None = None
@@ -324,6 +350,8 @@ class DatabaseReaderStatistics:
     """Snapshots and streams that hold a view."""
     store_bytes: int
     """Size of the store's file."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that the database has, by name."""
     following: bool
     """Whether the reader follows the log; False: something was found that cannot be read, which
     every call tells."""

@@ -31,6 +31,7 @@ from ._local import (
     SEGMENT_SIZE_MAX,
     VERIFY_BYTES,
     LocalEngine,
+    SyncIn,
     check_local_options,
     check_retention,
     open_local,
@@ -524,11 +525,15 @@ def check_remote(
     retention: Retention | None,
     compression: str | None,
     verify_bytes: float,
+    sync_in: SyncIn,
 ) -> None:
     """Those arguments of `open_wal` that a replicated log takes, or does not."""
     what = "a replicated log"
     refuse_options(
-        what, compression=compression is not None, verify_bytes=verify_bytes != VERIFY_BYTES
+        what,
+        compression=compression is not None,
+        verify_bytes=verify_bytes != VERIFY_BYTES,
+        sync_in=sync_in != "thread",
     )
     if durability != "sync":
         raise ValueError(f"durability must be 'sync' for {what}, not {durability!r}")
@@ -552,6 +557,7 @@ def open_wal(
     compression: Literal["none", "zstd"] | None = None,
     verify_bytes: float = VERIFY_BYTES,
     trust_directory: bool = False,
+    sync_in: SyncIn = "thread",
     reserve: float = RESERVE,
     consumer_hold_bytes: float = math.inf,
     files: Files | None = None,
@@ -603,15 +609,19 @@ def open_wal(
       trust_directory: open a directory that belongs to another user than this process's and
           root, or that others may write; without it such a directory is refused, as ssh and
           git do.
+      sync_in: ``"loop"``: batches of up to 256 KiB are written and synced in the event loop, which
+          stands still meanwhile, and not in a thread.  One task, or a few, commit faster; a disk
+          that hangs hangs the program.  After one that took over 5 ms, while segments are prepared
+          or dropped and while a checkpoint runs, the thread does it all the same.
       reserve: how much of the queue, 0 to 0.9, is kept for writers of high priority while there
           are any: see `WriteAheadLog.writer`.
       consumer_hold_bytes: bytes of segments that consumers may keep from being dropped;
           `math.inf`: any number.  A consumer that is further behind may get `LsnTruncatedError`.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory`` nor
-    ``files``, and of ``durability`` only ``"sync"``; ``segment_size`` is how much of it
-    `KeepSegments` counts as one.  To open it takes it over: whoever had it open gets
+    A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory``,
+    ``sync_in`` nor ``files``, and of ``durability`` only ``"sync"``; ``segment_size`` is how much
+    of it `KeepSegments` counts as one.  To open it takes it over: whoever had it open gets
     `LogFencedError` from the next write on.
 
     Raises, when called:
@@ -646,7 +656,7 @@ def open_wal(
     )
     log = remote_log(path)
     if log is not None:
-        check_remote(durability, segment_size, retention, compression, verify_bytes)
+        check_remote(durability, segment_size, retention, compression, verify_bytes, sync_in)
         refuse_options("a replicated log", trust_directory=trust_directory, files=files is not None)
         keep = KeepAll() if retention is None else retention
         return _OpenWal(
@@ -660,6 +670,7 @@ def open_wal(
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
+        sync_in=sync_in,
     )
     used = OsFiles() if files is None else files
     return _OpenWal(OpenLog("open_wal", run, partial(open_local, used, where)))

@@ -18,16 +18,24 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Final, Protocol, TypeVar, cast
+from time import perf_counter
+from typing import Any, Final, Protocol, TypeVar, cast, final
 
 import outcome
 import trio
 from trio.lowlevel import current_task, enable_ki_protection, reschedule
 
 from ._park import free_token, is_parked, new_bell
+from ._statistics import LoopWrites
+from ._util import KiB
 
 T = TypeVar("T")
 
+LOOP_SECONDS_MAX: Final = 0.005
+"""After a write and sync in the event loop that took longer, the thread does them for a while."""
+LOOP_PAUSE_SECONDS: Final = 1.0
+LOOP_BYTES_MAX: Final = 256 * KiB
+"""Larger batches are for the thread: copying and checksums alone take a tenth of a millisecond."""
 READ_THREADS: Final = 4
 """Threads that one log may use at a time for reads and for work in the background."""
 
@@ -97,6 +105,9 @@ class ThreadWorker:
         self._bell = new_bell()
         self._limiter = trio.CapacityLimiter(1)
         self._died: OSError | None = None
+        self.idle: bool = True
+        """Whether the thread has nothing to do, not even what nobody waits for."""
+        self.disowned: bool = False
 
     async def run(self) -> None:
         with trio.CancelScope(shield=True):
@@ -130,9 +141,11 @@ class ThreadWorker:
             del item, job, answer
             ring()
             afterwards()
+            self.idle = True
 
     async def call(self, job: Callable[[], T]) -> T:
         answer = _Answer()
+        self.idle = False
         self._jobs.put((job, answer))
         try:
             await self._bell.wait()
@@ -152,7 +165,57 @@ class ThreadWorker:
         self._bell.close()
 
     def disown(self) -> None:
+        self.disowned = True
         self._bell.disown()
+
+
+@final
+class LoopWriter:
+    """Runs small writes and their syncs in the event loop instead, while that is quick.
+
+    One that was slow sends those of the next second to the thread, and so does whoever writes a
+    lot to the same disk, for as long as he does.
+    """
+
+    def __init__(self, worker: ThreadWorker, afterwards: Callable[[], None]) -> None:
+        self._worker = worker
+        self._afterwards = afterwards
+        self._others = 0
+        self._again = 0.0
+        """Not before this time."""
+        self.statistics: LoopWrites = LoopWrites()
+
+    @contextmanager
+    def busy(self) -> Generator[None]:
+        """Others write a lot to the disk."""
+        self._others += 1
+        try:
+            yield
+        finally:
+            self._others -= 1
+
+    def may(self, size: int) -> bool:
+        """Whether so many bytes may be written in the event loop now."""
+        worker = self._worker
+        return (
+            not self._others
+            and size <= LOOP_BYTES_MAX
+            and perf_counter() >= self._again
+            # Two threads must not publish at once: the older word might come last.
+            and worker.idle
+            and not worker.disowned
+        )
+
+    def run(self, job: Callable[[], T]) -> T:
+        started = perf_counter()
+        try:
+            return job()
+        finally:
+            self._afterwards()
+            ended = perf_counter()
+            if ended - started > LOOP_SECONDS_MAX:
+                self._again = ended + LOOP_PAUSE_SECONDS
+            self.statistics.note(ended - started, slow=ended - started > LOOP_SECONDS_MAX)
 
 
 class InlineWorker:

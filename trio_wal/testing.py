@@ -433,6 +433,8 @@ class MemoryFiles:
     def begin_directory(self, path: str) -> str:
         if self.exists(path):
             raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+        # What a crash has left there has another random part in its name on a disk.
+        self.discard_directory(f"{path}.tmp")
         return f"{path}.tmp"
 
     def finish_directory(self, temporary: str, path: str) -> None:
@@ -481,6 +483,12 @@ class MemoryFiles:
 
     def remove_store(self, path: str) -> None:
         self._stores.pop(path, None)
+
+    def set_store_aside(self, path: str, dest: str) -> None:
+        self._begin("store", path)
+        store = self._stores.pop(path, None)
+        if store is not None:
+            self._stores[dest] = store
 
     def remove_directories(self, paths: Sequence[str]) -> None:
         for path in paths:

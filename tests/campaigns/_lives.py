@@ -355,6 +355,7 @@ def options(kind: str, rng: Random) -> dict[str, Any]:
         "segment_size": rng.choice((1, 8 << 10, 16 << 10, 64 << 10)),
         "flush_interval": rng.choice((0, 0.001, 0.01)),
         "durability": rng.choice(("sync", "sync", "sync", "interval", "none")),
+        "sync_in": rng.choice(("thread", "thread", "loop")),
     }
     if kind == "database":
         found["checkpoint_bytes"] = rng.choice((4 << 10, 16 << 10, 64 << 10))

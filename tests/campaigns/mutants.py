@@ -403,7 +403,7 @@ MUTANTS: Final = (
         "        _copy_frames(directory, active, before, end)\n",
         "        _copy_frames(directory, active, before, end)\n"
         "        if not replaces:\n"
-        "            sealed.append(_seal(directory, before))\n"
+        "            sealed.append(seal_at(directory, before))\n"
         "        active.sync()\n",
     ),
     mutant(

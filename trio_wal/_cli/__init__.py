@@ -22,10 +22,15 @@ from trio_wal._exceptions import WalError, WrongDirectoryError
 
 from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
+from .backup import backup
+from .consumers import consumers
 from .demo import demo
 from .dump import dump
+from .get import get
 from .inspect import inspect
 from .nats import nats_app
+from .repair import repair
+from .scan import scan
 from .verify import verify
 
 app = App(
@@ -36,7 +41,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (demo, append, dump, inspect, verify):
+for _command in (demo, append, dump, get, scan, inspect, verify, repair, consumers, backup):
     app.command(_command)
 app.command(nats_app)
 

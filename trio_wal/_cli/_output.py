@@ -75,6 +75,7 @@ Place: TypeAlias = Annotated[
         "nats://host:4222/orders.",
     ),
 ]
+Database: TypeAlias = Annotated[Path, Parameter(name="DB", help="The directory of a database.")]
 LogDir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The directory of a log.")]
 Json: TypeAlias = Annotated[
     bool,
@@ -128,6 +129,16 @@ def forget(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def as_bytes(name: str, text: str, *, digits: bool) -> bytes:
+    """What somebody has typed as a key."""
+    if not digits:
+        return os.fsencode(text)
+    try:
+        return bytes.fromhex(text)
+    except ValueError as exc:
+        raise UsageError(f"{name} must be pairs of hexadecimal digits, not {text!r}") from exc
 
 
 def count(number: int, noun: str) -> str:

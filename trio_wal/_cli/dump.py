@@ -149,21 +149,21 @@ def pieces(record: Record) -> Iterator[bytes]:
     """The line of a record."""
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
     if len(record.data) <= LARGE_BYTES:
-        yield plain_json(_encode(fields | _data(record.data))) + b"\n"
+        yield plain_json(_encode(fields | data_fields(record.data))) + b"\n"
         return
     yield _encode(fields)[:-1] + b","
-    yield from _slices(record.data)
+    yield from data_slices(record.data)
     yield b"}\n"
 
 
-def _data(data: bytes) -> dict[str, object]:
+def data_fields(data: bytes) -> dict[str, object]:
     try:
         return {"text": data.decode()}
     except UnicodeDecodeError:
         return {"base64": data}
 
 
-def _slices(data: bytes) -> Iterator[bytes]:
+def data_slices(data: bytes) -> Iterator[bytes]:
     """What JSON has for `_data`, without the braces."""
     slices = [memoryview(data)[at : at + SLICE_BYTES] for at in range(0, len(data), SLICE_BYTES)]
     if _is_text(slices):
@@ -193,7 +193,7 @@ def transaction_pieces(path: str, record: Record) -> Iterator[bytes]:
     fields: dict[str, object] = {"lsn": record.lsn, "timestamp": record.timestamp}
     if len(record.data) <= LARGE_BYTES:
         operations = [
-            {"key": _data(key), "value": None if value is None else _data(value)}
+            {"key": data_fields(key), "value": None if value is None else data_fields(value)}
             for key, value in decode_record(path, record.lsn, record.data).items()
         ]
         yield plain_json(_encode({**fields, "operations": operations})) + b"\n"
@@ -204,14 +204,14 @@ def transaction_pieces(path: str, record: Record) -> Iterator[bytes]:
     yield _encode(fields)[:-1] + b',"operations":['
     comma = b""
     for key, value in operations_in(path, record.lsn, record.data):
-        yield comma + b'{"key":' + plain_json(_encode(_data(key))) + b',"value":'
+        yield comma + b'{"key":' + plain_json(_encode(data_fields(key))) + b',"value":'
         if value is None:
             yield b"null}"
         elif len(value) <= LARGE_BYTES:
-            yield plain_json(_encode(_data(value))) + b"}"
+            yield plain_json(_encode(data_fields(value))) + b"}"
         else:
             yield b"{"
-            yield from _slices(value)
+            yield from data_slices(value)
             yield b"}}"
         comma = b","
     yield b"]}\n"

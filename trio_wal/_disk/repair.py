@@ -18,7 +18,14 @@ from trio_wal._exceptions import LogFullError
 from trio_wal._files import LOCK_NAME, NO_SPACE, Directory, File, Files, close_quietly
 from trio_wal._identity import History, branch
 
-from .chain import META_NAME, META_NEW_NAME, FoundSegment, is_temporary, read_meta
+from .chain import (
+    META_NAME,
+    META_NEW_NAME,
+    TRUNCATE_NAME,
+    FoundSegment,
+    is_temporary,
+    read_meta,
+)
 from .frame import (
     BLOCK,
     DATA_OFFSET,
@@ -27,6 +34,7 @@ from .frame import (
     Kind,
     Meta,
     SegmentHeader,
+    Truncation,
     segment_name_lsn,
 )
 from .recovery import Plan
@@ -239,6 +247,26 @@ def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> 
     return ActiveSegment(file, Extent(header, capacity), written=zeroed)
 
 
+def begin_segment(directory: Directory, header: SegmentHeader, offset: int) -> Truncation:
+    """An empty segment in which a log goes on that is cut, durable under `TRUNCATE_NAME`.
+
+    Args:
+      offset: where the segment before it is cut.
+
+    Returns what ``log.meta`` must say for the cut to be decided.  Raises `LogFullError`.
+    """
+    for name in {NEW_NAME, TRUNCATE_NAME}.intersection(directory.names()):
+        directory.unlink(name)
+    active = _new_segment(directory, header, FIRST_CAPACITY)
+    try:
+        active.sync()
+    finally:
+        close_quietly(active.file)
+    directory.rename(NEW_NAME, TRUNCATE_NAME)
+    directory.sync()
+    return Truncation(header.salt, header.number - 1, offset, header.previous, header.first_lsn)
+
+
 def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
     """Names and footers as they have to be; returns the segments before the last."""
     last = plan.last
@@ -250,7 +278,7 @@ def _mend_chain(directory: Directory, plan: Plan) -> list[SegmentInfo]:
     # an open that was killed between the two leaves a directory that looks clean.
     directory.sync()
     if plan.seal_previous is not None:
-        sealed.append(_seal(directory, plan.seal_previous))
+        sealed.append(seal_at(directory, plan.seal_previous))
     elif plan.previous is not None and not plan.clean:
         _rewrite_footer(directory, plan.previous)
     return sealed
@@ -275,7 +303,7 @@ def _reopen(
     )
 
 
-def _seal(directory: Directory, extent: Extent) -> SegmentInfo:
+def seal_at(directory: Directory, extent: Extent) -> SegmentInfo:
     """Cut a segment at the extent's end, and write its footer."""
     file = directory.open(extent.header.name, writable=True)
     return ActiveSegment(file, extent).seal()
@@ -326,7 +354,7 @@ def _copy_tail(
         directory.rename(NEW_NAME, header.name)
         directory.sync()
         if not replaces:
-            sealed.append(_seal(directory, before))
+            sealed.append(seal_at(directory, before))
     except BaseException:
         close_quietly(active.file)
         raise

@@ -164,11 +164,11 @@ def _list(directory: Directory) -> Listing:
     findings: list[Finding] = []
     # Before the files: what it speaks of is in them then.
     word = directory.published()
-    meta = _read_meta(directory, findings.append)
+    meta = find_meta(directory, findings.append)
     if meta is not None and not meta.features & FEATURE_DATABASE:
-        _check_places(directory, meta, findings.append)
+        check_places(directory, meta, findings.append)
     if meta is None:
-        made_up = _guess_meta(directory)
+        made_up = guess_meta(directory)
         chain = list_chain(directory, made_up, findings.append)
         return Listing(made_up, False, chain, tuple(findings), 0)
     if not meta.live:
@@ -178,7 +178,7 @@ def _list(directory: Directory) -> Listing:
     return Listing(meta, True, chain, tuple(findings), proven_lsn(word, meta))
 
 
-def _read_meta(directory: Directory, report: Report) -> Meta | None:
+def find_meta(directory: Directory, report: Report) -> Meta | None:
     path = f"{directory.path}/{META_NAME}"
     try:
         meta = read_meta(directory)
@@ -195,14 +195,14 @@ def _read_meta(directory: Directory, report: Report) -> Meta | None:
     return meta
 
 
-def _check_places(directory: Directory, meta: Meta, report: Report) -> None:
+def check_places(directory: Directory, meta: Meta, report: Report) -> None:
     try:
         read_places(directory, meta.log_uuid)
     except (CorruptLogError, UnsupportedFormatError, OSError) as exc:
         report(finding_of(exc, f"{directory.path}/{PLACES_NAME}"))
 
 
-def _guess_meta(directory: Directory) -> Meta:
+def guess_meta(directory: Directory) -> Meta:
     """What ``log.meta`` may have said, by the segments that there are."""
     found: list[FoundSegment] = []
     for name in directory.names():
@@ -226,7 +226,7 @@ def _guess_meta(directory: Directory) -> Meta:
 # -- one segment ------------------------------------------------------------------------
 
 
-class _CarefulFile:
+class CarefulFile:
     """A segment's file, where a bad sector costs itself and not everything around it."""
 
     def __init__(self, file: File, size: int, report: Report, tick: Callable[[int], None]) -> None:
@@ -259,7 +259,7 @@ class _CarefulFile:
         return b"".join(pieces)
 
 
-def _check_reserved(file: _CarefulFile, report: Report) -> None:
+def _check_reserved(file: CarefulFile, report: Report) -> None:
     """What lies between the header and the first frame."""
     start = POINTER_OFFSET + BLOCK
     reserved = file.pread(DATA_OFFSET - start, start)
@@ -344,7 +344,7 @@ class _Verifier:
         except FileNotFoundError:
             return None
         try:
-            file = _CarefulFile(opened, segment.size, findings.append, self._tick)
+            file = CarefulFile(opened, segment.size, findings.append, self._tick)
             _check_reserved(file, findings.append)
             if until.is_last:
                 path = self._directory.path

@@ -352,6 +352,8 @@ class Walk:
             else:
                 self._find(frame.offset, reason, frame.first_lsn, frame.next_lsn)
             self.end = Position(frame.end, frame.next_lsn, frame.crc, time_us=time_us)
+            if frame.kind is Kind.DATA:
+                self.data_end = self.end
         else:
             self._find(end.offset, reason, end.next_lsn, frame.first_lsn)
             self.end = Position(frame.offset, frame.first_lsn, frame.previous, time_us=time_us)

@@ -128,7 +128,7 @@ def begin_directory(path: str) -> str:
 
 def finish_directory(temporary: str, path: str) -> None:
     """As `Files.finish_directory`."""
-    _sync_by_path(temporary)
+    sync_by_path(temporary)
     try:
         if sys.platform != "win32" and os.path.lexists(path):
             # An empty directory would be replaced.
@@ -138,10 +138,10 @@ def finish_directory(temporary: str, path: str) -> None:
         if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path) from exc
         raise
-    _sync_by_path(os.path.dirname(os.path.abspath(path)))
+    sync_by_path(os.path.dirname(os.path.abspath(path)))
 
 
-def _sync_by_path(path: str) -> None:
+def sync_by_path(path: str) -> None:
     if sys.platform != "win32":
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | CLOEXEC)
         try:
