@@ -31,6 +31,7 @@ from .inspect import inspect
 from .nats import nats_app
 from .repair import repair
 from .scan import scan
+from .stats import stats
 from .verify import verify
 
 app = App(
@@ -41,7 +42,7 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (demo, append, dump, get, scan, inspect, verify, repair, consumers, backup):
+for _command in (demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup):
     app.command(_command)
 app.command(nats_app)
 
