@@ -33,11 +33,11 @@ try:
         Observation,
         get_meter_provider,
     )
-except ModuleNotFoundError as exc:
+except ModuleNotFoundError as _exc:
     raise ModuleNotFoundError(
         "trio_wal.otel needs opentelemetry-api: python -m pip install 'trio-wal[otel]'",
-        name=exc.name,
-    ) from exc
+        name=_exc.name,
+    ) from _exc
 
 from . import _exports
 from ._metrics import Buckets, Group, Kind, Labels, Metric, metrics, points

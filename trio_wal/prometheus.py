@@ -23,11 +23,11 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
     from prometheus_client.metrics_core import Metric as Family
     from prometheus_client.registry import Collector
-except ModuleNotFoundError as exc:
+except ModuleNotFoundError as _exc:
     raise ModuleNotFoundError(
         "trio_wal.prometheus needs prometheus_client: python -m pip install 'trio-wal[prometheus]'",
-        name=exc.name,
-    ) from exc
+        name=_exc.name,
+    ) from _exc
 
 from . import _exports
 from ._metrics import Buckets, Group, Kind, Labels, Metric, metrics, points
