@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -277,7 +278,7 @@ async def test_follow_prints_new_records_until_the_last_that_was_asked_for(
     log: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     async with trio_wal.open_wal(log) as wal, trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: dump(str(log), from_=2, to=5, follow=True))
+        nursery.start_soon(lambda: dump(str(log), from_="2", to="5", follow=True))
         seen = b""
         with trio.fail_after(60):
             while seen.count(b"\n") < 2:
@@ -922,6 +923,12 @@ def test_reading_commands_work_on_a_log_that_is_being_written(
         (["dump", "a", "--from", "x"], "--from"),
         (["dump", "a", "--from", "0"], "--from must be an LSN, 1 or more, not 0"),
         (["dump", "a", "--to", "-3"], "--to"),
+        (["dump", "a", "--from", "2026-11-29T12:00"], "--from must say its zone"),
+        (["dump", "a", "--to", "yesterday"], "--to must be an LSN or a time"),
+        (
+            ["dump", "a", "--from", "2026-11-29T12:00Z", "--to", "2026-11-29T11:00Z"],
+            "is before --from",
+        ),
         (["dump", "a", "--from", "7", "--to", "6"], "--to 6 is before --from 7"),
     ],
 )
@@ -1155,6 +1162,91 @@ def test_a_name_is_shown_as_it_is(cli: CommandLine, tmp_path: Path) -> None:
     assert cli.out.startswith(f"{path}\nlog ")
     assert cli("verify", path / os.fsdecode(b"no\xffne")) == 3
     assert cli.err.startswith(f"trio-wal: {path}/no\\xffne: ")
+
+
+# -- dump, by time and from where it was ------------------------------------------------------
+
+
+def times_of(cli: CommandLine, log: Path) -> list[tuple[int, str]]:
+    return [(row["lsn"], row["timestamp"]) for row in dumped(cli, log)]
+
+
+def test_dump_by_time(cli: CommandLine, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with trio_wal.open_wal(tmp_path / "log") as wal:
+            for _ in range(6):
+                await wal.append(b"x")
+                await trio.sleep(0.002)
+
+    trio.run(main)
+    log = tmp_path / "log"
+    rows = times_of(cli, log)
+    third, fourth = rows[2][1], rows[3][1]
+    assert [lsn for lsn, _ in rows] == [1, 2, 3, 4, 5, 6]
+
+    def lsns(*options: object) -> list[int]:
+        assert cli("dump", log, *options) == 0, cli.err
+        return [json.loads(line)["lsn"] for line in cli.out.splitlines()]
+
+    assert lsns("--from", third) == [3, 4, 5, 6]
+    assert lsns("--to", third) == [1, 2, 3]
+    assert lsns("--from", third, "--to", fourth) == [3, 4]
+    assert lsns("--from", third, "--to", 4) == [3, 4]
+    assert lsns("--from", 2, "--to", third) == [2, 3]
+    assert lsns("--from", "2100-01-01T00:00+01:00") == []
+    assert lsns("--to", "2000-01-01T00:00:00Z") == []
+
+
+def test_dump_goes_on_where_it_was(cli: CommandLine, tmp_path: Path, log: Path) -> None:
+    state = tmp_path / "state"
+
+    def lsns(*options: object) -> list[int]:
+        assert cli("dump", log, "--state", state, *options) == 0, cli.err
+        return [json.loads(line)["lsn"] for line in cli.out.splitlines()]
+
+    assert lsns("--to", 2) == [1, 2]
+    assert state.read_text() == "2@0\n"
+    assert lsns("--to", 2) == []
+    assert lsns() == [3]
+    assert lsns() == []
+
+    async def main() -> None:
+        async with trio_wal.open_wal(log) as wal:
+            await wal.append(b"more")
+
+    trio.run(main)
+    assert lsns("--from", 1) == [4]
+
+    async def cut() -> None:
+        async with trio_wal.open_wal(log) as wal:
+            await wal.truncate_after(2)
+            await wal.append_many([b"a", b"b", b"c"])
+
+    trio.run(cut)
+    assert cli("dump", log, "--state", state) == 1
+    assert "4@0" in cli.err
+    state.write_text("nonsense")
+    assert cli("dump", log, "--state", state) == 3
+    assert "no state of a dump" in cli.err
+    assert state.read_text() == "nonsense"
+    assert sorted(one.name for one in tmp_path.iterdir() if "state" in one.name) == ["state"]
+
+
+def test_a_follower_that_is_killed_goes_on_where_it_was(tmp_path: Path, log: Path) -> None:
+    state = tmp_path / "state"
+    seen: list[int] = []
+    for number in range(3):
+        make_log(log, [b"%d" % number])
+        follower = start("dump", log, "--follow", "--state", state)
+        assert follower.stdout is not None
+        seen += [json.loads(follower.stdout.readline())["lsn"] for _ in range(1 if seen else 4)]
+        for _ in range(3000):
+            if state.exists() and state.read_text() == f"{seen[-1]}@0\n":
+                break
+            time.sleep(0.01)
+        follower.kill()
+        finish(follower)
+    assert seen == [1, 2, 3, 4, 5, 6]
 
 
 # -- repair ---------------------------------------------------------------------------------

@@ -172,8 +172,9 @@ class Repair:
             names = top.names()
         finally:
             top.close()
-        if META_NAME not in names and (LOG_NAME in names or STORE_NAME in names):
-            return self._database(f"{self._path}/{LOG_NAME}", exists=LOG_NAME in names)
+        log_path, exists = f"{self._path}/{LOG_NAME}", self._files.exists
+        if META_NAME not in names and (exists(log_path) or exists(self._store_path)):
+            return self._database(log_path, exists=exists(log_path))
         with self._owned(self._path, follow=True) as directory:
             found = survey(directory, self._tick)
             if found.meta.features & FEATURE_DATABASE:
@@ -269,6 +270,11 @@ class Repair:
             found = survey(directory, self._tick)
         except WrongDirectoryError:
             return None
+        if state is not None and not (found.has_meta or found.pieces):
+            # Nothing of the log says whose it is; the store does.
+            features = FEATURE_DATABASE
+            known = attrs.evolve(found.meta, log_uuid=state.log_uuid, features=features)
+            found = attrs.evolve(found, meta=attrs.evolve(known, consumers=True))
         salvage = decide(found, needed_lsn=1 if state is None else state.lsn + 1)
         whole_end = found.pieces[-1].last_lsn if found.pieces else found.meta.base_lsn - 1
         wrong: str | None = None

@@ -234,6 +234,13 @@ def threads(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def repair(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Damaged logs and databases repaired, and crashes in that."""
+    from .repair import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -341,5 +348,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "lines": lines,
     "threads": threads,
     "figures": figures,
+    "repair": repair,
 }
 """In the order in which they are asked."""

@@ -27,6 +27,8 @@ SHARES = {
     "interrupts": 1,
     "lines": 1,
     "threads": 1,
+    "figures": 1,
+    "repair": 1,
     "realerrors": 1,
 }
 """How the minutes are divided among the parts."""

@@ -57,6 +57,7 @@ READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
 REPLICATION: Final = "replication"
 THREADS: Final = "threads"
+REPAIR: Final = "repair"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 FIGURES: Final = "figures"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
@@ -112,6 +113,55 @@ MUTANTS: Final = (
         "what a full disk refused is written all the same", "_queue", ERRORS,
         "                item = waiting.entries.pop(task)",
         "                item = waiting.entries[task]",
+    ),
+    # -- repair --
+    mutant(
+        "copies of what a repair changes are not synced", "_disk/salvage", REPAIR,
+        "                    _copy(opened, copy, progress)\n                    copy.sync()\n",
+        "                    _copy(opened, copy, progress)\n",
+    ),
+    mutant(
+        "the segment in which a repaired log goes on is not synced", "_disk/repair", REPAIR,
+        "    active = _new_segment(directory, header, FIRST_CAPACITY)\n"
+        "    try:\n        active.sync()\n",
+        "    active = _new_segment(directory, header, FIRST_CAPACITY)\n"
+        "    try:\n        pass\n",
+    ),
+    mutant(
+        "no epoch begins where a repair has lost records", "_disk/salvage", REPAIR,
+        "        history = branch(meta.history, salvage.last_lsn, files.random_bytes(4))\n"
+        "        decided = attrs.evolve(decided, history=history)\n",
+        "        pass\n",
+    ),
+    mutant(
+        "padding is cleared where it stands", "_disk/salvage", REPAIR,
+        "    directory.rename(NEW_NAME, name)\n    directory.sync()\n",
+        "    directory.unlink(NEW_NAME)\n"
+        "    file = directory.open(name, writable=True)\n"
+        "    for offset, length in piece.padding:\n"
+        "        file.pwrite([bytes(length)], offset)\n"
+        "    file.sync()\n"
+        "    file.close()\n",
+    ),
+    mutant(
+        "what stands behind a gap is kept", "_disk/salvage", REPAIR,
+        "            if before is not None and before.leads_on:",
+        "            if before is not None:",
+    ),
+    mutant(
+        "a file that gets its name back takes another's", "_disk/salvage", REPAIR,
+        "            if place == name and other != name:", "            if False:",
+    ),
+    mutant(
+        "a repair does not ask how much the store has", "_repair", REPAIR,
+        "needed_lsn=1 if state is None else state.lsn + 1)", "needed_lsn=1)",
+    ),
+    mutant(
+        "files go before log.meta says so", "_disk/salvage", REPAIR,
+        "    _write_decision(files, directory, salvage)\n    stay",
+        "    stay",
+        "    directory.sync()\n\n\ndef _mend(",
+        "    directory.sync()\n    _write_decision(files, directory, salvage)\n\n\ndef _mend(",
     ),
     # -- checkpoints in a thread --
     mutant(

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import base64
 import codecs
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Final
 
+import attrs
 import msgspec
 from cyclopts import Parameter
 
@@ -22,6 +27,7 @@ from trio_wal._disk.chain import read_meta
 from trio_wal._disk.frame import FEATURE_DATABASE
 from trio_wal._engine import Record
 from trio_wal._exceptions import CorruptLogError, LogDivergedError
+from trio_wal._identity import Bookmark
 from trio_wal._reader import LogReader, open_reader
 from trio_wal._replicated import RemoteLog
 from trio_wal._stream import RecordStream
@@ -29,7 +35,7 @@ from trio_wal._text import plain_json
 from trio_wal._util import KiB, MiB
 
 from . import _servers
-from ._output import ExitCode, Json, Place, UsageError, complain, log_of, opened
+from ._output import CommandError, ExitCode, Json, Place, UsageError, complain, log_of, opened
 
 WRITE_BYTES: Final = 256 * KiB
 """Lines are written in pieces of about this size."""
@@ -37,6 +43,9 @@ LARGE_BYTES: Final = 1 * MiB
 """Bytes of a record, or a value, from which on it is encoded in slices."""
 SLICE_BYTES: Final = 48 * KiB
 """A multiple of 3, so that slices in base64 can stand one after the other."""
+
+STATE_SECONDS: Final = 0.2
+"""Between two times that a state is kept."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -46,10 +55,12 @@ async def dump(
     /,
     *,
     from_: Annotated[
-        int | None, Parameter(name="--from", help="First LSN; default: the oldest record.")
+        str | None,
+        Parameter(name="--from", help="First LSN, or time with its zone; default: the oldest."),
     ] = None,
     to: Annotated[
-        int | None, Parameter(help="Last LSN; default: the newest durable record.")
+        str | None,
+        Parameter(help="Last LSN, or time with its zone; default: the newest durable record."),
     ] = None,
     follow: Annotated[
         bool,
@@ -59,6 +70,13 @@ async def dump(
             help="Then wait for new records, until Ctrl-C or --to.",
         ),
     ] = False,
+    state: Annotated[
+        Path | None,
+        Parameter(
+            show_default=False,
+            help="A file that keeps how far this has come: another dump with it goes on there.",
+        ),
+    ] = None,
     json: Json = False,  # noqa: ARG001  (there is no other format)
 ) -> int:
     """Print durable records, one JSON object a line: lsn, timestamp, and text or base64.
@@ -66,25 +84,24 @@ async def dump(
     A record that is valid UTF-8 is given as "text", any other as "base64"; of a database
     in a directory the "operations" of each transaction. Reads only and takes no lock; the
     log may be written meanwhile. Exits with 1 if it meets damage, after all that is whole
-    before it, and if --from is beyond the end.
+    before it, and if --from is beyond the end. With --state a line may come twice where the
+    dump was killed, and none is missed; --from says where the first one begins.
 
-    Example: `trio-wal dump orders.wal --from 17 | jq .text`
+    Example: `trio-wal dump orders.wal --from 2026-11-29T12:00Z | jq .text`
     """
-    for name, lsn in (("--from", from_), ("--to", to)):
-        if lsn is not None and lsn < 1:
-            raise UsageError(f"{name} must be an LSN, 1 or more, not {lsn}")
-    if from_ is not None and to is not None and to < from_:
-        raise UsageError(f"--to {to} is before --from {from_}")
+    bounds = _bounds(from_, to)
+    keeper = None if state is None else _State(state)
     try:
         source, is_database = _source(place)
         async with open_reader(source) as reader:
-            if from_ is not None and not follow and from_ > reader.durable_lsn + 1:
-                return _beyond(reader, from_)
-            stop = None if to is None else to + 1
-            stream = reader.follow(from_) if follow else reader.read(from_, stop)
+            start = (keeper and keeper.bookmark) or bounds.first_lsn
+            if isinstance(start, int) and not follow and start > reader.durable_lsn + 1:
+                return _beyond(reader, start)
+            stop = None if bounds.last_lsn is None else bounds.last_lsn + 1
+            stream = reader.follow(start) if follow else reader.read(start, stop)
             async with stream as records:
                 pieces_of = partial(transaction_pieces, reader.path) if is_database else pieces
-                await _dump(records, to, pieces_of)
+                await _dump(records, bounds, pieces_of, keeper)
     except (CorruptLogError, LogDivergedError) as exc:
         complain(str(exc))
         return ExitCode.FINDINGS
@@ -110,13 +127,117 @@ def _beyond(reader: LogReader, lsn: int) -> int:
     return ExitCode.FINDINGS
 
 
+@attrs.frozen
+class _Bounds:
+    """What is wanted."""
+
+    first_lsn: int | None = None
+    last_lsn: int | None = None
+    first_time: datetime | None = None
+    last_time: datetime | None = None
+
+    def wants(self, record: Record) -> bool:
+        return not (
+            self.ends_before(record)
+            or (self.first_time is not None and record.timestamp < self.first_time)
+        )
+
+    def ends_before(self, record: Record) -> bool:
+        """Whether it is behind the end.  Times never decrease along a log."""
+        return (self.last_lsn is not None and record.lsn > self.last_lsn) or (
+            self.last_time is not None and record.timestamp > self.last_time
+        )
+
+    def ends_with(self, record: Record) -> bool:
+        return self.ends_before(record) or record.lsn == self.last_lsn
+
+
+def _bounds(from_: str | None, to: str | None) -> _Bounds:
+    """Raises `UsageError`."""
+    first, last = _bound("--from", from_), _bound("--to", to)
+    if first is not None and last is not None and type(first) is type(last) and last < first:  # type: ignore[operator]
+        raise UsageError(f"--to {to} is before --from {from_}")
+    return _Bounds(
+        first if isinstance(first, int) else None,
+        last if isinstance(last, int) else None,
+        first if isinstance(first, datetime) else None,
+        last if isinstance(last, datetime) else None,
+    )
+
+
+def _bound(name: str, text: str | None) -> int | datetime | None:
+    if text is None:
+        return None
+    if re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+        if int(text) < 1:
+            raise UsageError(f"{name} must be an LSN, 1 or more, not {text}")
+        return int(text)
+    try:
+        time = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
+    except ValueError as exc:
+        raise UsageError(
+            f"{name} must be an LSN or a time such as 2026-11-29T12:00:00Z, not {text!r}"
+        ) from exc
+    if time.tzinfo is None:
+        raise UsageError(f"{name} must say its zone, as 2026-11-29T12:00:00Z does, not {text!r}")
+    return time
+
+
+class _State:
+    """How far a dump has come, in a file of its own; replaced, never changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved = 0.0
+        self.bookmark: Bookmark | None = None
+        try:
+            text = path.read_text("ascii").strip()
+        except FileNotFoundError:
+            return
+        except UnicodeDecodeError:
+            text = ""
+        try:
+            self.bookmark = Bookmark.parse(text)
+        except ValueError as exc:
+            raise CommandError(
+                f"{path}: this is no state of a dump; name another file, or remove it"
+            ) from exc
+
+    def reached(self, bookmark: Bookmark) -> None:
+        """All up to there was written out; now and then it is kept."""
+        self.bookmark = bookmark
+        if monotonic() - self._saved >= STATE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        if self.bookmark is None:
+            return
+        temporary = self._path.with_name(f"{self._path.name}.tmp")
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(f"{self.bookmark}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+        self._saved = monotonic()
+
+
 async def _dump(
-    records: RecordStream, to: int | None, pieces_of: Callable[[Record], Iterable[bytes]]
+    records: RecordStream,
+    bounds: _Bounds,
+    pieces_of: Callable[[Record], Iterable[bytes]],
+    state: _State | None,
 ) -> None:
-    async for batch in records.batches(None):
-        _dump_batch([record for record in batch if to is None or record.lsn <= to], pieces_of)
-        if to is not None and batch[-1].lsn >= to:
-            break
+    try:
+        async for batch in records.batches(None):
+            _dump_batch(list(filter(bounds.wants, batch)), pieces_of)
+            passed = [record for record in batch if not bounds.ends_before(record)]
+            if state is not None and passed:
+                state.reached(Bookmark(passed[-1].lsn, records.bookmark.epoch))
+            if bounds.ends_with(batch[-1]):
+                break
+    finally:
+        if state is not None:
+            state.save()
 
 
 def _dump_batch(batch: Sequence[Record], pieces_of: Callable[[Record], Iterable[bytes]]) -> None:

@@ -8,8 +8,8 @@ What stays is a run of segments, each of which leads to the next one, and the la
 its first damage; LSNs have no gaps, so a log cannot go on behind a hole.  In order:
 
   copies of every file that is changed or dropped, durable        the log is as damaged as before
-  what no record depends on is mended in place: padding,          the same, or less
-  footers, the name of a file
+  what no record depends on is mended: padding, in a copy of      the same, or less
+  the file, footers, the name of a file
   a new, empty segment, under a temporary name                    the same
   ``log.meta`` says where the log begins, where it is cut, and    the log is repaired; the files
   that a new epoch begins there                                   that it no longer has are there
@@ -42,9 +42,16 @@ from .chain import (
     list_unborn,
 )
 from .finding import Finding
-from .frame import FEATURE_DATABASE, FRAME_HEADER_SIZE, Meta, SegmentHeader
+from .frame import (
+    FEATURE_DATABASE,
+    FRAME_HEADER_SIZE,
+    Meta,
+    SegmentHeader,
+    segment_name,
+    segment_name_lsn,
+)
 from .repair import begin_segment, seal_at, write_meta
-from .segment import Extent
+from .segment import NEW_NAME, Extent
 from .verify import CarefulFile, check_places, find_meta, guess_meta
 from .walk import Walk, begun_lsn, check_last, check_segment
 
@@ -222,9 +229,12 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
         progress(total, total)
     lost = [finding for finding in findings if not finding.harmless]
     ends = [finding.last_lsn or finding.first_lsn or 0 for finding in lost]
-    told = 0 if meta.copied else directory.published().told_lsn(meta.epoch)
+    word = directory.published()
+    told = 0 if meta.copied or found is None else word.told_lsn(meta.epoch)
     known = max([meta.base_lsn - 1, begun_lsn(meta), told, *ends, *(p.last_lsn for p in pieces)])
-    open_ended = any(f.first_lsn is not None and f.last_lsn is None for f in lost)
+    # In a history that is forgotten the word may be of what was cut off since.
+    open_ended = found is None and word.durable_lsn > known
+    open_ended |= any(f.first_lsn is not None and f.last_lsn is None for f in lost)
     return Survey(meta, found is not None, tuple(findings), tuple(pieces), known, open_ended)
 
 
@@ -315,10 +325,12 @@ def _sound_part(
             start = frame.offset + FRAME_HEADER_SIZE + frame.stored_length
             padding.append((start, frame.end - start))
             walk.pass_over(walk.reason)
+    # What follows is chained to the last frame of all, which may be a CLOSE.
+    sound = walk.extent() if leads_on and follows else _up_to_records(walk)
     only_padding = all(finding.reason.startswith(PADDING) for finding in wrong)
     return Piece(
         segment,
-        _up_to_records(walk),
+        sound,
         leads_on=leads_on and follows,
         is_end=until.is_last and only_padding,
         padding=tuple(padding),
@@ -452,28 +464,62 @@ def carry_out(files: Files, directory: Directory, salvage: Salvage) -> None:
 
 def _mend(directory: Directory, salvage: Salvage) -> None:
     """What no record depends on."""
-    for piece in salvage.kept:
-        if _is_renamed(piece):
-            directory.rename(piece.segment.file_name, piece.segment.header.name)
-    directory.sync()
+    _rename(directory, salvage.kept)
     for piece in salvage.kept:
         if piece.padding:
-            file = directory.open(piece.segment.header.name, writable=True)
-            try:
-                for offset, length in piece.padding:
-                    file.pwrite([bytes(length)], offset)
-                file.sync()
-            finally:
-                file.close()
+            _clear_padding(directory, piece)
         if not piece.footer and piece is not salvage.kept[-1]:
             seal_at(directory, piece.sound)
+
+
+def _clear_padding(directory: Directory, piece: Piece) -> None:
+    """In a copy that takes the segment's place: its frames stand in the same sectors, and a write
+    that a crash tears could take them along."""
+    name = piece.segment.header.name
+    if NEW_NAME in directory.names():
+        directory.unlink(NEW_NAME)
+    old = directory.open(name)
+    try:
+        new = directory.open(NEW_NAME, create=True)
+        try:
+            _copy(old, new, None)
+            for offset, length in piece.padding:
+                new.pwrite([bytes(length)], offset)
+            new.sync()
+        finally:
+            new.close()
+    finally:
+        close_quietly(old)
+    directory.rename(NEW_NAME, name)
+    directory.sync()
+
+
+def _rename(directory: Directory, kept: Sequence[Piece]) -> None:
+    """Each file gets its name; who stands under it meanwhile is found by `survey` all the same,
+    under another segment's."""
+    names = {piece.segment.header.name: piece.segment.file_name for piece in kept}
+    for name in [piece.segment.header.name for piece in kept if _is_renamed(piece)]:
+        for other, place in names.items():
+            if place == name and other != name:
+                names[other] = _free_name(directory)
+                directory.rename(name, names[other])
+        directory.rename(names[name], name)
+        names[name] = name
+    directory.sync()
+
+
+def _free_name(directory: Directory) -> str:
+    """A segment's, that none has."""
+    taken = [lsn for lsn in map(segment_name_lsn, directory.names()) if lsn is not None]
+    return segment_name(max(taken, default=0) + 1)
 
 
 def _write_decision(files: Files, directory: Directory, salvage: Salvage) -> None:
     meta, kept = salvage.survey.meta, salvage.kept
     first_number = kept[0].segment.number if kept else _free_number(salvage)
     decided = attrs.evolve(meta, base_number=first_number, base_lsn=salvage.first_lsn, live=True)
-    if salvage.cuts or not salvage.survey.has_meta:
+    survey = salvage.survey
+    if salvage.cuts or not survey.has_meta or survey.known_lsn > salvage.last_lsn:
         history = branch(meta.history, salvage.last_lsn, files.random_bytes(4))
         decided = attrs.evolve(decided, history=history)
     if not salvage.cuts:
