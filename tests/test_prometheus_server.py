@@ -31,6 +31,7 @@ from trio.testing import wait_all_tasks_blocked
 import trio_wal
 from trio_wal import LogFailedError, LogFullError, _sampling
 from trio_wal._metrics import Kind, metrics
+from trio_wal._replicated import ReplicatedOptions
 from trio_wal.testing import MemoryFiles
 
 pytest.importorskip("prometheus_client")
@@ -99,9 +100,10 @@ class Program:
     async def _well(self) -> None:
         """A database at work, with all that a dashboard shows."""
         enter = self._stack.enter_async_context
+        db = await enter(trio_wal.open_database(self._path / "well"))
         files = MemoryFiles()
-        db = await enter(trio_wal.open_database("/well", files=files))
-        reader = await enter(trio_wal.open_database_reader("/well", files=files))
+        await (await enter(trio_wal.open_database("/read", files=files))).put(b"key", b"value")
+        reader = await enter(trio_wal.open_database_reader("/read", files=files))
         writer, consumer = await enter(db.writer("w")), await enter(db.consumer("c"))
         self.collector.add(db, name="well")
         self.collector.add(reader, name="reader")
@@ -170,8 +172,9 @@ class Program:
         vars(servers)["description"] = lambda: attrs.evolve(now, last=servers.last)
         wal = await self._stack.enter_async_context(open_wal_on_cas(servers))
         self.collector.add(wal, name="two of three")
-        silent = CasServers(seed=3)
-        wal = await self._stack.enter_async_context(open_wal_on_cas(silent))
+        silent, patient = CasServers(seed=3), ReplicatedOptions(unavailable_after=3600.0)
+        manager = open_wal_on_cas(silent, replication=patient)
+        wal = await self._stack.enter_async_context(manager)
         self.collector.add(wal, name="unsettled")
         silent.hold()
         self._stack.callback(silent.release)
