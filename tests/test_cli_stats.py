@@ -75,7 +75,7 @@ def test_stats_of_a_log(cli: CommandLine, log: Path) -> None:
     for name in ("records_per_second", "bytes_per_second", "checkpoint_lsn", "replicas"):
         assert found[name] is None
     assert cli("stats", log) == 0
-    assert str(log) in cli.out
+    assert f"path             {log}\n" in cli.out
     assert "durable LSN      40\n" in cli.out
     assert "consumer mailer  30 records" in cli.out
 
@@ -195,6 +195,7 @@ def test_a_terminal_is_redrawn_until_ctrl_c(log: Path) -> None:
     code, _, err = finish(process)
     assert (code, err) == (130, b"")
     assert b"durable LSN" in shown
+    assert b"consumer mailer" in shown
 
 
 def test_damage_is_a_finding(cli: CommandLine, log: Path) -> None:

@@ -45,7 +45,6 @@ from ._output import (
     count,
     is_database,
     log_of,
-    new_table,
     say,
     show,
     write_json,
@@ -292,6 +291,7 @@ def _rows(sample: Sample) -> list[tuple[str, str]]:
         return "" if value is None else f" ({text(value)} per second)"
 
     rows = [
+        ("path", printable(sample.path)),
         ("log", f"{sample.uuid}, epoch {sample.epoch:x}"),
         (
             "durable LSN",
@@ -315,7 +315,10 @@ def _rows(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _table(sample: Sample) -> Table:
-    table = new_table("", printable(sample.path), plain=True)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True)
+    # What does not fit is folded: the names of the figures stay whole.
+    table.add_column(overflow="fold")
     for name, text in _rows(sample):
         table.add_row(printable(name), text)
     return table
