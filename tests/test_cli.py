@@ -1249,6 +1249,36 @@ def test_a_follower_that_is_killed_goes_on_where_it_was(tmp_path: Path, log: Pat
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+# -- completion -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command(cli: CommandLine, shell: str, tmp_path: Path) -> None:
+    assert cli("completion", shell) == 0
+    script = cli.out
+    for name in ("append", "dump", "repair", "backup", "consumers", "accept-loss"):
+        assert name in script
+    if shutil.which(shell) is None:
+        return
+    path = tmp_path / "script"
+    path.write_text(script)
+    done = subprocess.run([shell, "-n", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_a_command(cli: CommandLine, tmp_path: Path) -> None:
+    assert cli("completion", "bash") == 0
+    ask = "COMP_WORDS=(trio-wal rep); COMP_CWORD=1; _trio_wal; echo ${COMPREPLY[@]}"
+    (tmp_path / "script").write_text(f"{cli.out}\n{ask}\n")
+    done = subprocess.run(["bash", tmp_path / "script"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["repair"]
+
+
+def test_completion_of_another_shell(cli: CommandLine) -> None:
+    assert cli("completion", "csh") == 2
+
+
 # -- repair ---------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from trio_wal._exceptions import WalError, WrongDirectoryError
 from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
 from .backup import backup
+from .completion import completion_of
 from .consumers import consumers
 from .demo import demo
 from .dump import dump
@@ -45,6 +46,7 @@ app = App(
 for _command in (demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup):
     app.command(_command)
 app.command(nats_app)
+app.command(completion_of(app))
 
 
 def run(arguments: Sequence[str]) -> int:
