@@ -145,7 +145,7 @@ def tests(session: nox.Session) -> None:
     """The tests, on each installed Python: `nox -s tests -- [PYTEST ARGUMENTS]`."""
     if MISSING:
         session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
-    session.install(".[cli,zstd]", *_group("test"))
+    session.install(".[cli,zstd,prometheus,otel]", *_group("test"))
     with session.chdir("tests"):
         session.run("python", "-c", INSTALLED, str(session.python), log=False)
         # A path is given as it is seen from the project's folder.
@@ -236,7 +236,7 @@ FLAKE8_ASYNC_DISABLED = {
 def typing(session: nox.Session) -> None:
     """mypy --strict for three platforms, pyright, how complete the public types are, and what
     a user's programs are told."""
-    session.install(".[cli,zstd,nats,s3]", *_group("typing"))
+    session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("typing"))
     for platform in ("linux", "darwin", "win32"):
         session.run("mypy", "--strict", "--platform", platform, *session.posargs)
     session.run("pyright")
@@ -257,7 +257,7 @@ def typing_compat(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors, and the news of the next release."""
-    session.install(".[cli,zstd,nats,s3]", *_group("docs"))
+    session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("docs"))
     shutil.rmtree("docs/_build", ignore_errors=True)
     session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
@@ -335,7 +335,8 @@ import importlib.util
 import trio
 import trio_wal
 
-for extra in ("cyclopts", "rich", "zstandard", "nats", "obstore"):
+EXTRAS = "cyclopts rich zstandard nats prometheus_client opentelemetry obstore"
+for extra in EXTRAS.split():
     assert importlib.util.find_spec(extra) is None, extra + " is here without its extra"
 assert (importlib.resources.files(trio_wal) / "py.typed").is_file()
 

@@ -44,7 +44,7 @@ from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 append_module = sys.modules["trio_wal._cli.append"]
-READING = ("dump", "inspect", "verify")
+READING = ("dump", "inspect", "stats", "verify")
 PAYLOAD = bytes(1000)
 on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and terminals")
 
@@ -947,7 +947,7 @@ def test_no_command_shows_the_commands_and_is_wrong_usage(cli: CommandLine) -> N
         assert f" {command} " in cli.err
 
 
-@pytest.mark.parametrize("command", ["append", "demo", "dump", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["append", "demo", "dump", "inspect", "stats", "verify"])
 def test_every_command_has_help_and_json(cli: CommandLine, command: str) -> None:
     assert cli(command, "--help") == 0
     assert f"trio-wal {command}" in cli.out

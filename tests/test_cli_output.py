@@ -27,7 +27,7 @@ append_module = sys.modules["trio_wal._cli.append"]
 dump_module = sys.modules["trio_wal._cli.dump"]
 on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX streams")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, /dev/full")
-COMMANDS = ("verify", "inspect", "dump", "append", "repair", "consumers")
+COMMANDS = ("verify", "inspect", "stats", "dump", "append", "repair", "consumers")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import re
@@ -164,6 +165,9 @@ async def test_writers_that_wait_for_long_are_told_of_once(
                     found[0][1] == f"writers wait for room in the queue, {told_tasks} at the moment"
                 )
                 assert found[1][2]["seconds"] > 1
+                # Three tasks and a queue of one: most of 30 appends have waited.
+                assert 10 <= found[1][2]["waits"] <= 30
+                assert found[1][1].endswith(f"seconds and {found[1][2]['waits']} waits")
 
 
 async def test_a_failure_is_one_error(files: MemoryFiles, caplog: pytest.LogCaptureFixture) -> None:
@@ -289,6 +293,34 @@ def test_a_name_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert record.getMessage() == r"/log\x0a2026-01-01 ERROR forged\x1b[2J: text\x0amore"
     assert record.trio_wal == {"event": "test", "path": path}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("which", ["standard library", "structlog"])
+async def test_the_recipes_of_the_documentation_give_json(
+    files: MemoryFiles, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parent.parent / "docs" / "logging.md"
+    if not page.exists():
+        pytest.skip("the pages are not here: this is not the source tree")
+    if which == "structlog":
+        pytest.importorskip("structlog")
+    recipes = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    (recipe,) = [text for text in recipes if ("structlog" in text) == (which == "structlog")]
+    logger = logging.getLogger("trio_wal")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    namespace: dict[str, Any] = {}
+    exec(recipe, namespace)
+    output = io.StringIO()
+    namespace["handler"].setStream(output)
+    async with open_memory(files) as wal:
+        await wal.append(b"record")
+    opened, closed = map(json.loads, output.getvalue().splitlines())
+    assert (opened["event"], opened["level"], opened["path"]) == ("opened", "info", LOG)
+    assert (closed["event"], closed["last_lsn"]) == ("closed", 1)
+    assert closed["timestamp"].startswith("20")
+    (shown,) = re.findall(r"```json\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    assert set(json.loads(shown)) == set(opened)
 
 
 def test_the_documentation_has_every_event() -> None:

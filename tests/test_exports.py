@@ -29,6 +29,8 @@ PUBLIC = {
     if not name.startswith("_") and not inspect.ismodule(value)
 }
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+EXTRAS = {"testing", "nats", "otel", "prometheus"}
+"""Modules that are there once somebody has used them."""
 ALIASES = {"Durability", "SyncIn", "VerifyStore"}
 """Types that are no classes."""
 MADE_BY_OPENING = (
@@ -89,8 +91,7 @@ def fields_with_docstrings(cls: type) -> set[str]:
 
 
 def test_the_namespace_holds_only_what_is_meant_for_users() -> None:
-    # `nats` is there once somebody has used it.
-    assert {name for name in MODULES if not name.startswith("_")} - {"testing", "nats"} == set()
+    assert {name for name in MODULES if not name.startswith("_")} - EXTRAS == set()
     strangers = {
         name
         for name, value in PUBLIC.items()

@@ -33,6 +33,7 @@ ORDER: dict[int, list[str]] = {
         "_places",
         "_base",
         "_statistics",
+        "_health",
         "_pace",
         "_engine",
         "_caslog",
@@ -146,6 +147,10 @@ ORDER: dict[int, list[str]] = {
     ],
     # Edges: they compose.
     4: [
+        "_metrics",
+        "_sampling",
+        "prometheus",
+        "otel",
         "_repair",
         "__init__",
         "testing",
@@ -188,7 +193,10 @@ OS_ALLOWED = {
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
-EXTRAS = {"cyclopts", "rich", "zstandard", "lmdb", "nats", "obstore", "asyncio"}
+EXTRAS = {
+    *("cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio", "prometheus_client"),
+    *("opentelemetry", "obstore", "trio_wal._metrics"),
+}
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}
 
@@ -483,6 +491,8 @@ def test_the_extras_are_known_at_the_edges_only() -> None:
         assert {source.name for source in SOURCES if imported(source, module)} == {"_cli"}
     assert {source.name for source in SOURCES if imported(source, "zstandard")} == {"_codec"}
     assert {source.name for source in SOURCES if imported(source, "nats")} == {"_natscas", "nats"}
+    for module, edge in (("prometheus_client", "prometheus"), ("opentelemetry", "otel")):
+        assert {source.name for source in SOURCES if imported(source, module)} == {edge}
 
 
 def test_only_the_command_line_prints() -> None:

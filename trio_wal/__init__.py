@@ -11,11 +11,10 @@ from . import _exports
 from ._archive import Archive as Archive, DirectoryArchive as DirectoryArchive
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._consumer import Consumer as Consumer
-from ._database import Database as Database, DatabaseStatistics as DatabaseStatistics
+from ._database import Database as Database
 from ._database_consumer import DatabaseConsumer as DatabaseConsumer
 from ._database_reader import (
     DatabaseReader as DatabaseReader,
-    DatabaseReaderStatistics as DatabaseReaderStatistics,
     open_database_reader as open_database_reader,
 )
 from ._database_writer import DatabaseWriter as DatabaseWriter
@@ -42,6 +41,7 @@ from ._exceptions import (
 )
 from ._files import Files as Files
 from ._flusher import Durability as Durability
+from ._health import Health as Health, HealthReason as HealthReason
 from ._identity import Bookmark as Bookmark
 from ._local import SyncIn as SyncIn
 from ._objects import ObjectArchive as ObjectArchive
@@ -54,7 +54,7 @@ from ._operations import Operation as Operation
 from ._pairs import PairStream as PairStream
 from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._repair import Damage as Damage, RepairReport as RepairReport, repair as repair
-from ._replica import Replica as Replica, ReplicaStatistics as ReplicaStatistics
+from ._replica import Replica as Replica
 from ._replicated import RemoteLog as RemoteLog
 from ._restore import RestoreReport as RestoreReport, restore as restore
 from ._retention import (
@@ -67,6 +67,9 @@ from ._retention import (
 from ._snapshot import Snapshot as Snapshot
 from ._statistics import (
     ConsumerStatistics as ConsumerStatistics,
+    DatabaseReaderStatistics as DatabaseReaderStatistics,
+    DatabaseStatistics as DatabaseStatistics,
+    ReplicaStatistics as ReplicaStatistics,
     WalStatistics as WalStatistics,
     WriterStatistics as WriterStatistics,
 )
@@ -82,7 +85,7 @@ _exports.say_public(__name__, globals())
 
 
 def __getattr__(name: str) -> object:
-    """`trio_wal.nats` is loaded when it is used: it takes what the log alone has no need of."""
-    if name == "nats":
-        return _import_module("trio_wal.nats")
+    """What needs an extra is loaded when it is used: the log alone has no need of it."""
+    if name in ("nats", "otel", "prometheus"):
+        return _import_module(f"trio_wal.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

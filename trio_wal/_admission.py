@@ -25,6 +25,7 @@ import trio
 from trio.lowlevel import Abort, Task
 
 from ._batch import Batch, Item, Job, Share, bytes_of, count_of
+from ._health import CROWDED
 from ._park import request
 from ._statistics import Times
 from ._text import printable
@@ -407,6 +408,10 @@ class Admission:
     def is_full(self, records: int) -> bool:
         """Whether the bound keeps back others, where so many records wait."""
         return records >= FULL * self._normal_size
+
+    def is_crowded(self, records: int, size: int) -> bool:
+        """Whether so many records, or payload bytes, are nine tenths of what may wait."""
+        return records >= CROWDED * self.max_queue_size or size >= CROWDED * self.max_queue_bytes
 
     def full_of_batches(self) -> bool:
         """Whether the channel takes only the batch that is filling: it is full of batches that

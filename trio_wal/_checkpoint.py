@@ -21,6 +21,7 @@ from ._base import MapFull, Store, StoreState
 from ._engine import Forked
 from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
+from ._health import HealthReason, checkpoints_behind, checkpoints_failing, store_stuck
 from ._layer import Layer
 from ._mvcc import LogStatus, Versions
 from ._store import taking_turns
@@ -95,6 +96,8 @@ class Checkpointer:
         """Called when the store holds more; what then lets go of the log does so at once."""
         self._failing_since: float | None = None
         """In trio's time; None: the last one passed."""
+        self._failure: Exception | None = None
+        """Why the last one did not."""
 
     @enable_ki_protection
     async def run(self) -> None:
@@ -126,6 +129,19 @@ class Checkpointer:
             # The log may be broken too: who waits for room must hear of it.
             self._room.tell()
             await trio.sleep(RETRY_SECONDS)
+
+    def reasons(self) -> tuple[HealthReason | None, ...]:
+        """Why checkpoints do not fare well."""
+        since, versions = self._failing_since, self._versions
+        if versions.closed:
+            return ()
+        return (
+            checkpoints_failing(
+                None if since is None else trio.current_time() - since, self._failure
+            ),
+            store_stuck(self._room.stuck is not None and bool(versions.readers.pins)),
+            checkpoints_behind(versions.behind(), self._room.waiting),
+        )
 
     def start(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
         """Begin to checkpoint by itself, in a task."""
@@ -189,7 +205,7 @@ class Checkpointer:
         self.count += 1
         self.seconds_last = seconds
         passes_again = self._failing_since is not None
-        self._failing_since = self._room.failing = None
+        self._failing_since = self._failure = self._room.failing = None
         tell(
             logging.INFO if passes_again else logging.DEBUG,
             "checkpoint",
@@ -219,6 +235,7 @@ class Checkpointer:
     def _failed(self, frozen: Layer, exc: OSError | CorruptLogError) -> None:
         """It may pass at the next try; but nobody shall wait for that for ever."""
         now = trio.current_time()
+        self._failure = exc
         if self._failing_since is None:
             self._failing_since = now
         seconds = now - self._failing_since

@@ -16,7 +16,6 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar, cast, final, overload
 
-import attrs
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
@@ -29,6 +28,7 @@ from ._database_writer import DatabaseWriter, open_database_writer
 from ._engine import RecoveryReport
 from ._exceptions import LogDivergedError
 from ._exports import NoPublicConstructor, constructor
+from ._health import Health, judge
 from ._identity import Bookmark
 from ._operations import (
     KEY_BYTES_MAX,
@@ -41,7 +41,7 @@ from ._operations import (
 from ._pairs import PairStream
 from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._statistics import ConsumerStatistics, WalStatistics
+from ._statistics import DatabaseStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
 from ._util import check_bytes, check_int, check_path
@@ -57,40 +57,6 @@ if TYPE_CHECKING:
 
 D = TypeVar("D")
 T = TypeVar("T")
-
-
-@final
-@attrs.frozen(kw_only=True)
-class DatabaseStatistics:
-    """A look at the database at one moment; what `Database.statistics` returns."""
-
-    wal: WalStatistics
-    """Of the log in front."""
-    consumers: Mapping[str, ConsumerStatistics]
-    """All that there are, by name, in use or not; also in ``wal``."""
-    transactions: int
-    """Transactions with writes that became durable in this session."""
-    conflicts: int
-    """Commits refused with `TransactionConflict`."""
-    pending: int
-    """Commits on their way to the disk."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    memtable_bytes: int
-    """Their memory, estimated."""
-    tasks_waiting_checkpoint: int
-    """Tasks that wait to begin a transaction because checkpoints have fallen behind."""
-    open_readers: int
-    """Snapshots and transactions that hold a view."""
-    checkpoint_lsn: int
-    """Up to here the store holds everything."""
-    checkpoints: int
-    """Checkpoints of this session."""
-    checkpoint_seconds_last: float
-    """How long the last one wrote."""
-    store_keys: int
-    store_bytes: int
-    """Size of the store's file."""
 
 
 @final
@@ -601,6 +567,14 @@ class Database(metaclass=NoPublicConstructor):
             store_keys=store_keys,
             store_bytes=store_bytes,
         )
+
+    def health(self) -> Health:
+        """How log and store fare, in one word and with reasons; cheap, no checkpoint.
+
+        It may be asked after the database was closed, or its log has failed.
+        """
+        core = self._core
+        return judge((*core.log.reasons(), *core.checkpointer.reasons()))
 
     async def aclose(self) -> None:
         """Make every commit durable, close log and store; idempotent.

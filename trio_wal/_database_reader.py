@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TypeVar, final, overload
 
-import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
@@ -24,13 +23,14 @@ from ._exceptions import WrongDirectoryError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Directory, Files
 from ._follower import Follower
+from ._health import Health, closed, judge, not_following
 from ._identity import Bookmark
 from ._operations import check_key, check_range
 from ._pairs import PairStream
 from ._park import end_forked, require_trio
 from ._reader import WatchSource
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._statistics import ConsumerStatistics
+from ._statistics import DatabaseReaderStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._system.files import OsFiles
@@ -39,29 +39,6 @@ from ._util import check_bool, check_int, check_path
 from ._worker import Blocking
 
 D = TypeVar("D")
-
-
-@final
-@attrs.frozen(kw_only=True)
-class DatabaseReaderStatistics:
-    """A look at a reader at one moment; what `DatabaseReader.statistics` returns."""
-
-    durable_lsn: int
-    """The newest transaction that is seen here."""
-    checkpoint_lsn: int
-    """Up to here the store that is read has everything."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    memtable_bytes: int
-    """Their memory, estimated."""
-    open_readers: int
-    """Snapshots and streams that hold a view."""
-    store_bytes: int
-    """Size of the store's file."""
-    consumers: Mapping[str, ConsumerStatistics]
-    """All that the database has, by name."""
-    following: bool
-    """False: something was found that cannot be read, which every call tells."""
 
 
 @final
@@ -134,6 +111,15 @@ class DatabaseReader(metaclass=NoPublicConstructor):
             consumers=follower.consumers(),
             following=follower.failure is None,
         )
+
+    def health(self) -> Health:
+        """Whether the reader follows, and if not, why; cheap, no checkpoint.
+
+        It may be asked after the reader was closed.
+        """
+        state = "closed" if self._closed else "open"
+        failure = self._follower.failure
+        return judge((closed("the reader", state), not_following("the reader", failure)))
 
     # -- reading --
 

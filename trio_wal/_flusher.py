@@ -92,6 +92,8 @@ class Flusher:
         self._pressed = False
         """Whether writers waited for room when the last batch was taken."""
         self._pressed_since = 0.0
+        self._pressure_waits = 0
+        """How often a task had waited for room before that."""
         self._pressure_told = False
 
     # -- waiting for durability --
@@ -175,6 +177,7 @@ class Flusher:
             else:
                 return True
             self._at_once = False
+            self._queue.crowded_since = None
             if self._sync_due is None:
                 return await self._receive()
             received = False
@@ -224,12 +227,15 @@ class Flusher:
         if not blocked:
             if self._pressure_told:
                 seconds = now - self._pressed_since
+                waits = queue.waits.count - self._pressure_waits
                 text = f"no writer waits for room any more, after {seconds:.1f} seconds"
+                text += f" and {waits} waits"
                 path = self._engine.name
-                tell(logging.INFO, "backpressure_ended", path, text, seconds=seconds)
+                tell(logging.INFO, "backpressure_ended", path, text, seconds=seconds, waits=waits)
             self._pressed = self._pressure_told = False
         elif not self._pressed:
             self._pressed, self._pressed_since = True, now
+            self._pressure_waits = queue.waits.count
         elif not self._pressure_told and now - self._pressed_since >= PRESSURE_SECONDS:
             self._pressure_told = True
             tell(

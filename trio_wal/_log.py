@@ -23,6 +23,7 @@ from ._engine import RECORD_OVERHEAD, Cursor, Engine, Forked, Reader, Tail
 from ._events import tell
 from ._exceptions import LogFailedError
 from ._flusher import Durability, Flusher
+from ._health import HealthReason, log_reasons
 from ._identity import Bookmark
 from ._lines import Lines
 from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
@@ -282,6 +283,11 @@ class Log:
             **_replicated(engine.replication),
             **_archived(engine.archive),
         )
+
+    def reasons(self) -> tuple[HealthReason | None, ...]:
+        """Why it does not fare well."""
+        crowded = self._queue.crowded_seconds()
+        return log_reasons(self.statistics(), self.status.failure, crowded)
 
     # -- writing --
 

@@ -140,6 +140,8 @@ class WriteQueue:
             self.line,
         )
         self._auto: Final = auto
+        self.crowded_since: float | None = None
+        """In trio's time; the flusher forgets it when nothing waits."""
         self.counters: Counters = Counters()
         send, queued = trio.open_memory_channel[None](max_queue_size)
         self._send = send
@@ -189,11 +191,24 @@ class WriteQueue:
         """Tasks whose accepted entries wait to be taken."""
         return sum(len(b.entries) - b.unwaited for b in (*self._sealed, self.filling))
 
-    def note_peaks(self) -> None:
-        """The queue only grows between two takes or withdrawals: looking then is exact."""
+    def note_peaks(self) -> tuple[int, int]:
+        """The queue only grows between two takes or withdrawals: looking then is exact.  Gives
+        how many records wait, and how many bytes."""
         counters = self.counters
-        counters.peak_records_waiting = max(counters.peak_records_waiting, self.records_waiting)
-        counters.peak_bytes_waiting = max(counters.peak_bytes_waiting, self.bytes_waiting)
+        records, size = self.records_waiting, self.bytes_waiting
+        counters.peak_records_waiting = max(counters.peak_records_waiting, records)
+        counters.peak_bytes_waiting = max(counters.peak_bytes_waiting, size)
+        return records, size
+
+    def crowded_seconds(self) -> float:
+        """For how long the queue has been crowded, as far as that was seen: whenever a batch was
+        taken, and whenever this was called.  0 where it is not."""
+        if not self._admission.is_crowded(self.records_waiting, self.bytes_waiting):
+            return 0.0
+        now = trio.current_time()
+        if self.crowded_since is None:
+            self.crowded_since = now
+        return now - self.crowded_since
 
     # -- lines --
 
@@ -702,9 +717,12 @@ class WriteQueue:
         Args:
           at_once: whether it was there when the one before it was done.
         """
-        self.note_peaks()
-        waiting = self.records_waiting
+        waiting, size = self.note_peaks()
         full = self._admission.is_full(waiting)
+        if not self._admission.is_crowded(waiting, size):
+            self.crowded_since = None
+        elif self.crowded_since is None:
+            self.crowded_since = trio.current_time()
         if self._sealed:
             batch = self._sealed.popleft()
             self._admission.release(batch)

@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Final, NoReturn, TypeVar, final, overload
 
-import attrs
 import trio
 from trio.lowlevel import Task, enable_ki_protection
 
@@ -25,6 +24,7 @@ from ._engine import Forked
 from ._exceptions import CorruptLogError, LogDivergedError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
+from ._health import Health, behind, closed, judge, not_following, silent
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._mvcc import Versions
 from ._operations import check_key, check_range
@@ -35,6 +35,7 @@ from ._replay import replay_live
 from ._replicated import open_remote_source
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._state import State, Status
+from ._statistics import ReplicaStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._streamlog import StreamSource
@@ -45,27 +46,6 @@ D = TypeVar("D")
 
 RETRY_SECONDS: Final = 1.0
 """After servers gave no answer."""
-
-
-@final
-@attrs.frozen(kw_only=True)
-class ReplicaStatistics:
-    """A look at a replica at one moment; what `Replica.statistics` returns."""
-
-    lsn: int
-    """The newest transaction that it shows."""
-    known_lsn: int
-    """The newest one that the log is known to have."""
-    lag_seconds: float
-    """For how long it has been behind that; 0 where it is not."""
-    transactions: int
-    """Those that it has applied in this session."""
-    checkpoint_lsn: int
-    """Up to here its store holds everything."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    open_readers: int
-    """Snapshots that hold a view."""
 
 
 @final
@@ -118,6 +98,8 @@ class Following:
         self.history: History = source.tail.history
         """Of what is shown."""
         self.behind_since: float | None = None
+        self.silent_since: float | None = None
+        """From when on no server has answered."""
         self.failure: Exception | None = None
         """What has ended the following."""
         self.transactions: int = 0
@@ -164,6 +146,8 @@ class Following:
                         await self._apply()
                     except OSError:
                         # Servers that give no answer may do so again.
+                        if self.silent_since is None:
+                            self.silent_since = trio.current_time()
                         await trio.sleep(RETRY_SECONDS)
         except Forked:
             pass
@@ -189,6 +173,7 @@ class Following:
 
     def _tell(self) -> None:
         tail = self.source.tail
+        self.silent_since = None
         self.history = tail.history
         self.versions.epoch = epoch_of(self.history)
         if self.versions.durable_lsn >= tail.durable_lsn:
@@ -355,6 +340,24 @@ class Replica(metaclass=NoPublicConstructor):
             checkpoint_lsn=following.checkpointer.state.lsn,
             memtable_keys=sum(len(layer.versions) for layer in versions.view.layers()),
             open_readers=len(versions.readers.pins),
+        )
+
+    def health(self) -> Health:
+        """Whether the replica follows its log, and how closely; cheap, no checkpoint.
+
+        It may be asked after the replica was closed or promoted.
+        """
+        if self._closed:
+            return judge((closed("the replica", "closed"),))
+        following, now = self._following, trio.current_time()
+        since, silent_since = following.behind_since, following.silent_since
+        return judge(
+            (
+                not_following("the replica", following.failure),
+                silent(None if silent_since is None else now - silent_since),
+                behind(self.lag(), 0.0 if since is None else now - since),
+                *following.checkpointer.reasons(),
+            )
         )
 
     @enable_ki_protection

@@ -129,17 +129,17 @@ class ConsumerStatistics:
     """A look at one consumer; in ``statistics().consumers``."""
 
     acknowledged_lsn: int
-    """Up to here its user is done with everything; 0: with nothing."""
+    """Up to here the consumer's user is done with everything; 0: with nothing."""
     lag_records: int
-    """Durable records (of a database: commits) after that.  Of a database that was opened after
-    a checkpoint, acknowledgements among those that the checkpoint covers may be counted too few or
-    too many; where the consumer has everything it is 0."""
+    """Durable records (of a database: commits) that the consumer has yet to acknowledge.  Of a
+    database that was opened after a checkpoint, acknowledgements among those that the checkpoint
+    covers may be counted too few or too many; where the consumer has everything it is 0."""
     lag_bytes: int
-    """Bytes that these take in the log: whole segments by their size, of the segment with the
-    place a share by number of records."""
+    """Bytes that those records take in the log: whole segments by their size, of the segment with
+    the place a share by number of records."""
     lag_seconds: float
-    """How long ago the oldest of them was written, or at most so long: of those from before this
-    open, when their segment was begun; 0 where there are none."""
+    """How long ago the oldest of those records was written, or at most so long: of those from
+    before this open, when their segment was begun; 0 where there are none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -184,36 +184,38 @@ class WriterStatistics:
     """A look at one writer's share of the queue; what ``statistics()`` of a writer returns."""
 
     name: str
-    """As given to ``writer()``."""
+    """The name given to ``writer()``."""
     priority: Literal["normal", "high"]
-    """As given to ``writer()``."""
+    """The priority given to ``writer()``."""
     max_queue_size: float
-    """How many of its records may wait: its own limit, or the queue's bound where that is less."""
+    """How many records of the writer may wait: its own limit, or the queue's bound where that is
+    less."""
     max_queue_bytes: float
-    """How many of its payload bytes may."""
+    """How many payload bytes of the writer may wait."""
     records_waiting: int
-    """Its accepted records that wait to be written, without the batch being written."""
+    """Accepted records of the writer that wait to be written, without the batch being written."""
     bytes_waiting: int
-    """Their payload bytes."""
+    """Payload bytes of the writer's records that wait to be written."""
     peak_records_waiting: int
-    """The most of its records that ever waited."""
+    """The most records of the writer that ever waited."""
     peak_bytes_waiting: int
-    """The most of its payload bytes that ever waited."""
+    """The most payload bytes of the writer that ever waited."""
     tasks_waiting_send: int
-    """Tasks that stand in its line, because its share or the queue is full."""
+    """Tasks that stand in the writer's line, because its share or the queue is full."""
     backpressure_waits: int
-    """How often a task came to stand there."""
+    """How often a task came to stand in the writer's line."""
     backpressure_seconds: float
-    """For how long, all tasks together, by trio's clock; of those that stand there no more."""
+    """For how long tasks stood in the writer's line, all together, by trio's clock; of those that
+    stand there no more."""
     backpressure_seconds_histogram: Histogram
-    """The same, by how long each took: (upper bound in seconds, waits that took at most so long
-    and longer than the bound before); the last bound is infinite."""
+    """How long each task stood in the writer's line: (upper bound in seconds, waits that took at
+    most so long and longer than the bound before); the last bound is infinite."""
     rejected: int
-    """How often its ``send_nowait`` raised `trio.WouldBlock`."""
+    """How often the writer's ``send_nowait`` raised `trio.WouldBlock`."""
     records_appended: int
-    """Its records that were acknowledged."""
+    """Records of the writer that were acknowledged."""
     bytes_appended: int
-    """Their payload bytes."""
+    """Payload bytes of the writer's records that were acknowledged."""
 
 
 @final
@@ -224,12 +226,12 @@ class WalStatistics:
     records_waiting: int
     """Accepted records that wait to be written, without the batch being written."""
     bytes_waiting: int
-    """Their payload bytes."""
+    """Payload bytes of the records that wait to be written."""
     max_queue_size: float
-    """The bound in force: as given to `open_wal`, or what ``"auto"`` has made of it; `math.inf`
-    where unbounded."""
+    """The bound in force of records that may wait: as given to `open_wal`, or what ``"auto"`` has
+    made of it; `math.inf` where unbounded."""
     max_queue_bytes: float
-    """As given to `open_wal`."""
+    """How many payload bytes may wait, as given to `open_wal`."""
     queue_utilization: float
     """How full the queue is, 0 to 1, in records or bytes, whichever is more."""
     peak_records_waiting: int
@@ -243,10 +245,10 @@ class WalStatistics:
     backpressure_waits: int
     """How often a task was blocked by a full queue."""
     backpressure_seconds: float
-    """For how long, all tasks together, by trio's clock."""
+    """For how long tasks were blocked by a full queue, all together, by trio's clock."""
     backpressure_seconds_histogram: Histogram
-    """The same, by how long each took: (upper bound in seconds, waits that took at most so long
-    and longer than the bound before); the last bound is infinite."""
+    """How long each task was blocked by a full queue: (upper bound in seconds, waits that took at
+    most so long and longer than the bound before); the last bound is infinite."""
     rejected: int
     """How often ``send_nowait`` raised `trio.WouldBlock`."""
     writers: Mapping[str, WriterStatistics]
@@ -256,16 +258,16 @@ class WalStatistics:
     records_appended: int
     """Records written in this session."""
     bytes_appended: int
-    """Their payload bytes."""
+    """Payload bytes of the records written in this session."""
     batches_synced: int
     """Syncs that covered new records."""
     sync_seconds_total: float
-    """Time spent in them."""
+    """Time spent in syncs."""
     sync_seconds_max: float
-    """The slowest."""
-    sync_seconds_histogram: tuple[tuple[float, int], ...]
-    """(upper bound in seconds, syncs that took at most so long and longer than the bound
-    before); the last bound is infinite."""
+    """How long the slowest sync took."""
+    sync_seconds_histogram: Histogram
+    """How long each sync took: (upper bound in seconds, syncs that took at most so long and longer
+    than the bound before); the last bound is infinite."""
     first_lsn: int
     """The oldest record; ``last_lsn + 1`` where there is none."""
     last_lsn: int
@@ -275,28 +277,29 @@ class WalStatistics:
     segments: int
     """Segment files of the log, the one being written among them."""
     disk_bytes: int
-    """Their size, space prepared ahead included."""
+    """Size of the log's segment files, space prepared ahead included."""
     last_sync_time: datetime | None
     """UTC, when the last sync returned; None before the first."""
     state: Literal["open", "full", "closing", "closed", "failed"]
-    """Where it is ``full``, there is no disk space for the next segment; for ``failed`` see
-    `LogFailedError`."""
+    """What the log does at the moment.  Where it is ``full``, there is no disk space for the next
+    segment; for ``failed`` see `LogFailedError`."""
     epoch: int
-    """As `WriteAheadLog.epoch`."""
+    """Which of the log's histories this is, as `WriteAheadLog.epoch`."""
     loop_writes: int = 0
-    """With ``sync_in="loop"``: batches that were written, and mostly synced, in the event loop."""
+    """Batches that were written, and mostly synced, in the event loop, with ``sync_in="loop"``."""
     loop_seconds_total: float = 0.0
-    """For how long the event loop stood still meanwhile."""
+    """For how long the event loop stood still for batches that it wrote, all together."""
     loop_seconds_max: float = 0.0
-    """The longest."""
+    """For how long the event loop stood still for a batch, at most."""
     loop_slow: int = 0
-    """How often that took over 5 ms, so that the thread did the work of the next second."""
+    """How often a batch in the event loop took over 5 ms, so that the thread did the work of the
+    next second."""
     position: int | None = None
     """The last message of a replicated log; None, as all that follow, for a log in a directory."""
     replicas: int | None = None
     """How many servers keep a copy of the log."""
     replicas_current: int | None = None
-    """How many of them were up to date when they were last asked, every ten seconds."""
+    """How many servers' copies were up to date when they were last asked, every ten seconds."""
     unsettled_seconds: float | None = None
     """For how long the batch in flight has had no outcome; 0 where none is in flight."""
     rotations: int | None = None
@@ -316,3 +319,83 @@ class WalStatistics:
     """How often it was tried in vain to archive, since the log was opened."""
     archive_error: str | None = None
     """What the last try came to; None where it passed."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class DatabaseStatistics:
+    """A look at the database at one moment; what `Database.statistics` returns."""
+
+    wal: WalStatistics
+    """Of the log in front."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that there are, by name, in use or not; also in ``wal``."""
+    transactions: int
+    """Transactions with writes that became durable in this session."""
+    conflicts: int
+    """Commits refused with `TransactionConflict`."""
+    pending: int
+    """Commits on their way to the disk."""
+    memtable_keys: int
+    """Keys with a newer value than the store has."""
+    memtable_bytes: int
+    """Memory of the keys and values that are newer than the store, estimated."""
+    tasks_waiting_checkpoint: int
+    """Tasks that wait to begin a transaction because checkpoints have fallen behind."""
+    open_readers: int
+    """Snapshots and transactions that hold a view."""
+    checkpoint_lsn: int
+    """Up to here the store holds everything."""
+    checkpoints: int
+    """Checkpoints of this session."""
+    checkpoint_seconds_last: float
+    """How long the last checkpoint wrote."""
+    store_keys: int
+    """Keys in the store."""
+    store_bytes: int
+    """Size of the store's file."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class DatabaseReaderStatistics:
+    """A look at a reader at one moment; what `DatabaseReader.statistics` returns."""
+
+    durable_lsn: int
+    """The newest transaction that is seen by the reader."""
+    checkpoint_lsn: int
+    """Up to here the store that is read has everything."""
+    memtable_keys: int
+    """Keys with a newer value than the store has."""
+    memtable_bytes: int
+    """Memory of the keys and values that are newer than the store, estimated."""
+    open_readers: int
+    """Snapshots and streams that hold a view."""
+    store_bytes: int
+    """Size of the store's file."""
+    consumers: Mapping[str, ConsumerStatistics]
+    """All that the database has, by name."""
+    following: bool
+    """Whether the reader follows the log; False: something was found that cannot be read, which
+    every call tells."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class ReplicaStatistics:
+    """A look at a replica at one moment; what `Replica.statistics` returns."""
+
+    lsn: int
+    """The newest transaction that the replica shows."""
+    known_lsn: int
+    """The newest transaction that the log is known to have."""
+    lag_seconds: float
+    """For how long the replica has been behind the log; 0 where it is not."""
+    transactions: int
+    """Transactions that the replica has applied in this session."""
+    checkpoint_lsn: int
+    """Up to here its store holds everything."""
+    memtable_keys: int
+    """Keys with a newer value than the store has."""
+    open_readers: int
+    """Snapshots that hold a view."""

@@ -26,6 +26,7 @@ from ._exceptions import RecordTooLargeError, UnsupportedOperationError
 from ._exports import NoPublicConstructor, constructor
 from ._files import Files
 from ._flusher import Durability
+from ._health import Health, judge
 from ._identity import Bookmark
 from ._local import (
     SEGMENT_SIZE_MAX,
@@ -460,6 +461,13 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     def statistics(self) -> WalStatistics:
         """A look at queue, syncs and disk.  Cheap; no checkpoint."""
         return self._log.statistics()
+
+    def health(self) -> Health:
+        """How the log fares, in one word and with reasons; cheap, no checkpoint.
+
+        It may be asked after the log was closed, or has failed.
+        """
+        return judge(self._log.reasons())
 
     def __repr__(self) -> str:
         state = self._log.status.state.value

@@ -220,6 +220,13 @@ def lines(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def figures(seed: int, seconds: float, only: str = "") -> Judgement:
+    """A database in trouble and out of it again."""
+    from .figures import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 def archive(seed: int, seconds: float, only: str = "") -> Judgement:
     """Logs that are archived, cut and crashed, and what is restored of them."""
     from .archive import found_in
@@ -347,6 +354,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "replication": replication,
     "lines": lines,
     "threads": threads,
+    "figures": figures,
     "archive": archive,
     "repair": repair,
 }

@@ -27,6 +27,7 @@ SHARES = {
     "interrupts": 1,
     "lines": 1,
     "threads": 1,
+    "figures": 1,
     "repair": 1,
     "realerrors": 1,
 }

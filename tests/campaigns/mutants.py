@@ -60,6 +60,7 @@ THREADS: Final = "threads"
 ARCHIVE: Final = "archive"
 REPAIR: Final = "repair"
 LINES, LINES_DB = "lines", "simulator:lines-database"
+FIGURES: Final = "figures"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
 
 MUTANTS: Final = (
@@ -935,6 +936,55 @@ MUTANTS: Final = (
     mutant(
         "the chain over the messages is not looked at", "_streamlog", REPLICATION,
         "            if header is None or header.previous != chain:\n", "            if False:\n",
+    ),
+    mutant(
+        "buckets are not cumulative", "_metrics", FIGURES,
+        "accumulate(count for _, count in histogram)", "(count for _, count in histogram)",
+    ),
+    mutant(
+        "the sum of a histogram is that of its slowest", "_metrics", FIGURES,
+        '"sync", "sync_seconds_total")', '"sync", "sync_seconds_max")',
+    ),
+    mutant(
+        "a count of records is one of bytes", "_metrics", FIGURES,
+        '    _counter("records_appended", RECORDS),\n'
+        '    _counter("bytes_appended", BYTES, "appended"),',
+        '    _counter("bytes_appended", RECORDS, "records_appended"),\n'
+        '    _counter("records_appended", BYTES, "appended"),',
+    ),
+    mutant(
+        "monitoring is given the first look for ever", "_sampling", FIGURES,
+        "    for subject in subjects:\n        subject.look()\n", "",
+    ),
+    mutant(
+        "what is broken is called degraded", "_health", FIGURES,
+        'if any(reason.status == "failed" for reason in found):', "if False:",
+    ),
+    mutant(
+        "a full disk is no reason", "_health", FIGURES,
+        '    if state != "full":\n', '    if state != "nothing":\n',
+    ),
+    mutant(
+        "a queue that is full is believed to have been so for long", "_health", FIGURES,
+        "    if seconds < CROWDED_SECONDS:\n", "    if not seconds:\n",
+    ),
+    mutant(
+        "a queue that is full batch after batch begins anew with each", "_queue", FIGURES,
+        "        if not self._admission.is_crowded(waiting, size):\n            self.crowded_since",
+        "        if True:\n            self.crowded_since",
+    ),
+    mutant(
+        "a queue that was full once has been so ever since", "_flusher", FIGURES,
+        "            self._queue.crowded_since = None\n", "",
+    ),
+    mutant(
+        "checkpoints that pass again are called failing", "_checkpoint", FIGURES,
+        "        self._failing_since = self._failure = self._room.failing = None\n",
+        "        self._failure = self._room.failing = None\n",
+    ),
+    mutant(
+        "checkpoints that are behind are no reason", "_health", FIGURES,
+        "    if not behind:\n", "    if True:\n",
     ),
     # -- archives --
     mutant(

@@ -34,6 +34,7 @@ from .nats import nats_app
 from .repair import repair
 from .restore import restore
 from .scan import scan
+from .stats import stats
 from .verify import verify
 
 app = App(
@@ -44,7 +45,9 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-_COMMANDS = (demo, append, dump, get, scan, inspect, verify, repair, consumers, backup, restore)
+_COMMANDS = (
+    *(demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup, restore),
+)
 for _command in _COMMANDS:
     app.command(_command)
 app.command(archive_app)

@@ -1,0 +1,124 @@
+"""Metrics for Prometheus: `WalCollector`.
+
+Law: nothing is counted here, and nothing is done between two scrapes; `_metrics` says what there
+is and how it is called, `_sampling` looks at it.  Needs the extra ``prometheus``.
+
+::
+
+    from prometheus_client import REGISTRY, start_http_server
+    from trio_wal.prometheus import WalCollector
+
+    async with trio_wal.open_database("bank.db") as db:
+        REGISTRY.register(WalCollector(db))
+        start_http_server(9464)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Final, final
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+    from prometheus_client.metrics_core import Metric as Family
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError as _exc:
+    raise ModuleNotFoundError(
+        "trio_wal.prometheus needs prometheus_client: python -m pip install 'trio-wal[prometheus]'",
+        name=_exc.name,
+    ) from _exc
+
+from . import _exports
+from ._metrics import Buckets, Group, Kind, Labels, Metric, metrics, points
+from ._sampling import Observed, Sampler
+
+_GROUP_OF: Final = {metric: group for group, metric in metrics()}
+
+
+@final
+class WalCollector(Collector):
+    """Gives what logs, databases, readers of databases and replicas say of themselves.
+
+    A collector for a registry of ``prometheus_client``; one for all objects of a program.  Nothing
+    is counted between scrapes: ``statistics()`` and ``health()`` are asked when a scrape comes.
+
+    A scrape may come from any thread.  The figures are taken by the event loop to which an object
+    belongs, all in one step.  Where that loop does not answer within a second, the scrape has the
+    figures of before, and ``trio_wal_statistics_age_seconds`` says how old they are.  An object
+    that is closed, or has failed, keeps giving what it last said.  A scrape never raises.
+
+    Args:
+      objects: `trio_wal.WriteAheadLog`, `trio_wal.Database`, `trio_wal.DatabaseReader` and
+          `trio_wal.Replica`, open, in any number; their label ``log`` is their path.
+
+    Raises:
+      TypeError: one of them is something else.
+      RuntimeError: not called by a task of the trio run that has opened them.
+    """
+
+    def __init__(self, *objects: Observed) -> None:
+        self._sampler = Sampler(objects)
+
+    def add(
+        self,
+        object: Observed,  # noqa: A002
+        *,
+        name: str | None = None,
+    ) -> None:
+        """Give the figures of this one, too.
+
+        Args:
+          object: instead of what had its name before, where that was closed and opened again.
+          name: of its label ``log``; None: its path.
+
+        Raises:
+          TypeError, RuntimeError: as for the class.
+        """
+        self._sampler.add(object, name)
+
+    def remove(self, object: Observed) -> None:  # noqa: A002
+        """Give its figures no more; nothing happens where it is not there."""
+        self._sampler.remove(object)
+
+    def describe(self) -> Iterable[Family]:
+        """What there may be, without figures: for the registry, which refuses names twice."""
+        return [_family(group, metric) for group, metric in metrics()]
+
+    def collect(self) -> Iterable[Family]:
+        """What there is now."""
+        families: dict[Metric, Family] = {}
+        for look in self._sampler.looks():
+            for metric, labels, value in points(look):
+                family = families.get(metric)
+                if family is None:
+                    family = families[metric] = _family(_GROUP_OF[metric], metric)
+                _add(family, labels, value)
+        return families.values()
+
+
+def _family(group: Group, metric: Metric) -> Family:
+    labels = (*group.labels, metric.label) if metric.label else group.labels
+    name, text = metric.name, metric.text
+    if metric.kind is Kind.COUNTER:
+        return CounterMetricFamily(name, text, labels=labels)
+    if metric.kind is Kind.HISTOGRAM:
+        return HistogramMetricFamily(name, text, labels=labels)
+    return GaugeMetricFamily(name, text, labels=labels)
+
+
+def _add(family: Family, labels: Labels, value: float | Buckets) -> None:
+    if isinstance(value, Buckets):
+        assert isinstance(family, HistogramMetricFamily)
+        buckets = [(_bound(bound), float(count)) for bound, count in value.cumulative]
+        family.add_metric(labels, buckets, value.sum)
+    else:
+        assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
+        family.add_metric(labels, value)
+
+
+def _bound(bound: float) -> str:
+    return "+Inf" if bound == math.inf else repr(bound)
+
+
+_exports.say_public(__name__, {"WalCollector": WalCollector})
