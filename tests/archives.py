@@ -58,6 +58,14 @@ async def settle() -> None:
     await trio.testing.wait_all_tasks_blocked()
 
 
+async def wait_archived(wal: Any) -> None:
+    """Seal what there is, and wait until it is archived: a close waits for a while only."""
+    lsn = await wal.rotate()
+    with trio.fail_after(100):
+        while wal.statistics().archived_lsn != lsn:  # noqa: ASYNC110  (threads do it)
+            await trio.sleep(0.01)
+
+
 async def write_batches(wal: Any, count: int, seed: int = 0) -> None:
     """Batches of one to five records, a second apart."""
     rng = random.Random(seed)

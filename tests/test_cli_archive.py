@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from archives import wait_archived
 from command_line import CommandLine, everything, lines_of
 
 import trio_wal
@@ -28,7 +29,7 @@ async def _write_log(path: Path) -> None:
     async with trio_wal.open_wal(path / "log", archive=archive, segment_size=1) as wal:
         for number in range(12):
             await wal.append(b"%d" % number + PAYLOAD)
-        await wal.rotate()
+        await wait_archived(wal)
 
 
 async def _write_database(path: Path) -> None:
@@ -38,7 +39,7 @@ async def _write_database(path: Path) -> None:
             await db.put(b"%d" % (number % 5), b"%d" % number)
             if number == 5:
                 await db.backup(path / "backup")
-        await db.wal.rotate()
+        await wait_archived(db.wal)
 
 
 @pytest.fixture
@@ -202,13 +203,10 @@ def test_an_older_history_is_had_by_its_epoch(cli: CommandLine, tmp_path: Path) 
         archive: Any = DirectoryArchive(tmp_path / "archive")
         async with trio_wal.open_wal(tmp_path / "log", archive=archive) as wal:
             await wal.append_many([b"one", b"two"])
-            await wal.rotate()
-            with trio.fail_after(30):
-                while wal.statistics().archived_lsn != 2:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
+            await wait_archived(wal)
             await wal.truncate_after(1)
             await wal.append(b"other")
-            await wal.rotate()
+            await wait_archived(wal)
 
     trio.run(main)
     rows = cli.json("archive", "list", tmp_path / "archive")["objects"]

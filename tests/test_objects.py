@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+from archives import wait_archived
 
 import trio_wal
 from trio_wal import ObjectArchive, _objects
@@ -122,10 +123,7 @@ async def test_the_drill(archive: ObjectArchive, tmp_path: Path) -> None:
             await db.put(b"%d" % (number % 5), b"%d" % number)
             if number == 5:
                 await db.backup(tmp_path / "backup")
-        await db.wal.rotate()
-        with trio.fail_after(60):
-            while db.statistics().wal.archived_lsn != 12:  # noqa: ASYNC110
-                await trio.sleep(0.01)
+        await wait_archived(db.wal)
         assert db.statistics().wal.archive_failures == 0
     for lsn in (3, 9, 12):
         report = await trio_wal.restore(archive, tmp_path / f"{lsn}", to_lsn=lsn)

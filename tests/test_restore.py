@@ -22,6 +22,7 @@ from archives import (
     archived_log,
     records_of,
     settle,
+    wait_archived,
     write_batches,
 )
 from databases import write
@@ -494,7 +495,7 @@ async def test_cancelled_it_ends_and_leaves_nothing(tmp_path: Path) -> None:
     async with trio_wal.open_wal(tmp_path / "log", archive=archive, segment_size=1) as wal:
         for _ in range(5):
             await wal.append(bytes(2000))
-        await wal.rotate()
+        await wait_archived(wal)
     with trio.CancelScope() as scope:
         calls = 0
 
@@ -534,10 +535,7 @@ async def run_bank(path: Path, archive: Any, states: dict[int, dict[bytes, bytes
                 times.append(commit.timestamp)
                 if commit.lsn == lsn:
                     break
-        await db.wal.rotate()
-        with trio.fail_after(30):
-            while db.statistics().wal.archived_lsn != lsn:  # noqa: ASYNC110
-                await trio.sleep(0.01)
+        await wait_archived(db.wal)
     return times
 
 
@@ -583,7 +581,7 @@ async def test_the_drill_by_time(tmp_path: Path) -> None:
         for number in range(5):
             await db.put(b"alice", b"%d" % number)
             await trio.sleep(0.002)
-        await db.wal.rotate()
+        await wait_archived(db.wal)
         async with db.changes(1) as commits:
             times = {}
             async for commit in commits:
@@ -658,7 +656,7 @@ async def test_consumers_of_a_database_are_restored_with_it(tmp_path: Path) -> N
         await db.put(b"two", b"2")
         await db.backup(tmp_path / "backup")
         last = db.durable_lsn
-        await db.wal.rotate()
+        await wait_archived(db.wal)
     for number, to_lsn in enumerate((None, last - 1)):
         await trio_wal.restore(archive, tmp_path / f"{number}", to_lsn=to_lsn)
         async with trio_wal.open_database(tmp_path / f"{number}") as db:
