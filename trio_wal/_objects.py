@@ -135,7 +135,7 @@ class ObjectArchive:
         def race(racer: int) -> None:
             try:
                 won.append(self._create(name, b"%d" % racer))
-            except BaseException as exc:  # noqa: BLE001  (raised below)
+            except BaseException as exc:  # noqa: BLE001, ASYNC103  (raised below)
                 errors.append(exc)
 
         racers = [threading.Thread(target=race, args=(number,)) for number in range(RACERS)]

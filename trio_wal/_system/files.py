@@ -296,18 +296,18 @@ class OsDirectory:
         try:
             if sys.platform == "win32":
                 os.rename(old_where, new_where)
-                return
-            try:
-                os.link(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-            except OSError as exc:
-                if exc.errno not in _NO_LINKS:
-                    raise
-                # A file system without links: as well as it can be had there.
-                if new in self.names():
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from exc
-                os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
             else:
-                os.unlink(old_where, dir_fd=dir_fd)
+                try:
+                    os.link(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                except OSError as exc:
+                    if exc.errno not in _NO_LINKS:
+                        raise
+                    # A file system without links: as well as it can be had there.
+                    if new in self.names():
+                        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from exc
+                    os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                else:
+                    os.unlink(old_where, dir_fd=dir_fd)
         except OSError as exc:
             exc.filename = os.path.join(self.path, old)
             exc.filename2 = os.path.join(self.path, new)
