@@ -30,7 +30,7 @@ def run(example: str, folder: Path) -> str:
 
 def test_the_first_example_is_a_database_and_prints_what_it_says(tmp_path: Path) -> None:
     assert "open_database" in EXAMPLES[0]
-    assert run(EXAMPLES[0], tmp_path) == "b'0' b'100'\n"
+    assert run(EXAMPLES[0], tmp_path) == "0 100\n"
 
 
 def test_the_second_example_is_the_log_and_reads_back_what_it_wrote(tmp_path: Path) -> None:
