@@ -173,6 +173,18 @@ def cluster(session: nox.Session) -> None:
         session.run("pytest", *(arguments or CLUSTER_TESTS), env=ENV)
 
 
+@nox.session(default=False)
+def objects(session: nox.Session) -> None:
+    """An archive in an object storage: `nox -s objects -- [PYTEST ARGUMENTS]`.
+
+    Needs nothing but PyPI: the server is moto's, in the tests' own process.
+    """
+    session.install(".[cli,zstd,s3]", *_group("objects"))
+    with session.chdir("tests"):
+        arguments = [argument.removeprefix("tests/") for argument in session.posargs]
+        session.run("pytest", *(arguments or ["test_objects.py"]), env=ENV)
+
+
 @nox.session
 def model(session: nox.Session) -> None:
     """The protocol of replicated logs, searched exhaustively by spin, and its seeded bugs.
@@ -224,7 +236,7 @@ FLAKE8_ASYNC_DISABLED = {
 def typing(session: nox.Session) -> None:
     """mypy --strict for three platforms, pyright, how complete the public types are, and what
     a user's programs are told."""
-    session.install(".[cli,zstd,nats,prometheus,otel]", *_group("typing"))
+    session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("typing"))
     for platform in ("linux", "darwin", "win32"):
         session.run("mypy", "--strict", "--platform", platform, *session.posargs)
     session.run("pyright")
@@ -245,7 +257,7 @@ def typing_compat(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors, and the news of the next release."""
-    session.install(".[cli,zstd,nats,prometheus,otel]", *_group("docs"))
+    session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("docs"))
     shutil.rmtree("docs/_build", ignore_errors=True)
     session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
@@ -323,7 +335,8 @@ import importlib.util
 import trio
 import trio_wal
 
-for extra in ("cyclopts", "rich", "zstandard", "nats", "prometheus_client", "opentelemetry"):
+EXTRAS = "cyclopts rich zstandard nats prometheus_client opentelemetry obstore"
+for extra in EXTRAS.split():
     assert importlib.util.find_spec(extra) is None, extra + " is here without its extra"
 assert (importlib.resources.files(trio_wal) / "py.typed").is_file()
 

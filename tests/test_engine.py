@@ -285,6 +285,43 @@ async def test_truncate_before_drops_whole_pieces_and_readers_are_told(any_home:
         assert await read_all(wal) == {41: b"next"}
 
 
+async def test_rotate_ends_what_can_be_dropped_as_a_whole(any_home: Any) -> None:
+    async with any_home.open() as wal:
+        assert await wal.rotate() == 0
+        assert await wal.append_many([b"one", b"two"]) == range(1, 3)
+        await wal.send(b"three")
+        assert await wal.rotate() == wal.durable_lsn == 3
+        assert await wal.rotate() == 3
+        await wal.append(b"four")
+        await wal.truncate_before(4)
+        with trio.fail_after(20):
+            while wal.first_lsn < 4:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        assert (wal.first_lsn, wal.last_lsn) == (4, 4)
+    with pytest.raises(trio.ClosedResourceError):
+        await wal.rotate()
+    async with any_home.open() as wal:
+        assert await read_all(wal) == {4: b"four"}
+        assert await wal.rotate() == 4
+
+
+async def test_a_rotation_that_is_cancelled_in_line_does_nothing(home: Any) -> None:
+    async with home.open() as wal:
+        await wal.append(b"one")
+        home.hold()
+        async with trio.open_nursery() as nursery:
+            append = Call(nursery, wal.append, b"two")
+            await wait_all_tasks_blocked()
+            rotate = Call(nursery, wal.rotate)
+            await wait_all_tasks_blocked()
+            rotate.scope.cancel()
+            await wait_all_tasks_blocked()
+            assert rotate.state == "cancelled"
+            home.release()
+        assert append.value == 2
+        assert await wal.rotate() == 2
+
+
 async def test_truncate_after_begins_an_epoch_and_followers_are_told(own_home: Any) -> None:
     home = own_home
     async with home.open() as wal:

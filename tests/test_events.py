@@ -333,5 +333,5 @@ def test_the_documentation_has_every_event() -> None:
     for module in (root / "trio_wal").rglob("*.py"):
         text = module.read_text(encoding="utf-8")
         told |= set(re.findall(r'tell\(\s*[^"]*?"([a-z_]+)",', text))
-    assert len(told) == 15
+    assert len(told) == 18
     assert {name for name in told if f"`{name}`" not in table} == set()

@@ -8,6 +8,7 @@ import pickle
 import pydoc
 import re
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -194,6 +195,9 @@ ERRORS = [
     trio_wal.LogFencedError("/log", 7, "process 17"),
     trio_wal.LogUnavailableError("/log", 30.0, "no answer"),
     trio_wal.UnsupportedOperationError("/log", "truncate_after", "it is replicated"),
+    trio_wal.RestoreGapError(
+        "/archive", "it ends", 1, 7, datetime(2026, 1, 1, tzinfo=timezone.utc)
+    ),
     trio_wal.TransactionConflict(b"key"),
     trio_wal.KeyExistsError(b"key"),
     trio_wal.TableDecodeError("jobs", (7, "mail"), "why"),

@@ -67,6 +67,8 @@ ORDER: dict[int, list[str]] = {
         "_store_check",
         "_store_reader",
         "_stores",
+        "_archive",
+        "_objects",
         "_snapshots",
         "_disk.segment",
         "_disk.chain",
@@ -83,6 +85,11 @@ ORDER: dict[int, list[str]] = {
         "_disk.cut",
         "_disk.directory",
         "_disk.opening",
+        "_archived",
+        "_archiving",
+        "_restorable",
+        "_sources",
+        "_restoring",
     ],
     # Tasks: trio.
     2: [
@@ -96,6 +103,7 @@ ORDER: dict[int, list[str]] = {
         "_watermark",
         "_flusher",
         "_stream",
+        "_archiver",
         "_local",
         "_streamlog",
         "_appender",
@@ -110,6 +118,7 @@ ORDER: dict[int, list[str]] = {
         "_consumer",
         "_wal",
         "_reader",
+        "_restore",
     ],
     # The database on top of the log.
     3: [
@@ -186,7 +195,7 @@ TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
 """One error must be caught by trio's name; that band is otherwise without trio."""
 EXTRAS = {
     *("cyclopts", "rich", "zstandard", "lmdb", "nats", "asyncio", "prometheus_client"),
-    *("opentelemetry", "trio_wal._metrics"),
+    *("opentelemetry", "obstore", "trio_wal._metrics"),
 }
 """What ``import trio_wal`` must not load: the extras, and what only a database needs."""
 IMPURE = {"os", "io", "time", "threading", "socket", "subprocess", "asyncio", "trio", "lmdb"}

@@ -137,7 +137,7 @@ def one_of(cls: type, **given: Any) -> Any:
             values[metric.field] = ((1.0, 1), (math.inf, number))
         elif kind in (Kind.STATE, Kind.INFO, Kind.LABEL):
             values[metric.field] = metric.words[0] if metric.words else "normal"
-        elif kind is Kind.TIME:
+        elif kind in (Kind.TIME, Kind.TEXT):
             values[metric.field] = None
         elif kind is Kind.GROUP:
             values[metric.field] = {}

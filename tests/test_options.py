@@ -54,6 +54,7 @@ WRONG_TYPES: list[tuple[str, object, str]] = [
     ("verify_bytes", "all", "verify_bytes must be an int, not str"),
     ("verify_bytes", 0.5, "verify_bytes must be an int or math.inf, not 0.5"),
     ("trust_directory", 1, "trust_directory must be True or False, not 1"),
+    ("archive", "/backup", "archive must be an Archive, with put, list and get, not str"),
     ("target_latency", "0.1", "target_latency must be a number of seconds, not str"),
     ("target_latency", True, "target_latency must be a number of seconds, not bool"),
     ("commit_delay", "1", "commit_delay must be a number of seconds, not str"),
@@ -183,6 +184,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "sync_in": "thread",
         "reserve": 0.1,
         "consumer_hold_bytes": math.inf,
+        "archive": None,
         "files": None,
     }
 

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,25 @@ EXPECTED = {
     "TrioWalQueueFull": {"crowded"},
     "TrioWalSlowSyncs": {"slow"},
     "TrioWalConsumerBehind": {"consumer"},
+    "TrioWalArchive": {"no archive"},
     "TrioWalReplicasBehind": {"two of three"},
     "TrioWalReplicaBehind": {"replica behind"},
     "TrioWalLoopStalled": {"stalled"},
 }
 """Of each alert, for which logs it is told."""
+
+
+class NoArchive:
+    """An archive that is gone."""
+
+    def put(self, name: str, content: Iterable[bytes]) -> None:
+        raise OSError(errno.EHOSTUNREACH, "no route to the archive")
+
+    def list(self) -> list[str]:
+        raise OSError(errno.EHOSTUNREACH, "no route to the archive")
+
+    def get(self, name: str) -> Iterator[bytes]:
+        raise OSError(errno.EHOSTUNREACH, "no route to the archive")
 
 
 # -- the program ------------------------------------------------------------------------
@@ -92,6 +106,7 @@ class Program:
     async def begin(self) -> None:
         await self._well()
         await self._failed_and_full()
+        await self._not_archived()
         await self._crowded()
         await self._behind()
         await self._servers()
@@ -137,6 +152,11 @@ class Program:
         db_files.fail("store", errno.EIO, times=1_000_000)
         self._stack.callback(db_files.heal)
         await db.put(b"key", bytes(1000))
+
+    async def _not_archived(self) -> None:
+        _, wal = await self.memory("no archive", segment_size=1, archive=NoArchive())
+        for _ in range(5):
+            await wal.append(bytes(3000))
 
     async def _crowded(self) -> None:
         files, wal = await self.memory("crowded", max_queue_size=10)

@@ -14,7 +14,7 @@ from cas import CasServers, MemoryLog
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal import DirectorySnapshots
+from trio_wal import DirectoryArchive
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ async def test_consumers_move_to_whoever_takes_over(
 async def test_a_consumer_holds_what_a_snapshot_has(
     log: MemoryLog, tmp_path: Path, autojump_clock: object
 ) -> None:
-    kept = DirectorySnapshots(tmp_path / "snapshots")
+    kept = DirectoryArchive(tmp_path / "snapshots")
     options: Any = {"log": log, "snapshots": kept, "segment_size": 1}
     async with trio_wal.open_database(tmp_path / "a", **options) as db:
         for number in range(20):
@@ -200,12 +200,12 @@ async def test_directories_of_other_kinds_are_refused(log: MemoryLog, tmp_path: 
 
 def test_options_that_mean_nothing_are_named(log: MemoryLog, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^snapshots: not an option of a database with a log of"):
-        trio_wal.open_database(tmp_path, snapshots=DirectorySnapshots(str(tmp_path)))
+        trio_wal.open_database(tmp_path, snapshots=DirectoryArchive(str(tmp_path)))
     with pytest.raises(TypeError, match=r"^compression: not an option"):
         trio_wal.open_database(tmp_path, log=log, compression="zstd")
     with pytest.raises(ValueError, match=r"^durability must be 'sync'"):
         trio_wal.open_database(tmp_path, log=log, durability="none")
-    with pytest.raises(TypeError, match=r"^snapshots must be a SnapshotStore"):
+    with pytest.raises(TypeError, match=r"^snapshots must be an Archive"):
         trio_wal.open_database(tmp_path, log=log, snapshots=17)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^snapshot_bytes must be at least 1"):
         trio_wal.open_database(tmp_path, log=log, snapshot_bytes=0)
@@ -321,7 +321,7 @@ async def test_a_replica_goes_on_through_a_takeover(log: MemoryLog, tmp_path: Pa
 async def test_nothing_is_dropped_but_what_a_snapshot_has(
     log: MemoryLog, servers: CasServers, tmp_path: Path
 ) -> None:
-    kept = DirectorySnapshots(str(tmp_path / "kept"))
+    kept = DirectoryArchive(str(tmp_path / "kept"))
     options: dict[str, Any] = {"log": log, "segment_size": 1}
     async with trio_wal.open_database(tmp_path / "a", **options) as db:
         for number in range(20):
@@ -353,7 +353,7 @@ async def test_nothing_is_dropped_but_what_a_snapshot_has(
 async def test_snapshots_are_made_by_themselves_and_a_cache_left_behind_begins_anew(
     log: MemoryLog, tmp_path: Path
 ) -> None:
-    kept = DirectorySnapshots(str(tmp_path / "kept"))
+    kept = DirectoryArchive(str(tmp_path / "kept"))
     options: dict[str, Any] = {"log": log, "segment_size": 1, "snapshots": kept}
     async with trio_wal.open_database(tmp_path / "old", **options) as db:
         await db.put(b"first", b"value")
@@ -374,7 +374,7 @@ async def test_snapshots_are_made_by_themselves_and_a_cache_left_behind_begins_a
 async def test_a_snapshot_that_is_not_what_it_says_is_refused(
     log: MemoryLog, tmp_path: Path, what: str
 ) -> None:
-    kept = DirectorySnapshots(str(tmp_path / "kept"))
+    kept = DirectoryArchive(str(tmp_path / "kept"))
     async with trio_wal.open_database(tmp_path / "a", log=log) as db:
         await db.put(b"key", b"value")
         await db.snapshot_to(kept)
@@ -401,7 +401,7 @@ async def test_a_snapshot_that_is_not_what_it_says_is_refused(
 
 
 async def test_a_snapshot_is_kept_once(log: MemoryLog, tmp_path: Path) -> None:
-    kept = DirectorySnapshots(str(tmp_path / "kept"))
+    kept = DirectoryArchive(str(tmp_path / "kept"))
     async with trio_wal.open_database(tmp_path / "a", log=log) as db:
         await db.put(b"key", b"value")
         assert await db.snapshot_to(kept) == await db.snapshot_to(kept) == 1

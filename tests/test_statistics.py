@@ -27,6 +27,14 @@ REPLICATED = (
     "assume_synced",
 )
 """None for a log in a directory."""
+ARCHIVED = (
+    "archived_lsn",
+    "archive_lag_segments",
+    "archive_lag_bytes",
+    "archive_failures",
+    "archive_error",
+)
+"""None for a log without an archive."""
 
 
 async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
@@ -66,6 +74,7 @@ async def test_a_new_log_has_these_statistics(files: MemoryFiles) -> None:
             "loop_seconds_max": 0.0,
             "loop_slow": 0,
             **dict.fromkeys(REPLICATED),
+            **dict.fromkeys(ARCHIVED),
         }
 
 

@@ -8,6 +8,7 @@ memory with faults.
 from importlib import import_module as _import_module
 
 from . import _exports
+from ._archive import Archive as Archive, DirectoryArchive as DirectoryArchive
 from ._changes import Commit as Commit, CommitStream as CommitStream
 from ._consumer import Consumer as Consumer
 from ._database import Database as Database
@@ -29,6 +30,7 @@ from ._exceptions import (
     LogUnavailableError as LogUnavailableError,
     LsnTruncatedError as LsnTruncatedError,
     RecordTooLargeError as RecordTooLargeError,
+    RestoreGapError as RestoreGapError,
     TableDecodeError as TableDecodeError,
     TransactionConflict as TransactionConflict,
     UnsupportedFormatError as UnsupportedFormatError,
@@ -42,6 +44,7 @@ from ._flusher import Durability as Durability
 from ._health import Health as Health, HealthReason as HealthReason
 from ._identity import Bookmark as Bookmark
 from ._local import SyncIn as SyncIn
+from ._objects import ObjectArchive as ObjectArchive
 from ._opening import (
     VerifyStore as VerifyStore,
     open_database as open_database,
@@ -53,6 +56,7 @@ from ._reader import LogReader as LogReader, open_reader as open_reader
 from ._repair import Damage as Damage, RepairReport as RepairReport, repair as repair
 from ._replica import Replica as Replica
 from ._replicated import RemoteLog as RemoteLog
+from ._restore import RestoreReport as RestoreReport, restore as restore
 from ._retention import (
     KeepAll as KeepAll,
     KeepBytes as KeepBytes,
@@ -61,10 +65,6 @@ from ._retention import (
     Retention as Retention,
 )
 from ._snapshot import Snapshot as Snapshot
-from ._snapshots import (
-    DirectorySnapshots as DirectorySnapshots,
-    SnapshotStore as SnapshotStore,
-)
 from ._statistics import (
     ConsumerStatistics as ConsumerStatistics,
     DatabaseReaderStatistics as DatabaseReaderStatistics,

@@ -1,19 +1,32 @@
-"""What is asked of a log's or a database's files as they lie on the disk, for the command line.
+"""What is asked of a log's, a database's or an archive's files, for the command line.
 
-Law: blocking, no trio, takes no lock, writes nothing.  It composes `_disk` and `_store`, which do
-not know each other.
+Law: blocking, no trio, takes no lock, writes nothing.  It composes `_disk`, `_store` and what
+archives are made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from functools import partial
+from uuid import UUID
 
 import attrs
 
-from ._disk.finding import Finding
+from ._archive import Archive
+from ._archived import PassingFile, check_archived
+from ._disk.finding import Finding, finding_of
+from ._disk.frame import to_datetime
 from ._disk.verify import LOOK_TRIES, Progress, Verification, verify
-from ._exceptions import CorruptLogError, WrongDirectoryError
+from ._exceptions import (
+    CorruptLogError,
+    RestoreGapError,
+    UnsupportedFormatError,
+    WrongDirectoryError,
+)
 from ._files import Directory, close_quietly
+from ._restorable import Base, Piece, Restorable, Target, first_restorable, make_plan
+from ._sources import ArchiveContent, look_at_archive
 from ._store_check import StoreCheck, check_store
 from ._store_files import data_file, inspect_store, misfit
 
@@ -86,3 +99,121 @@ def _goes_on(path: str, store: StoreCheck) -> bool:
         return inspect_store(path) != store.state
     except CorruptLogError:
         return True
+
+
+# -- archives ---------------------------------------------------------------------------
+
+
+@attrs.frozen
+class ArchiveVerification:
+    """What `verify_archive` found."""
+
+    uuid: UUID | None
+    """The log's; None: nothing says it."""
+    findings: tuple[Finding, ...]
+    segments: int
+    """Segments that are whole."""
+    backups: int
+    """Backups that are whole."""
+    bytes: int
+    """Of both."""
+    first_lsn: int | None
+    """The first LSN to which the newest history can be restored; None: to none."""
+    last_lsn: int | None
+    """The last one before a gap, or the end."""
+    last_time: datetime | None
+    """When that was written; None: not known."""
+
+
+def list_archive(archive: Archive) -> ArchiveContent:
+    """What an archive says that it has.
+
+    Raises:
+      WrongDirectoryError, UnsupportedFormatError, OSError
+    """
+    return look_at_archive(archive)
+
+
+def verify_archive(archive: Archive, progress: Progress | None = None) -> ArchiveVerification:
+    """Read every object of an archive: its digest, and of a segment every frame; and see how far
+    it can be restored.
+
+    Raises:
+      WrongDirectoryError, UnsupportedFormatError, OSError
+    """
+    content = look_at_archive(archive)
+    findings = [Finding(exc.path, exc.offset, exc.reason) for exc in content.damaged]
+    sizes = [piece.manifest.size for piece in content.pieces]
+    sizes += [base.manifest.size for base in content.bases]
+    total, done = sum(sizes), 0
+    whole_pieces: list[Piece] = []
+    whole_bases: list[Base] = []
+
+    def counted(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        nonlocal done
+        for piece in pieces:
+            yield piece
+            done += len(piece)
+            if progress is not None:
+                progress(min(done, total), total)
+
+    for piece in content.pieces:
+        told = piece.manifest
+        check = partial(check_archived, told.data, counted(piece.content()), told)
+        if _holds(told.data, findings, check):
+            whole_pieces.append(piece)
+    for base in content.bases:
+        check = partial(_check_base, base, counted(base.content()))
+        if _holds(base.manifest.data, findings, check):
+            whole_bases.append(base)
+    there = Restorable(name=repr(archive), pieces=whole_pieces, bases=whole_bases)
+    return _reachable(there, findings, total)
+
+
+def _holds(name: str, findings: list[Finding], check: Callable[[], None]) -> bool:
+    """Whether an object is what it should be; else there is one finding more."""
+    try:
+        check()
+    except (CorruptLogError, UnsupportedFormatError) as exc:
+        findings.append(finding_of(exc, name))
+        return False
+    except FileNotFoundError:
+        findings.append(Finding(name, 0, "the object that a manifest names is missing"))
+        return False
+    return True
+
+
+def _check_base(base: Base, content: Iterable[bytes]) -> None:
+    file = PassingFile(base.manifest.data, content)
+    if (file.finish(), file.size) != (base.manifest.digest, base.manifest.size):
+        reason = "what is kept is not what the manifest of the snapshot names"
+        raise CorruptLogError(file.path, 0, reason)
+
+
+def _reachable(there: Restorable, findings: list[Finding], size: int) -> ArchiveVerification:
+    uuid = first = last = when = None
+    try:
+        plan = make_plan(there, Target())
+        uuid, last = plan.uuid, plan.lsn
+        first = plan.first_lsn if plan.base is None else first_restorable(there)
+        if plan.pieces:
+            when = to_datetime(plan.pieces[-1].manifest.last_time_us)
+    except RestoreGapError as exc:
+        uuid = there.check_uuid()
+        first, last, when = exc.first_lsn, exc.last_lsn, exc.last_time
+        findings.append(Finding(there.name, 0, exc.reason))
+    except CorruptLogError as exc:
+        findings.append(finding_of(exc, there.name))
+    except WrongDirectoryError:
+        if not findings:
+            raise
+    return ArchiveVerification(
+        uuid=uuid,
+        findings=tuple(findings),
+        segments=len(there.pieces),
+        backups=len(there.bases),
+        bytes=size,
+        first_lsn=first,
+        last_lsn=last,
+        last_time=when,
+    )

@@ -7,11 +7,12 @@ right order; what each of them does is its own.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Final, final
 
+import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive, put_identity
 from ._base import Store, StoreState
 from ._changes import decode_record
 from ._checkpoint import Checkpointer
@@ -24,9 +25,9 @@ from ._files import Files
 from ._log import Log
 from ._mvcc import Versions
 from ._operations import moves_in
-from ._snapshots import SNAPSHOTS, SnapshotStore, put_snapshot
+from ._snapshots import SNAPSHOTS, put_snapshot
 from ._wal import new_wal
-from ._worker import Blocking
+from ._worker import Blocking, cancellation_check
 
 OPENING_HOLD: Final = "opening"
 """Under which name the log is held until it is known which consumers there are."""
@@ -47,12 +48,15 @@ class Core:
         files: Files,
         blocking: Blocking,
         checkpoint_bytes: int,
+        archive: Archive | None = None,
     ) -> None:
         self.path: Final = path
         self.log: Final = log
         self._store: Final = store
         self._files: Final = files
         self._blocking: Final = blocking
+        self._archive: Final = archive
+        """Gets a copy of each backup."""
         self.versions: Final = Versions(
             path,
             store,
@@ -97,24 +101,56 @@ class Core:
         return count
 
     async def backup(self, path: str) -> int:
-        """A copy of the store as of now, and an empty log that goes on after it."""
-        return await self.checkpointer.checkpoint_for(partial(self._copy, path))
+        """A copy of the store as of now, and an empty log that goes on after it.
 
-    async def _copy(self, path: str, state: StoreState) -> None:
-        """Under another name, so that nothing is ever there half, and what failed can be tried
-        again."""
+        Under another name, so that nothing is ever there half, and what failed can be tried
+        again.
+        """
         files, blocking = self._files, self._blocking
         temporary = await blocking(files.begin_directory, path)
         try:
-            with self.log.engine.busy():
-                await blocking(self._store.copy, f"{temporary}/{STORE_NAME}")
-            await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
-            await blocking(files.finish_directory, temporary, path)
-        except BaseException:
-            await blocking(files.discard_directory, temporary)
-            raise
+            copied = f"{temporary}/{STORE_NAME}"
 
-    async def snapshot_to(self, kept: SnapshotStore) -> int:
+            async def copy(state: StoreState) -> None:
+                with self.log.engine.busy():
+                    await blocking(self._store.copy, copied)
+                await self.log.engine.branch(f"{temporary}/{LOG_NAME}", state.lsn)
+
+            lsn = await self.checkpointer.checkpoint_for(copy)
+            # Checkpoints go on meanwhile: an archive may be slow.
+            if self._archive is not None:
+                await self._put_snapshot(self._archive, copied, lsn)
+            with trio.CancelScope(shield=True):
+                await blocking(files.finish_directory, temporary, path)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await blocking(files.discard_directory, temporary)
+            raise
+        return lsn
+
+    async def _put_snapshot(self, kept: Archive, store_path: str, lsn: int) -> None:
+        """Keep a copy of a store that nobody writes, and that has everything up to ``lsn``."""
+        # In which epoch does not matter to who goes on: LSNs of a log on servers are never
+        # given twice, and in a directory the copy's next open begins one of its own.
+        uuid, history = self.wal.uuid, self.log.tail.history
+
+        def put() -> None:
+            if kept is self._archive:
+                put_identity(kept, uuid)
+            put_snapshot(
+                self._files,
+                kept,
+                store_path,
+                uuid=uuid,
+                lsn=lsn,
+                history=history,
+                tick=cancellation_check(threaded=self._files.threaded),
+            )
+
+        with self.log.engine.busy():
+            await self._blocking(put)
+
+    async def snapshot_to(self, kept: Archive) -> int:
         """Keep a copy of the store, as of now, where other machines find it; gives its LSN."""
         files, blocking = self._files, self._blocking
         temporary = await blocking(files.begin_directory, f"{self.path}/{SNAPSHOT_NAME}")
@@ -125,18 +161,14 @@ class Core:
                 await blocking(self._store.copy, copied)
 
             lsn = await self.checkpointer.checkpoint_for(copy)
-            # In which epoch does not matter to who goes on: LSNs of a log on servers are never
-            # given twice, and in a directory the copy's next open begins one of its own.
-            tail = self.log.tail
-            await blocking(
-                put_snapshot, files, kept, copied, uuid=self.wal.uuid, lsn=lsn, epoch=tail.epoch
-            )
+            await self._put_snapshot(kept, copied, lsn)
         finally:
-            await blocking(files.discard_directory, temporary)
+            with trio.CancelScope(shield=True):
+                await blocking(files.discard_directory, temporary)
         self.log.hold(SNAPSHOTS, lsn + 1)
         return lsn
 
-    async def try_snapshot(self, kept: SnapshotStore) -> None:
+    async def try_snapshot(self, kept: Archive) -> None:
         """As `snapshot_to`, by itself: what fails is told, and tried again some time."""
         path = self.path
         try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast, final, overload
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
+from ._archive import Archive, check_archive
 from ._changes import CommitStream, changed_in_log, new_commit_stream
 from ._consumers import Session, check_start
 from ._core import Core
@@ -40,7 +41,6 @@ from ._operations import (
 from ._pairs import PairStream
 from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._snapshots import SnapshotStore
 from ._statistics import DatabaseStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
@@ -470,6 +470,10 @@ class Database(metaclass=NoPublicConstructor):
 
         Deleted keys and values are not copied.
 
+        With ``archive=`` of `open_database` the copy is put there, too, before it gets its name:
+        `restore` begins with it.  That can be cancelled, between two pieces of a mebibyte; then,
+        as where the archive fails, there is no ``dest`` either.
+
         Args:
           dest: a directory that does not exist yet.
 
@@ -478,14 +482,15 @@ class Database(metaclass=NoPublicConstructor):
         Raises:
           FileExistsError: ``dest`` exists.
           CorruptLogError: the store is damaged.
-          OSError: the copy could not be written; nothing of it is left.
+          WrongDirectoryError: the archive is another log's.
+          OSError: the copy could not be written, or not be archived; nothing of it is left.
           LogFailedError: the log is broken.
         """
         path = check_path(dest)
         await self._check_usable()
         return await self._core.backup(path)
 
-    async def snapshot_to(self, store: SnapshotStore) -> int:
+    async def snapshot_to(self, store: Archive) -> int:
         """Keep a copy of the state, as of now, where other machines find it; returns its LSN.
 
         For a log on servers: a machine that has nothing begins with the newest snapshot, and only
@@ -494,13 +499,14 @@ class Database(metaclass=NoPublicConstructor):
         what is kept under its name is whole, or not there.
 
         Args:
-          store: `DirectorySnapshots`, or another `SnapshotStore`.
+          store: `DirectoryArchive`, or another `Archive`.
 
         Raises:
           CorruptLogError: the store is damaged.
           OSError: the copy could not be made; nothing of it is left.
           LogFailedError: the log is broken.
         """
+        check_archive("store", store)
         await self._check_usable()
         return await self._core.snapshot_to(store)
 

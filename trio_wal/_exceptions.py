@@ -8,6 +8,7 @@ base class only: `LogFailedError` must be caught by ``except trio.BrokenResource
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from typing import Literal
 
 import trio
@@ -435,6 +436,42 @@ class UnsuitableServersError(WalError):
 
     def __str__(self) -> str:
         return printable(f"{self.path}: {self.reason}; {self.remedy}; nothing was written")
+
+
+class RestoreGapError(WalError):
+    """What `restore` was asked for cannot be had from what there is; nothing was made.
+
+    Attributes:
+      path: the archive.
+      reason: what is missing.
+      first_lsn: the first LSN to which it can restore; None: to none.
+      last_lsn: the last one before the gap, or before the end; None: it can restore to none.
+      last_time: when the record ``last_lsn`` was written; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        reason: str,
+        first_lsn: int | None = None,
+        last_lsn: int | None = None,
+        last_time: datetime | None = None,
+    ) -> None:
+        super().__init__(path, reason, first_lsn, last_lsn, last_time)
+        self.path = path
+        self.reason = reason
+        self.first_lsn = first_lsn
+        self.last_lsn = last_lsn
+        self.last_time = last_time
+
+    def __str__(self) -> str:
+        if self.first_lsn is None or self.last_lsn is None:
+            return printable(f"{self.path}: {self.reason}; nothing was made")
+        when = "" if self.last_time is None else f" ({self.last_time.isoformat()})"
+        return printable(
+            f"{self.path}: {self.reason}; nothing was made, it can be restored to "
+            f"LSN {self.first_lsn} to {self.last_lsn}{when}"
+        )
 
 
 class TransactionConflict(WalError):

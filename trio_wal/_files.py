@@ -108,6 +108,11 @@ class Directory(Protocol):
 
     def rename(self, old: str, new: str) -> None: ...
 
+    def rename_new(self, old: str, new: str) -> None:
+        """As `rename`, or `FileExistsError` where there is one of the new name: of two who
+        do this at once, one wins.  Killed in between, a file may have both names."""
+        ...
+
     def unlink(self, name: str) -> None: ...
 
     def reread(self, name: str, keep: range = range(0)) -> None:

@@ -20,6 +20,8 @@ CROWDED_SECONDS: Final = 5.0
 """A queue that has been crowded for so long is told: for an instant is how it should be."""
 UNSETTLED_SECONDS: Final = 5.0
 """Servers that have not settled a batch for so long have perhaps lost their quorum."""
+ARCHIVE_SEGMENTS_MAX: Final = 3
+"""Sealed segments that an archive that works may lack; more are told."""
 BEHIND_SECONDS: Final = 5.0
 """A replica that is behind for so long is told."""
 
@@ -31,6 +33,7 @@ CODES: Final = (
     "queue_full",
     "replicas_behind",
     "no_answer",
+    "archive_behind",
     "checkpoints_failing",
     "checkpoints_behind",
     "store_stuck",
@@ -125,6 +128,19 @@ def unsettled(seconds: float | None) -> HealthReason | None:
     return HealthReason("no_answer", text)
 
 
+def archive_behind(segments: int | None, error: str | None) -> HealthReason | None:
+    """
+    Args:
+      segments: sealed ones that it has not; None: there is no archive.
+    """
+    if segments is None or (error is None and segments <= ARCHIVE_SEGMENTS_MAX):
+        return None
+    text = f"the archive lacks {segments} sealed segments, which are kept here until it has them"
+    if error is not None:
+        text += f"; the last try: {error}"
+    return HealthReason("archive_behind", text)
+
+
 def log_reasons(
     statistics: WalStatistics, failure: BaseException | None, crowded_seconds: float
 ) -> tuple[HealthReason | None, ...]:
@@ -135,6 +151,7 @@ def log_reasons(
         queue_full(crowded_seconds, statistics.queue_utilization),
         replicas_behind(statistics.replicas, statistics.replicas_current),
         unsettled(statistics.unsettled_seconds),
+        archive_behind(statistics.archive_lag_segments, statistics.archive_error),
     )
 
 

@@ -21,6 +21,8 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive, check_archive
+from ._archiver import CLOSE_SECONDS, Archiver, ask_identity, checking
 from ._codec import require_zstd
 from ._disk.chain import look_at
 from ._disk.cursor import Cursor, Locator, Place, place_in
@@ -132,6 +134,7 @@ class LocalOptions:
     compression: Literal["none", "zstd"] | None
     verify_bytes: float
     trust_directory: bool
+    archive: Archive | None
     sync_in: SyncIn
 
 
@@ -145,7 +148,6 @@ def check_retention(retention: Retention | None) -> None:
 
 
 def check_local_options(
-    *,
     path: str | PathLike[str],
     segment_size: int,
     retention: Retention,
@@ -153,6 +155,7 @@ def check_local_options(
     verify_bytes: float,
     trust_directory: bool,
     sync_in: SyncIn,
+    archive: Archive | None,
 ) -> LocalOptions:
     """These arguments of `open_wal`, or the error that names the wrong one."""
     check_retention(retention)
@@ -168,6 +171,7 @@ def check_local_options(
         compression=compression,
         verify_bytes=check_int_or_inf("verify_bytes", verify_bytes, 0),
         trust_directory=check_bool("trust_directory", trust_directory),
+        archive=None if archive is None else check_archive("archive", archive),
         sync_in=sync_in,
     )
 
@@ -188,6 +192,7 @@ class LocalEngine:
         retention: Retention,
         undo: Callable[[], None] | None,
         loop: LoopWriter | None = None,
+        archive: Archive | None = None,
     ) -> None:
         """
         Args:
@@ -222,6 +227,11 @@ class LocalEngine:
         """Set when there may be something to do beside the writing."""
         self._spare_wanted = False
         """Whether the next segment should be prepared now."""
+        self._archiver: Archiver | None = None
+        if archive is not None:
+            self._archiver = Archiver(
+                archive, directory, self.name, self.hold, self.busy, threaded=files.threaded
+            )
         # None until the task has begun.
         self._worker_done: trio.Event | None = None
         self._maintenance_done: trio.Event | None = None
@@ -239,6 +249,7 @@ class LocalEngine:
             self._syncs,
             directory.segments,
             directory.disk_bytes,
+            archive=None if self._archiver is None else self._archiver.statistics(),
             loop=None if self._loop is None else self._loop.statistics,
         )
 
@@ -249,7 +260,8 @@ class LocalEngine:
 
     def tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
         self._started = True
-        return self._run_worker, self._maintain
+        more = () if self._archiver is None else (self._archiver.run,)
+        return self._run_worker, self._maintain, *more
 
     async def ready(self) -> None:
         await self._worker.ready()
@@ -267,7 +279,8 @@ class LocalEngine:
 
     async def aclose(self, *, orderly: bool) -> None:
         try:
-            await self._end(partial(self._directory.close, orderly=orderly))
+            seconds = CLOSE_SECONDS if orderly else 0.0
+            await self._end(partial(self._directory.close, orderly=orderly), seconds)
         finally:
             if not self._forked:
                 # Once more, for where the worker has ended before it could.
@@ -287,7 +300,7 @@ class LocalEngine:
             # There is no worker: that it could not be started is why the open has failed.
             undo()
 
-    async def _end(self, job: Callable[[], None]) -> None:
+    async def _end(self, job: Callable[[], None], archive_seconds: float = 0.0) -> None:
         """End the tasks, with ``job`` as the worker's last."""
         if not self._started:
             self._worker.close()
@@ -296,6 +309,8 @@ class LocalEngine:
         try:
             self._directory.spares.stop()
             self._stop_maintenance()
+            if self._archiver is not None:
+                await self._archiver.stop(archive_seconds)
             if self._maintenance_done is not None:
                 await self._maintenance_done.wait()
             await self._blocking.close()
@@ -314,6 +329,8 @@ class LocalEngine:
         self._directory.disown()
         self._worker.disown()
         self._blocking.disown()
+        if self._archiver is not None:
+            self._archiver.disown()
 
     # -- the one writer --
 
@@ -357,7 +374,15 @@ class LocalEngine:
         await self._call(self._directory.rotate)
 
     async def truncate_after(self, lsn: int) -> None:
-        await self._call(partial(self._directory.truncate_after, lsn))
+        archiver = self._archiver
+        if archiver is None:
+            await self._call(partial(self._directory.truncate_after, lsn))
+            return
+        archiver.begin_cut()
+        try:
+            await self._call(partial(self._directory.truncate_after, lsn))
+        finally:
+            archiver.end_cut()
 
     async def _call(self, job: Callable[[], object], *, in_loop: bool = False) -> None:
         loop = self._loop
@@ -379,6 +404,8 @@ class LocalEngine:
         header = self._directory.active.header
         self._active_number = header.number
         self._due.set()
+        if self._archiver is not None:
+            self._archiver.wake()
         tell(
             logging.DEBUG,
             "rotated",
@@ -485,7 +512,11 @@ async def open_local(
       undo: removes what was made beside a log that this open has created, if it fails after all.
 
     Raises: as `open_log_directory`; what this open has created is removed again.
+      WrongDirectoryError: also where the archive is another log's.
     """
+    archive = options.archive
+    if archive is not None:
+        check = checking(archive, await ask_identity(archive, threaded=files.threaded), check)
     blocking = Blocking(threaded=files.threaded)
     directory = await blocking(
         open_log_directory,
@@ -504,7 +535,9 @@ async def open_local(
         loop = None
         if options.sync_in == "loop" and isinstance(worker, ThreadWorker):
             loop = LoopWriter(worker, directory.publish)
-        return LocalEngine(files, directory, worker, blocking, options.retention, undo, loop)
+        return LocalEngine(
+            files, directory, worker, blocking, options.retention, undo, loop, archive
+        )
     except BaseException:
         # No descriptor for the worker, or no memory.
         if worker is not None:

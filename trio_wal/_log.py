@@ -30,7 +30,13 @@ from ._pace import AUTO_RECORDS_MAX, AutoBound, AutoDelay, Delay, FixedDelay
 from ._park import Latch, end_forked, require_trio
 from ._queue import Owner, WriteQueue
 from ._state import State, Status
-from ._statistics import ConsumerStatistics, LoopWrites, ReplicationStatistics, WalStatistics
+from ._statistics import (
+    ArchiveStatistics,
+    ConsumerStatistics,
+    LoopWrites,
+    ReplicationStatistics,
+    WalStatistics,
+)
 from ._stream import RecordStream, new_record_stream
 from ._text import printable
 from ._util import check_int, check_int_or_inf, check_one_of, check_seconds, check_share
@@ -112,6 +118,11 @@ def _in_loop(loop: LoopWrites | None) -> dict[str, Any]:
 
 def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
     """The fields of `WalStatistics` that only a replicated log has."""
+    return {} if found is None else attrs.asdict(found)
+
+
+def _archived(found: ArchiveStatistics | None) -> dict[str, Any]:
+    """The fields of `WalStatistics` that only a log with an archive has."""
     return {} if found is None else attrs.asdict(found)
 
 
@@ -270,6 +281,7 @@ class Log:
             epoch=tail.epoch,
             **_in_loop(engine.loop),
             **_replicated(engine.replication),
+            **_archived(engine.archive),
         )
 
     def reasons(self) -> tuple[HealthReason | None, ...]:

@@ -52,6 +52,8 @@ class Kind(enum.Enum):
     """One of several words; exported as one series for each, 1 or 0."""
     INFO = "info"
     """A word that stays; exported as a label of a series that is 1."""
+    TEXT = "text"
+    """A sentence, which is not exported: figures beside it say that there is one."""
     LABEL = "label"
     """Stands in the labels of the others."""
     GROUP = "group"
@@ -114,7 +116,7 @@ class Metric:
     @property
     def exported(self) -> bool:
         """Whether it has a name of its own for monitoring."""
-        return self.kind not in (Kind.SUM, Kind.LABEL, Kind.GROUP)
+        return self.kind not in (Kind.SUM, Kind.TEXT, Kind.LABEL, Kind.GROUP)
 
     @property
     def name(self) -> str:
@@ -234,6 +236,11 @@ WAL: Final = _group(
     _counter("rotations", SERVERS, "server_rotations"),
     _counter("resolved", BATCHES, "batches_resolved"),
     _gauge("assume_synced"),
+    _gauge("archived_lsn", LSN),
+    _gauge("archive_lag_segments", SEGMENTS),
+    _gauge("archive_lag_bytes", BYTES, "archive_lag"),
+    _counter("archive_failures", CALLS),
+    Metric("archive_error", Kind.TEXT),
 )
 
 DATABASE: Final = _group(

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, final
 import attrs
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive
 from ._base import Progress, StoreState
 from ._checkpoint import HOLD
 from ._core import OPENING_HOLD, Core
@@ -36,7 +37,6 @@ from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
 from ._replica import OpenReplica, Replica
 from ._replicated import BATCH_BYTES_MAX, RemoteLog
 from ._retention import KeepSegments, Retention
-from ._snapshots import SnapshotStore
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
@@ -194,7 +194,16 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         store = await blocking(self._stores.open_store, self._store_path, options.map_size)
         try:
             state = self._state or StoreState(log.engine.uuid.bytes, 0)
-            core = Core(self._path, log, store, state, files, blocking, options.checkpoint_bytes)
+            core = Core(
+                self._path,
+                log,
+                store,
+                state,
+                files,
+                blocking,
+                options.checkpoint_bytes,
+                self._where.archive,
+            )
         except BaseException:
             store.close()
             raise
@@ -218,7 +227,7 @@ def open_database(
     path: str | os.PathLike[str],
     *,
     log: str | RemoteLog | None = None,
-    snapshots: SnapshotStore | None = None,
+    snapshots: Archive | None = None,
     snapshot_bytes: int = 1024 * MiB,
     checkpoint_bytes: int = 64 * MiB,
     map_size: int = MAP_SIZE,
@@ -240,6 +249,7 @@ def open_database(
     sync_in: SyncIn = "thread",
     reserve: float = RESERVE,
     consumer_hold_bytes: float = math.inf,
+    archive: Archive | None = None,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store in a directory, recovering it first.
@@ -276,9 +286,10 @@ def open_database(
       max_record_size, max_batch_bytes: as for `open_wal`.
       flush_interval, commit_delay, segment_size, durability, compression: as for `open_wal`.
       verify_bytes, trust_directory, sync_in, reserve, consumer_hold_bytes: as for `open_wal`.
+      archive: as for `open_wal`; gets a copy of every `Database.backup`, too.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    With ``log`` there are no ``compression``, ``verify_bytes`` and ``sync_in``, and of
+    With ``log`` there are no ``compression``, ``verify_bytes``, ``sync_in`` and ``archive``, and of
     ``durability`` only ``"sync"``; opening takes the log over, and whoever had it open gets
     `LogFencedError` from the next commit on.
 
@@ -311,22 +322,19 @@ def open_database(
     )
     keep = KeepSegments(1) if retention is None else retention
     if remote is not None:
-        check_remote(durability, segment_size, retention, compression, verify_bytes, sync_in)
+        check_remote(
+            durability, segment_size, retention, compression, verify_bytes, sync_in, archive
+        )
         cache = _cache_options(own, remote, snapshots, snapshot_bytes)
         return OpenRemoteDatabase(cache.keeping(segment_size, keep, trust_directory), run, used)
+    path = f"{name}/{LOG_NAME}"
     where = check_local_options(
-        path=f"{name}/{LOG_NAME}",
-        retention=keep,
-        segment_size=segment_size,
-        compression=compression,
-        verify_bytes=verify_bytes,
-        trust_directory=trust_directory,
-        sync_in=sync_in,
+        path, segment_size, keep, compression, verify_bytes, trust_directory, sync_in, archive
     )
     return _OpenDatabase(own, used, run, where)
 
 
-def _check_log(log: RemoteLog | str | None, snapshots: SnapshotStore | None) -> RemoteLog | None:
+def _check_log(log: RemoteLog | str | None, snapshots: Archive | None) -> RemoteLog | None:
     """None: the log is in the database's directory."""
     if log is None:
         refuse_options("a database with a log of its own", snapshots=snapshots is not None)
@@ -350,7 +358,7 @@ def _check_options(
 
 
 def _cache_options(
-    own: _Options, log: RemoteLog, snapshots: SnapshotStore | None, snapshot_bytes: int
+    own: _Options, log: RemoteLog, snapshots: Archive | None, snapshot_bytes: int
 ) -> RemoteOptions:
     return check_remote_options(
         own.path,
@@ -367,7 +375,7 @@ def open_replica(
     path: str | os.PathLike[str],
     *,
     log: str | RemoteLog,
-    snapshots: SnapshotStore | None = None,
+    snapshots: Archive | None = None,
     checkpoint_bytes: int = 64 * MiB,
     map_size: int = MAP_SIZE,
     trust_directory: bool = False,

@@ -15,6 +15,7 @@ import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._archive import Archive, check_archive
 from ._base import StoreState
 from ._caslog import Description
 from ._core import OPENING_HOLD, Core
@@ -32,7 +33,7 @@ from ._replicated import (
     open_replicated,
 )
 from ._retention import KeepAll, Retention
-from ._snapshots import SNAPSHOTS, SnapshotStore, fetch_snapshot, newest_snapshot
+from ._snapshots import SNAPSHOTS, fetch_snapshot, newest_snapshot
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._util import check_bool, check_int
@@ -48,7 +49,7 @@ class RemoteOptions:
 
     path: str
     log: RemoteLog
-    snapshots: SnapshotStore | None
+    snapshots: Archive | None
     snapshot_bytes: int
     checkpoint_bytes: int
     map_size: int
@@ -72,22 +73,17 @@ class RemoteOptions:
 def check_remote_options(
     path: str,
     log: RemoteLog,
-    snapshots: SnapshotStore | None,
+    snapshots: Archive | None,
     snapshot_bytes: int,
     checkpoint_bytes: int,
     map_size: int,
     check_store: bool = True,
 ) -> RemoteOptions:
     """These arguments of `open_database`, or the error that names the wrong one."""
-    if snapshots is not None and not all(
-        callable(getattr(snapshots, name, None)) for name in ("put", "list", "get")
-    ):
-        kind = type(snapshots).__name__
-        raise TypeError(f"snapshots must be a SnapshotStore, with put, list and get, not {kind}")
     return RemoteOptions(
         path=path,
         log=log,
-        snapshots=snapshots,
+        snapshots=None if snapshots is None else check_archive("snapshots", snapshots),
         snapshot_bytes=check_int("snapshot_bytes", snapshot_bytes, 1),
         checkpoint_bytes=checkpoint_bytes,
         map_size=map_size,
@@ -282,7 +278,7 @@ class OpenRemoteDatabase(AbstractAsyncContextManager[Database]):
 class Snapshotter:
     """The task that makes a snapshot every so many bytes of log."""
 
-    def __init__(self, core: Core, kept: SnapshotStore, snapshot_bytes: int) -> None:
+    def __init__(self, core: Core, kept: Archive, snapshot_bytes: int) -> None:
         self._core = core
         self._kept = kept
         self._snapshot_bytes = snapshot_bytes

@@ -155,6 +155,17 @@ class ReplicationStatistics:
     assume_synced: bool
 
 
+@attrs.frozen(kw_only=True)
+class ArchiveStatistics:
+    """What only a log with an archive has; `WalStatistics` says what it means."""
+
+    archived_lsn: int
+    archive_lag_segments: int
+    archive_lag_bytes: int
+    archive_failures: int
+    archive_error: str | None
+
+
 @attrs.frozen
 class EngineStatistics:
     """What an engine knows that its log does not; `WalStatistics` says what it means."""
@@ -163,6 +174,7 @@ class EngineStatistics:
     segments: int
     disk_bytes: int
     replication: ReplicationStatistics | None = None
+    archive: ArchiveStatistics | None = None
     loop: LoopWrites | None = None
 
 
@@ -296,6 +308,17 @@ class WalStatistics:
     """How often a batch was found to have landed though its answer was lost."""
     assume_synced: bool | None = None
     """Whether the servers were taken at their word, and not asked whether they sync each write."""
+    archived_lsn: int | None = None
+    """The archive has every record up to here that the log had since it was archived; None, as
+    all that follow, for a log without ``archive=``."""
+    archive_lag_segments: int | None = None
+    """Sealed segments that are not there yet; the one being written is none."""
+    archive_lag_bytes: int | None = None
+    """Bytes of their files."""
+    archive_failures: int | None = None
+    """How often it was tried in vain to archive, since the log was opened."""
+    archive_error: str | None = None
+    """What the last try came to; None where it passed."""
 
 
 @final

@@ -18,6 +18,7 @@ from typing import Literal, final
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
+from ._archive import Archive
 from ._consumer import Consumer, new_consumer
 from ._consumers import Consumers, EngineKeeper, Session, check_start
 from ._engine import RecoveryReport
@@ -327,6 +328,38 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         assert self._consumers is not None
         return self._consumers
 
+    # -- segments --
+
+    @enable_ki_protection
+    async def rotate(self) -> int:
+        """Seal the segment that is being written, so that everything up to the LSN that this
+        returns can be archived, or dropped, as a whole.
+
+        What was accepted before the call is made durable first.  Where nothing was written since
+        the last segment was sealed there is nothing to seal, and `durable_lsn` is returned.  Of a
+        replicated log it ends what `KeepSegments` counts as one segment.
+
+        A segment that is ended before it is full is a file of its own all the same: once a minute
+        is fine, once a record is not.
+
+        Cancelled while it waits: nothing is sealed, unless that has already begun; then it
+        returns.
+
+        Raises:
+          LogFullError: there is no disk space for the next segment; nothing has changed.
+          LogFailedError: a write or sync failed.
+          trio.ClosedResourceError: the log is closed.
+        """
+        sealed_lsn = 0
+
+        async def rotate() -> None:
+            nonlocal sealed_lsn
+            await self._log.engine.rotate()
+            sealed_lsn = self._log.engine.durable_lsn
+
+        await self._log.run_job(rotate)
+        return sealed_lsn
+
     # -- truncating --
 
     @enable_ki_protection
@@ -526,6 +559,7 @@ def check_remote(
     compression: str | None,
     verify_bytes: float,
     sync_in: SyncIn,
+    archive: Archive | None,
 ) -> None:
     """Those arguments of `open_wal` that a replicated log takes, or does not."""
     what = "a replicated log"
@@ -533,6 +567,7 @@ def check_remote(
         what,
         compression=compression is not None,
         verify_bytes=verify_bytes != VERIFY_BYTES,
+        archive=archive is not None,
         sync_in=sync_in != "thread",
     )
     if durability != "sync":
@@ -560,6 +595,7 @@ def open_wal(
     sync_in: SyncIn = "thread",
     reserve: float = RESERVE,
     consumer_hold_bytes: float = math.inf,
+    archive: Archive | None = None,
     files: Files | None = None,
 ) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, recovering it first.
@@ -617,19 +653,23 @@ def open_wal(
           are any: see `WriteAheadLog.writer`.
       consumer_hold_bytes: bytes of segments that consumers may keep from being dropped;
           `math.inf`: any number.  A consumer that is further behind may get `LsnTruncatedError`.
+      archive: where every sealed segment is put, such as `DirectoryArchive`; nothing is dropped
+          from the log before it is there.  `restore` makes a log of it.  An archive that is slow,
+          full or gone costs disk space and nothing else: what fails is logged, seen in
+          `WalStatistics`, and tried again, after a second at first and then up to a minute.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
     A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory``,
-    ``sync_in`` nor ``files``, and of ``durability`` only ``"sync"``; ``segment_size`` is how much
-    of it `KeepSegments` counts as one.  To open it takes it over: whoever had it open gets
-    `LogFencedError` from the next write on.
+    ``sync_in``, ``archive`` nor ``files``, and of ``durability`` only ``"sync"``; ``segment_size``
+    is how much of it `KeepSegments` counts as one.  To open it takes it over: whoever had it open
+    gets `LogFencedError` from the next write on.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.
 
     Raises, on entering; what was there is as it was, and nothing else stays:
       LogLockedError: somebody else has it open.
-      WrongDirectoryError: it is a database, or something else that is no log.
+      WrongDirectoryError: it is a database, or no log; or the archive is another log's, or none.
       UntrustedDirectoryError: see ``trust_directory``.
       CorruptLogError: it is damaged.
       UnsupportedFormatError: a newer trio-wal wrote it.
@@ -656,7 +696,9 @@ def open_wal(
     )
     log = remote_log(path)
     if log is not None:
-        check_remote(durability, segment_size, retention, compression, verify_bytes, sync_in)
+        check_remote(
+            durability, segment_size, retention, compression, verify_bytes, sync_in, archive
+        )
         refuse_options("a replicated log", trust_directory=trust_directory, files=files is not None)
         keep = KeepAll() if retention is None else retention
         return _OpenWal(
@@ -670,6 +712,7 @@ def open_wal(
         compression=compression,
         verify_bytes=verify_bytes,
         trust_directory=trust_directory,
+        archive=archive,
         sync_in=sync_in,
     )
     used = OsFiles() if files is None else files

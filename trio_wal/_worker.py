@@ -279,10 +279,27 @@ class _Limiter:
         self._limiter.total_tokens = math.inf
 
 
-class Blocking:
-    """Runs what is not the log's writing: opening, reading, preparing, dropping."""
+def cancellation_check(*, threaded: bool) -> Callable[[], None]:
+    """What a long call of `Blocking` calls in between: raises where whoever waits for it was
+    cancelled, or interrupted.
 
-    def __init__(self, *, threaded: bool) -> None:
+    Args:
+      threaded: as for `Blocking`.
+    """
+    return trio.from_thread.check_cancelled if threaded else _nothing
+
+
+class Blocking:
+    """Runs what is not the log's writing: opening, reading, preparing, dropping.
+
+    Args:
+      threaded: whether in threads.
+      abandons: whether a call is left alone that is still under way when its caller is cancelled:
+          for calls that may never end.
+    """
+
+    def __init__(self, *, threaded: bool, abandons: bool = False) -> None:
+        self._abandons = abandons
         self._limiter = _Limiter() if threaded else None
         self._token = trio.lowlevel.current_trio_token() if threaded else None
         self._callers: set[trio.lowlevel.Task] = set()
@@ -305,6 +322,7 @@ class Blocking:
             with _no_thread_is_oserror():
                 return await trio.to_thread.run_sync(
                     partial(function, *args, **kwargs),
+                    abandon_on_cancel=self._abandons,
                     limiter=cast(trio.CapacityLimiter, self._limiter),
                 )
         except OSError as exc:

@@ -713,6 +713,12 @@ class MemoryDirectory:
         self._folder.change(_Change(old, new))
         self._files._done("rename", f"{self.path}/{new}")
 
+    def rename_new(self, old: str, new: str) -> None:
+        if new in self._folder.names:
+            path = f"{self.path}/{new}"
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        self.rename(old, new)
+
     def unlink(self, name: str) -> None:
         self._files._begin("unlink", f"{self.path}/{name}")
         if name not in self._folder.names:

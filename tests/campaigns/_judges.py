@@ -227,6 +227,13 @@ def figures(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def archive(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Logs that are archived, cut and crashed, and what is restored of them."""
+    from .archive import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 def threads(seed: int, seconds: float, only: str = "") -> Judgement:
     """Checkpoints without pause beside commits and deletions, in real threads."""
     from .threads import found_in
@@ -348,6 +355,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "lines": lines,
     "threads": threads,
     "figures": figures,
+    "archive": archive,
     "repair": repair,
 }
 """In the order in which they are asked."""

@@ -57,6 +57,7 @@ READERS, READERS_DB = "readers:log", "readers:database"
 LEAKS: Final = "leaks"
 REPLICATION: Final = "replication"
 THREADS: Final = "threads"
+ARCHIVE: Final = "archive"
 REPAIR: Final = "repair"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 FIGURES: Final = "figures"
@@ -122,9 +123,9 @@ MUTANTS: Final = (
     ),
     mutant(
         "the segment in which a repaired log goes on is not synced", "_disk/repair", REPAIR,
-        "    active = _new_segment(directory, header, FIRST_CAPACITY)\n"
+        "    active = new_segment(directory, header, FIRST_CAPACITY)\n"
         "    try:\n        active.sync()\n",
-        "    active = _new_segment(directory, header, FIRST_CAPACITY)\n"
+        "    active = new_segment(directory, header, FIRST_CAPACITY)\n"
         "    try:\n        pass\n",
     ),
     mutant(
@@ -984,6 +985,61 @@ MUTANTS: Final = (
     mutant(
         "checkpoints that are behind are no reason", "_health", FIGURES,
         "    if not behind:\n", "    if True:\n",
+    ),
+    # -- archives --
+    mutant(
+        "what the archive does not have is not held", "_archiver", ARCHIVE,
+        "            self._hold(ARCHIVE_HOLD, first)\n",
+        "            self._hold(ARCHIVE_HOLD, 1 << 62)\n",
+    ),
+    mutant(
+        "a segment that was cut is taken for the one that was archived", "_archiver", ARCHIVE,
+        "key_of(s) not in there), None)",
+        "s.header.salt not in {k.salt for k in there}), None)",
+    ),
+    mutant(
+        "a segment counts as archived before it is put", "_archiver", ARCHIVE,
+        "            cuts, meta = directory.cuts, directory.meta.says\n",
+        "            cuts, meta = directory.cuts, directory.meta.says\n"
+        "            self._there.add(key_of(info))\n",
+    ),
+    mutant(
+        "what is cut off is not looked at anew", "_archiver", ARCHIVE,
+        "        if cuts == self._looked_at:\n", "        if self._looked_at >= 0:\n",
+    ),
+    mutant(
+        "the name of what was put is not synced", "_archive", ARCHIVE,
+        "            # For what is there already, too: who put it may have been killed.\n"
+        "            directory.sync()\n",
+        "",
+    ),
+    mutant(
+        "what was put is not synced", "_archive", ARCHIVE,
+        "            file.sync()\n            file.close()\n", "            file.close()\n",
+    ),
+    mutant(
+        "the manifest is put before the segment", "_archiving", ARCHIVE,
+        "        archive.put(manifest.data, _unchanged",
+        "        _put_manifest(archive, manifest)\n"
+        "        archive.put(manifest.data, _unchanged",
+    ),
+    mutant(
+        "records of another history are taken", "_archived", ARCHIVE,
+        "        return 0 if common is None else min(common, self.last_lsn)\n",
+        "        return self.last_lsn\n",
+    ),
+    mutant(
+        "the oldest history is restored", "_restorable", ARCHIVE,
+        "        newest = max(known, key", "        newest = min(known, key",
+    ),
+    mutant(
+        "a commit right at the time is left out", "_restorable", ARCHIVE,
+        "        return frame.time_us > time_us or", "        return frame.time_us >= time_us or",
+    ),
+    mutant(
+        "a gap is passed over", "_restorable", ARCHIVE,
+        "        if reached < lsn if lsn is not None else self._beyond(reached):\n",
+        "        if False:\n",
     ),
 )  # fmt: skip
 

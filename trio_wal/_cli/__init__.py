@@ -22,6 +22,7 @@ from trio_wal._exceptions import WalError, WrongDirectoryError
 
 from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
+from .archive import archive_app
 from .backup import backup
 from .completion import completion_of
 from .consumers import consumers
@@ -31,6 +32,7 @@ from .get import get
 from .inspect import inspect
 from .nats import nats_app
 from .repair import repair
+from .restore import restore
 from .scan import scan
 from .stats import stats
 from .verify import verify
@@ -43,8 +45,12 @@ app = App(
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
-for _command in (demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup):
+_COMMANDS = (
+    *(demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup, restore),
+)
+for _command in _COMMANDS:
     app.command(_command)
+app.command(archive_app)
 app.command(nats_app)
 app.command(completion_of(app))
 

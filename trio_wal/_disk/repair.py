@@ -214,7 +214,7 @@ def _create(
     header = SegmentHeader(
         meta.log_uuid, 1, meta.base_lsn, files.random_bytes(16), files.time_us(), 0, meta.features
     )
-    active = _new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
+    active = new_segment(directory, header, min(segment_size, FIRST_CAPACITY))
     try:
         active.sync()
         directory.rename(NEW_NAME, header.name)
@@ -227,8 +227,12 @@ def _create(
     return meta, [], active
 
 
-def _new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
-    """A segment under its temporary name, zeros written; not yet durable."""
+def new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> ActiveSegment:
+    """A segment under its temporary name, zeros written; not yet durable.
+
+    Raises:
+      LogFullError, OSError
+    """
     capacity = capacity_for(0, capacity)
     zeroed = min(capacity, FIRST_CAPACITY)
     file: File | None = None
@@ -257,7 +261,7 @@ def begin_segment(directory: Directory, header: SegmentHeader, offset: int) -> T
     """
     for name in {NEW_NAME, TRUNCATE_NAME}.intersection(directory.names()):
         directory.unlink(name)
-    active = _new_segment(directory, header, FIRST_CAPACITY)
+    active = new_segment(directory, header, FIRST_CAPACITY)
     try:
         active.sync()
     finally:
@@ -348,7 +352,7 @@ def _copy_tail(
     # As a new log's first one: no larger than what is filled with zeros, so that frames stand in
     # place from the first one on.
     wanted = min(segment_size, FIRST_CAPACITY)
-    active = _new_segment(directory, header, capacity_for(end.end.offset - start.offset, wanted))
+    active = new_segment(directory, header, capacity_for(end.end.offset - start.offset, wanted))
     try:
         _copy_frames(directory, active, before, end)
         directory.rename(NEW_NAME, header.name)

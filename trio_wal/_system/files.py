@@ -40,6 +40,8 @@ _PREAD_UNSEEN: Final = 4 << 20
 _COPY_NAME: Final = "spare-copy.tmp"
 """Recovery clears away what has such a name."""
 _COPY_BYTES: Final = 1 << 20
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
+"""What a file system says that has no hard links."""
 
 
 class OsFile:
@@ -283,6 +285,29 @@ class OsDirectory:
         new_where, _ = self._where(new)
         try:
             os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except OSError as exc:
+            exc.filename = os.path.join(self.path, old)
+            exc.filename2 = os.path.join(self.path, new)
+            raise
+
+    def rename_new(self, old: str, new: str) -> None:
+        old_where, dir_fd = self._where(old)
+        new_where, _ = self._where(new)
+        try:
+            if sys.platform == "win32":
+                os.rename(old_where, new_where)
+            else:
+                try:
+                    os.link(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                except OSError as exc:
+                    if exc.errno not in _NO_LINKS:
+                        raise
+                    # A file system without links: as well as it can be had there.
+                    if new in self.names():
+                        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from exc
+                    os.replace(old_where, new_where, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                else:
+                    os.unlink(old_where, dir_fd=dir_fd)
         except OSError as exc:
             exc.filename = os.path.join(self.path, old)
             exc.filename2 = os.path.join(self.path, new)

@@ -1,0 +1,393 @@
+"""Logs that are archived, cut, dropped and crashed, and what can be restored of them (simulated).
+
+Law: only the public API is used.  A case is a log of a few lives, each ended by a close or by a
+crash at some operation on its files or its archive's, which are in the same memory.  The archive
+fails now and then, before or after it has done what was asked.  After each life:
+
+  * archive and log together hold every record that was acknowledged, and no other but what was
+    being written; before the log is recovered, and after that;
+  * the archive alone holds a beginning of a history that the log had;
+  * of that it can be restored to any LSN, and to any time, exactly; a gap is told;
+  * now and then the log is destroyed, and what was restored goes on in its place.
+
+At the end the archive works, and gets everything.
+
+``--kills N`` kills a real program instead, and restores what it has left.  ``--commits N`` restores
+a log of so many commits to every one of them, and to a time between each two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import trio
+from trio.testing import MockClock
+
+import trio_wal
+from trio_wal import Archive, DirectoryArchive, KeepSegments, Record
+from trio_wal.testing import MemoryFiles
+
+from . import _report
+from ._promises import check
+from ._simulator import seeded_run
+
+LOG: Final = "/log"
+ARCHIVE: Final = "/archive"
+MADE: Final = "/made"
+LIVES: Final = 4
+CALLS_MAX: Final = 14
+SHARE: Final = 20
+"""Cases of one task for a worker process."""
+
+History = list[bytes]
+
+
+class Wayward:
+    """An archive that fails now and then."""
+
+    def __init__(self, archive: Archive, rng: random.Random) -> None:
+        self._archive = archive
+        self._rng = rng
+
+    def _fail(self, share: float) -> None:
+        if self._rng.random() < share:
+            raise OSError(errno.EIO, "the archive fails")
+
+    def put(self, name: str, content: Iterable[bytes]) -> None:
+        self._fail(0.1)
+        self._archive.put(name, content)
+        self._fail(0.05)
+
+    def list(self) -> list[str]:
+        self._fail(0.1)
+        return self._archive.list()
+
+    def get(self, name: str) -> Iterator[bytes]:
+        self._fail(0.1)
+        return self._archive.get(name)
+
+
+@attrs.define(eq=False)
+class World:
+    rng: random.Random
+    files: MemoryFiles
+    model: History = attrs.Factory(list)
+    """The log's records, from LSN 1 on."""
+    possible: list[History] = attrs.Factory(lambda: [[]])
+    """What they may be, if it crashes now."""
+    past: list[History] = attrs.Factory(list)
+    """Histories that the log once had."""
+    image: tuple[MemoryFiles, list[History]] | None = None
+    """What a crash has left."""
+    written: int = 0
+
+    def archive(self, files: MemoryFiles | None = None) -> DirectoryArchive:
+        return DirectoryArchive(ARCHIVE, files=files or self.files)
+
+    # -- one life --
+
+    async def live(self) -> None:
+        rng, crash_at = self.rng, self.rng.choice((None, self.rng.randrange(400)))
+        kind: Any = rng.choice(("kill", "power"))
+        seed, numbers = rng.getrandbits(32), itertools.count()
+
+        def crash(*_: object) -> None:
+            if next(numbers) == crash_at:
+                self.image = self.files.crash_image(seed, kind), list(self.possible)
+
+        self.image = None
+        self.files.after_operation = crash
+        async with trio_wal.open_wal(
+            LOG,
+            files=self.files,
+            archive=Wayward(self.archive(), rng),
+            segment_size=rng.choice((1, 1, 8000)),
+            retention=rng.choice((None, KeepSegments(1), KeepSegments(2))),
+        ) as wal:
+            for _ in range(rng.randint(3, CALLS_MAX)):
+                await self._call(wal)
+        self.files.after_operation = None
+        if self.image is not None:
+            self.files, self.possible = self.image
+
+    async def _call(self, wal: Any) -> None:
+        rng = self.rng
+        call = rng.choices(("append", "rotate", "sleep", "drop", "cut"), (8, 2, 4, 1, 1))[0]
+        if call == "append":
+            batch = [self._payload() for _ in range(rng.choice((1, 1, 2, 4)))]
+            after = self.model + batch
+            self.possible = [self.model, after]
+            await wal.append_many(batch)
+            self.model, self.possible = after, [after]
+        elif call == "rotate":
+            check(await wal.rotate() == len(self.model), "another LSN was sealed")
+        elif call == "sleep":
+            await trio.sleep(rng.choice((0, 0.1, 3, 100)))
+        elif call == "drop":
+            await wal.truncate_before(rng.randint(1, wal.last_lsn + 1))
+        elif wal.first_lsn - 1 < wal.last_lsn:
+            lsn = rng.randint(wal.first_lsn - 1, wal.last_lsn)
+            after = self.model[:lsn]
+            self.possible = [self.model, after]
+            self.past.append(self.model)
+            try:
+                await wal.truncate_after(lsn)
+            except trio_wal.LsnTruncatedError:
+                # Retention was faster.
+                after = self.model
+            self.model, self.possible = after, [after]
+
+    def _payload(self) -> bytes:
+        self.written += 1
+        return b"%d:" % self.written + bytes(self.rng.randrange(400))
+
+    # -- what it has left --
+
+    async def look(self) -> None:
+        files = self.files
+        if not files.exists(LOG) or "log.meta" not in files.names(LOG):
+            check([] in self.possible, "the log is gone")
+            self.model = []
+            return
+        found = await self._restored(tail=LOG)
+        check(found in self.possible, f"{len(found)} records, not {self._lengths()}")
+        async with trio_wal.open_wal(LOG, files=files) as wal:
+            async with wal.read() as records:
+                rest = [record.data async for record in records]
+            first = wal.first_lsn
+        check(rest == found[first - 1 :], "recovery finds another log than restore")
+        again = await self._restored(tail=LOG)
+        check(again == found, "after recovery it is another log")
+        self.past += [history for history in self.possible if history != found]
+        self.model, self.possible = found, [found]
+        await self._look_at_archive()
+
+    def _lengths(self) -> str:
+        return " or ".join(str(len(history)) for history in self.possible)
+
+    async def _look_at_archive(self) -> None:
+        try:
+            records = await self._records()
+        except (trio_wal.WrongDirectoryError, FileNotFoundError):
+            names = self.files.names(ARCHIVE) if self.files.exists(ARCHIVE) else []
+            check(not any(n[0] == "0" and n.endswith(".json") for n in names), "nothing is found")
+            return
+        found = [record.data for record in records]
+        known = [self.model, *self.past]
+        check(any(found == h[: len(found)] for h in known), "the archive has another history")
+        for lsn in self.rng.sample(range(len(found) + 1), min(4, len(found) + 1)):
+            check(await self._restored(to_lsn=lsn) == found[:lsn], f"LSN {lsn} is another")
+        for record in self.rng.sample(records, min(3, len(records))):
+            last = max(other.lsn for other in records if other.timestamp <= record.timestamp)
+            there = await self._restored(to_time=record.timestamp)
+            check(there == found[:last], f"the time of LSN {record.lsn} is another")
+        await self._look_for_gap(len(found))
+        if self.rng.random() < 0.2:
+            self.past.append(self.model)
+            self.files.discard_directory(LOG)
+            await trio_wal.restore(self.archive(), LOG, files=self.files)
+            self.model, self.possible = found, [found]
+
+    async def _look_for_gap(self, last: int) -> None:
+        """What is missing is told, and not passed over."""
+        names = [n for n in self.files.names(ARCHIVE) if n[0] == "0" and n.endswith(".json")]
+        if len({name.split("-")[2] for name in names}) != 1:
+            # Without some of them another history would be the newest.
+            return
+        name = self.rng.choice(names)
+        files = self.files.crash_image(0, "kill")
+        files.remove_file(ARCHIVE, name)
+        first, end = map(int, name.split("-")[:2])
+        try:
+            report = await trio_wal.restore(self.archive(files), MADE, files=files, dry_run=True)
+        except trio_wal.RestoreGapError as exc:
+            check(exc.last_lsn == first - 1, f"LSN {exc.last_lsn} is not the last before the gap")
+        except trio_wal.WrongDirectoryError:
+            check(len(names) == 1, "nothing is there")
+        else:
+            check(last in (report.last_lsn, end), "a gap is passed over")
+
+    async def finish(self) -> None:
+        """An archive that works again gets everything."""
+        async with trio_wal.open_wal(LOG, files=self.files, archive=self.archive()) as wal:
+            last = await wal.rotate()
+            await trio.sleep(1)
+            found = wal.statistics()
+            check(found.archived_lsn == last, f"not archived: {found.archive_error}")
+
+    async def _records(self, **options: Any) -> list[Record]:
+        """Of what is restored."""
+        files = self.files
+        await trio_wal.restore(self.archive(), MADE, files=files, **options)
+        async with trio_wal.open_wal(MADE, files=files, verify_bytes=1 << 40) as wal:
+            check(wal.recovery.torn_bytes == 0, "what was restored is torn")
+            async with wal.read() as records:
+                found = [record async for record in records]
+        files.discard_directory(MADE)
+        check([r.lsn for r in found] == list(range(1, len(found) + 1)), "records are missing")
+        return found
+
+    async def _restored(self, **options: Any) -> History:
+        if not self.files.exists(ARCHIVE):
+            self.files.open_directory(ARCHIVE, create=True)
+        return [record.data for record in await self._records(**options)]
+
+
+async def _lives(seed: int) -> None:
+    world = World(random.Random(seed), MemoryFiles(seed=seed))
+    for _ in range(LIVES):
+        await world.live()
+        await world.look()
+    await world.finish()
+    await world.look()
+
+
+def run_case(seed: int) -> None:
+    """Raises what is found."""
+    seeded_run(_lives, seed, seed=seed)
+
+
+def found_in(seed: int) -> str:
+    return _report.found_in(run_case, seed)
+
+
+# -- every commit -------------------------------------------------------------------
+
+
+async def _every_commit(count: int, seed: int) -> int:
+    """Restores one log to every commit, and to a time before each; how often."""
+    world = World(random.Random(seed), MemoryFiles(seed=seed))
+    async with trio_wal.open_wal(
+        LOG, files=world.files, archive=world.archive(), segment_size=16_000
+    ) as wal:
+        for _ in range(count):
+            await trio.sleep(1)
+            await wal.append_many([world._payload() for _ in range(world.rng.choice((1, 1, 3)))])
+        async with wal.read() as records:
+            found = [record async for record in records]
+        await wal.rotate()
+    for record in found:
+        check(await world._records(to_lsn=record.lsn) == found[: record.lsn], f"LSN {record.lsn}")
+        time = record.timestamp - timedelta(seconds=0.5)
+        last = sum(other.timestamp <= time for other in found)
+        if last:
+            check(await world._records(to_time=time) == found[:last], f"before LSN {record.lsn}")
+    return 2 * len(found)
+
+
+# -- real processes -----------------------------------------------------------------
+
+CHILD: Final = """
+import sys, trio, trio_wal
+async def main():
+    archive = trio_wal.DirectoryArchive(sys.argv[1] + "/archive")
+    async with trio_wal.open_database(
+        sys.argv[1] + "/db", archive=archive, segment_size=1, checkpoint_bytes=20_000
+    ) as db:
+        number = db.durable_lsn
+        async def rotate():
+            while True:
+                await trio.sleep(0.02)
+                await db.wal.rotate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rotate)
+            while True:
+                number += 1
+                lsn = await db.put(b"%d" % (number % 100), b"%d" % number + bytes(200))
+                print(lsn, flush=True)
+trio.run(main)
+"""
+
+
+def kill_and_restore(count: int, seed: int) -> int:
+    """Kills a program (SIGKILL) again and again; after each kill its database is restored to the
+    last commit that it was told is durable, and to one before that.  Gives the last LSN."""
+    rng, last = random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            command = [sys.executable, "-c", CHILD, folder]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+                assert child.stdout is not None
+                first = child.stdout.readline()
+                time.sleep(rng.random() * 0.3)
+                child.kill()
+                told = [int(line) for line in (first + child.stdout.read()).splitlines()]
+            check(bool(first), "the program has not come so far as to write")
+            last = max([last, *told])
+            for lsn in (last, rng.randint(0, last)):
+                trio.run(_restore_database, folder, lsn, f"{folder}/made {number}")
+    return last
+
+
+async def _restore_database(folder: str, lsn: int, dest: str) -> None:
+    archive = DirectoryArchive(f"{folder}/archive")
+    await trio_wal.restore(archive, dest, to_lsn=lsn, tail=f"{folder}/db")
+    async with trio_wal.open_database(dest) as db:
+        found = dict(db.scan())
+    expected = {b"%d" % (n % 100): b"%d" % n + bytes(200) for n in range(1, lsn + 1)}
+    check(found == expected, f"LSN {lsn} is another state")
+    await trio.to_thread.run_sync(shutil.rmtree, dest)
+
+
+# -- the campaign -------------------------------------------------------------------
+
+
+def run_share(seeds: range) -> _report.Answer:
+    failures: list[tuple[object, str]] = [
+        (seed, found) for seed in seeds if (found := found_in(seed))
+    ]
+    rows = {"logs": Counter({"cases": len(seeds), "found": len(failures)})}
+    return _report.Answer(len(seeds), f"seed {seeds.start}", rows, failures)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replay", metavar="SEED", help="one case again")
+    parser.add_argument("--kills", type=int, help="kill a real program so often instead")
+    parser.add_argument("--commits", type=int, help="restore one log of so many to each of them")
+    _report.add_common_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.kills is not None:
+        last = kill_and_restore(arguments.kills, arguments.seed)
+        print(f"{arguments.kills:,} kills, {last:,} commits: 0 lost, 0 altered")
+        return 0
+    if arguments.commits is not None:
+        count = trio.run(
+            partial(_every_commit, arguments.commits, arguments.seed),
+            clock=MockClock(autojump_threshold=0),
+        )
+        print(f"{count:,} places, each restored exactly")
+        return 0
+    report = _report.Report("archive", arguments, {"row": "", "cases": "logs", "found": "FOUND"})
+
+    def shares() -> Iterator[range]:
+        for start in itertools.count(arguments.seed << 20, SHARE):
+            yield range(start, start + SHARE)
+
+    rows, seconds = _report.collect(report, run_share, shares(), None)
+    for name, row in rows.items():
+        report.add(row=name, cases=row["cases"], found=row["found"])
+    total = sum(row["cases"] for row in rows.values())
+    report.note(f"{_report.per_minute(total, seconds):,} logs a minute")
+    return report.finish()
+
+
+def replay(text: str) -> int:
+    found = found_in(int(text))
+    print(f"{text}: {found or 'nothing'}")
+    return 1 if found else 0

@@ -1,0 +1,650 @@
+"""Archives, and the task of a log that fills one: nothing is dropped here before it is there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import trio
+from archives import (
+    ARCHIVE,
+    LOG,
+    RESTORED,
+    Wayward,
+    archive_in,
+    records_of,
+    settle,
+)
+from trio.testing import MockClock
+
+import trio_wal
+from trio_wal import DirectoryArchive, KeepSegments
+from trio_wal._archive import is_same
+from trio_wal._archiver import CLOSE_SECONDS
+from trio_wal._archiving import begin_archive
+from trio_wal.testing import MemoryFiles
+
+ONE, TWO = (f"{lsn:020d}-0.wal" for lsn in (1, 2))
+"""Names of what an archive has."""
+
+
+@pytest.fixture
+def files() -> MemoryFiles:
+    return MemoryFiles()
+
+
+@pytest.fixture
+def autojump(autojump_clock: MockClock) -> MockClock:
+    return autojump_clock
+
+
+def open_log(files: MemoryFiles, archive: Any, **options: Any) -> Any:
+    options = {"segment_size": 4096, **options}
+    return trio_wal.open_wal(LOG, files=files, archive=archive, **options)
+
+
+def manifests(archive: Any) -> list[dict[str, Any]]:
+    names = sorted(name for name in archive.list() if name[0] == "0" and name.endswith(".json"))
+    return [json.loads(b"".join(archive.get(name))) for name in names]
+
+
+# -- a directory as an archive ------------------------------------------------------------
+
+
+def test_what_is_put_is_got_and_listed(tmp_path: Path) -> None:
+    archive = DirectoryArchive(tmp_path / "archive")
+    assert archive.list() == []
+    archive.put("one", [b"a", b"", b"bc"])
+    archive.put("empty", [])
+    assert sorted(archive.list()) == ["empty", "one"]
+    assert b"".join(archive.get("one")) == b"abc"
+    assert b"".join(archive.get("empty")) == b""
+    assert repr(archive) == f"DirectoryArchive({str(tmp_path / 'archive')!r})"
+    assert (tmp_path / "archive").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_name_is_taken_once_and_the_same_content_is_fine(tmp_path: Path) -> None:
+    archive = DirectoryArchive(str(tmp_path))
+    archive.put("one", [b"abc"])
+    archive.put("one", [b"ab", b"c"])
+    for other in ([b"abd"], [b"ab"], [b"abcd"], []):
+        with pytest.raises(
+            FileExistsError, match="other content is kept under this name"
+        ) as caught:
+            archive.put("one", other)
+        assert caught.value.filename == str(tmp_path / "one")
+    assert b"".join(archive.get("one")) == b"abc"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_an_error_of_the_content_leaves_nothing(tmp_path: Path) -> None:
+    def content() -> Iterator[bytes]:
+        yield b"abc"
+        raise ZeroDivisionError
+
+    archive = DirectoryArchive(str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        archive.put("one", content())
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        next(archive.get("one"))
+
+
+def test_of_two_who_put_at_once_one_wins(tmp_path: Path) -> None:
+    archive = DirectoryArchive(str(tmp_path))
+
+    def content(name: str, second: Iterable[bytes]) -> Iterator[bytes]:
+        # The other is there in the middle of this one.
+        archive.put(name, second)
+        yield b"abc"
+
+    archive.put("one", content("one", [b"abc"]))
+    with pytest.raises(FileExistsError):
+        archive.put("two", content("two", [b"other"]))
+    assert b"".join(archive.get("two")) == b"other"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_file_system_without_links_is_served_as_well_as_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+    archive = DirectoryArchive(str(tmp_path))
+    archive.put("one", [b"abc"])
+    archive.put("one", [b"abc"])
+    with pytest.raises(FileExistsError):
+        archive.put("one", [b"x"])
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["../one", "a/b", "", ".", ".."])
+def test_a_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"^name must be one of a file in the directory"):
+        DirectoryArchive(str(tmp_path / "archive")).put(name, [b"x"])
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ([], [], True),
+        ([b""], [], True),
+        ([b"abc"], [b"a", b"", b"bc"], True),
+        ([b"abc"], [b"ab"], False),
+        ([b"ab"], [b"abc"], False),
+        ([b"abc"], [b"abd"], False),
+        ([], [b"a"], False),
+    ],
+)
+def test_content_is_compared_however_it_is_cut(
+    left: list[bytes], right: list[bytes], same: bool
+) -> None:
+    assert is_same(left, right) is same
+
+
+@pytest.mark.parametrize("kind", ["power", "kill"])
+def test_what_is_put_or_listed_survives_a_crash_at_any_operation(kind: Any) -> None:
+    files = MemoryFiles()
+    archive = archive_in(files)
+    images: list[MemoryFiles] = []
+    files.after_operation = lambda *_: images.extend(files.crash_image(n, kind) for n in range(5))
+    archive.put(ONE, [b"a" * 700, b"b" * 700])
+    put_at = len(images)
+    archive.put(TWO, [b"c"])
+    for number, image in enumerate(images):
+        there = archive_in(image)
+        names = there.list()
+        assert ONE in names or number < put_at
+        for name in names:
+            assert b"".join(there.get(name)) == (b"a" * 700 + b"b" * 700 if name == ONE else b"c")
+        # What a log has listed is believed: it must not go away any more.
+        begin_archive(there, UUID(int=1))
+        for seed in range(5):
+            assert set(archive_in(image.crash_image(seed)).list()) >= set(names)
+        image.remove_file(ARCHIVE, "archive.json")
+        # And whoever puts it once more may believe it, too.
+        there.put(ONE, [b"a" * 700, b"b" * 700])
+        for seed in range(5):
+            assert ONE in archive_in(image.crash_image(seed)).list()
+
+
+def test_each_failing_call_of_a_put_leaves_nothing_and_can_be_tried_again() -> None:
+    for operation in ("open", "pwrite", "sync", "rename", "sync_dir"):
+        for after in range(4):
+            files = MemoryFiles()
+            archive = archive_in(files)
+            archive.put("other", [b"x"])
+            files.fail(operation, errno.ENOSPC, after=after)
+            try:
+                archive.put("one", [b"a", b"b"])
+            except OSError:
+                # Of a sync of the directory nobody knows; of all else nothing is left.
+                assert archive.list() == ["other"] or operation == "sync_dir"
+            files.heal()
+            archive.put("one", [b"a", b"b"])
+            assert archive.list() == ["one", "other"]
+            assert files.names(ARCHIVE) == ["one", "other"]
+
+
+# -- archiving ------------------------------------------------------------------------
+
+
+async def test_every_sealed_segment_is_archived_with_a_manifest(files: MemoryFiles) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await write_batches_now(wal, 40)
+        await settle()
+        found = manifests(archive)
+        sealed = wal.statistics().segments - 1
+        assert len(found) == sealed > 2
+        assert wal.statistics().archived_lsn == found[-1]["last_lsn"]
+        assert await wal.rotate() == wal.last_lsn
+        await settle()
+        found = manifests(archive)
+        records = {record.lsn: record for record in await records_of(wal)}
+        statistics = wal.statistics()
+    assert [m["first_lsn"] for m in found] == [1, *(m["last_lsn"] + 1 for m in found[:-1])]
+    assert statistics.archived_lsn == found[-1]["last_lsn"] == 40
+    assert (statistics.archive_lag_segments, statistics.archive_lag_bytes) == (0, 0)
+    assert (statistics.archive_failures, statistics.archive_error) == (0, None)
+    contents = files.contents(LOG)
+    for number, manifest in enumerate(found, 1):
+        (data,) = [n for n in archive.list() if n.endswith(".wal") and manifest["salt"] in n]
+        assert b"".join(archive.get(data)) == contents[f"wal-{manifest['first_lsn']:020d}.log"]
+        assert hashlib.sha256(b"".join(archive.get(data))).hexdigest() == manifest["digest"]
+        assert manifest["digest"][:16] in data
+        assert manifest["number"] == number
+        assert manifest["uuid"] == str(wal.uuid)
+        for which in ("first", "last"):
+            time = records[manifest[f"{which}_lsn"]].timestamp
+            assert manifest[f"{which}_time_us"] == round(time.timestamp() * 1e6)
+    assert len(archive.list()) == 2 * len(found) + 1
+
+
+async def write_batches_now(wal: Any, count: int) -> None:
+    for number in range(count):
+        await wal.append(b"%d" % number + bytes(300))
+
+
+async def test_a_log_without_an_archive_has_no_figures_of_one(files: MemoryFiles) -> None:
+    async with trio_wal.open_wal(LOG, files=files) as wal:
+        found = wal.statistics()
+    assert found.archived_lsn is found.archive_lag_segments is found.archive_lag_bytes is None
+    assert found.archive_failures is found.archive_error is None
+
+
+async def test_an_open_goes_on_where_the_last_one_ended(files: MemoryFiles) -> None:
+    archive = Wayward(archive_in(files))
+    async with open_log(files, archive) as wal:
+        await write_batches_now(wal, 40)
+    first = list(archive.puts)
+    async with open_log(files, archive) as wal:
+        await settle()
+        assert archive.puts == first
+        await wal.rotate()
+        await settle()
+        assert len(archive.puts) == len(first) + 2
+        assert wal.statistics().archived_lsn == 40
+    assert len(set(archive.puts)) == len(archive.puts)
+
+
+async def test_an_archive_that_comes_later_gets_what_the_log_still_has(files: MemoryFiles) -> None:
+    async with trio_wal.open_wal(LOG, files=files, segment_size=4096) as wal:
+        await write_batches_now(wal, 40)
+        await wal.truncate_before(20)
+        first = wal.first_lsn
+        assert first > 1
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await settle()
+        assert manifests(archive)[0]["first_lsn"] == first
+    report = await trio_wal.restore(archive, RESTORED, files=files)
+    assert (report.first_lsn, report.last_lsn) == (first, manifests(archive)[-1]["last_lsn"])
+
+
+async def test_nothing_is_dropped_before_it_is_there(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = Wayward(archive_in(files))
+    broken = True
+
+    def before(method: str, name: str) -> None:
+        if broken and method == "put" and name[0] == "0":
+            raise OSError(errno.ENOSPC, "the archive is full")
+
+    archive.before = before
+    async with open_log(files, archive, retention=KeepSegments(1)) as wal:
+        await write_batches_now(wal, 60)
+        await trio.sleep(10)
+        assert wal.first_lsn == 1
+        await wal.truncate_before(40)
+        assert wal.first_lsn == 1
+        found = wal.statistics()
+        assert found.archived_lsn == 0
+        assert found.archive_lag_segments == found.segments - 1
+        assert 0 < found.archive_lag_bytes < found.disk_bytes
+        assert found.archive_failures > 2
+        assert found.archive_error == "OSError: [Errno 28] the archive is full"
+        broken = False
+        await trio.sleep(70)
+        found = wal.statistics()
+        assert found.archived_lsn > 40
+        assert (found.archive_lag_segments, found.archive_error) == (0, None)
+        assert wal.first_lsn == found.archived_lsn + 1
+
+
+async def test_tries_are_further_and_further_apart_and_told(
+    files: MemoryFiles, autojump: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "trio_wal")
+    archive = Wayward(archive_in(files))
+    times: list[float] = []
+
+    def before(method: str, name: str) -> None:
+        if method == "put" and name.endswith(".wal"):
+            times.append(trio.current_time())
+            if len(times) < 12:
+                raise RuntimeError("what an archive may raise")
+
+    archive.before = before
+    async with open_log(files, archive) as wal:
+        await wal.append(b"x")
+        await wal.rotate()
+        await trio.sleep(600)
+        assert wal.statistics().archive_failures == 11
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+    found = [r.trio_wal for r in caplog.records if "archive" in r.trio_wal["event"]]  # type: ignore[attr-defined]
+    assert [event["event"] for event in found] == ["archive_failed"] * 11 + [
+        "archived",
+        "archive_works",
+    ]
+    assert found[0]["error"] == "RuntimeError('what an archive may raise')"
+    assert (found[11]["segment"], found[11]["last_lsn"]) == (1, 1)
+    assert found[12]["lsn"] == 1
+
+
+async def test_a_cut_log_is_archived_as_another_history(files: MemoryFiles) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await write_batches_now(wal, 40)
+        await wal.rotate()
+        await settle()
+        old = await records_of(wal)
+        await wal.truncate_after(25)
+        await wal.append(b"the new history")
+        await wal.rotate()
+        await settle()
+        new = await records_of(wal)
+        assert wal.statistics().archived_lsn == 26
+        assert wal.statistics().archive_failures == 0
+        epoch = wal.epoch
+    assert [r.data for r in new[25:]] == [b"the new history"]
+    await restored(files, new)
+    await restored(files, old, epoch=0)
+    await restored(files, old[:33], epoch=0, to_lsn=33)
+    await restored(files, new, epoch=epoch)
+    await restored(files, old[:25], to_lsn=25)
+    with pytest.raises(trio_wal.LogDivergedError):
+        await trio_wal.restore(archive, RESTORED, files=files, epoch=17)
+
+
+async def restored(files: MemoryFiles, records: list[Any], **options: Any) -> None:
+    report = await trio_wal.restore(archive_in(files), RESTORED, files=files, **options)
+    assert report.last_lsn == len(records)
+    async with trio_wal.open_wal(RESTORED, files=files) as wal:
+        assert await records_of(wal) == records
+    files.discard_directory(RESTORED)
+
+
+async def test_a_cut_while_a_segment_is_put_makes_it_anew(files: MemoryFiles) -> None:
+    archive = Wayward(archive_in(files))
+    cuts = 0
+    async with open_log(files, archive, retention=KeepSegments(1)) as wal:
+        directory = wal._log.engine._directory
+
+        def before(method: str, name: str) -> None:
+            nonlocal cuts
+            if method == "put" and name.endswith(".wal") and not cuts:
+                cuts += 1
+                # What it would be in a thread: a cut beside the call.
+                directory.truncate_after(2)
+
+        for number in range(5):
+            await wal.append(b"%d" % number)
+        archive.before = before
+        await wal.rotate()
+        await settle()
+    # The first one's data stays, but nothing says that it is the log's.
+    assert [(m["first_lsn"], m["last_lsn"]) for m in manifests(archive)] == [(1, 2)]
+
+
+async def test_what_its_owner_has_deleted_from_an_archive_stays_deleted(files: MemoryFiles) -> None:
+    archive = Wayward(archive_in(files))
+    async with open_log(files, archive) as wal:
+        await write_batches_now(wal, 40)
+        await settle()
+    names = sorted(name for name in files.names(ARCHIVE) if name[0] == "0")
+    gone = names[:4]
+    for name in gone:
+        files.remove_file(ARCHIVE, name)
+    archive.puts.clear()
+    async with open_log(files, archive) as wal:
+        await settle()
+        assert archive.puts == []
+        await wal.rotate()
+    assert set(gone) & set(files.names(ARCHIVE)) == set()
+    # But what is missing in between is put there again, be it the segment or the manifest.
+    for name in names[6:10:3]:
+        files.remove_file(ARCHIVE, name)
+        async with open_log(files, archive):
+            await settle()
+        assert name in files.names(ARCHIVE)
+
+
+async def test_a_damaged_segment_is_not_archived_and_not_dropped(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    async with trio_wal.open_wal(LOG, files=files, segment_size=4096) as wal:
+        await write_batches_now(wal, 40)
+    name = files.names(LOG)[3]
+    files.flip_bit(LOG, name, 8 * 5000)
+    archive = archive_in(files)
+    async with open_log(files, archive, retention=KeepSegments(1), verify_bytes=0) as wal:
+        await trio.sleep(5)
+        found = wal.statistics()
+        assert found.archive_error is not None
+        assert found.archive_error.startswith(f"CorruptLogError: {LOG}/{name}: at offset 4608")
+        assert name == f"wal-{wal.first_lsn:020d}.log"
+        assert found.archived_lsn == wal.first_lsn - 1
+
+
+# -- opening and closing ----------------------------------------------------------------
+
+
+async def test_the_archive_of_another_log_is_refused_before_anything_is_written(
+    files: MemoryFiles,
+) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await wal.append(b"x")
+        uuid = wal.uuid
+    with pytest.raises(
+        trio_wal.WrongDirectoryError, match=rf"this is the archive of the log {uuid}: use"
+    ):
+        async with trio_wal.open_wal("/other", files=files, archive=archive):
+            pytest.fail("opened")
+    assert not files.exists("/other")
+    async with trio_wal.open_wal("/other", files=files) as wal:
+        await wal.append(b"y")
+    before = files.contents("/other")
+    with pytest.raises(trio_wal.WrongDirectoryError, match=r"this is the archive of the log"):
+        async with trio_wal.open_wal("/other", files=files, archive=archive):
+            pytest.fail("opened")
+    assert files.contents("/other") == before
+    async with open_log(files, archive):
+        pass
+
+
+async def test_a_directory_with_other_things_is_no_archive(files: MemoryFiles) -> None:
+    files.write_file("/photos", "holiday.jpg", b"x")
+    with pytest.raises(trio_wal.WrongDirectoryError, match=r"no archive: it holds 'holiday.jpg'"):
+        async with open_log(files, DirectoryArchive("/photos", files=files)):
+            pytest.fail("opened")
+    assert not files.exists(LOG)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(b'{"format": 2, "log": "%s"}', "format of the archive 2"), (b"{", None), (b"[]", None)],
+)
+async def test_an_identity_that_cannot_be_read(
+    files: MemoryFiles, autojump: MockClock, content: bytes, error: str | None
+) -> None:
+    content = content.replace(b"%s", b"cd072cd8-be6f-9f62-ac4c-09c28206e7e3")
+    files.write_file(ARCHIVE, "archive.json", content)
+    archive = archive_in(files)
+    if error is not None:
+        with pytest.raises(trio_wal.UnsupportedFormatError, match=error):
+            async with open_log(files, archive):
+                pytest.fail("opened")
+        return
+    # Damage there must not keep a log from being used.
+    async with open_log(files, archive) as wal:
+        await wal.append(b"x")
+        await wal.rotate()
+        await trio.sleep(1)
+        assert "it does not say whose archive" in (wal.statistics().archive_error or "")
+    assert files.contents(ARCHIVE) == {"archive.json": content}
+
+
+async def test_an_archive_that_is_gone_keeps_no_log_from_opening_and_closing(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = Wayward(archive_in(files))
+
+    def before(method: str, name: str) -> None:
+        raise OSError(errno.EHOSTDOWN, "nobody is there")
+
+    archive.before = before
+    started = trio.current_time()
+    async with open_log(files, archive) as wal:
+        await write_batches_now(wal, 30)
+        await settle()
+        assert wal.statistics().archive_failures == 1
+    assert trio.current_time() == started
+    archive.before = lambda *_: None
+    async with open_log(files, archive) as wal:
+        await settle()
+        assert wal.statistics().archived_lsn == manifests(archive)[-1]["last_lsn"] > 1
+
+
+async def test_a_close_goes_on_with_what_is_sealed(files: MemoryFiles) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await wal.append(b"x")
+        await wal.rotate()
+    assert len(manifests(archive)) == 1
+
+
+async def test_an_archive_that_never_answers_is_left_alone(tmp_path: Path) -> None:
+    """Real threads: what hangs is not waited for longer than is said."""
+    answer = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    hung: list[str] = []
+
+    class Hung:
+        def put(self, name: str, content: Iterable[bytes]) -> None:
+            hung.append("put")
+            trio.from_thread.run(answer.wait, trio_token=token)
+
+        def list(self) -> list[str]:
+            return []
+
+        def get(self, name: str) -> Iterator[bytes]:
+            raise FileNotFoundError
+
+    async with trio_wal.open_wal(tmp_path / "log", archive=Hung()) as wal:
+        engine = wal._log.engine
+        await wal.append(b"x")
+        with trio.fail_after(30):
+            while not hung:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        # Not as long as a close would wait.
+        engine._archiver._error = "as if the last try had failed"
+    answer.set()
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        assert wal.last_lsn == 1
+    assert CLOSE_SECONDS < 10
+
+
+def test_an_archive_is_checked_before_anything_is_done(tmp_path: Path) -> None:
+    for opens in (trio_wal.open_wal, trio_wal.open_database):
+        with pytest.raises(TypeError, match=r"^archive must be an Archive, with put, list and get"):
+            opens(tmp_path / "log", archive=str(tmp_path))  # type: ignore[operator]
+    archive = DirectoryArchive(tmp_path / "archive")
+    with pytest.raises(TypeError, match=r"^archive: not an option of a replicated log"):
+        trio_wal.open_wal("nats://host/log", archive=archive)
+    with pytest.raises(TypeError, match=r"^archive: not an option of a replicated log"):
+        trio_wal.open_database(tmp_path, log="nats://host/log", archive=archive)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- crashes -----------------------------------------------------------------------------
+
+
+async def _workload(files: MemoryFiles, told: list[int], cut: bool) -> None:
+    """Segments come and go; ``told`` is what is durable at each moment."""
+    archive = archive_in(files)
+    for life in range(2):
+        async with open_log(files, archive, segment_size=1, retention=KeepSegments(1)) as wal:
+            for number in range(4):
+                told.append(await wal.append(b"%d.%d" % (life, number) + bytes(100)))
+                await settle()
+            if cut and not life:
+                # From here on less is promised, until it has returned.
+                told.append(2)
+                await wal.truncate_after(2)
+                await settle()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", ["power", "kill"])
+def test_whatever_was_acknowledged_is_in_the_archive_or_in_the_log_after_any_crash(
+    kind: Any, cut: bool
+) -> None:
+    files = MemoryFiles()
+    told = [0]
+    images: list[tuple[MemoryFiles, int]] = []
+
+    def crash(*_: object) -> None:
+        images.extend((files.crash_image(seed, kind), told[-1]) for seed in range(3))
+
+    files.after_operation = crash
+    trio.run(_workload, files, told, cut, clock=MockClock(autojump_threshold=0))
+    assert len(images) > 300
+    for image, lsn in images:
+        trio.run(_restore_all, image, lsn, clock=MockClock(autojump_threshold=0))
+
+
+async def _restore_all(files: MemoryFiles, lsn: int) -> None:
+    if not files.exists(f"{LOG}") or "log.meta" not in files.names(LOG):
+        assert lsn == 0
+        return
+    # Recovery first, and without the archive: it must have nothing to drop that is not there.
+    async with trio_wal.open_wal(LOG, files=files) as wal:
+        rest = {record.lsn: record.data for record in await records_of(wal)}
+        last = wal.last_lsn
+    assert last >= lsn
+    if not files.exists(ARCHIVE):
+        assert sorted(rest) == list(range(1, last + 1))
+        return
+    report = await trio_wal.restore(archive_in(files), RESTORED, tail=LOG, files=files)
+    assert (report.first_lsn, report.last_lsn) == (1, last)
+    async with trio_wal.open_wal(RESTORED, files=files) as wal:
+        found = {record.lsn: record.data for record in await records_of(wal)}
+    assert sorted(found) == list(range(1, last + 1))
+    assert found | rest == found
+
+
+async def test_each_failing_call_of_archiving_is_tried_again(autojump: MockClock) -> None:
+    for operation in ("open", "pread", "pwrite", "sync", "rename", "sync_dir"):
+        for after in range(0, 24, 2):
+            log, there = MemoryFiles(), MemoryFiles()
+            archive = DirectoryArchive(ARCHIVE, files=there)
+            async with trio_wal.open_wal(LOG, files=log, archive=archive, segment_size=1) as wal:
+                there.fail(operation, after=after)
+                for number in range(5):
+                    await wal.append(b"%d" % number + bytes(100))
+                await wal.rotate()
+                await trio.sleep(10)
+                assert wal.statistics().archived_lsn == 5
+            there.heal()
+            report = await trio_wal.restore(archive, RESTORED, files=there)
+            assert report.last_lsn == 5
+
+
+async def test_files_of_the_log_that_cannot_be_read_are_tried_again(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = archive_in(MemoryFiles())
+    async with open_log(files, archive, segment_size=1) as wal:
+        for _ in range(6):
+            files.fail("pread", times=2)
+            await wal.append(bytes(100))
+            await settle()
+            files.heal()
+        await wal.rotate()
+        await trio.sleep(5)
+        assert wal.statistics().archived_lsn == 6
+        assert (wal.statistics().archive_failures or 0) > 0

@@ -1,0 +1,33 @@
+"""The campaign on archives: a share of it, and that it is not blind."""
+
+from __future__ import annotations
+
+import pytest
+from campaigns import __main__ as campaigns, archive, mutants
+from campaigns.mutants import MUTANTS, Mutant, Task, judge_one
+
+SEEDED = [one for one in MUTANTS if one.judge == mutants.ARCHIVE]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_log_is_archived_and_restored(seed: int) -> None:
+    archive.run_case(seed)
+
+
+def test_a_killed_program_loses_nothing() -> None:
+    assert archive.kill_and_restore(3, seed=1) > 3
+
+
+def test_every_commit_can_be_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert campaigns.main(["archive", "--commits", "12"]) == 0
+    assert "places, each restored exactly" in capsys.readouterr().out
+
+
+def test_there_are_enough_seeded_bugs() -> None:
+    assert len(SEEDED) >= 8
+
+
+@pytest.mark.parametrize("one", SEEDED[::4], ids=lambda one: one.name.replace(" ", "-"))
+def test_a_seeded_bug_is_found(one: Mutant) -> None:
+    verdict = judge_one(Task(one, (one.judge,), 1, 30.0))
+    assert verdict.judge == one.judge

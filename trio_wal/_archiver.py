@@ -1,0 +1,286 @@
+"""The task of a log in a directory that puts its sealed segments into an `Archive`.
+
+Law: nothing here holds up a commit, an open or a close: an archive that is slow, full, or gone
+costs disk space, because what it does not have yet is held, and is told in the log and in
+``statistics()``.  What has been put there is known by asking the archive, once per open.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Final, final
+from uuid import UUID
+
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from ._archive import Archive, Identity, probe, read_identity
+from ._archived import SegmentKey, SegmentName, pruned_before
+from ._archiving import begin_archive, key_of, put_segment
+from ._disk.directory import LogDirectory
+from ._disk.recovery import Plan
+from ._disk.segment import SegmentInfo
+from ._engine import Forked, Moved
+from ._events import tell
+from ._exceptions import UnsupportedFormatError, WrongDirectoryError
+from ._statistics import ArchiveStatistics
+from ._worker import Blocking
+
+ARCHIVE_HOLD: Final = "archive"
+"""Under which name a log is held: by what its archive does not have yet."""
+RETRY_SECONDS: Final = 1.0
+RETRY_SECONDS_MAX: Final = 60.0
+"""Between two tries, twice as long each time up to this."""
+OPEN_SECONDS: Final = 5.0
+"""How long an open waits to be told whose archive it is; the task asks again."""
+CLOSE_SECONDS: Final = 5.0
+"""How long a close goes on with what is sealed, where the last try has not failed."""
+
+
+class _Stopped(Exception):
+    """The log is being closed, and waits no longer."""
+
+
+@final
+class Archiver:
+    """
+    Args:
+      name: the log's, for messages.
+      hold, busy: the engine's.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        directory: LogDirectory,
+        name: str,
+        hold: Callable[[str, int], None],
+        busy: Callable[[], AbstractContextManager[None]],
+        *,
+        threaded: bool,
+    ) -> None:
+        self._archive = archive
+        self._directory = directory
+        self._name = name
+        self._blocking = Blocking(threaded=threaded, abandons=True)
+        self._there: set[SegmentKey] | None = None
+        """Segments that the archive has; None: it has not answered yet."""
+        self._names: list[SegmentName] = []
+        """What it had then."""
+        self._gone = 0
+        """Below this LSN its owner has deleted what it had."""
+        self._archived_lsn = directory.first_lsn - 1
+        self._looked_at: int = directory.cuts
+        """`LogDirectory.cuts` when that was found out."""
+        self._hold = hold
+        self._busy = busy
+        self._failures = 0
+        self._error: str | None = None
+        """What the last try came to; None: it passed."""
+        self._cutting = False
+        self._due = trio.Event()
+        self._ending = trio.Event()
+        self._scope = trio.CancelScope()
+        self._abandoned = threading.Event()
+        """Set when a call that is still under way shall end by itself."""
+        self._done: trio.Event | None = None
+        """None until the task has begun."""
+        self._forked = False
+        hold(ARCHIVE_HOLD, 0)
+
+    def statistics(self) -> ArchiveStatistics:
+        segments = size = 0
+        for info in reversed(self._directory.sealed()):
+            if info.next_lsn - 1 <= self._archived_lsn:
+                break
+            segments, size = segments + 1, size + info.bytes
+        return ArchiveStatistics(
+            archived_lsn=self._archived_lsn,
+            archive_lag_segments=segments,
+            archive_lag_bytes=size,
+            archive_failures=self._failures,
+            archive_error=self._error,
+        )
+
+    # -- what the engine tells --
+
+    def wake(self) -> None:
+        """A segment was sealed."""
+        self._due.set()
+
+    def begin_cut(self) -> None:
+        """The log's end is about to be cut, by which segments that the archive has become others,
+        which it has not."""
+        self._cutting = True
+        self._hold(ARCHIVE_HOLD, 0)
+
+    def end_cut(self) -> None:
+        self._cutting = False
+        self._due.set()
+
+    # -- the task --
+
+    @enable_ki_protection
+    async def run(self) -> None:
+        done = self._done = trio.Event()
+        try:
+            with trio.CancelScope(shield=True), self._scope:
+                if not self._ending.is_set():
+                    await self._go_on()
+        except Forked:
+            pass
+        except trio.ClosedResourceError:
+            if not self._forked:
+                raise
+        finally:
+            self._abandoned.set()
+            if not self._forked:
+                done.set()
+
+    async def _go_on(self) -> None:
+        delay = RETRY_SECONDS
+        while True:
+            self._due = trio.Event()
+            if await self._try():
+                delay = RETRY_SECONDS
+                if self._ending.is_set():
+                    return
+                await self._due.wait()
+            else:
+                with trio.move_on_after(delay):
+                    await self._ending.wait()
+                delay = min(2 * delay, RETRY_SECONDS_MAX)
+                if self._ending.is_set():
+                    return
+
+    async def _try(self) -> bool:
+        """Put there what is not; returns whether the archive has all that is sealed."""
+        try:
+            await self._put_all()
+        except Exception as exc:
+            # An archive is its user's, and raises what it likes.
+            if self._forked:
+                raise
+            self._failures += 1
+            self._error = f"{type(exc).__name__}: {exc}"
+            text = f"{self._archive!r}: what is sealed is not archived, will try again: {exc!r}"
+            tell(logging.WARNING, "archive_failed", self._name, text, error=repr(exc))
+            return False
+        if self._error is not None:
+            self._error = None
+            text = f"{self._archive!r}: archived up to LSN {self._archived_lsn} again"
+            tell(logging.INFO, "archive_works", self._name, text, lsn=self._archived_lsn)
+        return True
+
+    async def _put_all(self) -> None:
+        directory = self._directory
+        if self._there is None:
+            log_uuid = UUID(bytes=directory.log_uuid)
+            self._names = await self._blocking(begin_archive, self._archive, log_uuid)
+            self._there = {name.key for name in self._names}
+            self._looked_at = -1
+        while (info := self._next(self._there)) is not None:
+            cuts, meta = directory.cuts, directory.meta.says
+            try:
+                with self._busy():
+                    await self._blocking(
+                        put_segment, self._archive, directory, info, meta, cuts, self._tick
+                    )
+            except (Moved, FileNotFoundError):
+                if directory.cuts == cuts:
+                    raise
+                # It is another segment by now, or none.
+                continue
+            self._there.add(key_of(info))
+            tell(
+                logging.DEBUG,
+                "archived",
+                self._name,
+                f"segment {info.header.number}, up to LSN {info.next_lsn - 1}, is archived",
+                segment=info.header.number,
+                last_lsn=info.next_lsn - 1,
+            )
+
+    def _tick(self) -> None:
+        if self._abandoned.is_set():
+            raise _Stopped
+
+    def _next(self, there: set[SegmentKey]) -> SegmentInfo | None:
+        """The oldest segment that the archive has not; it is held."""
+        directory, begin = self._directory, 0
+        cuts = directory.cuts
+        sealed, active = directory.shape()
+        if cuts == self._looked_at:
+            begin = bisect_right(sealed, self._archived_lsn, key=_first_lsn)
+        else:
+            self._gone = pruned_before(self._names, directory.history)
+        rest = islice(sealed, begin, None)
+        info = next((s for s in rest if s.next_lsn > self._gone and key_of(s) not in there), None)
+        first = active.header.first_lsn if info is None else info.first_lsn
+        if not self._cutting:
+            self._archived_lsn, self._looked_at = first - 1, cuts
+            self._hold(ARCHIVE_HOLD, first)
+        return info
+
+    # -- ending --
+
+    async def stop(self, seconds: float) -> None:
+        """Go on with what is sealed for at most so long, unless that fails anyway; then let go of
+        a call that is still under way.  The next open goes on from there."""
+        self._ending.set()
+        self._due.set()
+        if self._done is None:
+            return
+        if self._error is not None:
+            seconds = 0.0
+        self._scope.deadline = trio.current_time() + seconds
+        await self._done.wait()
+
+    def disown(self) -> None:
+        """In a forked child: what is under way there has no thread."""
+        self._forked = True
+        self._blocking.disown()
+
+
+def _first_lsn(info: SegmentInfo) -> int:
+    return info.first_lsn
+
+
+# -- before the log is opened -----------------------------------------------------------
+
+
+async def ask_identity(archive: Archive, *, threaded: bool) -> Identity:
+    """Whose archive it is; nobody's, as far as it does not say within `OPEN_SECONDS`.
+
+    Raises:
+      WrongDirectoryError, UnsupportedFormatError: it is no archive, or a newer version's.
+    """
+    blocking = Blocking(threaded=threaded, abandons=True)
+    identity = Identity(None)
+    with trio.move_on_after(OPEN_SECONDS):
+        try:
+            await blocking(probe, archive)
+            identity = await blocking(read_identity, archive)
+        except (WrongDirectoryError, UnsupportedFormatError):
+            raise
+        except Exception:  # noqa: BLE001  (the task will say so, again and again)
+            pass
+    return identity
+
+
+def checking(
+    archive: Archive, identity: Identity, check: Callable[[Plan], int | None] | None
+) -> Callable[[Plan], int | None]:
+    """``check``, after a look whether it is the log's own archive."""
+
+    def check_both(plan: Plan) -> int | None:
+        meta = plan.meta
+        identity.check(archive, None if meta is None else UUID(bytes=meta.log_uuid))
+        return None if check is None else check(plan)
+
+    return check_both
