@@ -14,7 +14,6 @@ from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive, put_identity
 from ._base import Store, StoreState
-from ._changes import decode_record
 from ._checkpoint import Checkpointer
 from ._consumers import Consumers
 from ._database_consumer import CommitKeeper
@@ -24,7 +23,7 @@ from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._files import Files
 from ._log import Log
 from ._mvcc import Versions
-from ._operations import moves_in
+from ._replay import replay_live
 from ._snapshots import SNAPSHOTS, put_snapshot
 from ._wal import new_wal
 from ._worker import Blocking, cancellation_check
@@ -91,11 +90,9 @@ class Core:
         log, versions = self.log, self.versions
         count = 0
         async with log.read(self.checkpointer.state.lsn + 1) as records:
-            async for record in records:
-                writes = decode_record(log.name, record.lsn, record.data)
-                moves = moves_in(record.data)
-                await versions.replay(record.lsn, writes, len(record.data), moves)
-                count += 1
+            async for batch in records.batches(None):
+                await replay_live(versions, log.name, batch)
+                count += len(batch)
                 if versions.checkpoint_due():
                     await self.checkpointer.checkpoint()
         return count

@@ -550,12 +550,11 @@ class Versions:
         finally:
             self._burying = False
 
-    async def replay(
-        self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None
-    ) -> None:
+    def replay(self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None) -> None:
         """A durable commit of the log's, in the log's order, where nothing is committed.
 
-        Others may be reading meanwhile, and waiting for it.
+        Others may be reading meanwhile, and waiting for it.  `settle_replayed` comes after some of
+        them, before another task's turn.
         """
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
@@ -570,7 +569,11 @@ class Versions:
             self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
         if layer.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
-        while self._settle_layers(seq):
+
+    async def settle_replayed(self) -> None:
+        """Forget what the replayed commits have replaced.  A checkpoint only where there is much
+        of it."""
+        while self._settle_layers(self.settled_seq):
             if not self._dead():
                 break
             # More deletions to be buried than are at once.

@@ -18,7 +18,7 @@ import msgspec
 from ._disk.frame import FRAME_BODY_MAX
 from ._exceptions import RecordTooLargeError
 from ._places import Move, Moves, PlacesError, decode_moves, encode_moves
-from ._util import check_bytes, check_int
+from ._util import KiB, check_bytes, check_int
 
 KEY_BYTES_MAX: Final = 511
 """LMDB's default limit: a longer key would be accepted and could never be checkpointed."""
@@ -36,6 +36,11 @@ _OPERATION_BYTES_MIN: Final = 3
 """The head of a key, and nil: what cannot be there is not made room for."""
 
 Writes = dict[bytes, "bytes | None"]
+
+COPIED_BYTES: Final = 4 * KiB
+"""Up to here."""
+_FEW: Final = frozenset(TRANSACTION_FORMAT + bytes([0x80 | count]) for count in range(16))
+"""With what transactions of up to 15 keys begin."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(dict[bytes, bytes | None])
@@ -87,9 +92,14 @@ def _split(record: bytes) -> tuple[dict[str, Move], int]:
 
 def decode_transaction(record: bytes) -> Writes:
     """Raises `OperationsError`."""
-    begin, _, _ = _count_operations(record)
+    # Of few keys, which are most transactions, all that is asked for there.
+    begin = 1
+    if record[:2] not in _FEW or (record[1] & 0x0F) * _OPERATION_BYTES_MIN > len(record) - 2:
+        begin, _, _ = _count_operations(record)
+    # A view costs more than a copy of what is small.
+    body = record[begin:] if len(record) <= COPIED_BYTES else memoryview(record)[begin:]
     try:
-        writes = _decoder.decode(memoryview(record)[begin:])
+        writes = _decoder.decode(body)
     except msgspec.MsgspecError as exc:
         raise OperationsError(f"no transaction: {exc}") from exc
     for key in writes:

@@ -29,11 +29,13 @@ async def replay_live(versions: Versions, name: str, records: Sequence[Record]) 
     Raises:
       CorruptLogError: one of them is none.
     """
+    replay = versions.replay
     due = perf_counter() + TURN_SECONDS
     for record in records:
-        writes = decode_record(name, record.lsn, record.data)
-        moves = moves_in(record.data)
-        await versions.replay(record.lsn, writes, len(record.data), moves)
+        lsn, data = record.lsn, record.data
+        replay(lsn, decode_record(name, lsn, data), len(data), moves_in(data))
         if perf_counter() >= due:
+            await versions.settle_replayed()
             await trio.lowlevel.checkpoint()
             due = perf_counter() + TURN_SECONDS
+    await versions.settle_replayed()

@@ -36,7 +36,7 @@ from trio_wal import (
     UnsupportedFormatError,
     _reader,
 )
-from trio_wal._cli.dump import _dump, pieces, transaction_pieces
+from trio_wal._cli.dump import _Bounds, _dump, pieces, transaction_pieces
 from trio_wal._cli.inspect import _look
 from trio_wal._disk import cursor as _cursor
 from trio_wal.testing import MemoryFiles
@@ -192,7 +192,7 @@ async def _dump_all(scene: Scene, reader: Any, seen: Seen) -> None:
     before, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO())
     try:
         async with _one_go(seen), reader.read() as records:
-            await _dump(records, None, pieces_of)
+            await _dump(records, _Bounds(), pieces_of, None)
     finally:
         sys.stdout = before
 

@@ -865,8 +865,8 @@ MUTANTS: Final = (
         "        self.places.record(lsn, moves, alone=alone)\n",
     ),
     mutant(
-        "what replay says of consumers is passed over", "_core", CONSUMERS_DB,
-        "                moves = moves_in(record.data)\n", "                moves = None\n",
+        "what replay says of consumers is passed over", "_replay", CONSUMERS_DB,
+        "len(data), moves_in(data))", "len(data), None)",
     ),
     mutant(
         "an acknowledgement in a transaction is forgotten", "_transaction", CONSUMERS_DB,
