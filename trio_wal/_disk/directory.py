@@ -255,8 +255,8 @@ class LogDirectory:
         """See `Holds.set`.  Returns whether that may let go of the oldest segment."""
         self._holds.set(who, lsn, bytes_max)
         with self._shape:
-            oldest = self._sealed[0].next_lsn if self._sealed else math.inf
-        return lsn is None or lsn >= oldest
+            oldest = self._sealed[0].next_lsn if self._sealed else None
+        return oldest is not None and (lsn is None or lsn >= oldest)
 
     def behind(self, lsn: int) -> tuple[int, int]:
         """How many bytes of frames come after ``lsn``, and when the next record cannot have been
