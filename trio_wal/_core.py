@@ -91,10 +91,8 @@ class Core:
         count = 0
         async with log.read(self.checkpointer.state.lsn + 1) as records:
             async for batch in records.batches(None):
-                await replay_live(versions, log.name, batch)
+                await replay_live(versions, log.name, batch, self.checkpointer.checkpoint)
                 count += len(batch)
-                if versions.checkpoint_due():
-                    await self.checkpointer.checkpoint()
         return count
 
     async def backup(self, path: str) -> int:

@@ -5,7 +5,7 @@ Law: by the log's order and nothing else; whoever reads here meanwhile gets thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
 from typing import Final
 
@@ -20,11 +20,17 @@ TURN_SECONDS: Final = 0.0005
 """For so long commits are replayed without a checkpoint of trio's."""
 
 
-async def replay_live(versions: Versions, name: str, records: Sequence[Record]) -> None:
+async def replay_live(
+    versions: Versions,
+    name: str,
+    records: Sequence[Record],
+    checkpoint: Callable[[], Awaitable[object]] | None = None,
+) -> None:
     """Show the next commits.  Cancelled: some of them are shown.
 
     Args:
       name: of the log, for messages.
+      checkpoint: called whenever the layers are full; None: somebody else sees to that.
 
     Raises:
       CorruptLogError: one of them is none.
@@ -34,6 +40,9 @@ async def replay_live(versions: Versions, name: str, records: Sequence[Record]) 
     for record in records:
         lsn, data = record.lsn, record.data
         replay(lsn, decode_record(name, lsn, data), len(data), moves_in(data))
+        if checkpoint is not None and versions.checkpoint_due():
+            await versions.settle_replayed()
+            await checkpoint()
         if perf_counter() >= due:
             await versions.settle_replayed()
             await trio.lowlevel.checkpoint()
