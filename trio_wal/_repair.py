@@ -388,7 +388,8 @@ async def repair(
       FileNotFoundError: there is nothing at ``path``.
       WrongDirectoryError: there is something else.
       LogLockedError: the log is open, here or in another process.
-      CorruptLogError: a database of which neither log nor store has the beginning any more.
+      CorruptLogError: a database of which neither log nor store has the beginning any more; or
+          ``log.meta`` is gone, and nothing tells which of several logs' segments are this one's.
       UnsupportedFormatError: it is from a newer trio-wal.
       UnsupportedOperationError: the log is replicated; its servers repair it.
       LogFullError, OSError: there is no space for the copies or the new segment, or the disk

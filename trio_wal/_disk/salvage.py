@@ -21,11 +21,13 @@ A crash anywhere leaves a log that `survey` looks at once more.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal
 
 import attrs
 
+from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
 from trio_wal._files import Directory, File, Files, close_quietly
 from trio_wal._identity import EPOCH_RANDOM_BITS, History, Parting, branch
 from trio_wal._util import MiB
@@ -40,6 +42,7 @@ from .chain import (
     Until,
     list_chain,
     list_unborn,
+    read_segment,
 )
 from .finding import Finding
 from .frame import (
@@ -199,6 +202,7 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
       WrongDirectoryError: there is no log in this directory.
       UnsupportedFormatError: ``log.meta`` is from a newer trio-wal.
       ModuleNotFoundError: the log is compressed and zstandard is not installed.
+      CorruptLogError: ``log.meta`` is gone, and nothing tells which segments are the log's.
       OSError: a file cannot be opened.
     """
     findings: list[Finding] = []
@@ -239,11 +243,43 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
 
 
 def _made_up(directory: Directory) -> Meta:
-    """In place of a ``log.meta`` that is gone, and with it the log's history."""
+    """In place of a ``log.meta`` that is gone, and with it the log's history.
+
+    Raises `CorruptLogError` where nothing tells which of the segments are the log's.
+    """
     meta = guess_meta(directory)
+    _check_identity(directory, meta)
     history = forgotten(directory.published().epoch or 0)
     consumers = bool(meta.features & FEATURE_DATABASE)
     return attrs.evolve(meta, history=history, consumers=consumers)
+
+
+def _check_identity(directory: Directory, meta: Meta) -> None:
+    """A segment under its own name has a right to be there, and one that came from elsewhere has
+    mostly not."""
+    owners: Counter[bytes] = Counter()
+    strays: set[bytes] = set()
+    unreadable = False
+    for name in directory.names():
+        if segment_name_lsn(name) is None:
+            continue
+        try:
+            header = read_segment(directory, name).header
+        except (CorruptLogError, UnsupportedFormatError, OSError):
+            unreadable = True
+            continue
+        if name == header.name:
+            owners[header.log_uuid] += 1
+        else:
+            strays.add(header.log_uuid)
+    first = owners.most_common(2)
+    alone = {uuid for uuid, count in first if count == first[0][1]} if first else strays
+    if alone and (alone != {meta.log_uuid} or (not first and unreadable)):
+        reason = (
+            "log.meta is gone, and the segments do not tell which of them are this log's: move "
+            "away those that are not"
+        )
+        raise CorruptLogError(f"{directory.path}/{META_NAME}", 0, reason)
 
 
 def _look_at(
@@ -272,6 +308,9 @@ def _look_at(
             report(finding)
         wrong = [finding for finding in found if not finding.harmless]
         follows = until.following is not None and chain.find(segment.number + 1) is not None
+        if not wrong and follows and walk.seal is None:
+            # No damage in the last segment but one, which it may not be any more.
+            return Piece(segment, walk.extent(), follows, False, footer=False)
         if not wrong:
             return Piece(segment, _up_to_records(walk), follows, until.is_last)
         return _sound_part(file, segment, until, wrong, follows=follows)

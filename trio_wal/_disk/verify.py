@@ -214,7 +214,9 @@ def guess_meta(directory: Directory) -> Meta:
             except (CorruptLogError, UnsupportedFormatError, OSError):
                 # For `list_chain` to say.
                 continue
-    counts = Counter(segment.header.log_uuid for segment in found)
+    # What has come from elsewhere has mostly another name than its own.
+    named = [segment for segment in found if segment.file_name == segment.header.name] or found
+    counts = Counter(segment.header.log_uuid for segment in named)
     uuid = counts.most_common(1)[0][0] if counts else bytes(16)
     headers = [segment.header for segment in found if segment.header.log_uuid == uuid]
     if not headers:
