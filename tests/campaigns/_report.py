@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -279,6 +281,48 @@ def collect(
     for kind, number in alike.items():
         report.note(f"{number:,} times {kind}")
     return rows, seconds
+
+
+# -- campaigns of which a case is a seed ----------------------------------------------
+
+
+def _seeds_answer(case: Callable[[int], object], row: str, seeds: range) -> Answer:
+    failures: list[tuple[object, str]] = [
+        (seed, found) for seed in seeds if (found := found_in(case, seed))
+    ]
+    rows = {row: Counter({"cases": len(seeds), "found": len(failures)})}
+    return Answer(len(seeds), f"seed {seeds.start}", rows, failures)
+
+
+def run_seeds(
+    name: str, arguments: argparse.Namespace, case: Callable[[int], object], share: int, what: str
+) -> int:
+    """A campaign on seed after seed; returns its exit code.
+
+    Args:
+      case: a function of a module, which raises what it finds.
+      share: cases of one task for a worker process.
+      what: they are called.
+    """
+    report = Report(name, arguments, {"row": "", "cases": what, "found": "FOUND"})
+
+    def shares() -> Iterator[range]:
+        for start in itertools.count(arguments.seed << 20, share):
+            yield range(start, start + share)
+
+    rows, seconds = collect(report, partial(_seeds_answer, case, name), shares(), None)
+    for row, figures in rows.items():
+        report.add(row=row, cases=figures["cases"], found=figures["found"])
+    total = sum(figures["cases"] for figures in rows.values())
+    report.note(f"{per_minute(total, seconds):,} {what} a minute")
+    return report.finish()
+
+
+def replay_seed(case: Callable[[int], object], text: str) -> int:
+    """One of its cases again."""
+    found = found_in(case, int(text))
+    print(f"{text}: {found or 'nothing'}")
+    return 1 if found else 0
 
 
 # -- the report -------------------------------------------------------------------

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -346,14 +345,6 @@ async def _restore_database(folder: str, lsn: int, dest: str) -> None:
 # -- the campaign -------------------------------------------------------------------
 
 
-def run_share(seeds: range) -> _report.Answer:
-    failures: list[tuple[object, str]] = [
-        (seed, found) for seed in seeds if (found := found_in(seed))
-    ]
-    rows = {"logs": Counter({"cases": len(seeds), "found": len(failures)})}
-    return _report.Answer(len(seeds), f"seed {seeds.start}", rows, failures)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replay", metavar="SEED", help="one case again")
     parser.add_argument("--kills", type=int, help="kill a real program so often instead")
@@ -373,21 +364,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f"{count:,} places, each restored exactly")
         return 0
-    report = _report.Report("archive", arguments, {"row": "", "cases": "logs", "found": "FOUND"})
-
-    def shares() -> Iterator[range]:
-        for start in itertools.count(arguments.seed << 20, SHARE):
-            yield range(start, start + SHARE)
-
-    rows, seconds = _report.collect(report, run_share, shares(), None)
-    for name, row in rows.items():
-        report.add(row=name, cases=row["cases"], found=row["found"])
-    total = sum(row["cases"] for row in rows.values())
-    report.note(f"{_report.per_minute(total, seconds):,} logs a minute")
-    return report.finish()
+    return _report.run_seeds("archive", arguments, run_case, SHARE, "logs")
 
 
 def replay(text: str) -> int:
-    found = found_in(int(text))
-    print(f"{text}: {found or 'nothing'}")
-    return 1 if found else 0
+    return _report.replay_seed(run_case, text)

@@ -18,8 +18,6 @@ import argparse
 import itertools
 import math
 import random
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any, Final
 
 import attrs
@@ -423,35 +421,14 @@ def found_in(seed: int) -> str:
 # -- the campaign -------------------------------------------------------------------
 
 
-def run_share(seeds: range) -> _report.Answer:
-    failures: list[tuple[object, str]] = [
-        (seed, found) for seed in seeds if (found := found_in(seed))
-    ]
-    rows = {"storms": Counter({"cases": len(seeds), "found": len(failures)})}
-    return _report.Answer(len(seeds), f"seed {seeds.start}", rows, failures)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replay", metavar="SEED", help="one storm again")
     _report.add_common_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = _report.Report("lines", arguments, {"row": "", "cases": "storms", "found": "FOUND"})
-
-    def shares() -> Iterator[range]:
-        for start in itertools.count(arguments.seed << 20, SHARE):
-            yield range(start, start + SHARE)
-
-    rows, seconds = _report.collect(report, run_share, shares(), None)
-    for name, row in rows.items():
-        report.add(row=name, cases=row["cases"], found=row["found"])
-    total = sum(row["cases"] for row in rows.values())
-    report.note(f"{_report.per_minute(total, seconds):,} storms a minute")
-    return report.finish()
+    return _report.run_seeds("lines", arguments, run_case, SHARE, "storms")
 
 
 def replay(text: str) -> int:
-    found = found_in(int(text))
-    print(f"{text}: {found or 'nothing'}")
-    return 1 if found else 0
+    return _report.replay_seed(run_case, text)
