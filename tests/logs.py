@@ -81,9 +81,14 @@ def content(files: MemoryFiles, path: str = LOG, **options: Any) -> Records:
         log.close(orderly=False)
 
 
-def make_log(*batches: Iterable[bytes], close: bool = True, **options: Any) -> MemoryFiles:
-    """Files with a log of these batches; ``close=False``: the process was killed."""
-    files = MemoryFiles(seed=7)
+def make_log(
+    *batches: Iterable[bytes], close: bool = True, seed: int = 7, **options: Any
+) -> MemoryFiles:
+    """Files with a log of these batches; ``close=False``: the process was killed.
+
+    Two of one seed are one log: its uuid comes from there.
+    """
+    files = MemoryFiles(seed=seed)
     log = open_log(files, **options)
     for batch in batches:
         append(log, *batch)

@@ -152,7 +152,7 @@ def rename(number: int) -> Callable[[MemoryFiles], None]:
 
 
 def add_foreign(files: MemoryFiles) -> None:
-    other = make_log([b"of another log"])
+    other = make_log([b"of another log"], seed=8)
     files.write_file(LOG, "wal-00000000000000000044.log", other.read_file(LOG, segments(other)[0]))
 
 
@@ -316,6 +316,24 @@ def test_a_forgotten_epoch_is_passed() -> None:
     log = open_log(files)
     assert log.meta.says.epoch > epoch
     log.close()
+
+
+def test_without_log_meta_another_logs_segment_under_its_own_name_is_not_taken() -> None:
+    """Which of the two has come from elsewhere nothing tells: the repair does not choose."""
+    files, other = make_log([b"mine"]), make_log([b"of another log"], seed=8)
+    (name,) = segments(files)
+    files.write_file(LOG, "wal-00000000000000000044.log", files.read_file(LOG, name))
+    files.write_file(LOG, name, other.read_file(LOG, name))
+    no_meta(files)
+    before = files.contents(LOG)
+    with pytest.raises(
+        trio_wal.CorruptLogError, match=r"^/log/log\.meta: at offset 0: .*: move away those"
+    ):
+        repair(files)
+    assert files.contents(LOG) == before
+    files.remove_file(LOG, name)
+    assert repair(files).last_lsn == 1
+    assert content(files) == ((1, b"mine"),)
 
 
 # -- interrupted ----------------------------------------------------------------------------

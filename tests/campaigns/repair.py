@@ -15,6 +15,7 @@ repair.  For each case:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import random
 from typing import Any, Final
@@ -24,7 +25,7 @@ from logs import append, content, copy_of, open_log, records_of, segments
 
 import trio_wal
 from trio_wal import RepairReport
-from trio_wal._disk.chain import META_NAME
+from trio_wal._disk.chain import META_NAME, read_segment
 from trio_wal._disk.frame import DATA_OFFSET, decode_meta
 from trio_wal._disk.verify import verify
 from trio_wal._identity import common_lsn
@@ -65,6 +66,7 @@ class Damage:
         self.path = path
         self.done: list[str] = []
         self.meta_gone: bool = False
+        self.log_uuid: bytes = decode_meta(self._read(META_NAME)).log_uuid
 
     def one(self) -> None:
         if not segments(self.files, self.path):
@@ -80,6 +82,24 @@ class Damage:
         """Whether there are segments under other names than their own: without log.meta nothing
         may tell whose they are."""
         return not {"foreign", "swap", "rename", "double"}.isdisjoint(self.done)
+
+    @property
+    def usurped(self) -> bool:
+        """Whether log.meta is gone, and another log's segment stands under its own name where
+        none of the log's is left that can be read: nobody can tell that it is another's."""
+        if not self.meta_gone:
+            return False
+        directory = self.files.open_directory(self.path)
+        at_home: set[bytes] = set()
+        readable: set[bytes] = set()
+        for name in segments(self.files, self.path):
+            with contextlib.suppress(trio_wal.CorruptLogError):
+                header = read_segment(directory, name).header
+                readable.add(header.log_uuid)
+                if name == header.name:
+                    at_home.add(header.log_uuid)
+        directory.close()
+        return self.log_uuid not in readable and bool(at_home)
 
     def _segment(self) -> str:
         return self.rng.choice(segments(self.files, self.path))
@@ -204,7 +224,7 @@ def check_log_case(seed: int) -> None:
     damage = Damage(rng, files, LOG)
     for _ in range(rng.choice((1, 1, 2, 3))):
         damage.one()
-    if not has_segments(files, LOG):
+    if not has_segments(files, LOG) or damage.usurped:
         return
     before = files.contents(LOG)
     try:
@@ -348,6 +368,8 @@ async def check_database_case(seed: int) -> None:
     beginning, began = files.read_file(log, first), decode_meta(files.read_file(log, META_NAME))
     for _ in range(rng.choice((0, 1, 1, 2))):
         damage.one()
+    if damage.usurped:
+        return
     store = f"{DB}/store"
     gone = rng.random() < 0.3
     if gone:

@@ -256,9 +256,9 @@ def _made_up(directory: Directory) -> Meta:
 
 def _check_identity(directory: Directory, meta: Meta) -> None:
     """A segment under its own name has a right to be there, and one that came from elsewhere has
-    mostly not."""
-    owners: Counter[bytes] = Counter()
-    strays: set[bytes] = set()
+    mostly not: more of the log's own are at home than there are of any other log at all."""
+    at_home: Counter[bytes] = Counter()
+    everywhere: Counter[bytes] = Counter()
     unreadable = False
     for name in directory.names():
         if segment_name_lsn(name) is None:
@@ -268,13 +268,11 @@ def _check_identity(directory: Directory, meta: Meta) -> None:
         except (CorruptLogError, UnsupportedFormatError, OSError):
             unreadable = True
             continue
-        if name == header.name:
-            owners[header.log_uuid] += 1
-        else:
-            strays.add(header.log_uuid)
-    first = owners.most_common(2)
-    alone = {uuid for uuid, count in first if count == first[0][1]} if first else strays
-    if alone and (alone != {meta.log_uuid} or (not first and unreadable)):
+        everywhere[header.log_uuid] += 1
+        at_home[header.log_uuid] += name == header.name
+    others = [count for uuid, count in everywhere.items() if uuid != meta.log_uuid]
+    own = at_home[meta.log_uuid]
+    if (others and own <= max(others)) or (everywhere and not own and unreadable):
         reason = (
             "log.meta is gone, and the segments do not tell which of them are this log's: move "
             "away those that are not"
