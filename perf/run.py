@@ -24,6 +24,7 @@ NAMES = (
     "transactions",
     "tails",
     "follow",
+    "readers",
     "scale",
     "backpressure",
 )
