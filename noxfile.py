@@ -162,6 +162,19 @@ print("testing", trio_wal.__file__, "on Python", sys.version)
 
 
 @nox.session(default=False)
+def format_compat(session: nox.Session) -> None:
+    """Logs, databases and archives of every released format: read, verified, gone on with.
+
+    `nox -s format_compat -- [PYTEST ARGUMENTS]`
+    """
+    session.install(".[cli,zstd]", *_group("test"))
+    with session.chdir("tests"):
+        version = ".".join(map(str, sys.version_info[:2]))
+        session.run("python", "-c", INSTALLED, version, log=False)
+        session.run("pytest", "test_golden.py", "test_format_compat.py", *session.posargs, env=ENV)
+
+
+@nox.session(default=False)
 def cluster(session: nox.Session) -> None:
     """A log on real NATS servers, killed and paused: `nox -s cluster -- [PYTEST ARGUMENTS]`.
 
