@@ -174,6 +174,19 @@ def cluster(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def partitions(session: nox.Session) -> None:
+    """Networks cut between real NATS servers and writers: `nox -s partitions -- [--count CUTS]`.
+
+    Needs root and Debian's iproute2; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_partitions.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "partitions", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def objects(session: nox.Session) -> None:
     """An archive in an object storage: `nox -s objects -- [PYTEST ARGUMENTS]`.
 
