@@ -59,6 +59,7 @@ class Job:
     tasks: int = 8
     replicas: int = 3
     unavailable_after: float = 30.0
+    assume_synced: bool = False
     believing: bool = False
     """Whether it takes any answer for "yes": a control, which must be found out."""
 
@@ -69,6 +70,7 @@ class Job:
             monitor=self.monitors,
             replicas=self.replicas,
             unavailable_after=self.unavailable_after,
+            assume_synced=self.assume_synced,
         )
 
 
@@ -131,7 +133,7 @@ async def _opened(job: Job) -> AsyncIterator[Write]:
         yield put
 
 
-async def _write(
+async def keep_writing(
     write: Write, task: str, chance: random.Random, over: trio.Event, tell: Tell
 ) -> None:
     """One task: one write after the other, until it is over or the log is."""
@@ -169,7 +171,7 @@ async def _live(job: Job, over: trio.Event, tell: Tell) -> None:
                 tell("open")
                 for number in range(job.tasks):
                     task = f"{job.writer}.{life}.{number}"
-                    nursery.start_soon(_write, write, task, chance, over, tell)
+                    nursery.start_soon(keep_writing, write, task, chance, over, tell)
         except (LogFailedError, OSError, UnsuitableServersError) as exc:
             # The last one: of servers that are cut off, nobody says whether they sync.
             tell("failed", type(exc).__name__, str(exc))
@@ -190,6 +192,7 @@ async def _main(job: Job) -> None:
         sys.stdout.write(json.dumps([*words, time.monotonic()]) + "\n")
         sys.stdout.flush()
 
+    tell("begun")
     over = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_until_told, over)

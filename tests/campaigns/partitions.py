@@ -60,7 +60,9 @@ UNAVAILABLE_SECONDS: Final = 30.0
 SHORT_SECONDS: Final = 6.0
 """The same, in the cut that is to be longer."""
 GRACE_SECONDS: Final = 10.0
-"""More than that a busy machine may need; who waits longer, hangs."""
+"""More than that a machine may need; who waits longer, hangs."""
+START_SECONDS: Final = 300.0
+"""For a process to begin, on a busy machine."""
 GOAL_SECONDS: Final = 12.0
 """Without an acknowledgement, while a majority is there."""
 BEFORE: Final = 40
@@ -172,12 +174,13 @@ CONTROLS: Final = {
 class Writer:
     """A process of `_remote`, at a place of the network."""
 
-    def __init__(self, job: Job, told: Told, enter: Callable[[], None]) -> None:
+    def __init__(self, job: Job, told: Told, enter: Callable[[], None], grace: float) -> None:
         def begin() -> None:
             nats_cluster.end_with_parent()
             enter()
 
         self.job = job
+        self.grace = grace
         self.times: list[float] = []
         """Of its acknowledgements."""
         self.events: list[tuple[str, float]] = []
@@ -219,6 +222,9 @@ class Writer:
 
     async def wait_for(self, count: int, after: float, seconds: float) -> float:
         """Until so many are acknowledged after a moment; gives the seconds to the first."""
+        with trio.move_on_after(START_SECONDS):
+            while not self.events and not self.ended:  # noqa: ASYNC110
+                await trio.sleep(0.02)
         with trio.move_on_after(seconds):
             while sum(at > after for at in self.times[-count:]) < count:
                 if self.ended:
@@ -234,7 +240,7 @@ class Writer:
     async def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        with trio.move_on_after(self.job.unavailable_after + GRACE_SECONDS):
+        with trio.move_on_after(self.job.unavailable_after + self.grace):
             while not self.ended or self._process.poll() is None:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         if self._process.poll() is None:
@@ -298,6 +304,7 @@ class Case:
     kind: str
     cut: Kind
     seed: int
+    grace: float = GRACE_SECONDS
     told: Told = attrs.Factory(Told)
     gap: float = 0.0
     again: float = 0.0
@@ -320,7 +327,7 @@ class Case:
 
                 def start(place: str) -> Writer:
                     enter = self.network.enter(place)
-                    writer = Writer(self._job(place, urls), self.told, enter)
+                    writer = Writer(self._job(place, urls), self.told, enter, self.grace)
                     writers.append(writer)
                     nursery.start_soon(writer.listen)
                     return writer
@@ -350,7 +357,7 @@ class Case:
     async def _cut(self, sides: Sides, start: Callable[[str], Writer]) -> None:
         cut, network = self.cut, self.network
         here = owner = start("here")
-        limit = UNAVAILABLE_SECONDS + GRACE_SECONDS
+        limit = UNAVAILABLE_SECONDS + self.grace
         await here.wait_for(BEFORE, 0.0, limit)
         began = time.monotonic()
         if cut.slow:
@@ -393,11 +400,11 @@ class Case:
             self.gap = max(then - now for now, then in pairwise(times))
         if cut.unavailable_after == SHORT_SECONDS:
             failed = [at for at in here.said("failed LogUnavailableError") if at > began]
-            if not failed or min(failed) > began + SHORT_SECONDS + GRACE_SECONDS:
+            if not failed or min(failed) > began + SHORT_SECONDS + self.grace:
                 raise Found(f"not called unavailable in time: {here.events}")
 
     async def _wait_fenced(self, writer: Writer) -> None:
-        with trio.move_on_after(UNAVAILABLE_SECONDS + GRACE_SECONDS):
+        with trio.move_on_after(UNAVAILABLE_SECONDS + self.grace):
             while not writer.said("failed LogFencedError"):  # noqa: ASYNC110
                 await trio.sleep(0.02)
         if not writer.said("failed LogFencedError not written"):
@@ -417,6 +424,12 @@ class Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, count=2 * len(CUTS), workers=False, parts=PARTS)
     parser.add_argument("--only", choices=list(CUTS), help="cuts of one kind")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE_SECONDS,
+        help="seconds over the documented ones, on a busy machine (%(default)s)",
+    )
     parser.add_argument("--replay", metavar="KIND:CUT:SEED", help="one cut again")
 
 
@@ -440,6 +453,7 @@ class Campaign:
 
     def __init__(self, report: Report, folder: Path, seed: int) -> None:
         self.report = report
+        self._grace = getattr(report.arguments, "grace", GRACE_SECONDS)
         self._folder = folder
         self._numbers = iter(range(1 << 30))
         self._network = Network((*SERVERS, *CLIENTS))
@@ -460,6 +474,7 @@ class Campaign:
             kind=kind,
             cut=cut,
             seed=seed,
+            grace=self._grace,
         )
         wrong = ""
         try:
