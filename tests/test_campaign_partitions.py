@@ -107,7 +107,7 @@ def test_each_kind_of_cut_is_made_to_a_log_and_to_a_database() -> None:
     assert sorted(cuts) == sorted(
         (kind, name) for kind in ("log", "database") for name in partitions.CUTS
     )
-    assert [name for _, name, _ in found[len(cuts) :]] == list(partitions.CONTROLS)
+    assert [name for _, name, _ in found[: -len(cuts)]] == list(partitions.CONTROLS)
     only = parser_of("partitions").parse_args(["cuts", "--only", "deaf", "--count", "3"])
     assert list(partitions.cases(only)) == [
         ("log", "deaf", 1),

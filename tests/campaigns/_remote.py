@@ -60,6 +60,8 @@ class Job:
     replicas: int = 3
     unavailable_after: float = 30.0
     assume_synced: bool = False
+    reopens: bool = True
+    """Whether it opens a log again that has become unavailable."""
     believing: bool = False
     """Whether it takes any answer for "yes": a control, which must be found out."""
 
@@ -164,10 +166,12 @@ async def keep_writing(
 
 async def _live(job: Job, over: trio.Event, tell: Tell) -> None:
     life, chance = 0, random.Random(job.seed)
-    while not over.is_set():
+    opened = False
+    while not over.is_set() and (job.reopens or not opened):
         life += 1
         try:
             async with _opened(job) as write, trio.open_nursery() as nursery:
+                opened = True
                 tell("open")
                 for number in range(job.tasks):
                     task = f"{job.writer}.{life}.{number}"
