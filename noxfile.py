@@ -187,6 +187,19 @@ def partitions(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def outages(session: nox.Session) -> None:
+    """Power cuts under real NATS servers: `nox -s outages -- [--count OUTAGES]`.
+
+    Needs root, FUSE, loop devices and ext4; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_outages.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "outages", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def objects(session: nox.Session) -> None:
     """An archive in an object storage: `nox -s objects -- [PYTEST ARGUMENTS]`.
 
@@ -207,7 +220,7 @@ def model(session: nox.Session) -> None:
     session.run("python", "tests/models/check.py", *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)
 def histories(session: nox.Session) -> None:
     """Replicated logs on servers in memory, with faults: `nox -s histories -- [--count N]`.
 
