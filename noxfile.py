@@ -187,6 +187,32 @@ def cluster(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def partitions(session: nox.Session) -> None:
+    """Networks cut between real NATS servers and writers: `nox -s partitions -- [--count CUTS]`.
+
+    Needs root and Debian's iproute2; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_partitions.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "partitions", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def outages(session: nox.Session) -> None:
+    """Power cuts under real NATS servers: `nox -s outages -- [--count OUTAGES]`.
+
+    Needs root, FUSE, loop devices and ext4; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_outages.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "outages", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def objects(session: nox.Session) -> None:
     """An archive in an object storage: `nox -s objects -- [PYTEST ARGUMENTS]`.
 
@@ -205,6 +231,15 @@ def model(session: nox.Session) -> None:
     Needs spin and a C compiler (Debian: spin, gcc): `nox -s model -- [--batches N]`.
     """
     session.run("python", "tests/models/check.py", *session.posargs)
+
+
+@nox.session(default=False)
+def histories(session: nox.Session) -> None:
+    """Replicated logs on servers in memory, with faults: `nox -s histories -- [--count N]`.
+
+    10,000 histories, in about a minute on two cores; a campaign has `--count 1000000`.
+    """
+    _campaign(session, "replication", *session.posargs)
 
 
 CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py", "test_failover.py")
@@ -411,5 +446,5 @@ def powercut(session: nox.Session) -> None:
 @nox.session(default=False)
 def perf(session: nox.Session) -> None:
     """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""
-    session.install(".[cli,zstd]", *_group("perf"))
+    session.install(".[cli,zstd,nats]", *_group("perf"))
     session.run("python", "perf/run.py", *session.posargs, env=ENV)

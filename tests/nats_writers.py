@@ -34,9 +34,12 @@ def js(cluster: Cluster, what: str, content: Any) -> Any:
     """One request of JetStream's API, past the log."""
     from nats.aio.client import Client
 
+    async def quiet(exc: Exception) -> None:
+        """Else it is printed."""
+
     async def ask() -> Any:
         client = Client()
-        await client.connect(cluster.urls[0])
+        await client.connect(cluster.urls[0], error_cb=quiet)
         answer = await client.request(f"$JS.API.{what}", json.dumps(content).encode(), timeout=5)
         await client.close()
         return json.loads(answer.data)
