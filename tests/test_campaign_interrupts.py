@@ -19,7 +19,6 @@ from trio_wal._log import Log
 from trio_wal._queue import WriteQueue
 from trio_wal._worker import Blocking
 
-
 # A call that was interrupted before it was awaited.
 interrupted_calls = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
