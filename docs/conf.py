@@ -192,6 +192,25 @@ def keep_sentences(
         lines[:0] = ["..", ""]  # an empty comment
 
 
+def list_errors(
+    _app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
+) -> None:
+    """Make lists of what stands under "Raises, on entering:", which napoleon knows nothing of."""
+    found: list[str] = []
+    inside = False
+    for line in lines:
+        if re.match(r"Raises, .*:$", line):
+            inside = True
+            found += [f"**{line}**", ""]
+        elif inside and (error := re.match(r"  (\w[\w, ]*): (.*)", line)):
+            names = ", ".join(f"`{name}`" for name in error[1].split(", "))
+            found.append(f"* {names}: {error[2]}")
+        else:
+            inside = inside and (not line or line.startswith(" "))
+            found.append(line[2:] if inside and line.startswith("    ") else line)
+    lines[:] = found
+
+
 # -- the list of all names, under the anchors that a reference of one page had ------------------
 
 
@@ -218,5 +237,6 @@ def setup(app: Any) -> None:
     mark_context_managers()
     find_field_docstrings()
     app.connect("autodoc-process-docstring", keep_sentences, priority=400)
+    app.connect("autodoc-process-docstring", list_errors, priority=401)
     app.connect("source-read", add_generated)
     app.connect("html-page-context", add_all_names)

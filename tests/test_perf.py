@@ -325,3 +325,12 @@ def test_the_first_key_behind_few_deleted_ones_is_timed_at_every_moment(
 def test_a_queue_of_jobs_gives_each_of_them_once(perf: Import, tmp_path: Path, kind: str) -> None:
     queue: Any = perf("job_queue")
     assert perf("apart").apart(queue.jobs, str(tmp_path / "db"), kind, 0.2)["rates"]
+
+
+# -- beside servers ---------------------------------------------------------------
+
+
+def test_what_follows_each_other_is_bounded_by_both_times(perf: Import) -> None:
+    bound = perf("bench_replicated").bound
+    assert bound(100.0, 10.0, float("inf")) == pytest.approx(1000.0)
+    assert bound(100.0, 10.0, 1000.0) == pytest.approx(500.0)

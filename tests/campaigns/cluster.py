@@ -4,6 +4,10 @@ Law: `nats_cluster` keeps the servers, `nats_writers` judges the logs.  Three se
 that leads the stream is killed under 16 tasks; the log is taken over by another writer under them;
 a replica of a database is promoted while the leader writes, every second time with the stream's
 server killed in that moment.  Times are of this machine, which other work may share.
+
+``--count`` is of events: half of them are kills, a quarter takeovers, a quarter promotions.  Real
+servers do not repeat themselves: the command under a finding does the same things again, and may
+have to be run more than once.
 """
 
 from __future__ import annotations
@@ -23,12 +27,22 @@ from nats_writers import Writers, found_on, heal, keep_open, leader, log_on
 import trio_wal
 from trio_wal import nats
 
-from ._report import Report, add_common_arguments, bound, described
+from ._report import (
+    Bar,
+    Report,
+    add_common_arguments,
+    bound,
+    described,
+    progress_bar,
+    replay_command,
+)
 
 TASKS: Final = 16
 LIFE_SECONDS: Final = 0.5
 ROUNDS: Final = 10
 """On one log; the next ones have a log of their own."""
+PARTS_OF_COUNT: Final = {"kills": 2, "takeovers": 4, "promotions": 4}
+"""Kinds of events, and which part of them all each is."""
 
 COLUMNS = {
     "runs": "events",
@@ -139,8 +153,42 @@ class Series:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, count=10)
-    parser.add_argument("--only", choices=("kills", "takeovers", "promotions"))
+    add_common_arguments(parser, count=40, workers=False)
+    parser.add_argument("--only", choices=list(PARTS_OF_COUNT), help="all events are of this kind")
+
+
+def events(arguments: argparse.Namespace) -> dict[str, int]:
+    """How many of each kind."""
+    if arguments.only is not None:
+        return {arguments.only: arguments.count}
+    return {kind: -(-arguments.count // part) for kind, part in PARTS_OF_COUNT.items()}
+
+
+def _run_series(
+    report: Report, kind: str, count: int, folder: Path, cluster: nats_cluster.Cluster, bar: Bar
+) -> None:
+    series = Series(folder, cluster)
+    for first in range(0, count, ROUNDS):
+        if bar.over():
+            break
+        rounds = min(ROUNDS, count - first)
+        try:
+            # Whatever the ones before have left behind.
+            heal(cluster)
+            trio.run(getattr(series, kind), f"{kind}-{first}", rounds)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding, or several)
+            assert report.arguments is not None
+            seed = report.arguments.seed
+            again = ("--only", kind, "--count", rounds, "--seed", seed)
+            report.find(
+                f"{kind}, from {first} on: {described(exc)}", replay_command("cluster", *again)
+            )
+        bar.advance(rounds, f"{kind}: {series.figures['acknowledged']:,} acknowledged")
+    cells: dict[str, Any] = {column: series.figures[column] for column in COLUMNS}
+    cells |= {"gap": f"{series.gap:.1f}", "again": f"{series.again:.2f}"}
+    report.add(**{"series": kind, **cells, "bound": bound(series.figures["runs"])})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,24 +196,12 @@ def run(arguments: argparse.Namespace) -> int:
     if (reason := nats_cluster.missing()) is not None:
         report.note(reason)
         return report.finish()
-    count = arguments.count or 10
+    chosen = events(arguments)
     with (
         tempfile.TemporaryDirectory() as temporary,
         nats_cluster.running(Path(temporary), 3, seed=arguments.seed % 40 + 11) as cluster,
+        progress_bar("cluster", minutes=arguments.minutes, count=sum(chosen.values())) as bar,
     ):
-        for kind in ("kills", "takeovers", "promotions"):
-            if arguments.only not in (None, kind):
-                continue
-            series = Series(Path(temporary) / "stores", cluster)
-            for first in range(0, count, ROUNDS):
-                name = f"{kind}-{first}"
-                try:
-                    trio.run(getattr(series, kind), name, min(ROUNDS, count - first))
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding, or several)
-                    report.find(described(exc), name)
-            cells: dict[str, Any] = {column: series.figures[column] for column in COLUMNS}
-            cells |= {"gap": f"{series.gap:.1f}", "again": f"{series.again:.2f}"}
-            report.add(**{"series": kind, **cells, "bound": bound(series.figures["runs"])})
+        for kind, count in chosen.items():
+            _run_series(report, kind, count, Path(temporary) / "stores", cluster, bar)
     return report.finish()

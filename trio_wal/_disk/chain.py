@@ -95,7 +95,7 @@ def read_meta(directory: Directory) -> Meta | None:
     try:
         return decode_meta(file.pread(META_SIZE_MAX, 0))
     except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(path, exc.version, exc.reason) from exc
+        raise exc.of(path) from exc
     except FrameError as exc:
         raise CorruptLogError(path, 0, str(exc)) from exc
     finally:
@@ -170,7 +170,7 @@ def look_at(file: File, name: str) -> FoundSegment:
                 mark = None
         return FoundSegment(header, name, size, pointer, mark)
     except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
+        raise exc.of(file.path) from exc
     except FrameError as exc:
         raise CorruptLogError(file.path, 0, str(exc)) from exc
 
