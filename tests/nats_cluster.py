@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import attrs
 
-READY_SECONDS: Final = 30.0
+READY_SECONDS: Final = 60.0
 FIRST_PORT: Final = 24_200
 """Below the ports that the system gives to clients, of which one could be taken meanwhile."""
 LAST_PORT: Final = 29_000
