@@ -1,7 +1,7 @@
 """Everything the project runs, locally and in CI: `python -m nox -l` lists it.
 
 The law: a session runs against the package as it is installed, never against the source tree,
-and no session depends on another.
+and no session depends on another (`tests-all` only names others).
 
 What must not live here: checks that only CI could run, and paths of one machine.
 """
@@ -140,17 +140,48 @@ def demo(session: nox.Session) -> None:
     session.run("trio-wal", "demo", *session.posargs, env=ENV)
 
 
-@nox.session(python=list(PYTHONS))
+@nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, on each installed Python: `nox -s tests -- [PYTEST ARGUMENTS]`."""
-    if MISSING:
-        session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
+    """The tests, on the Python that runs nox: `nox -s tests -- [PYTEST ARGUMENTS]`.
+
+    One process for each core; pytest's own `-n` says otherwise, as `-n 0` and `-p no:xdist` do.
+    """
+    _test(session, f"{sys.version_info[0]}.{sys.version_info[1]}")
+
+
+def _test(session: nox.Session, version: str) -> None:
     session.install(".[cli,zstd,prometheus,otel]", *_group("test"))
     with session.chdir("tests"):
-        session.run("python", "-c", INSTALLED, str(session.python), log=False)
+        session.run("python", "-c", INSTALLED, version, log=False)
         # A path is given as it is seen from the project's folder.
         arguments = [argument.removeprefix("tests/") for argument in session.posargs]
-        session.run("pytest", *arguments, env=ENV)
+        beside = [] if {"no:xdist", "-pno:xdist"} & set(arguments) else BESIDE
+        session.run("pytest", *beside, *arguments, env=ENV)
+
+
+BESIDE = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
+"""More than eight processes, of which each collects all tests, gain nothing."""
+
+
+for _version in PYTHONS:
+
+    @nox.session(name=f"tests-{_version}", python=_version, default=False)
+    def tests_on(session: nox.Session) -> None:
+        """The tests, on this Python."""
+        _test(session, str(session.python))
+
+
+@nox.session(
+    name="tests-all",
+    python=False,
+    default=False,
+    requires=[f"tests-{version}" for version in PYTHONS],
+)
+def tests_all(session: nox.Session) -> None:
+    """The tests, on each installed Python: `nox -s tests-all -- [PYTEST ARGUMENTS]`."""
+    session.log(f"tested: Python {', '.join(PYTHONS)}")
+    if MISSING:
+        session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
 
 
 INSTALLED = """\
@@ -159,6 +190,19 @@ assert "%d.%d" % sys.version_info[:2] == sys.argv[1], sys.version
 assert trio_wal.__file__.startswith(sysconfig.get_path("purelib")), trio_wal.__file__
 print("testing", trio_wal.__file__, "on Python", sys.version)
 """
+
+
+@nox.session(default=False)
+def format_compat(session: nox.Session) -> None:
+    """Logs, databases and archives of every released format: read, verified, gone on with.
+
+    `nox -s format_compat -- [PYTEST ARGUMENTS]`
+    """
+    session.install(".[cli,zstd]", *_group("test"))
+    with session.chdir("tests"):
+        version = ".".join(map(str, sys.version_info[:2]))
+        session.run("python", "-c", INSTALLED, version, log=False)
+        session.run("pytest", "test_golden.py", "test_format_compat.py", *session.posargs, env=ENV)
 
 
 @nox.session(default=False)

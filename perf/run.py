@@ -24,6 +24,7 @@ NAMES = (
     "transactions",
     "tails",
     "follow",
+    "readers",
     "scale",
     "backpressure",
     "replicated",
@@ -47,6 +48,7 @@ def main() -> None:
     # the installed one.  The benchmarks themselves are not installed.
     sys.path.append(str(Path(__file__).resolve().parent))
     import harness
+    import plots as drawing
     import report as found
 
     directory = harness.scratch_directory(arguments.dir)
@@ -59,7 +61,8 @@ def main() -> None:
     for name in arguments.names or NAMES:
         report = importlib.import_module(f"bench_{name}").run(setting)
         found.show(report)
-        found.save(report, facts, plots)
+        found.save(report, facts)
+        drawing.draw(name, plots)
         requirements += report.requirements
     found.show_requirements(requirements)
     found.show_regressions(requirements, facts)

@@ -114,7 +114,7 @@ async def found_on(log: nats.Log) -> dict[int, bytes]:
 
 
 async def leader(cluster: Cluster, log: nats.Log) -> nats_cluster.Server:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while True:
             found = await trio.to_thread.run_sync(cluster.leader_of, f"WAL-{log.name}")
             if found is not None:

@@ -329,7 +329,11 @@ def test_a_file_from_the_future_is_unsupported_and_not_damaged(number: int | str
     files.write_file(LOG, name, resealed(data, 8, b"\2\0") + data[BLOCK:])
     refused(files, UnsupportedFormatError, rf"^/log/{name}: format version 2 is not supported; ")
     files.write_file(LOG, name, resealed(data, 12, b"\0\1\0\0") + data[BLOCK:])
-    refused(files, UnsupportedFormatError, rf"^/log/{name}: feature set 256 is not supported; ")
+    refused(
+        files,
+        UnsupportedFormatError,
+        rf"^/log/{name}: feature set 256 \(bit 8\) is not supported; ",
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 4095])

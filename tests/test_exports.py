@@ -186,6 +186,7 @@ def test_what_is_opened_has_no_public_constructor(name: str) -> None:
 ERRORS = [
     trio_wal.CorruptLogError("/log", 512, "no frame"),
     trio_wal.UnsupportedFormatError("/log", 2),
+    trio_wal.UnsupportedFormatError("/log", 64, "feature set", ("bit 6",)),
     trio_wal.LogLockedError("/log", 17),
     trio_wal.LogFullError("/log", 4096),
     trio_wal.RecordTooLargeError(9, 8),

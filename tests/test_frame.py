@@ -263,9 +263,11 @@ def test_a_feature_that_is_not_known_is_unsupported_and_not_damage(
 ) -> None:
     # Features stand at offset 12 in both.
     other = resealed(sector, 12, (0b101).to_bytes(4, "little"))
-    with pytest.raises(UnsupportedVersion, match=r"^feature set 4 is not supported$") as caught:
+    with pytest.raises(
+        UnsupportedVersion, match=r"^feature set 4 \(bit 2\) is not supported$"
+    ) as caught:
         decode(other)
-    assert caught.value.version == 4
+    assert (caught.value.version, caught.value.features) == (4, ("bit 2",))
 
 
 @pytest.mark.parametrize("number", [START_MAX + 1, 2**64 - 1])

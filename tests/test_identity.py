@@ -751,7 +751,7 @@ def test_a_feature_of_log_meta_is_none_of_a_segment() -> None:
     data[12] |= 16
     data[508:512] = trio_wal._disk.frame.crc32c(bytes(data[:508])).to_bytes(4, "little")
     files.write_file(LOG, name, bytes(data))
-    with pytest.raises(UnsupportedFormatError, match=r"feature set 16 is not supported"):
+    with pytest.raises(UnsupportedFormatError, match=r"feature set 16 \(epochs\) is not supported"):
         open_log(files)
 
 

@@ -243,11 +243,24 @@ def test_the_stored_ratios_are_of_the_form_that_is_read(perf: Import) -> None:
 def test_what_was_found_is_saved_as_json(report: Any, tmp_path: Path) -> None:
     made = report.Report("it", data={"spread": report.Spread(2.0, 1.0, 3.0)})
     made.requirements.append(requirement(report, 2.0))
-    report.save(made, FACTS, tmp_path)
+    report.save(made, FACTS)
     saved = json.loads((tmp_path / "results" / "it.json").read_text())
     assert saved["machine"] == FACTS
     assert saved["data"]["spread"] == {"median": 2.0, "low": 1.0, "high": 3.0}
     assert [(r["key"], r["reached"]) for r in saved["requirements"]] == [("it", True)]
+
+
+def test_each_plot_of_the_docs_is_drawn_by_a_benchmark(perf: Import) -> None:
+    plots: Any = perf("plots")
+    drawn: list[str] = []
+    for name, each in plots.PLOTS.items():
+        assert callable(perf(f"bench_{name}").run)
+        for _, file_name, draw in each:
+            assert callable(draw)
+            drawn.append(file_name)
+    assert len(set(drawn)) == len(drawn)
+    images = {path.name for path in (PERF.parent / "docs" / "images").glob("*.png")}
+    assert images <= set(drawn)
 
 
 # -- small trials -----------------------------------------------------------------

@@ -558,7 +558,7 @@ def test_a_segment_from_the_future_is_a_finding() -> None:
     header = attrs.evolve(header_of(files, name), features=1 << 30)
     change(files, name, 0, header.encode())
     (finding,) = check(files).findings
-    assert finding.reason == f"feature set {1 << 30} is not supported"
+    assert finding.reason == f"feature set {1 << 30} (bit 30) is not supported"
 
 
 def test_foreign_duplicate_and_renamed_segments_are_findings() -> None:

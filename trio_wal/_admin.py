@@ -97,7 +97,7 @@ def _goes_on(path: str, store: StoreCheck) -> bool:
     """Whether there was a checkpoint since: then the log may begin behind what was looked at."""
     try:
         return inspect_store(path) != store.state
-    except CorruptLogError:
+    except (CorruptLogError, UnsupportedFormatError):
         return True
 
 

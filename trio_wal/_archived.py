@@ -30,6 +30,7 @@ from ._archive import (
 from ._disk import scan
 from ._disk.frame import (
     BLOCK,
+    FEATURES_KNOWN,
     FrameError,
     FrameHeader,
     Kind,
@@ -38,9 +39,10 @@ from ._disk.frame import (
     decode_footer,
     decode_segment_header,
     segment_name,
+    unknown_features,
 )
 from ._disk.scan import FrameScanner, Position, start_of
-from ._exceptions import CorruptLogError, UnsupportedFormatError
+from ._exceptions import CorruptLogError
 from ._identity import History, common_lsn, epoch_of
 
 _STEM: Final = r"(\d{20})-(\d{20})-([0-9a-f]{16})-([0-9a-f]{32})"
@@ -147,7 +149,7 @@ class SegmentManifest:
 
 
 def read_segment_manifest(archive: Archive, name: str) -> SegmentManifest:
-    """Raises `CorruptLogError`, `FileNotFoundError`."""
+    """Raises `CorruptLogError`, `UnsupportedFormatError`, `FileNotFoundError`."""
     fields = read_manifest(archive, name, "a segment")
     try:
         found = SegmentManifest(
@@ -162,6 +164,8 @@ def read_segment_manifest(archive: Archive, name: str) -> SegmentManifest:
         raise CorruptLogError(name, 0, f"this is no manifest of a segment: {exc!r}") from exc
     if found.name.manifest != name:
         raise CorruptLogError(name, 0, "the manifest stands under the name of another one")
+    if unknown := found.features & ~FEATURES_KNOWN:
+        raise unknown_features(unknown).of(name)
     return found
 
 
@@ -242,7 +246,7 @@ def read_header(path: str, read: scan.Read) -> SegmentHeader:
     try:
         return decode_segment_header(read(BLOCK, 0))
     except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(path, exc.version, exc.reason) from exc
+        raise exc.of(path) from exc
     except FrameError as exc:
         raise CorruptLogError(path, 0, str(exc)) from exc
 

@@ -81,20 +81,33 @@ class UnsupportedFormatError(WalError):
       path: the file that says so.
       version: the format version found, or the unknown feature flags where the
           version is known but a feature is not.
-      reason: which of the two it is.
+      reason: which of the two it is, and of what.
+      features: the names of those features, such as ``"bit 6"`` where this version has no name
+          for it; empty where it is the version.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], version: int, reason: str = "format version"
+        self,
+        path: str | os.PathLike[str],
+        version: int,
+        reason: str = "format version",
+        features: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(path, version, reason)
+        super().__init__(path, version, reason, features)
         self.path: str = os.fspath(path)
         self.version = version
         self.reason = reason
+        self.features = features
+
+    @property
+    def what(self) -> str:
+        """What is not supported: the version, or the features and their names."""
+        names = f" ({', '.join(self.features)})" if self.features else ""
+        return f"{self.reason} {self.version}{names}"
 
     def __str__(self) -> str:
         return printable(
-            f"{self.path}: {self.reason} {self.version} is not supported; "
+            f"{self.path}: {self.what} is not supported; "
             "nothing was modified, open it with the trio-wal that wrote it or a newer one"
         )
 

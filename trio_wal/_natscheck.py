@@ -23,7 +23,7 @@ import trio
 
 from ._caslog import Description, Unsure
 from ._events import tell
-from ._exceptions import UnsuitableServersError
+from ._exceptions import UnsuitableServersError, UnsupportedFormatError
 from ._natscas import NAME_IN_USE, NO_PEERS, OVERLAP, ApiError, NatsCas
 
 VERSION_MIN: Final = (2, 12)
@@ -33,6 +33,9 @@ MONITOR_PORT: Final = 8222
 CREATE_SECONDS: Final = 2.0
 """How long servers may be too few for a new stream before that is an error."""
 METADATA_UUID: Final = "trio-wal-uuid"
+METADATA_FORMAT: Final = "trio-wal-format"
+"""What a stream says of its messages; one that says nothing has the first format."""
+STREAM_FORMAT: Final = 1
 
 
 class Wanted(Protocol):
@@ -248,7 +251,7 @@ class Opening:
             "deny_delete": True,
             "allow_direct": True,
             "allow_atomic": True,
-            "metadata": {METADATA_UUID: uuid.uuid4().hex},
+            "metadata": {METADATA_UUID: uuid.uuid4().hex, METADATA_FORMAT: str(STREAM_FORMAT)},
         }
 
     def _uuid_of(self, config: Any) -> uuid.UUID:
@@ -262,9 +265,16 @@ class Opening:
                 "choose another name for the log, or another account",
             ) from None
 
+    def _check_format(self, config: Any) -> None:
+        text = str(config["metadata"].get(METADATA_FORMAT, STREAM_FORMAT))
+        if text != str(STREAM_FORMAT):
+            number = int(text) if text.isascii() and text.isdigit() else -1
+            raise UnsupportedFormatError(self._log.address, number, "format of the stream")
+
     def _check_config(self, config: Any) -> None:
         log = self._log
         self._uuid_of(config)
+        self._check_format(config)
         stream = config.get("name")
         replicas = int(config.get("num_replicas", 1))
         if replicas < log.replicas:

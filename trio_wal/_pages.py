@@ -78,6 +78,14 @@ class PagesError(Exception):
         self.reason = reason
 
 
+class PagesVersionError(PagesError):
+    """It is LMDB's, of a version that we do not know."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(0, f"LMDB data version {version} is not supported")
+        self.version = version
+
+
 @attrs.frozen
 class Tree:
     """A database's record: where its tree is and what it claims to hold."""
@@ -120,6 +128,7 @@ def read_header(read: Read, size: int) -> Header:
 
     Raises:
       PagesError: there is none that can be used, or the file is shorter than it says.
+      PagesVersionError: both headers are of another version; of one alone, that is damage.
     """
     first, page_size = _read_meta(read, 0)
     if page_size not in _PAGE_SIZES:
@@ -155,10 +164,16 @@ def _read_meta(read: Read, offset: int) -> tuple[Header, int]:
     magic, version, _, _ = _HEADER.unpack_from(page, _PAGE.size)
     if magic != MAGIC or flags != _IS_META or number != (offset > 0):
         raise PagesError(offset, "this is no header of LMDB")
-    if version != VERSION:
-        raise PagesError(offset, f"LMDB data version {version} is not supported")
     at = _PAGE.size + _HEADER.size
     page_size: int = _TREE.unpack_from(page, at)[0]
+    if version != VERSION:
+        other = read(_HEADER_SIZE, page_size) if not offset and page_size in _PAGE_SIZES else b""
+        if len(other) == _HEADER_SIZE and _HEADER.unpack_from(other, _PAGE.size)[:2] == (
+            MAGIC,
+            version,
+        ):
+            raise PagesVersionError(version)
+        raise PagesError(offset, f"LMDB data version {version} is not supported")
     free = _tree(page, at)
     main = _tree(page, at + _TREE.size)
     last_page, transaction = _HEADER_END.unpack_from(page, at + 2 * _TREE.size)
@@ -199,11 +214,16 @@ def check(read: Read, size: int, tick: Callable[[int], None] | None = None) -> C
 
     Args:
       tick: called with the bytes of each page that is looked at.
+
+    Raises:
+      PagesVersionError
     """
     try:
         walk = _Walk(read, size, tick)
         trees, meta = walk.outline()
         walk.everything(trees)
+    except PagesVersionError:
+        raise
     except PagesError as exc:
         return Contents(((exc.offset, exc.reason),), 0, {})
     data = trees.get(DATA)

@@ -390,7 +390,7 @@ async def repair(
       LogLockedError: the log is open, here or in another process.
       CorruptLogError: a database of which neither log nor store has the beginning any more; or
           ``log.meta`` is gone, and nothing tells which of several logs' segments are this one's.
-      UnsupportedFormatError: it is from a newer trio-wal.
+      UnsupportedFormatError: a file of it is from a newer trio-wal, which knows what it is worth.
       UnsupportedOperationError: the log is replicated; its servers repair it.
       LogFullError, OSError: there is no space for the copies or the new segment, or the disk
           fails.  Nothing is lost: call it again.

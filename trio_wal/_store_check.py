@@ -16,10 +16,10 @@ import attrs
 
 from . import _pages
 from ._base import Progress, StoreCheckLevel, StoreState
-from ._exceptions import CorruptLogError
+from ._exceptions import CorruptLogError, UnsupportedFormatError
 from ._files import File
 from ._store import TURN_PAUSE_SECONDS, TURN_SECONDS, read_everything
-from ._store_files import data_file, found_at, opened_data, state_of, store_size
+from ._store_files import data_file, found_at, newer_pages, opened_data, state_of, store_size
 from ._system.child import ChildError, run_child
 from ._util import MiB
 
@@ -60,6 +60,7 @@ def check_store(
 
     Raises:
       CorruptLogError: what stands there is no store's file.
+      UnsupportedFormatError: a newer trio-wal wrote it, or a newer LMDB.
       OSError: the disk's own.
     """
     name = data_file(path)
@@ -68,7 +69,12 @@ def check_store(
             return StoreCheck(name, (), None, 0, 0)
         for _ in range(LOOK_TRIES):
             before = _headers(file)
-            found = _check_once(path, file, read_through, progress)
+            try:
+                found = _check_once(path, file, read_through, progress)
+            except UnsupportedFormatError:
+                if _headers(file) == before:
+                    raise
+                continue
             if not found.findings or _headers(file) == before:
                 return found
         size = file.size()
@@ -82,7 +88,10 @@ def _headers(file: File) -> bytes:
 
 def _check_once(path: str, file: File, read_through: bool, progress: Progress | None) -> StoreCheck:
     name, size = data_file(path), file.size()
-    contents = _pages.check(file.pread, size, _Ticks(size, progress))
+    try:
+        contents = _pages.check(file.pread, size, _Ticks(size, progress))
+    except _pages.PagesVersionError as exc:
+        raise newer_pages(path, exc) from exc
     if contents.findings:
         return StoreCheck(name, contents.findings, None, 0, size)
     try:
@@ -154,7 +163,7 @@ def check_before_open(path: str, how: StoreCheckLevel, progress: Progress | None
 
     Raises:
       CorruptLogError: the first finding.
-      OSError
+      UnsupportedFormatError, OSError
     """
     if how == "auto" and store_size(path) > AUTO_BYTES_MAX:
         return

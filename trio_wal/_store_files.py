@@ -12,7 +12,7 @@ from typing import Final
 
 from . import _pages
 from ._base import StoreState
-from ._exceptions import CorruptLogError
+from ._exceptions import CorruptLogError, UnsupportedFormatError
 from ._files import File, close_quietly
 from ._places import PlacesError, decode_places
 from ._system.files import OsDirectory
@@ -98,6 +98,7 @@ def inspect_store(path: str) -> StoreState | None:
 
     Raises:
       CorruptLogError: this is no store, or damaged, or the file is shorter than it says.
+      UnsupportedFormatError: a newer trio-wal wrote it, or a newer LMDB.
       OSError: the disk's own.
     """
     with opened_data(path) as file:
@@ -105,9 +106,15 @@ def inspect_store(path: str) -> StoreState | None:
             return None
         try:
             _, _, meta = _pages.read_meta(file.pread, file.size())
+        except _pages.PagesVersionError as exc:
+            raise newer_pages(path, exc) from exc
         except _pages.PagesError as exc:
             raise found_at(path, exc.offset, exc.reason) from exc
         return state_of(path, meta)
+
+
+def newer_pages(path: str, exc: _pages.PagesVersionError) -> UnsupportedFormatError:
+    return UnsupportedFormatError(data_file(path), exc.version, "LMDB data version")
 
 
 def found_at(path: str, offset: int, reason: str) -> CorruptLogError:
@@ -116,14 +123,15 @@ def found_at(path: str, offset: int, reason: str) -> CorruptLogError:
 
 
 def state_of(path: str, meta: dict[bytes, bytes]) -> StoreState | None:
+    """Raises `CorruptLogError`, `UnsupportedFormatError`."""
     name = data_file(path)
     lsn, uuid, version = (meta.get(key) for key in (b"lsn", b"log", b"format"))
     if lsn is None and uuid is None and version is None:
         return None
     if lsn is None or uuid is None or len(lsn) != 8 or len(uuid) != 16 or version is None:
         raise damaged(name, "the store does not say of which log it is the state")
-    if int.from_bytes(version, "little") != STORE_FORMAT:
-        raise damaged(name, f"store format {int.from_bytes(version, 'little')} is not known")
+    if (number := int.from_bytes(version, "little")) != STORE_FORMAT:
+        raise UnsupportedFormatError(name, number, "store format")
     covered_lsn = int.from_bytes(lsn, "little")
     found = meta.get(_pages.CONSUMERS)
     if found is None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from . import _pages
 from ._base import ReadTransaction, StoreState
-from ._exceptions import CorruptLogError
+from ._exceptions import CorruptLogError, UnsupportedFormatError
 from ._store import LmdbRead, engine_options, explained
 from ._store_files import (
     DATA_NAME,
@@ -170,9 +170,9 @@ class LmdbStoreReader:
             try:
                 inspect_store(self.path)
                 return
-            except CorruptLogError as exc:
+            except (CorruptLogError, UnsupportedFormatError) as exc:
                 # The owner may have written meanwhile; damage stands still.
-                found = (exc.offset, exc.reason, store_size(self.path), self._headers())
+                found = (str(exc), store_size(self.path), self._headers())
                 if found == before:
                     raise
                 before = found

@@ -31,7 +31,6 @@ from rich.progress import (
 from rich.table import Table
 
 from trio_wal._disk.chain import LOG_NAME, META_NAME, STORE_NAME
-from trio_wal._disk.frame import FEATURE_DATABASE, FEATURE_ZSTD
 from trio_wal._files import Directory, close_quietly
 from trio_wal._system.files import OsFiles
 from trio_wal._text import encodable, plain_json, printable
@@ -144,11 +143,6 @@ def as_bytes(name: str, text: str, *, digits: bool) -> bytes:
 def count(number: int, noun: str) -> str:
     """``1 segment``, ``2,000 segments``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def feature_names(features: int) -> list[str]:
-    names = {FEATURE_ZSTD: "zstd", FEATURE_DATABASE: "database"}
-    return [name for flag, name in names.items() if features & flag]
 
 
 def new_table(*columns: str, numbers: tuple[str, ...] = (), plain: bool = False) -> Table:

@@ -19,6 +19,7 @@ from trio_wal._disk.frame import (
     FrameHeader,
     Kind,
     SegmentHeader,
+    feature_names,
     to_datetime,
 )
 from trio_wal._disk.scan import FrameScanner, Position, start_of
@@ -34,7 +35,6 @@ from ._output import (
     Place,
     complain,
     count,
-    feature_names,
     new_table,
     opened,
     say,
@@ -142,7 +142,7 @@ def _look_once(directory: Directory) -> _Log:
         path=directory.path,
         uuid=str(uuid.UUID(bytes=meta.log_uuid)),
         format_version=FORMAT_VERSION,
-        features=feature_names(meta.features),
+        features=list(feature_names(meta.features)),
         first_lsn=rows[0].first_lsn if rows else meta.base_lsn,
         last_lsn=rows[-1].last_lsn if rows else meta.base_lsn - 1,
         durable_lsn=durable_lsn,

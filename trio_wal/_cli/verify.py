@@ -11,6 +11,7 @@ from attrs import asdict
 from trio_wal import _admin
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._disk.finding import TOLD, Finding
+from trio_wal._disk.frame import feature_names
 from trio_wal._disk.verify import Verification, verify as verify_log
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._store_check import StoreCheck
@@ -23,7 +24,6 @@ from ._output import (
     Json,
     Place,
     count,
-    feature_names,
     is_database,
     opened,
     progress_bar,

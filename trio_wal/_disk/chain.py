@@ -11,7 +11,7 @@ one segment to the next, and where the log ends, is judged in `walk`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -95,7 +95,7 @@ def read_meta(directory: Directory) -> Meta | None:
     try:
         return decode_meta(file.pread(META_SIZE_MAX, 0))
     except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(path, exc.version, exc.reason) from exc
+        raise exc.of(path) from exc
     except FrameError as exc:
         raise CorruptLogError(path, 0, str(exc)) from exc
     finally:
@@ -170,7 +170,7 @@ def look_at(file: File, name: str) -> FoundSegment:
                 mark = None
         return FoundSegment(header, name, size, pointer, mark)
     except UnsupportedVersion as exc:
-        raise UnsupportedFormatError(file.path, exc.version, exc.reason) from exc
+        raise exc.of(file.path) from exc
     except FrameError as exc:
         raise CorruptLogError(file.path, 0, str(exc)) from exc
 
@@ -230,18 +230,20 @@ def list_chain(
     meta: Meta,
     report: Report = refuse,
     known: Mapping[str, FoundSegment] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Chain:
     """The chain of segments, up to the first place where it is broken, and what is after that.
 
     Args:
       report: is told of files that are foreign, renamed, duplicate, damaged or missing.
       known: segments, by file name, whose headers need not be read again.
+      names: of the files, if they are known.
 
     Raises:
       FileNotFoundError: a file went away meanwhile.
       OSError: a header cannot be read, and that is not the file's fault.
     """
-    names = directory.names()
+    names = directory.names() if names is None else names
     leftovers = temporary(names)
     cut = meta.truncation
     candidates = [name for name in names if name.startswith("wal-")]

@@ -70,8 +70,7 @@ def finding_of(error: CorruptLogError | UnsupportedFormatError | OSError, path: 
     if isinstance(error, CorruptLogError):
         return Finding(error.path, error.offset, error.reason)
     if isinstance(error, UnsupportedFormatError):
-        reason = f"{error.reason} {error.version} is not supported"
-        return Finding(path, 0, reason, cause=error)
+        return Finding(path, 0, f"{error.what} is not supported", cause=error)
     if error.errno != errno.EIO:
         raise error
     return Finding(path, 0, f"the header cannot be read: {error.strerror}", cause=error)

@@ -23,6 +23,7 @@ from typing import Final, cast
 import attrs
 import google_crc32c
 
+from trio_wal._exceptions import UnsupportedFormatError
 from trio_wal._identity import EPOCH_MAX, PARTINGS_MAX, History, Parting, epoch_of
 from trio_wal._util import KiB, align_up
 
@@ -68,6 +69,12 @@ FEATURE_CONSUMERS: Final = 32
 consumers (`_operations.PLACED_FORMAT`), and its store may keep them."""
 _META_FEATURES: Final = FEATURE_EPOCHS | FEATURE_CONSUMERS
 FEATURES_KNOWN: Final = FEATURE_ZSTD | FEATURE_DATABASE
+_FEATURE_NAMES: Final = {
+    FEATURE_ZSTD: "zstd",
+    FEATURE_DATABASE: "database",
+    FEATURE_EPOCHS: "epochs",
+    FEATURE_CONSUMERS: "consumers",
+}
 
 _CHECKED_SECTOR: Final = struct.Struct(f"<{BLOCK - 4}sI")
 _SEGMENT: Final = struct.Struct("<8sHHIII16sQQ16sqIII")
@@ -146,6 +153,9 @@ class SegmentHeader:
     """Checksum of the last frame before this segment (of the previous segment's header
     where that is empty); 0 in the first segment of a log."""
     features: int = 0
+    optional: int = 0
+    """Bits of features that whoever does not know them passes over; none is known so far.  They
+    are kept because `digest` covers them."""
 
     @property
     def name(self) -> str:
@@ -163,7 +173,7 @@ class SegmentHeader:
                 FORMAT_VERSION,
                 SEGMENT_HEADER_SIZE,
                 self.features,
-                0,
+                self.optional,
                 0,
                 self.log_uuid,
                 self.number,
@@ -182,13 +192,29 @@ class SegmentHeader:
         return cast(int, _CHECKED_SECTOR.unpack(self.encode())[1])
 
 
+def feature_names(features: int) -> tuple[str, ...]:
+    """One for each bit: ``"zstd"``, or ``"bit 6"`` where it is not known."""
+    bits = (1 << bit for bit in range(features.bit_length()) if features >> bit & 1)
+    return tuple(_FEATURE_NAMES.get(bit, f"bit {bit.bit_length() - 1}") for bit in bits)
+
+
 class UnsupportedVersion(FrameError):
     """Whole and ours, but of a version or with features that we do not know."""
 
-    def __init__(self, version: int, reason: str) -> None:
-        super().__init__(f"{reason} {version} is not supported")
+    def __init__(self, version: int, reason: str, features: tuple[str, ...] = ()) -> None:
+        error = UnsupportedFormatError("", version, reason, features)
+        super().__init__(f"{error.what} is not supported")
         self.version = version
+        self.features = features
         self.reason = reason
+
+    def of(self, path: str) -> UnsupportedFormatError:
+        """What to raise of the file in which it stands."""
+        return UnsupportedFormatError(path, self.version, self.reason, self.features)
+
+
+def unknown_features(features: int) -> UnsupportedVersion:
+    return UnsupportedVersion(features, "feature set", feature_names(features))
 
 
 def _seal_sector(fields: bytes) -> bytes:
@@ -217,11 +243,10 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
       FrameError: it is not one; `UnsupportedVersion` where a newer trio-wal wrote it.
     """
     _open_sector(sector, SEGMENT_MAGIC, "segment header")
-    (_, _, size, features, _, _, uuid, number, first_lsn, salt, created, previous, data, block) = (
-        _SEGMENT.unpack_from(sector)
-    )
+    _, _, size, features, optional, _, uuid, number, first_lsn, *rest = _SEGMENT.unpack_from(sector)
+    salt, created, previous, data, block = rest
     if features & ~FEATURES_KNOWN:
-        raise UnsupportedVersion(features & ~FEATURES_KNOWN, "feature set")
+        raise unknown_features(features & ~FEATURES_KNOWN)
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
         raise FrameError("the segment header declares another layout than version 1 has")
     if max(number, first_lsn) > START_MAX:
@@ -234,6 +259,7 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
         created_us=created,
         previous=previous,
         features=features,
+        optional=optional,
     )
 
 
@@ -557,7 +583,7 @@ def decode_meta(data: bytes) -> Meta:
     keep, offset, previous, _, first, _, partings, table_crc = rest
     unknown = features & ~(FEATURES_KNOWN | _META_FEATURES)
     if unknown:
-        raise UnsupportedVersion(unknown, "feature set")
+        raise unknown_features(unknown)
     if max(number, lsn) > START_MAX:
         raise FrameError(f"log.meta has the number {number} and LSN {lsn}")
     if not features & FEATURE_EPOCHS and (partings or copied):

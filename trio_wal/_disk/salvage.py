@@ -200,7 +200,7 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
 
     Raises:
       WrongDirectoryError: there is no log in this directory.
-      UnsupportedFormatError: ``log.meta`` is from a newer trio-wal.
+      UnsupportedFormatError: a file is from a newer trio-wal, which knows what it is worth.
       ModuleNotFoundError: the log is compressed and zstandard is not installed.
       CorruptLogError: ``log.meta`` is gone, and nothing tells which segments are the log's.
       OSError: a file cannot be opened.
@@ -217,6 +217,9 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
     if not meta.features & FEATURE_DATABASE:
         check_places(directory, meta, findings.append)
     chain = list_chain(directory, meta, findings.append)
+    for finding in findings:
+        if isinstance(finding.cause, UnsupportedFormatError):
+            raise finding.cause
     segments = [*chain.segments, *chain.beyond]
     total = sum(segment.size for segment in segments)
     pieces: list[Piece] = []
