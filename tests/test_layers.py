@@ -107,6 +107,8 @@ ORDER: dict[int, list[str]] = {
         "_local",
         "_streamlog",
         "_appender",
+        "_streamindex",
+        "_takeover",
         "_replicated",
         "_asyncio",
         "_natscas",
@@ -188,7 +190,7 @@ PATHS = {"PathLike", "fspath"}
 OS_ALLOWED = {
     "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
-    "_replicated": {"getpid"},
+    "_takeover": {"getpid"},
 }
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}
