@@ -335,11 +335,17 @@ def typing_compat(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, warnings being errors, and the news of the next release."""
+    """The documentation: spelling, warnings as errors, every page in a browser where there is one,
+    and the news of the next release."""
     session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("docs"))
+    session.run("codespell", *SPELLED)
     shutil.rmtree("docs/_build", ignore_errors=True)
     session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "tests/site/check.py", "docs/_build/html")
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
+
+
+SPELLED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "newsfragments", "trio_wal")
 
 
 @nox.session(default=False)
