@@ -24,6 +24,7 @@ NAMES = (
     "transactions",
     "tails",
     "follow",
+    "asyncio",
     "scale",
     "backpressure",
 )
