@@ -192,6 +192,10 @@ def keep_sentences(
         lines[:0] = ["..", ""]  # an empty comment
 
 
+HOMES = {"UnsuitableServersError": "~trio_wal.nats.UnsuitableServersError"}
+"""Errors that are no members of the package itself."""
+
+
 def list_errors(
     _app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
 ) -> None:
@@ -202,8 +206,8 @@ def list_errors(
         if re.match(r"Raises, .*:$", line):
             inside = True
             found += [f"**{line}**", ""]
-        elif inside and (error := re.match(r"  (\w[\w, ]*): (.*)", line)):
-            names = ", ".join(f"`{name}`" for name in error[1].split(", "))
+        elif inside and (error := re.match(r"  (\w[\w., ]*): (.*)", line)):
+            names = ", ".join(f"`{HOMES.get(name, name)}`" for name in error[1].split(", "))
             found.append(f"* {names}: {error[2]}")
         else:
             inside = inside and (not line or line.startswith(" "))

@@ -36,14 +36,18 @@ FLAGS = (
 )  # fmt: skip
 WIDER = """\
 (() => {
+    // The theme lets its own frames scroll, which would hide what is too wide for them.
+    const frames = [document.documentElement, document.body,
+                    ...document.querySelectorAll(".page, .main, .content, article, article div")];
+    const ours = frames.filter(e => !e.closest(".drawing, .highlight, .table-wrapper"));
     const width = document.documentElement.clientWidth;
-    if (document.documentElement.scrollWidth <= width) return [];
-    return [...document.querySelectorAll("body *")]
-        .filter(e => e.getBoundingClientRect().right > width + 1)
-        .filter(e => !e.closest(".sidebar-drawer, .toc-drawer"))
-        .slice(0, 5)
+    const hides = e => ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX);
+    const scrolls = e => e && !ours.includes(e) && (hides(e) || scrolls(e.parentElement));
+    return [...document.querySelectorAll("article *")]
+        .filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement))
         .map(e => `${e.tagName.toLowerCase()} ${e.className}`.trim() + ": "
-             + (e.textContent || "").trim().slice(0, 50));
+             + (e.textContent || "").trim().slice(0, 50))
+        .slice(0, 5);
 })()
 """
 
