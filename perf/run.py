@@ -25,6 +25,7 @@ NAMES = (
     "tails",
     "follow",
     "readers",
+    "asyncio",
     "scale",
     "backpressure",
     "replicated",

@@ -947,7 +947,9 @@ def test_no_command_shows_the_commands_and_is_wrong_usage(cli: CommandLine) -> N
         assert f" {command} " in cli.err
 
 
-@pytest.mark.parametrize("command", ["append", "demo", "dump", "inspect", "stats", "verify"])
+@pytest.mark.parametrize(
+    "command", ["append", "bench", "demo", "dump", "inspect", "stats", "verify"]
+)
 def test_every_command_has_help_and_json(cli: CommandLine, command: str) -> None:
     assert cli(command, "--help") == 0
     assert f"trio-wal {command}" in cli.out

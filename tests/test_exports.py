@@ -29,7 +29,7 @@ PUBLIC = {
     if not name.startswith("_") and not inspect.ismodule(value)
 }
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
-EXTRAS = {"testing", "nats", "otel", "prometheus"}
+EXTRAS = {"testing", "asyncio", "nats", "otel", "prometheus"}
 """Modules that are there once somebody has used them."""
 ALIASES = {"Durability", "SyncIn", "VerifyStore"}
 """Types that are no classes."""

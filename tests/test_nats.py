@@ -208,6 +208,11 @@ async def test_servers_that_nobody_can_ask_are_refused(single: Cluster) -> None:
     assert "WAL-unasked" not in await streams(single)
     async with trio_wal.open_wal(log_on(single, "believed", monitor=(), assume_synced=True)) as wal:
         assert wal.statistics().assume_synced
+    # The log is there by now: the leader says who has it, and one of those does not answer.
+    with refused(
+        nats.UnsuitableServersError, r"whether n0, perhaps http://127.0.0.1:1 \(.*\), syncs"
+    ):
+        await attempt(log_on(single, "believed", monitor=["http://127.0.0.1:1"]))
 
 
 @real

@@ -304,6 +304,13 @@ def test_a_unit_is_appended_as_a_whole(perf: Import, tmp_path: Path) -> None:
     assert set(found) == {"per second", "growth"}
 
 
+@pytest.mark.parametrize("name", ["trio_wal.asyncio", "trio_wal, under trio"])
+def test_puts_under_asyncio_are_counted(perf: Import, tmp_path: Path, name: str) -> None:
+    found = perf("apart").apart(perf("bench_asyncio").trial, str(tmp_path / "db"), name, 3, 0.1)
+    assert found["rate"] > 0
+    assert found["cpu_us"] > 0
+
+
 def test_a_follower_is_timed_from_durable_to_given(perf: Import, tmp_path: Path) -> None:
     found = perf("apart").apart(perf("bench_follow").trial, str(tmp_path / "log"), 0.1)
     assert 0 <= found["median"] <= found["p99"] <= found["slowest"]

@@ -458,6 +458,34 @@ async def test_wrong_places(tmp_path: Path) -> None:
         await trio_wal.repair(tmp_path / "db", keep="all")  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+@pytest.mark.parametrize("accept_loss", [False, True])
+@pytest.mark.parametrize("name", ["wal-00000000000000000099.log", META_NAME])
+@pytest.mark.parametrize("what", ["directory", "link", "pipe"])
+async def test_what_cannot_be_copied_is_refused_before_anything_is_promised(
+    tmp_path: Path, what: str, name: str, accept_loss: bool
+) -> None:
+    path = tmp_path / "log"
+    async with trio_wal.open_wal(path) as wal:
+        await wal.append(b"one")
+    place = path / name
+    place.unlink(missing_ok=True)
+    if what == "directory":
+        place.mkdir()
+    elif what == "link":
+        place.symlink_to("/etc/passwd")
+    else:
+        os.mkfifo(place)
+    before = sorted(path.iterdir())
+    with pytest.raises(trio_wal.CorruptLogError, match="so it cannot be copied: move it away"):
+        await trio_wal.repair(path, accept_loss=accept_loss)
+    assert sorted(path.iterdir()) == before
+    place.rmdir() if what == "directory" else place.unlink()
+    assert (await trio_wal.repair(path, accept_loss=True)).lost == ()
+    async with trio_wal.open_wal(path) as wal:
+        assert wal.last_lsn == 1
+
+
 async def test_cancelled_while_it_looks(tmp_path: Path) -> None:
     path = tmp_path / "log"
     await broken_log(path)

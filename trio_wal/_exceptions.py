@@ -101,7 +101,7 @@ class UnsupportedFormatError(WalError):
 
     @property
     def what(self) -> str:
-        """What is not supported: the version, or the features and their names."""
+        """The version that is not supported, or the features with their names."""
         names = f" ({', '.join(self.features)})" if self.features else ""
         return f"{self.reason} {self.version}{names}"
 

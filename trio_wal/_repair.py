@@ -205,7 +205,18 @@ class Repair:
     def _changed(self, directory: Directory, plan: _Plan) -> tuple[str, ...]:
         if not plan.findings or plan.salvage is None:
             return ()
-        return tuple(changed_files(directory, plan.salvage))
+        names = tuple(changed_files(directory, plan.salvage))
+        for name in names:
+            self._check_copyable(directory, name)
+        return names
+
+    def _check_copyable(self, directory: Directory, name: str) -> None:
+        """What cannot be copied is not touched, and so it is said before anything is promised."""
+        try:
+            directory.open(name).close()
+        except CorruptLogError as exc:
+            reason = f"{exc.reason.partition(';')[0]}, so it cannot be copied: move it away"
+            raise CorruptLogError(exc.path, exc.offset, reason) from exc
 
     def _keep_copies(self, directory: Directory | None, report: RepairReport, into: str) -> str:
         """Of the log's files; returns where they are."""
@@ -388,7 +399,8 @@ async def repair(
       FileNotFoundError: there is nothing at ``path``.
       WrongDirectoryError: there is something else.
       LogLockedError: the log is open, here or in another process.
-      CorruptLogError: a database of which neither log nor store has the beginning any more; or
+      CorruptLogError: something that is no file has the name of one, and must be moved away; a
+          database of which neither log nor store has the beginning any more; or
           ``log.meta`` is gone, and nothing tells which of several logs' segments are this one's.
       UnsupportedFormatError: a file of it is from a newer trio-wal, which knows what it is worth.
       UnsupportedOperationError: the log is replicated; its servers repair it.

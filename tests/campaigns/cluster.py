@@ -58,7 +58,12 @@ COLUMNS = {
 class Series:
     """One kind of events, and what came of them."""
 
-    def __init__(self, folder: Path, cluster: nats_cluster.Cluster) -> None:
+    def __init__(self, folder: Path, cluster: nats_cluster.Cluster, limit: float) -> None:
+        """
+        Args:
+          limit: seconds after which whoever still waits hangs.
+        """
+        self._limit = limit
         self.figures: Counter[str] = Counter()
         self.gap = self.again = 0.0
         self._folder = folder
@@ -79,7 +84,7 @@ class Series:
                 server = await leader(self._cluster, log)
                 before, began = len(writers.acknowledged), time.monotonic()
                 await trio.to_thread.run_sync(server.kill)
-                with trio.fail_after(60):
+                with trio.fail_after(self._limit):
                     while len(writers.acknowledged) < before + 10 * TASKS:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 self.again = max(self.again, time.monotonic() - began)
@@ -135,7 +140,7 @@ class Series:
         self, name: str, log: nats.Log, acknowledged: dict[bytes, bytes], kill: bool
     ) -> None:
         async with trio_wal.open_replica(self._folder / name, log=log) as replica:
-            with trio.fail_after(30):
+            with trio.fail_after(self._limit):
                 await replica.wait_for(max(1, len(acknowledged)))
             await trio.sleep(LIFE_SECONDS)
             if kill:
@@ -155,6 +160,9 @@ class Series:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, count=40, workers=False)
     parser.add_argument("--only", choices=list(PARTS_OF_COUNT), help="all events are of this kind")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds that nothing may last (%(default)s)"
+    )
 
 
 def events(arguments: argparse.Namespace) -> dict[str, int]:
@@ -167,7 +175,8 @@ def events(arguments: argparse.Namespace) -> dict[str, int]:
 def _run_series(
     report: Report, kind: str, count: int, folder: Path, cluster: nats_cluster.Cluster, bar: Bar
 ) -> None:
-    series = Series(folder, cluster)
+    assert report.arguments is not None
+    series = Series(folder, cluster, report.arguments.limit)
     for first in range(0, count, ROUNDS):
         if bar.over():
             break
@@ -179,7 +188,6 @@ def _run_series(
         except KeyboardInterrupt:
             raise
         except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding, or several)
-            assert report.arguments is not None
             seed = report.arguments.seed
             again = ("--only", kind, "--count", rounds, "--seed", seed)
             report.find(

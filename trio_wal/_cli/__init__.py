@@ -24,6 +24,7 @@ from ._output import CommandError, ExitCode, UsageError, complain, forget
 from .append import append
 from .archive import archive_app
 from .backup import backup
+from .bench import bench
 from .completion import completion_of
 from .consumers import consumers
 from .demo import demo
@@ -46,7 +47,21 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 _COMMANDS = (
-    *(demo, append, dump, get, scan, inspect, stats, verify, repair, consumers, backup, restore),
+    *(
+        demo,
+        append,
+        dump,
+        get,
+        scan,
+        inspect,
+        stats,
+        verify,
+        repair,
+        consumers,
+        backup,
+        restore,
+        bench,
+    ),
 )
 for _command in _COMMANDS:
     app.command(_command)
