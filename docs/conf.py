@@ -72,6 +72,7 @@ nitpick_ignore_regex = [
     # Names in signatures are shown by where they are defined.
     (r"py:.*", r"trio_wal\._.*"),
     (r"py:.*", r"(trio_wal\.\w+\.)?(D|T|Ts)"),
+    (r"py:class", r"AbstractAsyncContextManager"),
 ]
 
 

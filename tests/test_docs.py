@@ -186,6 +186,9 @@ class Done(Exception):
 
 async def run_block(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    if block.page.name == "asyncio.md":
+        await trio.to_thread.run_sync(run_under_asyncio, block)
+        return
     async with meanings(folder) as names:
         setup = SETUPS.get(first_line(block))
         if setup is not None:
@@ -198,6 +201,32 @@ async def run_block(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch)
             await trio.lowlevel.checkpoint()
             await names["block"]()
         assert not scope.cancelled_caught, f"{block} does not end"
+
+
+def run_under_asyncio(block: Block) -> None:
+    import asyncio
+
+    if not hasattr(asyncio, "timeout"):
+        pytest.skip("asyncio.timeout is of Python 3.11")
+    source = "async def block():\n" + textwrap.indent(block.text, "    ")
+    if "asyncio.run(" in block.text:
+        source = "def block():\n" + textwrap.indent(block.text, "    ")
+
+    async def main(names: dict[str, Any]) -> None:
+        from trio_wal import asyncio as aio
+
+        async with aio.open_wal("a.wal") as wal, aio.open_database("a.db") as db:
+            await db.put(b"alice", b"20")
+            jobs = trio_wal.Table("jobs", key=tuple[int, str], value=str)
+            names.update(wal=wal, db=db, data=b"data", JOBS=jobs)
+            await names["block"]()
+
+    names: dict[str, Any] = {"trio_wal": trio_wal, "asyncio": asyncio}
+    exec(compile(source, str(block), "exec"), names)
+    if "asyncio.run(" in block.text:
+        names["block"]()
+    else:
+        asyncio.run(main(names))
 
 
 def first_line(block: Block) -> str:
@@ -372,6 +401,7 @@ def test_a_block_of_ini_is_ini(block: Block) -> None:
 KNOWN = {
     "python",
     "console",
+    "sh",  # of the runbook, which tests/test_runbook.py runs
     "json",
     "ini",
     "text",
