@@ -1,7 +1,7 @@
 """Everything the project runs, locally and in CI: `python -m nox -l` lists it.
 
 The law: a session runs against the package as it is installed, never against the source tree,
-and no session depends on another.
+and no session depends on another (`tests-all` only names others).
 
 What must not live here: checks that only CI could run, and paths of one machine.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nox
@@ -126,6 +127,10 @@ for _version, _python in PYTHONS.items():
     _put_on_path(_version, _python)
 
 
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 def _group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PYPROJECT, name)
 
@@ -140,17 +145,48 @@ def demo(session: nox.Session) -> None:
     session.run("trio-wal", "demo", *session.posargs, env=ENV)
 
 
-@nox.session(python=list(PYTHONS))
+@nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, on each installed Python: `nox -s tests -- [PYTEST ARGUMENTS]`."""
-    if MISSING:
-        session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
+    """The tests, on the Python that runs nox: `nox -s tests -- [PYTEST ARGUMENTS]`.
+
+    One process for each core; pytest's own `-n` says otherwise, as `-n 0` and `-p no:xdist` do.
+    """
+    _test(session, f"{sys.version_info[0]}.{sys.version_info[1]}")
+
+
+def _test(session: nox.Session, version: str) -> None:
     session.install(".[cli,zstd,prometheus,otel]", *_group("test"))
     with session.chdir("tests"):
-        session.run("python", "-c", INSTALLED, str(session.python), log=False)
+        session.run("python", "-c", INSTALLED, version, log=False)
         # A path is given as it is seen from the project's folder.
         arguments = [argument.removeprefix("tests/") for argument in session.posargs]
-        session.run("pytest", *arguments, env=ENV)
+        beside = [] if {"no:xdist", "-pno:xdist"} & set(arguments) else BESIDE
+        session.run("pytest", *beside, *arguments, env=ENV)
+
+
+BESIDE = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
+"""More than eight processes, of which each collects all tests, gain nothing."""
+
+
+for _version in PYTHONS:
+
+    @nox.session(name=f"tests-{_version}", python=_version, default=False)
+    def tests_on(session: nox.Session) -> None:
+        """The tests, on this Python."""
+        _test(session, str(session.python))
+
+
+@nox.session(
+    name="tests-all",
+    python=False,
+    default=False,
+    requires=[f"tests-{version}" for version in PYTHONS],
+)
+def tests_all(session: nox.Session) -> None:
+    """The tests, on each installed Python: `nox -s tests-all -- [PYTEST ARGUMENTS]`."""
+    session.log(f"tested: Python {', '.join(PYTHONS)}")
+    if MISSING:
+        session.log(f"not installed here, so not tested: Python {', '.join(MISSING)}")
 
 
 INSTALLED = """\
@@ -159,6 +195,41 @@ assert "%d.%d" % sys.version_info[:2] == sys.argv[1], sys.version
 assert trio_wal.__file__.startswith(sysconfig.get_path("purelib")), trio_wal.__file__
 print("testing", trio_wal.__file__, "on Python", sys.version)
 """
+
+
+@nox.session(default=False, python=min(PYTHONS, key=_order, default=False))
+def tests_min(session: nox.Session) -> None:
+    """The tests with the lowest version that `pyproject.toml` allows of each dependency, on the
+    oldest Python: `nox -s tests_min -- [PYTEST ARGUMENTS]`."""
+    session.install(".[cli,zstd,prometheus,otel]", *_group("test"))
+    # After the others, so that nothing raises them again; pip names what does not fit.
+    session.install(*_floors("cli", "zstd", "prometheus", "otel"))
+    session.run("pip", "check")
+    _run_tests(session)
+
+
+@nox.session(default=False)
+def tests_latest(session: nox.Session) -> None:
+    """The tests with the newest of everything, pre-releases too, which may fail: it tells what is
+    coming: `nox -s tests_latest -- [PYTEST ARGUMENTS]`."""
+    session.install("--pre", "--upgrade", ".[cli,zstd,prometheus,otel]", *_group("test"))
+    session.run("pip", "list")
+    _run_tests(session, success_codes=range(256))
+
+
+def _run_tests(session: nox.Session, success_codes: Iterable[int] = (0,)) -> None:
+    with session.chdir("tests"):
+        arguments = [argument.removeprefix("tests/") for argument in session.posargs]
+        session.run("pytest", *arguments, env=ENV, success_codes=success_codes)
+
+
+def _floors(*extras: str) -> list[str]:
+    """``name==version`` for each ``name>=version`` that is declared."""
+    project = PYPROJECT["project"]
+    declared = [*project["dependencies"]]
+    for extra in extras:
+        declared += project["optional-dependencies"][extra]
+    return [text.replace(">=", "==") for text in declared]
 
 
 @nox.session(default=False)
@@ -187,6 +258,32 @@ def cluster(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def partitions(session: nox.Session) -> None:
+    """Networks cut between real NATS servers and writers: `nox -s partitions -- [--count CUTS]`.
+
+    Needs root and Debian's iproute2; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_partitions.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "partitions", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def outages(session: nox.Session) -> None:
+    """Power cuts under real NATS servers: `nox -s outages -- [--count OUTAGES]`.
+
+    Needs root, FUSE, loop devices and ext4; without them it says so, and does nothing.
+    """
+    session.install(".[cli,zstd,nats]", *_group("cluster"))
+    with session.chdir("tests"):
+        session.run("pytest", "test_campaign_outages.py", env=ENV)
+        env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
+        session.run("python", "-m", "campaigns", "outages", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def objects(session: nox.Session) -> None:
     """An archive in an object storage: `nox -s objects -- [PYTEST ARGUMENTS]`.
 
@@ -205,6 +302,15 @@ def model(session: nox.Session) -> None:
     Needs spin and a C compiler (Debian: spin, gcc): `nox -s model -- [--batches N]`.
     """
     session.run("python", "tests/models/check.py", *session.posargs)
+
+
+@nox.session(default=False)
+def histories(session: nox.Session) -> None:
+    """Replicated logs on servers in memory, with faults: `nox -s histories -- [--count N]`.
+
+    10,000 histories, in about a minute on two cores; a campaign has `--count 1000000`.
+    """
+    _campaign(session, "replication", *session.posargs)
 
 
 CLUSTER_TESTS = ("test_nats.py", "test_engine.py", "test_replicated.py", "test_failover.py")
@@ -269,11 +375,66 @@ def typing_compat(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, warnings being errors, and the news of the next release."""
+    """The documentation: spelling, warnings as errors, every page in a browser where there is one,
+    and the news of the next release."""
     session.install(".[cli,zstd,nats,s3,prometheus,otel]", *_group("docs"))
+    session.run("codespell", *SPELLED)
     shutil.rmtree("docs/_build", ignore_errors=True)
     session.run("sphinx-build", "-W", "-b", "html", "docs", "docs/_build/html")
+    session.run("python", "tests/site/check.py", "docs/_build/html")
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
+
+
+SPELLED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "newsfragments", "trio_wal")
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """A release, as far as this machine goes: `nox -s release -- VERSION [--dry-run]`.
+
+    The version is set, the news become a part of CHANGELOG.md, both distributions are built from
+    that and checked.  What is left is printed: to commit, tag and upload is a person's work.  With
+    ``--dry-run`` nothing in the tree is changed.
+    """
+    arguments = [argument for argument in session.posargs if argument != "--dry-run"]
+    dry = "--dry-run" in session.posargs
+    if len(arguments) != 1 or not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", arguments[0]):
+        session.error("a version such as 0.2.0 is needed: nox -s release -- 0.2.0 [--dry-run]")
+    (version,) = arguments
+    session.install("build", "twine", *_group("docs"))
+    if dry:
+        session.run("towncrier", "build", "--draft", "--version", version)
+    else:
+        if _output("git", "status", "--porcelain"):
+            session.error("there are changes that are not committed")
+        _set_version(session, version)
+        session.run("towncrier", "build", "--yes", "--version", version)
+    temporary = Path(session.create_tmp()).resolve()
+    dist = temporary / f"dist-{version}"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.log("nothing was uploaded" + (", nothing changed" if dry else ". What is left:"))
+    if not dry:
+        session.log("  nox && nox -s build")
+        session.log(f"  git commit -am 'Release {version}' && git tag -a v{version} -m {version}")
+        session.log(f"  git push && git push origin v{version}")
+        session.log(f"  twine upload {dist}/*")
+
+
+def _set_version(session: nox.Session, version: str) -> None:
+    """In the two files that say it."""
+    for name, pattern in (
+        ("pyproject.toml", r'(?m)^version = "[^"]*"$'),
+        ("trio_wal/__init__.py", r'(?m)^__version__ = "[^"]*"$'),
+    ):
+        path = ROOT / name
+        text = path.read_text("utf-8")
+        line = re.search(pattern, text)
+        if line is None:
+            session.error(f"{name} says no version")
+        key = line[0].partition(" = ")[0]
+        path.write_text(text.replace(line[0], f'{key} = "{version}"'), "utf-8")
 
 
 @nox.session(default=False)
@@ -316,7 +477,28 @@ def build(session: nox.Session) -> None:
     if left := [path.name for path in empty.iterdir() if path.name != "log"]:
         session.error(f"using the package left files behind: {left}")
 
+    _test_sdist(session, sdist, wheel, temporary)
 
+
+def _test_sdist(session: nox.Session, sdist: Path, wheel: Path, temporary: Path) -> None:
+    """What was published passes its tests with nothing else of the tree; all of them where
+    arguments are given: `nox -s build -- PYTEST ARGUMENTS`."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(temporary / "unpacked", filter="data")
+    (unpacked,) = (temporary / "unpacked").iterdir()
+    environment = temporary / "tests"
+    session.run("virtualenv", "--quiet", str(environment))
+    python = str(environment / "bin" / "python")
+    installed = (f"{wheel}[cli,zstd,prometheus,otel]", *_group("test"))
+    session.run(python, "-m", "pip", "install", "--quiet", *installed, external=True)
+    with session.chdir(unpacked / "tests"):
+        session.run(
+            python, "-m", "pytest", *(session.posargs or SDIST_TESTS), external=True, env=ENV
+        )
+
+
+SDIST_TESTS = ("test_golden.py", "test_wal.py", "test_readme.py", "test_examples.py")
+"""Of an unpacked sdist: those that read the data, the pages and the examples in it."""
 PLANTED = (".env", "shared/a", "notes.txt", "tests/.env")
 """What may lie in a tree and is nobody's business."""
 ADDED = ("pyproject.toml", "PKG-INFO", ".gitignore")
@@ -411,5 +593,5 @@ def powercut(session: nox.Session) -> None:
 @nox.session(default=False)
 def perf(session: nox.Session) -> None:
     """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""
-    session.install(".[cli,zstd]", *_group("perf"))
+    session.install(".[cli,zstd,nats]", *_group("perf"))
     session.run("python", "perf/run.py", *session.posargs, env=ENV)

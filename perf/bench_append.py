@@ -143,8 +143,6 @@ def _appends(setting: Setting, directory: Path, report: Report) -> None:
         total = sum(found.rounds * len(found.trials) for found in comparisons.values())
         report.notes.append(f"Other processes disturbed {disturbed} of {total} trials.")
     report.data["appends"] = data
-    report.plots["append.png"] = _plot_rates
-    report.plots["append-latency.png"] = _plot_latency
     _require_appends(comparisons, report)
 
 
@@ -182,62 +180,6 @@ def _require_appends(comparisons: dict[int, Comparison], report: Report) -> None
             comparisons[1024].ratio("log", "log, unbounded queue"),
         )
     )
-
-
-def _plot_rates(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    appends = data["appends"]
-    for name, style in (
-        ("ceiling", "k--"),
-        ("log", "C0o-"),
-        ("log, unbounded queue", "C1x:"),
-        ("threads, written", "C3s-"),
-    ):
-        points = [(row["tasks"], row["per second"].get(name)) for row in appends]
-        points = [(tasks, spread) for tasks, spread in points if spread is not None]
-        label = {"threads, written": "a thread call each"}.get(name, name)
-        axes.errorbar(
-            [tasks for tasks, _ in points],
-            [spread["median"] for _, spread in points],
-            yerr=[
-                [spread["median"] - spread["low"] for _, spread in points],
-                [spread["high"] - spread["median"] for _, spread in points],
-            ],
-            fmt=style,
-            label=label,
-            capsize=2,
-            markersize=4,
-        )
-    tasks = [row["tasks"] for row in appends]
-    axes.plot(
-        tasks,
-        [row["tasks"] * row["per second"]["disk, written"]["median"] for row in appends],
-        color="0.6",
-        label="bare disk × records a batch",
-    )
-    axes.set(
-        xscale="log", yscale="log", xlabel="tasks", ylabel="durable appends per second",
-        ylim=(1e3, 2e6), title="append, 100 bytes",
-    )  # fmt: skip
-    axes.set_xticks(tasks, [str(count) for count in tasks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-
-
-def _plot_latency(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    appends = data["appends"]
-    tasks = [row["tasks"] for row in appends]
-    for name, style in (("p50", "C0o-"), ("p99", "C1s-"), ("p99.9", "C3^-")):
-        axes.plot(
-            tasks, [row["latency ms"][name] for row in appends], style, label=name, markersize=4
-        )
-    axes.set(xscale="log", yscale="log", xlabel="tasks", ylabel="ms", title="latency of append")
-    axes.set_xticks(tasks, [str(count) for count in tasks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 # -- append_many ------------------------------------------------------------------

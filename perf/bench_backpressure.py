@@ -114,7 +114,6 @@ def _follow(report: Report, rounds: int, seconds: float) -> None:
         shown.add_row(text, _spread(changes), _spread([one.overshoot for one in found]))
         report.data[f"follow {text}"] = attrs.asdict(found[0])
     report.tables.append(shown)
-    report.plots["backpressure-auto.png"] = _plot_follow
     _require(report, "auto settles", "auto bound: time to settle", 2, settled, unit="s")
 
 
@@ -184,7 +183,6 @@ def _overload(report: Report, seconds: float) -> None:
             )  # fmt: skip
     report.tables.append(shown)
     report.data["overload"] = data
-    report.plots["backpressure-overload.png"] = _plot_overload
 
 
 def _shedding(report: Report, seconds: float) -> None:
@@ -278,40 +276,3 @@ def run(setting: Setting) -> Report:
     finally:
         log.setLevel(level)
     return report
-
-
-# -- plots --------------------------------------------------------------------------
-
-
-def _plot_overload(figure: Any, data: dict[str, Any]) -> None:
-    panels = figure.subplots(1, 3)
-    for name, found in data["overload"].items():
-        if name in pressure.PRESETS:
-            continue
-        for axes, key, scale in zip(
-            panels, ("per second", "p99", "waiting bytes"), (1, 1e3, 1 / 1024), strict=True
-        ):
-            axes.plot(LOADS, [value * scale for value in found[key]], "o-", label=name, ms=3)
-    found = data["overload"]["250 records"]["p99, fast lane"]
-    panels[1].plot(LOADS, [value * 1e3 for value in found], "k--", label="fast lane", ms=3)
-    titles = ("written per second", "p99 of a record, ms", "waiting, KiB")
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("load : disk", fontsize=8)
-        axes.grid(alpha=0.3)
-    for axes in panels[1:]:
-        axes.set_yscale("log")
-    panels[1].legend(fontsize="x-small")
-
-
-def _plot_follow(figure: Any, data: dict[str, Any]) -> None:
-    found = data["follow 1 → 10 → 1"]
-    above, below = figure.subplots(2, 1, sharex=True)
-    above.plot(found["times"], [wait * 1e3 for wait in found["waits"]], ".-", ms=3)
-    target = pressure.TARGET * 1e3
-    above.axhspan(target / 2, target * 2, alpha=0.15)
-    above.set(ylabel="wait, ms", yscale="log", title="a disk of 1, 10 and 1 ms, target 10 ms")
-    below.plot(found["times"], found["bounds"], ".-", ms=3, color="C1")
-    below.set(ylabel="bound, records", xlabel="s", yscale="log")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)

@@ -77,7 +77,6 @@ def run(setting: Setting) -> Report:
         "The bound on bytes counts payload; a small record in memory weighs some 100 bytes more, "
         "which the bound on records keeps in check unless it is lifted."
     )
-    report.plots["memory.png"] = _plot
     return report
 
 
@@ -86,26 +85,6 @@ def _measure(setting: Setting, options: dict[str, Any], sends: int) -> dict[str,
         found = apart(stalled, str(directory / "log"), options, sends)
     assert found["durable"] == sends
     return found
-
-
-def _plot(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    for name, style in zip(CASES, ("C0o-", "C1s--", "C3x:"), strict=True):
-        loads = data[name]["loads"]
-        axes.plot(
-            [row["sends"] for row in loads],
-            [row["growth MiB"]["median"] for row in loads],
-            style,
-            label=name,
-            markersize=4,
-        )
-    axes.axhline(data[DEFAULT]["limit MiB"], color="0.6", linestyle="--", label="the limit")
-    axes.set(
-        xscale="log", yscale="log", xlabel=f"sends of {RECORD_BYTES} bytes",
-        ylabel="growth of the process, MiB", title="memory while the disk stalls",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 # -- in the process that is measured ----------------------------------------------

@@ -167,27 +167,6 @@ def _over_size(setting: Setting, report: Report) -> None:
         rows.append({"records": records, "seconds": seconds})
     report.tables.append(made)
     report.data["over size"] = rows
-    report.plots["recovery.png"] = _plot
-
-
-def _plot(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    rows = data["over size"]
-    styles = ("C3o-", "C0o-", "C3s:", "C0s:")
-    for name, style in zip(rows[0]["seconds"], styles, strict=True):
-        axes.plot(
-            [row["records"] for row in rows],
-            [row["seconds"][name]["median"] * 1e3 for row in rows],
-            style,
-            label=name,
-            markersize=4,
-        )
-    axes.set(
-        xscale="log", yscale="log", xlabel=f"records of {RECORD_BYTES} bytes", ylabel="ms",
-        title="opening: everything checked, or as ordinarily the newest 32 MiB",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 # -- trials -----------------------------------------------------------------------

@@ -103,7 +103,6 @@ def _tasks(setting: Setting, report: Report) -> None:
         "counted, the task is."
     )
     report.data["tasks"] = rows
-    report.plots["scale-tasks.png"] = _plot_tasks
 
 
 def _commits_in(path: Path, kind: str, tasks: int, seconds: float) -> dict[str, float]:
@@ -201,54 +200,6 @@ async def _loop(
     }
 
 
-def _plot_tasks(figure: Any, data: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    for place, (kind, what) in enumerate(KINDS.items()):
-        rows = data["tasks"][kind]
-        tasks = [row["tasks"] for row in rows]
-        left.plot(
-            tasks,
-            [1e6 / row["per second"]["median"] for row in rows],
-            f"C{place}o-",
-            label=f"{what}: µs",
-        )
-        left.plot(
-            tasks,
-            [row["bytes a task"]["median"] / 1000 for row in rows],
-            f"C{place}s:",
-            label=f"{what}: kB",
-        )
-        if kind != CEILING:
-            for share, line in (("p50 ms", "o-"), ("p99 ms", "^:")):
-                right.plot(
-                    tasks,
-                    [row[share]["median"] for row in rows],
-                    f"C{place}{line}",
-                    label=f"{what}: {share.removesuffix(' ms')}",
-                )
-    left.set(title="a commit, µs; a waiting task, kB", xlabel="tasks")
-    right.set(title="latency, ms", xlabel="tasks")
-    _log_log(left, right)
-
-
-def _log_log(*all_axes: Any) -> None:
-    from matplotlib.ticker import LogLocator
-
-    for axes in all_axes:
-        axes.set(xscale="log", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(_tick)
-        sizes = axes.get_lines()[0].get_xdata()
-        axes.set_xticks(sizes, [_tick(size, None) for size in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-
-
-def _tick(value: float, _place: object) -> str:
-    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.6g}"
-
-
 # -- keys in the database ---------------------------------------------------------
 
 KEYS: Final = (10_000, 100_000)
@@ -321,7 +272,6 @@ def _keys(setting: Setting, report: Report) -> None:
         "that are there, and their checkpoint is part of the time."
     )
     report.data["keys"] = rows
-    report.plots["scale-keys.png"] = _plot_keys
 
 
 def load_keys(path: str, keys: int, shuffled: bool) -> dict[str, Any]:
@@ -416,33 +366,6 @@ async def _put_rate(db: trio_wal.Database, keys: Iterator[bytes], seconds: float
     return rate
 
 
-def _plot_keys(figure: Any, data: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    rows = data["keys"]
-    keys = [row["keys"] for row in rows]
-    left.plot(keys, [statistics.median(row["get us"]) for row in rows], "C0o-", label="get")
-    left.plot(keys, [row["scan us"] for row in rows], "C1s-", label="scan, a key")
-    left.plot(
-        keys, [1e6 / row["puts per second"] for row in rows], "C2^-",
-        label=f"put, {PUT_TASKS} tasks",
-    )  # fmt: skip
-    left.plot(keys, [1e6 / row["loaded per second"] for row in rows], "C3x-", label="loading")
-    shuffled = [(row["keys"], row["shuffled"]) for row in rows if row["shuffled"] is not None]
-    left.plot(
-        [count for count, _ in shuffled],
-        [1e6 / figures["loaded per second"] for _, figures in shuffled],
-        "C3x:",
-        label="loading in no order",
-    )
-    left.set(title="µs each", xlabel="keys")
-    right.plot(keys, [statistics.median(row["open ms"]) for row in rows], "C4o-", label="open, ms")
-    right.plot(keys, [row["RssAnon"] / MB for row in rows], "C5s-", label="own memory, MB")
-    right.plot(keys, [row["RssFile"] / MB for row in rows], "C6s:", label="LMDB's pages, MB")
-    right.plot(keys, [row["store bytes"] / MB for row in rows], "0.5", label="LMDB's file, MB")
-    right.set(title="opening and memory", xlabel="keys")
-    _log_log(left, right)
-
-
 # -- bytes of log -----------------------------------------------------------------
 
 LOG_BYTES: Final = (20 * MB, 200 * MB)
@@ -503,7 +426,6 @@ def _logs(setting: Setting, report: Report) -> None:
         "disk. Cold: none of its files is in the page cache."
     )
     report.data["logs"] = rows
-    report.plots["scale-logs.png"] = _plot_logs
     if rows:
         _require_open(rows[-1], report)
 
@@ -528,7 +450,7 @@ def _bytes(size: float) -> str:
     return f"{size / GB:.3g} GB" if size >= GB else f"{size / MB:.0f} MB"
 
 
-def _by_end(row: dict[str, Any], how: str) -> list[dict[str, float]]:
+def by_end(row: dict[str, Any], how: str) -> list[dict[str, float]]:
     """Median and slowest opening at each end, the best end first."""
     ends = [
         {"median": statistics.median(end[f"{how} ms"]), "slowest": max(end[f"{how} ms"])}
@@ -538,7 +460,7 @@ def _by_end(row: dict[str, Any], how: str) -> list[dict[str, float]]:
 
 
 def _best_worst_slowest(row: dict[str, Any], how: str) -> str:
-    ends = _by_end(row, how)
+    ends = by_end(row, how)
     slowest = max(end["slowest"] for end in ends)
     return f"{ends[0]['median']:.1f}, {ends[-1]['median']:.1f}, {slowest:.1f}"
 
@@ -626,34 +548,6 @@ async def _read(wal: trio_wal.WriteAheadLog, first: int) -> float:
     return (perf_counter() - start) * 1e3
 
 
-def _plot_logs(figure: Any, data: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    rows = data["logs"]
-    sizes = [row["bytes"] / MB for row in rows]
-    for how, color in (("warm", "C0"), ("cold", "C1")):
-        ends = [_by_end(row, how) for row in rows]
-        for place, line, what in ((0, "o-", "best end"), (-1, "^--", "worst end")):
-            left.plot(
-                sizes, [end[place]["median"] for end in ends], f"{color}{line}",
-                label=f"{how}, {what}",
-            )  # fmt: skip
-    left.axhline(OPEN_MS_MAX, color="0.6", linestyle=":", label="at most")
-    left.set(title="opening, closed in order: ms", xlabel="MB of log")
-    for figures, style, label in (
-        (
-            [statistics.median(row["read warm ms"]) for row in rows],
-            "C0o-",
-            f"{MIDDLE_RECORDS:,} read, warm",
-        ),
-        ([row["read cold ms"] for row in rows], "C1o-", f"{MIDDLE_RECORDS:,} read, cold"),
-        ([row["truncate ms"] for row in rows], "C2s-", "truncate_before the middle"),
-        ([statistics.median(row["close ms"]) for row in rows], "C3^-", "close"),
-    ):
-        right.plot(sizes, figures, style, label=label)
-    right.set(title="reading, dropping, closing: ms", xlabel="MB of log")
-    _log_log(left, right)
-
-
 # -- records in one unit ----------------------------------------------------------
 
 UNITS: Final = (10_000, 100_000, 1_000_000)
@@ -687,7 +581,6 @@ def _units(setting: Setting, report: Report) -> None:
     report.tables.append(made)
     report.notes.append("The growth is beside the records themselves, which were there before.")
     report.data["units"] = rows
-    report.plots["scale-units.png"] = _plot_units
 
 
 def _unit_in(path: Path, records: int) -> dict[str, float]:
@@ -713,20 +606,3 @@ def unit(path: str, records: int) -> dict[str, float]:
             return {"per second": records / seconds, "growth": memory("VmHWM") - before}
 
     return trio.run(main)
-
-
-def _plot_units(figure: Any, data: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    rows = data["units"]
-    records = [row["records"] for row in rows]
-    left.plot(
-        records, [row["records"] / row["per second"]["median"] * 1e3 for row in rows], "C0o-",
-        label="append_many, ms",
-    )  # fmt: skip
-    left.set(title="one unit, durable: ms", xlabel="records")
-    right.plot(records, [row["growth"]["median"] / MB for row in rows], "C1o-", label="growth")
-    right.plot(
-        records, [count * len(load.RECORD) / MB for count in records], "0.5", label="payload"
-    )
-    right.set(title="memory at its peak, MB", xlabel="records")
-    _log_log(left, right)

@@ -195,7 +195,6 @@ def run(setting: Setting) -> Report:
         }
         for name, tails in found.items()
     }
-    report.plots["tails.png"] = _plot
     _require(report, found)
     return report
 
@@ -247,18 +246,3 @@ def _require(report: Report, found: dict[str, list[Tail]]) -> None:
         [tail.latest * 1e3 for tail in found[worst]],
         "ms",
     )
-
-
-def _plot(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    tails = data["tails"]
-    names = list(tails)[::-1]
-    for field, marker in (("median", "o"), ("p99", "s"), ("slowest", "^")):
-        values = [tails[name][field]["median"] * 1e3 for name in names]
-        axes.plot(values, range(len(names)), marker, label=field, markersize=5)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(
-        xscale="log", xlabel="ms", title=f"latency of commits of {TASKS} tasks, and beside what"
-    )
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize="small")

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import load
 import trio
@@ -258,7 +258,6 @@ def _puts(setting: Setting, directory: Path, report: Report) -> None:
         }
         for tasks, comparison in found.items()
     ]
-    report.plots["transactions.png"] = _plot
     _require_puts(found, report)
 
 
@@ -304,42 +303,6 @@ def _require_puts(found: dict[int, Comparison], report: Report) -> None:
             f"one put a transaction, {tasks} tasks, to the bare ceiling",
             *(0.5, tasks, DATABASE, CEILING),
         )
-
-
-def _plot(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    shown = data["puts"]
-    tasks = [entry["tasks"] for entry in shown]
-    for name in shown[0]["per second"]:
-        rates = [entry["per second"][name]["median"] for entry in shown]
-        axes.plot(tasks, rates, marker="o", markersize=3, label=name, **_style(name))
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tasks",
-        ylabel="durable transactions a second",
-        title="One put a transaction",
-    )
-    axes.set_xticks(tasks, [str(count) for count in tasks])
-    axes.grid(visible=True, alpha=0.3)
-    figure.legend(fontsize=6, loc="outside right upper")
-
-
-def _style(name: str) -> dict[str, Any]:
-    """A colour a peer, a line an arrangement."""
-    ours = {
-        DATABASE: ("C0", "-", 2.5),
-        PUT: ("C0", "--", 1.5),
-        LOG: ("0.5", "--", 1.5),
-        CEILING: ("k", ":", 1.0),
-    }
-    if name in ours:
-        color, line, width = ours[name]
-    else:
-        kind, arrangement = name.split(", ")
-        color = f"C{1 + [peer.name for peer in PEERS].index(kind)}"
-        line, width = dict(zip(ARRANGEMENTS, (":", "--", "-"), strict=True))[arrangement], 1.0
-    return {"color": color, "linestyle": line, "linewidth": width}
 
 
 # -- one key that everybody increments --------------------------------------------

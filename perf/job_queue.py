@@ -72,7 +72,7 @@ def _heads(setting: Setting, report: Report) -> None:
                 "shuffled" if shuffled else "theirs",
                 moment,
                 *(
-                    f"{found[moment][reader]:.1f} ({_times(found, moment, reader):.1f})"
+                    f"{found[moment][reader]:.1f} ({times(found, moment, reader):.1f})"
                     for reader in READERS
                 ),
             )
@@ -82,14 +82,13 @@ def _heads(setting: Setting, report: Report) -> None:
         "the keys were deleted, and sees the others."
     )
     report.data["heads"] = rows
-    report.plots["scale-heads.png"] = _plot_heads
     report.requirements.append(
         Requirement(
             "the first key behind deleted ones",
             f"scan(limit=1) after {deleted:,} deletions, in empty databases' scans, at its worst",
             f"at most {RATIO_MAX:g}",
             RATIO_MAX,
-            Spread.of([max(_times(r, m, reader) for m in MOMENTS for reader in READERS)
+            Spread.of([max(times(r, m, reader) for m in MOMENTS for reader in READERS)
                        for r in rows]),
             unit="x",
             at_most=True,
@@ -97,7 +96,7 @@ def _heads(setting: Setting, report: Report) -> None:
     )  # fmt: skip
 
 
-def _times(row: dict[str, Any], moment: str, reader: str) -> float:
+def times(row: dict[str, Any], moment: str, reader: str) -> float:
     time: float = row[moment][reader]
     return time / float(row["empty"][reader])
 
@@ -166,23 +165,6 @@ def _timed(scan: Callable[..., Any], reverse: bool) -> float:
     return (perf_counter() - start) * 1e6
 
 
-def _plot_heads(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    rows = data["heads"]
-    labels = [f"{'stored' if r['stored'] else 'new'}{', shuffled' if r['shuffled'] else ''}"
-              for r in rows]  # fmt: skip
-    for color, moment in enumerate(MOMENTS):
-        for reader, marker in zip(READERS, "os^x", strict=True):
-            axes.plot(
-                labels, [_times(row, moment, reader) for row in rows], f"C{color}{marker}",
-                label=f"{moment}, {reader}",
-            )  # fmt: skip
-    axes.axhline(RATIO_MAX, color="0.6", linestyle=":", label="at most")
-    axes.set(yscale="log", title="scan(limit=1) behind deleted keys, times an empty database's")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
-
-
 # -- jobs per second, for minutes -------------------------------------------------
 
 
@@ -212,7 +194,6 @@ def _jobs(setting: Setting, report: Report) -> None:
     )
     report.data["jobs"] = rows
     report.data["jobs of a CPU second"] = works
-    report.plots["scale-jobs.png"] = _plot_jobs
     first, last = _ends(rows[OURS])
     report.requirements.append(
         Requirement(
@@ -317,13 +298,3 @@ async def _with_sqlite(path: str, seconds: float) -> list[tuple[float, float]]:
         )
     finally:
         connection.close()
-
-
-def _plot_jobs(figure: Any, data: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    for name, rates in data["jobs"].items():
-        axes.plot([(n + 0.5) * SLICE_SECONDS for n in range(len(rates))], rates, label=name)
-    axes.set(title="a queue of jobs: jobs per second", xlabel="seconds")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,8 +65,6 @@ class Report:
     notes: list[str] = attrs.Factory(list)
     data: dict[str, Any] = attrs.Factory(dict)
     requirements: list[Requirement] = attrs.Factory(list)
-    plots: dict[str, Callable[[Any, Any], None]] = attrs.Factory(dict)
-    """By file name: draws into a matplotlib figure, given it and the data as it was saved."""
 
 
 def _number(value: float) -> str:
@@ -178,8 +176,13 @@ def _differences(stored: Mapping[str, str], facts: Mapping[str, str]) -> list[st
     return [f"{name}: {stored.get(name)}" for name in SAME if stored.get(name) != facts.get(name)]
 
 
-def save(report: Report, facts: Mapping[str, str], plots: Path) -> None:
-    """The figures as JSON, the plots as PNG."""
+def result_file(name: str) -> Path:
+    """Where the figures of a benchmark's last run are."""
+    return RESULTS / f"{name}.json"
+
+
+def save(report: Report, facts: Mapping[str, str]) -> None:
+    """The figures, as JSON."""
     RESULTS.mkdir(exist_ok=True)
     document = {
         "benchmark": report.name,
@@ -191,19 +194,7 @@ def save(report: Report, facts: Mapping[str, str], plots: Path) -> None:
         ],
     }
     text = json.dumps(document, indent=1, default=_plain)
-    (RESULTS / f"{report.name}.json").write_text(text + "\n")
-    if report.plots:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib.figure import Figure
-
-        plots.mkdir(parents=True, exist_ok=True)
-        data = json.loads(text)["data"]
-        for name, draw in report.plots.items():
-            figure = Figure(figsize=(7.2, 4.2), dpi=90, layout="constrained")
-            draw(figure, data)
-            figure.savefig(plots / name)
+    result_file(report.name).write_text(text + "\n")
 
 
 def _plain(value: object) -> object:

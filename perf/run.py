@@ -2,8 +2,8 @@
 
 Without a name all of them run, briefly, which takes some minutes; a name runs that one at
 length.  "scale" at length writes some 30 GB, takes a quarter of an hour where the disk takes
-200 MB/s for as long, and leaves out what there is no room for.  Figures and plots go to
-``perf/results``.
+200 MB/s for as long, and leaves out what there is no room for.  "replicated" needs a nats-server
+and leaves itself out where there is none.  Figures and plots go to ``perf/results``.
 
 At the end stands the table of what must be reached, and which ratios have become worse
 than those in ``perf/ratios.json``, that is than the last run with ``--store`` in the same
@@ -24,8 +24,11 @@ NAMES = (
     "transactions",
     "tails",
     "follow",
+    "readers",
+    "asyncio",
     "scale",
     "backpressure",
+    "replicated",
 )
 
 
@@ -46,6 +49,7 @@ def main() -> None:
     # the installed one.  The benchmarks themselves are not installed.
     sys.path.append(str(Path(__file__).resolve().parent))
     import harness
+    import plots as drawing
     import report as found
 
     directory = harness.scratch_directory(arguments.dir)
@@ -58,7 +62,8 @@ def main() -> None:
     for name in arguments.names or NAMES:
         report = importlib.import_module(f"bench_{name}").run(setting)
         found.show(report)
-        found.save(report, facts, plots)
+        found.save(report, facts)
+        drawing.draw(name, plots)
         requirements += report.requirements
     found.show_requirements(requirements)
     found.show_regressions(requirements, facts)

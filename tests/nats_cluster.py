@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
-READY_SECONDS: Final = 30.0
+READY_SECONDS: Final = 60.0
 FIRST_PORT: Final = 24_200
 """Below the ports that the system gives to clients, of which one could be taken meanwhile."""
 LAST_PORT: Final = 29_000
@@ -43,7 +43,8 @@ def missing() -> str | None:
     return None if server_binary() else "there is no nats-server"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Have this process killed when the thread ends that has started it (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -70,17 +71,20 @@ class Server:
     port: int
     monitor_port: int
     cluster_port: int
+    host: str = "127.0.0.1"
+    enter: Callable[[], None] | None = None
+    """Called in its process before the server begins."""
     config: str = ""
     process: subprocess.Popen[bytes] | None = None
     paused: bool = False
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://{self.host}:{self.port}"
 
     @property
     def monitor(self) -> str:
-        return f"http://127.0.0.1:{self.monitor_port}"
+        return f"http://{self.host}:{self.monitor_port}"
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +98,13 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509  (one call to the system)
+                preexec_fn=self._begin,  # noqa: PLW1509  (calls to the system)
             )
+
+    def _begin(self) -> None:
+        end_with_parent()
+        if self.enter is not None:
+            self.enter()
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         assert self.process is not None
@@ -128,26 +137,30 @@ class Cluster:
         sync: str = "always",
         more: str = "",
         jetstream: str = "max_mem: 64MB, max_file: 10GB",
+        places: Sequence[tuple[str, Callable[[], None] | None]] = (),
     ) -> None:
         """
         Args:
           seed: of the ports, so that several clusters do not look at the same ones.
           more: lines of each server's configuration.
+          places: where each server is: its address, and what takes its process there.
         """
         ports = _free_ports(3 * count, seed)
         self.servers = [
             Server(f"n{n}", folder / f"n{n}", *ports[3 * n : 3 * n + 3]) for n in range(count)
         ]
-        routes = ", ".join(f"nats://127.0.0.1:{one.cluster_port}" for one in self.servers)
+        for one, (host, enter) in zip(self.servers, places, strict=False):
+            one.host, one.enter = host, enter
+        routes = ", ".join(f"nats://{one.host}:{one.cluster_port}" for one in self.servers)
         for one in self.servers:
             cluster = f"""
-cluster {{ name: walcl, listen: "127.0.0.1:{one.cluster_port}", routes: [{routes}],
+cluster {{ name: walcl, listen: "{one.host}:{one.cluster_port}", routes: [{routes}],
   ping_interval: "2s", ping_max: 2, write_deadline: "5s" }}
 """
             one.config = f"""
 server_name: {one.name}
-listen: "127.0.0.1:{one.port}"
-http: "127.0.0.1:{one.monitor_port}"
+listen: "{one.host}:{one.port}"
+http: "{one.host}:{one.monitor_port}"
 max_payload: 1MB
 jetstream {{ store_dir: "{one.folder / "data"}", {jetstream}, sync_interval: {sync} }}
 {cluster if count > 1 else ""}

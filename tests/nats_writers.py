@@ -34,9 +34,12 @@ def js(cluster: Cluster, what: str, content: Any) -> Any:
     """One request of JetStream's API, past the log."""
     from nats.aio.client import Client
 
+    async def quiet(exc: Exception) -> None:
+        """Else it is printed."""
+
     async def ask() -> Any:
         client = Client()
-        await client.connect(cluster.urls[0])
+        await client.connect(cluster.urls[0], error_cb=quiet)
         answer = await client.request(f"$JS.API.{what}", json.dumps(content).encode(), timeout=5)
         await client.close()
         return json.loads(answer.data)
@@ -111,7 +114,7 @@ async def found_on(log: nats.Log) -> dict[int, bytes]:
 
 
 async def leader(cluster: Cluster, log: nats.Log) -> nats_cluster.Server:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while True:
             found = await trio.to_thread.run_sync(cluster.leader_of, f"WAL-{log.name}")
             if found is not None:

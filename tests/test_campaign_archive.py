@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from campaigns import __main__ as campaigns, archive, mutants
 from campaigns.mutants import MUTANTS, Mutant, Task, judge_one
 
 SEEDED = [one for one in MUTANTS if one.judge == mutants.ARCHIVE]
+SHARE = sys.version_info[1] % 3
+"""Each Python takes a part of the seeds; all of them have all."""
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(SHARE, 40, 3))
 def test_a_log_is_archived_and_restored(seed: int) -> None:
     archive.run_case(seed)
 
@@ -27,7 +31,7 @@ def test_there_are_enough_seeded_bugs() -> None:
     assert len(SEEDED) >= 8
 
 
-@pytest.mark.parametrize("one", SEEDED[::4], ids=lambda one: one.name.replace(" ", "-"))
+@pytest.mark.parametrize("one", SEEDED[::6], ids=lambda one: one.name.replace(" ", "-"))
 def test_a_seeded_bug_is_found(one: Mutant) -> None:
-    verdict = judge_one(Task(one, (one.judge,), 1, 30.0))
+    verdict = judge_one(Task(one, (one.judge,), 1, 200.0))
     assert verdict.judge == one.judge

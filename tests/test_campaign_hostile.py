@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join((str(Path(hostile.__file__).parents[1]), *sys.path)),
 }
 UNHURRIED = settings(
-    max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 
 

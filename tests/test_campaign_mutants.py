@@ -55,7 +55,7 @@ def test_a_mutant_that_no_longer_applies_is_an_error() -> None:
 @pytest.mark.parametrize("name", ["log.meta is not synced", "what is only in the page cache"])
 def test_a_seeded_bug_is_found(name: str) -> None:
     one = find(name)
-    verdict = judge_one(Task(one, (one.judge,), 1, 20.0))
+    verdict = judge_one(Task(one, (one.judge,), 1, 200.0))
     assert verdict.judge == one.judge
     assert 0 < verdict.cases < 500
 

@@ -95,7 +95,7 @@ _reader.WatchSource._judge = judge
 RUN = """
 import sys
 from campaigns import readers
-for seed in range(3, 43, 2):
+for seed in (5, *range(3, 43, 2)):
     outcome = readers.lives_of(readers.Task("log", seed, sys.argv[1], sys.argv[2], lives=12))
     if outcome.problems:
         break

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from campaigns import mutants, repair
 from campaigns.mutants import MUTANTS, Mutant, Task, judge_one
 
 SEEDED = [one for one in MUTANTS if one.judge == mutants.REPAIR]
+SHARE = sys.version_info[1] % 3
+"""Each Python takes a part of the seeds; all of them have all."""
 
 
-@pytest.mark.parametrize("seed", range(5000, 5060))
+@pytest.mark.parametrize("seed", range(5000 + SHARE, 5060, 3))
 def test_a_case_finds_nothing(seed: int) -> None:
     repair.run_case(seed)
 
@@ -34,7 +38,7 @@ def test_there_are_enough_seeded_bugs() -> None:
     assert len(SEEDED) >= 8
 
 
-@pytest.mark.parametrize("one", SEEDED[::4], ids=lambda one: one.name.replace(" ", "-"))
+@pytest.mark.parametrize("one", SEEDED[::6], ids=lambda one: one.name.replace(" ", "-"))
 def test_a_seeded_bug_is_found(one: Mutant) -> None:
-    verdict = judge_one(Task(one, (one.judge,), 1, 30.0))
+    verdict = judge_one(Task(one, (one.judge,), 1, 200.0))
     assert verdict.judge == one.judge

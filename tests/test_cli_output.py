@@ -65,8 +65,13 @@ def test_without_standard_output_nothing_is_done(command: str, log: Path) -> Non
         b"nothing was done\n"
     )
     assert lines_of(log) == [b"one", b"two"]
-    # Nor is there anybody to tell here.
-    assert in_shell(">&- 2>&-", *arguments).returncode == 3
+
+
+@on_posix
+def test_without_standard_error_either_there_is_nobody_to_tell(log: Path) -> None:
+    done = in_shell(">&- 2>&-", "append", log, given=b"three\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"")
+    assert lines_of(log) == [b"one", b"two"]
 
 
 @on_posix
@@ -379,7 +384,7 @@ def folder() -> Iterator[Path]:
 
 @on_linux
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

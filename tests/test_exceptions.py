@@ -216,9 +216,10 @@ def test_another_event_loop_is_told_what_is_missing(name: str, tmp_path: Path) -
         async with OPENS[name](path):
             raise AssertionError("it was opened")
 
-    match = rf"^trio_wal\.{name}\(\) needs trio: run it under trio\.run\(\), not asyncio\.run\(\)$"
+    match = rf"^trio_wal\.{name}\(\) needs trio, and this is asyncio: use trio_wal\.asyncio\.{name}"
     with pytest.raises(RuntimeError, match=match):
         asyncio.run(main())
+    match = rf"^trio_wal\.{name}\(\) needs trio: run it under trio\.run\(\)"
     with pytest.raises(RuntimeError, match=match):
         main().send(None)
     assert not path.exists()

@@ -22,7 +22,7 @@ def test_leaders_are_killed_and_no_order_is_lost_or_doubled() -> None:
         [sys.executable, str(FAILOVER), "--kills", "2"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import subprocess
+import sys
 from datetime import datetime, timezone
 from typing import Any
 
@@ -557,3 +559,18 @@ def test_a_compressed_body_cut_short_is_a_frame_error_at_every_byte() -> None:
     for length in range(len(packed)):
         with pytest.raises(FrameError):
             _codec.decompress(packed[:length], len(body))
+
+
+def test_without_a_checksum_in_c_it_is_said_once_and_by_name() -> None:
+    code = """
+import sys, warnings
+sys.modules["google_crc32c.cext"] = None  # as where there is no wheel and no compiler
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import trio_wal
+    import trio_wal.testing
+assert trio_wal._disk.frame.crc32c(b"123456789") == 0xE3069283
+print([(warning.category.__name__, str(warning.message)[:29]) for warning in caught])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[('RuntimeWarning', 'trio-wal: checksums are compu')]\n"

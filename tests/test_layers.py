@@ -107,8 +107,12 @@ ORDER: dict[int, list[str]] = {
         "_local",
         "_streamlog",
         "_appender",
+        "_streamindex",
+        "_takeover",
         "_replicated",
         "_asyncio",
+        "_portal",
+        "_facade",
         "_natscas",
         "_natscheck",
         "nats",
@@ -152,6 +156,9 @@ ORDER: dict[int, list[str]] = {
         "prometheus",
         "otel",
         "_repair",
+        "_facade_log",
+        "_facade_database",
+        "asyncio",
         "__init__",
         "testing",
         "_admin",
@@ -188,7 +195,7 @@ PATHS = {"PathLike", "fspath"}
 OS_ALLOWED = {
     "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
-    "_replicated": {"getpid"},
+    "_takeover": {"getpid"},
 }
 OS_FREE = {"_system", "_cli"}
 TRIO_ALLOWED = {"_exceptions": {"BrokenResourceError"}}

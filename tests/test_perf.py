@@ -243,11 +243,24 @@ def test_the_stored_ratios_are_of_the_form_that_is_read(perf: Import) -> None:
 def test_what_was_found_is_saved_as_json(report: Any, tmp_path: Path) -> None:
     made = report.Report("it", data={"spread": report.Spread(2.0, 1.0, 3.0)})
     made.requirements.append(requirement(report, 2.0))
-    report.save(made, FACTS, tmp_path)
+    report.save(made, FACTS)
     saved = json.loads((tmp_path / "results" / "it.json").read_text())
     assert saved["machine"] == FACTS
     assert saved["data"]["spread"] == {"median": 2.0, "low": 1.0, "high": 3.0}
     assert [(r["key"], r["reached"]) for r in saved["requirements"]] == [("it", True)]
+
+
+def test_each_plot_of_the_docs_is_drawn_by_a_benchmark(perf: Import) -> None:
+    plots: Any = perf("plots")
+    drawn: list[str] = []
+    for name, each in plots.PLOTS.items():
+        assert callable(perf(f"bench_{name}").run)
+        for _, file_name, draw in each:
+            assert callable(draw)
+            drawn.append(file_name)
+    assert len(set(drawn)) == len(drawn)
+    images = {path.name for path in (PERF.parent / "docs" / "images").glob("*.png")}
+    assert images <= set(drawn)
 
 
 # -- small trials -----------------------------------------------------------------
@@ -291,6 +304,13 @@ def test_a_unit_is_appended_as_a_whole(perf: Import, tmp_path: Path) -> None:
     assert set(found) == {"per second", "growth"}
 
 
+@pytest.mark.parametrize("name", ["trio_wal.asyncio", "trio_wal, under trio"])
+def test_puts_under_asyncio_are_counted(perf: Import, tmp_path: Path, name: str) -> None:
+    found = perf("apart").apart(perf("bench_asyncio").trial, str(tmp_path / "db"), name, 3, 0.1)
+    assert found["rate"] > 0
+    assert found["cpu_us"] > 0
+
+
 def test_a_follower_is_timed_from_durable_to_given(perf: Import, tmp_path: Path) -> None:
     found = perf("apart").apart(perf("bench_follow").trial, str(tmp_path / "log"), 0.1)
     assert 0 <= found["median"] <= found["p99"] <= found["slowest"]
@@ -312,3 +332,12 @@ def test_the_first_key_behind_few_deleted_ones_is_timed_at_every_moment(
 def test_a_queue_of_jobs_gives_each_of_them_once(perf: Import, tmp_path: Path, kind: str) -> None:
     queue: Any = perf("job_queue")
     assert perf("apart").apart(queue.jobs, str(tmp_path / "db"), kind, 0.2)["rates"]
+
+
+# -- beside servers ---------------------------------------------------------------
+
+
+def test_what_follows_each_other_is_bounded_by_both_times(perf: Import) -> None:
+    bound = perf("bench_replicated").bound
+    assert bound(100.0, 10.0, float("inf")) == pytest.approx(1000.0)
+    assert bound(100.0, 10.0, 1000.0) == pytest.approx(500.0)

@@ -17,9 +17,10 @@ import trio_wal
 from trio_wal._caslog import Conflict, Entry, Gone, Unsure
 from trio_wal._disk.frame import FrameError
 from trio_wal._messages import Ident, Mark, decode_frame, decode_mark, encode_mark, parse_ident
-from trio_wal._replicated import ReplicatedOptions, _find_first
+from trio_wal._replicated import ReplicatedOptions
 from trio_wal._stream import new_record_stream
 from trio_wal._streamlog import End
+from trio_wal._takeover import find_first
 
 
 @pytest.fixture
@@ -441,6 +442,6 @@ class PurgedLog:
 
 async def test_a_log_that_is_purged_while_it_is_opened_is_opened() -> None:
     end = End(position=9, chain=0, last_lsn=109, history=())
-    assert await _find_first(cast(Any, PurgedLog(3, 5, 9)), 1, end) == (9, 109)
+    assert await find_first(cast(Any, PurgedLog(3, 5, 9)), 1, end) == (9, 109)
     with pytest.raises(trio_wal.LogFencedError):
-        await _find_first(cast(Any, PurgedLog(3, 10)), 1, end)
+        await find_first(cast(Any, PurgedLog(3, 10)), 1, end)

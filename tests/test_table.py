@@ -70,6 +70,18 @@ async def test_an_int_may_stand_for_a_float(files: MemoryFiles) -> None:
         assert type(rates.get(db, "a")) is float
 
 
+async def test_values_of_a_union_are_of_any_of_its_types(files: MemoryFiles) -> None:
+    either = Table("either", key=str, value=int | str)
+    optional = Table("optional", key=str, value=int | None)
+    async with open_memory_database(files) as db:
+        async with db.transaction() as tx:
+            either.put(tx, "number", 3)
+            either.put(tx, "word", "blue")
+            optional.put(tx, "nothing", None)
+        assert dict(either.scan(db)) == {"number": 3, "word": "blue"}
+        assert optional.get(db, "nothing", 0) is None
+
+
 async def test_scans_begin_and_end_where_they_are_told(files: MemoryFiles) -> None:
     keys = [(number, name) for number in range(3) for name in ("a", "b")]
     async with open_memory_database(files) as db:

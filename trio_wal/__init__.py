@@ -86,6 +86,6 @@ _exports.say_public(__name__, globals())
 
 def __getattr__(name: str) -> object:
     """What needs an extra is loaded when it is used: the log alone has no need of it."""
-    if name in ("nats", "otel", "prometheus"):
+    if name in ("asyncio", "nats", "otel", "prometheus"):
         return _import_module(f"trio_wal.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from trio.lowlevel import enable_ki_protection
 from ._exceptions import LogDivergedError, LogFullError
 from ._identity import Bookmark, common_lsn
 from ._log import Log
+from ._park import require_trio
 from ._places import CONSUMERS_MAX, Move, Place, Places, consumer_hold, is_after
 from ._statistics import ConsumerStatistics
 from ._stream import RecordStream, check_history
@@ -236,6 +237,7 @@ class Session:
         consumers, name = self._consumers, self.name
         if self._stream is not None or self._left:
             raise RuntimeError("a consumer's block is for one use: call consumer() again")
+        require_trio("log.consumer")
         await trio.lowlevel.checkpoint()
         consumers.log.status.check_usable()
         if name in consumers.in_use:

@@ -39,6 +39,7 @@ from ._operations import (
     check_size,
 )
 from ._pairs import PairStream
+from ._park import no_trio, require_trio
 from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._statistics import DatabaseStatistics
@@ -131,7 +132,10 @@ class Database(metaclass=NoPublicConstructor):
             versions.check_open()
         if versions.checkpointing and versions.behind():
             await versions.wait_for_room()
-        task = current_task()
+        try:
+            task = current_task()
+        except RuntimeError:
+            raise no_trio("db.put") from None
         if versions.readers.pins and (passed := versions.readers.of(task)) is not None:
             lsn = await versions.commit({key: value}, task)
             passed.changed_past((key,))
@@ -144,6 +148,7 @@ class Database(metaclass=NoPublicConstructor):
         Raises:
           KeyError: the key is absent.
         """
+        require_trio("db.delete")
         tx = self.transaction()
         passed = self._versions.readers.of(current_task())
         async with tx:
@@ -157,6 +162,7 @@ class Database(metaclass=NoPublicConstructor):
 
         Cancellation and errors are those of `Transaction.commit`.
         """
+        require_trio("db.discard")
         tx = self.transaction()
         passed = self._versions.readers.of(current_task())
         async with tx:
@@ -191,10 +197,11 @@ class Database(metaclass=NoPublicConstructor):
         versions = self._versions
         check_size(size, versions.max_transaction_bytes)
         versions.check_open()
+        require_trio("db.write")
         if versions.checkpointing and versions.behind():
             await versions.wait_for_room()
         if not writes:
-            await self._check_usable()
+            await self._check_usable("write")
             return versions.durable_lsn
         task = current_task()
         passed = versions.readers.of(task)
@@ -368,6 +375,7 @@ class Database(metaclass=NoPublicConstructor):
             prefix = check_bytes("prefix", prefix)
         versions, log = self._versions, self._core.log
         versions.check_open()
+        require_trio("db.wait_changed")
         watches, watch = versions.watches, Watch(key, prefix)
         watches.begin(versions.durable_lsn)
         durable_lsn = max(versions.durable_lsn, log.durable_lsn)
@@ -457,7 +465,7 @@ class Database(metaclass=NoPublicConstructor):
           OSError: the store could not be written; nothing is lost, the log still has it.
           LogFailedError: the log is broken; what was durable is read from it on the next open.
         """
-        await self._check_usable()
+        await self._check_usable("checkpoint")
         return await self._core.checkpointer.checkpoint()
 
     async def backup(self, dest: str | os.PathLike[str]) -> int:
@@ -487,7 +495,7 @@ class Database(metaclass=NoPublicConstructor):
           LogFailedError: the log is broken.
         """
         path = check_path(dest)
-        await self._check_usable()
+        await self._check_usable("backup")
         return await self._core.backup(path)
 
     async def snapshot_to(self, store: Archive) -> int:
@@ -507,7 +515,7 @@ class Database(metaclass=NoPublicConstructor):
           LogFailedError: the log is broken.
         """
         check_archive("store", store)
-        await self._check_usable()
+        await self._check_usable("snapshot_to")
         return await self._core.snapshot_to(store)
 
     # -- what it is --
@@ -584,9 +592,10 @@ class Database(metaclass=NoPublicConstructor):
         """
         await self.wal.aclose()
 
-    async def _check_usable(self) -> None:
+    async def _check_usable(self, caller: str) -> None:
         """A checkpoint; raises where the database is closed or its log has failed."""
         self._versions.check_open()
+        require_trio(f"db.{caller}")
         await trio.lowlevel.checkpoint()
         self._core.log.status.check_usable()
 

@@ -33,7 +33,7 @@ class Lines:
 
     def check_run(self) -> None:
         """Raises `RuntimeError` in another run of trio than the one that opened the log."""
-        require_trio("writer")
+        require_trio("log.writer")
         if get_ident() != self._thread:
             name = printable(self._status.name)
             raise RuntimeError(f"{name}: this log belongs to another run of trio")

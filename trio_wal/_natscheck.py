@@ -324,12 +324,13 @@ class Opening:
         copies: dict[str, dict[str, Any]] = {one["name"]: one for one in replicas}
         if leader := cluster.get("leader"):
             copies[leader] = {}
+        problems = ", ".join(f"{one.url} ({one.problem})" for one in servers if one.problem)
         for name, one in sorted(copies.items()):
             if name not in asked and one.get("current", True):
-                raise self._unasked(name)
+                # Its address is wrong, or a network is cut and the leader does not know it yet.
+                raise self._unasked(f"{name}, perhaps {problems}," if problems else name)
         if 2 * len(asked) <= int(info["config"].get("num_replicas", 1)):
-            problems = [f"{one.url} ({one.problem})" for one in servers if one.problem]
-            raise self._unasked(", ".join(problems) or "a majority of the servers")
+            raise self._unasked(problems or "a majority of the servers")
         if down := sorted(copies.keys() - asked):
             text = f"{', '.join(down)} cannot be asked whether each write is synced there"
             tell(logging.WARNING, "unasked", self._log.address, text, servers=down)

@@ -112,11 +112,12 @@ class _OpenDatabase(AbstractAsyncContextManager[Database]):
         directory = self._files.open_directory(self._path, create=True)
         self._made = directory.made
         try:
+            found = directory.names()
             if not self._where.trust_directory:
                 directory.check_trusted()
-                if STORE_NAME in directory.names():
+                if STORE_NAME in found:
                     self._check_store_trusted()
-            names = [name for name in directory.names() if name[0] != "." and name != "lost+found"]
+            names = [name for name in found if name[0] != "." and name != "lost+found"]
             if not names or LOG_NAME in names:
                 return
             if STORE_NAME in names:

@@ -15,6 +15,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._exports import NoPublicConstructor, constructor
+from ._park import require_trio
 
 TURN_SECONDS: Final = 0.0005
 """For so long pairs are given out without a checkpoint.  Half of what is promised: the clock is
@@ -52,6 +53,7 @@ class PairStream(
     async def __aenter__(self) -> PairStream:
         if self._pairs is not None or self._closed:
             raise RuntimeError("a stream of pairs is for one use")
+        require_trio("db.stream")
         await trio.lowlevel.checkpoint()
         try:
             self._pairs = self._scan()

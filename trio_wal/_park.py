@@ -148,14 +148,47 @@ async def end_forked(nursery: trio.Nursery, error: Callable[[], BaseException]) 
         await trio.lowlevel.cancel_shielded_checkpoint()
 
 
+ASYNCIO_HAS: Final = frozenset({"open_wal", "open_database", "open_reader", "open_database_reader"})
+"""What there is in `trio_wal.asyncio`, too."""
+
+
 def require_trio(caller: str) -> None:
     """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
     try:
         current_task()
     except RuntimeError:
-        raise RuntimeError(
-            f"trio_wal.{caller}() needs trio: run it under trio.run(), not asyncio.run()"
-        ) from None
+        raise no_trio(caller) from None
+
+
+def no_trio(caller: str) -> RuntimeError:
+    """For a call that is made where trio does not run.
+
+    Args:
+      caller: a function of the package; a method, where a dot is in it.
+    """
+    method = caller.partition(".")[2]
+    name = f"{method}()" if method else f"trio_wal.{caller}()"
+    if not _asyncio_runs():
+        text = "run it under trio.run(); from a thread of trio's, by trio.from_thread.run()"
+    elif caller in ASYNCIO_HAS:
+        text = f"use trio_wal.asyncio.{caller}()"
+    elif method:
+        text = "open it with trio_wal.asyncio, which has the same methods"
+    else:
+        text = "run it by trio.run() in a thread of its own"
+    where = ", and this is asyncio" if _asyncio_runs() else ""
+    return RuntimeError(f"{name} needs trio{where}: {text}")
+
+
+def _asyncio_runs() -> bool:
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None:
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Latch:

@@ -95,7 +95,7 @@ class RepairReport:
 
     @property
     def lost_records(self) -> int:
-        """How many LSNs are in `lost`."""
+        """How many LSNs are in `RepairReport.lost`."""
         return sum(map(len, self.lost))
 
 

@@ -1,15 +1,9 @@
-"""The engine whose log is a replicated stream: epochs, and what an answer that never came means.
+"""The engine whose log is a replicated stream.
 
 Law: knows positions, records and time, and no server: those are behind a `CasLog`.  Nothing is
 acknowledged that a majority of the servers does not hold, and nobody is told anything of a batch
-that is not so.  How:
-
-  One batch is in flight, and is appended right behind the last position, or not at all; `_appender`
-  finds out which.
-
-  Whoever opens the log first appends an epoch record, with nothing read before: from then on the
-  place that the former owner's next batch would need is taken.  Only what is read after that
-  decides where the log goes on.  The epoch's number is the record's position.
+that is not so.  How: the log is taken over when it is opened (`_takeover`); then one batch is in
+flight, which is appended right behind the last position, or not at all (`_appender`).
 """
 
 from __future__ import annotations
@@ -18,14 +12,10 @@ import contextlib
 import errno
 import logging
 import math
-import os
-import platform
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import count
 from typing import Final, TypeVar, final
 from uuid import UUID
 
@@ -34,7 +24,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._appender import Appender
-from ._caslog import CasLog, Conflict, Denied, Description, Full, Gone, Unsure
+from ._caslog import CasLog, Denied, Description, Gone, Unsure
 from ._disk.frame import FEATURE_DATABASE, FRAME_HEADER_SIZE
 from ._disk.repair import create_empty
 from ._engine import Forked, RecoveryReport, Tail
@@ -42,25 +32,18 @@ from ._events import tell
 from ._exceptions import (
     CorruptLogError,
     LogFailedError,
-    LogFencedError,
     LogFullError,
     LogLockedError,
-    LogUnavailableError,
     UnsupportedOperationError,
 )
 from ._files import Files
-from ._identity import epoch_of
-from ._messages import (
-    Mark,
-    encode_batch,
-    encode_epoch,
-    encode_mark,
-    epoch_ident,
-)
+from ._messages import Mark, encode_batch, encode_mark
 from ._places import Place
 from ._retention import KeepAll, Retention
 from ._statistics import EngineStatistics, ReplicationStatistics, SyncTimes
-from ._streamlog import PAUSE_SECONDS_MIN, End, Patience, StreamCursor, StreamLog, StreamSource
+from ._streamindex import Positions, Segment, Segments
+from ._streamlog import End, Patience, StreamCursor, StreamLog, StreamSource
+from ._takeover import Taken, take_over, this_process
 from ._util import MiB
 from ._worker import Blocking
 
@@ -68,12 +51,8 @@ BATCH_BYTES_MAX: Final = 64 * MiB
 """Of one batch, whatever the servers would take: they hold it in memory as a whole, and so does
 whoever reads it."""
 BATCH_RECORDS_MAX: Final = 1 << 20
-PLACES_MAX: Final = 4096
-"""Of batches of which it is remembered where they are; between them it is searched."""
 CLOSE_SECONDS: Final = 1.0
 """For the last mark, which is a courtesy: servers that are gone must not hold up the end."""
-DAMAGE_TRIES: Final = 8
-"""Times that what is read on opening must be damaged before it is called so."""
 STATUS_SECONDS: Final = 10.0
 """How often the servers are asked how the log fares."""
 
@@ -115,104 +94,6 @@ class RemoteLog(ABC):
         """
 
 
-@attrs.define
-class _Segment:
-    """Some batches in a row, which retention treats as one; a `_retention.Sealed`."""
-
-    first_lsn: int
-    bytes: int = 0
-    last_time_us: int = 0
-
-
-class _Segments:
-    """Batches in a row, counted as retention counts segments: nothing of them is in the log."""
-
-    def __init__(self, size: int, older: _Segment, last_lsn: int) -> None:
-        """
-        Args:
-          older: what is older than this session is one: nobody has written down where others end.
-        """
-        self._size = size
-        self.sealed: list[_Segment] = []
-        self.active: _Segment = older
-        self.seal(last_lsn)
-
-    @property
-    def count(self) -> int:
-        return len(self.sealed) + 1
-
-    def note(self, size: int, time_us: int, last_lsn: int) -> bool:
-        """One more batch; True: a segment is finished."""
-        self.active.bytes += size
-        self.active.last_time_us = time_us
-        return self.active.bytes >= self._size and self.seal(last_lsn)
-
-    def seal(self, last_lsn: int) -> bool:
-        if self.active.first_lsn > last_lsn:
-            return False
-        self.sealed.append(self.active)
-        self.active = _Segment(last_lsn + 1)
-        return True
-
-    def lsn_after(self, count: int) -> int:
-        """The first LSN behind the oldest sealed segments."""
-        return (*self.sealed, self.active)[count].first_lsn
-
-    def within(self, bytes_max: float) -> int:
-        """The first LSN of the newest ones that have no more bytes than these together; 0 for
-        all."""
-        if bytes_max < math.inf:
-            bytes_max -= self.active.bytes
-            for count in range(len(self.sealed), 0, -1):
-                bytes_max -= self.sealed[count - 1].bytes
-                if bytes_max < 0:
-                    return self.lsn_after(count)
-        return 0
-
-    def behind(self, lsn: int) -> tuple[int, int]:
-        """Bytes of those that have records after an LSN, and a time before which none of these
-        was written."""
-        size, since_us = self.active.bytes, 0
-        for number in range(len(self.sealed), 0, -1):
-            since_us = self.sealed[number - 1].last_time_us
-            if self.lsn_after(number) - 1 <= lsn:
-                break
-            size += self.sealed[number - 1].bytes
-        return size, since_us
-
-    def drop_before(self, lsn: int) -> None:
-        while self.sealed and self.lsn_after(1) <= lsn:
-            del self.sealed[0]
-
-
-class _Places:
-    """Where some batches are: their first LSNs and positions, ascending."""
-
-    def __init__(self) -> None:
-        self._lsns: list[int] = []
-        self._positions: list[int] = []
-        self._step = 1
-        self._skipped = 0
-
-    def add(self, first_lsn: int, position: int) -> None:
-        self._skipped += 1
-        if self._skipped < self._step:
-            return
-        self._skipped = 0
-        self._lsns.append(first_lsn)
-        self._positions.append(position)
-        if len(self._lsns) > PLACES_MAX:
-            del self._lsns[1::2], self._positions[1::2]
-            self._step *= 2
-
-    def around(self, lsn: int, first: int, last: int) -> tuple[int, int]:
-        """Between which positions the batch is that has a record."""
-        at = bisect_right(self._lsns, lsn)
-        low = max(first, self._positions[at - 1]) if at else first
-        high = self._positions[at] - 1 if at < len(self._positions) else last
-        return low, max(low, high)
-
-
 @final
 class ReplicatedEngine:
     """An `_engine.Engine` on a `CasLog`; see `open_replicated`.
@@ -224,16 +105,8 @@ class ReplicatedEngine:
     places: Mapping[str, Place] = {}
     keeps_places = False
 
-    def __init__(
-        self,
-        log: StreamLog,
-        options: ReplicatedOptions,
-        files: Files,
-        found: Description,
-        appender: Appender,
-        end: End,
-        first_lsn: int,
-    ) -> None:
+    def __init__(self, taken: Taken, options: ReplicatedOptions, files: Files) -> None:
+        log, found, end = taken.log, taken.found, taken.end
         self.name: str = log.name
         self.uuid: UUID = log.uuid
         self._log = log
@@ -244,17 +117,19 @@ class ReplicatedEngine:
         self._blocking = Blocking(threaded=files.threaded)
         pieces = found.message_bytes_max * found.pieces_max
         self.batch_bytes_max: int = min(BATCH_BYTES_MAX, pieces - FRAME_HEADER_SIZE)
-        self._appender = appender
+        self._appender = Appender(
+            log, taken.epoch, taken.writer, end, found.message_bytes_max, options.unavailable_after
+        )
         self._history = end.history
         self._time_us = end.time_us
         self._first = found.first
-        self._first_lsn = first_lsn
+        self._first_lsn = taken.first_lsn
         self.last_lsn: int = end.last_lsn
         self.durable_lsn: int = end.last_lsn
         self._bytes = found.bytes
-        self._places = _Places()
-        older = _Segment(first_lsn, found.bytes, end.time_us)
-        self._segments = _Segments(options.segment_size, older, end.last_lsn)
+        self._places = Positions()
+        older = Segment(taken.first_lsn, found.bytes, end.time_us)
+        self._segments = Segments(options.segment_size, older, end.last_lsn)
         self._holds: dict[str, tuple[int, float]] = {}
         self._syncs = SyncTimes()
         self._one = trio.Lock()
@@ -299,7 +174,7 @@ class ReplicatedEngine:
         return (self._maintain, self._watch_status)
 
     async def ready(self) -> None:
-        await self._cas.announce(_this_process())
+        await self._cas.announce(this_process())
 
     async def aclose(self, *, orderly: bool) -> None:
         try:
@@ -618,10 +493,6 @@ class ReplicatedEngine:
                 done.set()
 
 
-def _this_process() -> str:
-    return f"process {os.getpid()} on {platform.node() or 'an unnamed host'}"
-
-
 async def open_remote(
     log: RemoteLog, segment_size: int, retention: Retention, files: Files
 ) -> ReplicatedEngine:
@@ -678,19 +549,12 @@ async def _open(
     cas: CasLog, found: Description, options: ReplicatedOptions, files: Files
 ) -> ReplicatedEngine:
     started = trio.current_time()
-    writer = files.random_bytes(8).hex()
-    epoch = await _begin_epoch(cas, found, options, files, writer)
-    log = StreamLog(cas, found.uuid, options.unavailable_after)
-    end = await _find_end(log, epoch)
-    assert epoch_of(end.history) == epoch
-    first, first_lsn = await _find_first(log, found.first, end)
-    found = attrs.evolve(found, first=first)
-    patience = options.unavailable_after
-    appender = Appender(log, epoch, writer, end, found.message_bytes_max, patience)
-    engine = ReplicatedEngine(log, options, files, found, appender, end, first_lsn)
+    taken = await take_over(cas, found, options.unavailable_after, files)
+    end = taken.end
+    engine = ReplicatedEngine(taken, options, files)
     await engine.begin()
     engine.recovery = RecoveryReport(
-        first_lsn=first_lsn,
+        first_lsn=taken.first_lsn,
         last_lsn=end.last_lsn,
         segments=engine.statistics().segments,
         records_replayed=end.records_checked,
@@ -700,73 +564,3 @@ async def _open(
         seconds=trio.current_time() - started,
     )
     return engine
-
-
-async def _find_first(log: StreamLog, first: int, end: End) -> tuple[int, int]:
-    """Where the log begins: position and LSN.  A former owner's purge may arrive late, and so may
-    that of the next one, who has purged this epoch too."""
-    while True:
-        try:
-            return first, await log.first_lsn(first, end)
-        except Gone as exc:
-            if exc.first > end.position:
-                raise LogFencedError(log.name, exc.first, "another writer") from exc
-            first = exc.first
-
-
-async def _find_end(log: StreamLog, epoch: int) -> End:
-    """What stands before an epoch that has just begun.  What looks like damage may be one
-    replica's: it is believed when it has been seen again and again."""
-    for tries in count(1):
-        try:
-            return await log.end_at(epoch, checked=True)
-        except CorruptLogError:
-            if tries >= DAMAGE_TRIES:
-                raise
-            await log.cas.elsewhere()
-            await trio.sleep(PAUSE_SECONDS_MIN)
-        except Gone as exc:
-            raise LogFencedError(log.name, exc.first, "another writer") from exc
-    raise AssertionError
-
-
-async def _begin_epoch(
-    cas: CasLog, found: Description, options: ReplicatedOptions, files: Files, writer: str
-) -> int:
-    """Append the epoch record; gives its position."""
-    ident = epoch_ident(writer, found.uuid)
-    patience = Patience(cas, options.unavailable_after)
-    after, unsure_at = found.last, -1
-    owner, time_us = _this_process(), files.time_us()
-    while True:
-        frame = encode_epoch(owner, position=after + 1, uuid=found.uuid, time_us=time_us)
-        try:
-            return await cas.append(after, [frame.data], ident)
-        except Conflict as exc:
-            reason = str(exc)
-            if unsure_at == after and await _is_ours(cas, after + 1, ident):
-                return after + 1
-            if exc.last != after:
-                # At once: whoever writes this log has no pauses either.
-                after = exc.last
-                if not patience.over:
-                    continue
-        except Full as exc:
-            reason = str(exc)
-            if unsure_at != after:
-                raise LogFullError(cas.name, len(frame.data), reason) from exc
-        except Denied as exc:
-            raise PermissionError(errno.EACCES, f"{cas.name}: {exc}") from exc
-        except Unsure as exc:
-            reason, unsure_at = str(exc), after
-        if patience.over:
-            seconds = trio.current_time() - patience.began
-            raise LogUnavailableError(cas.name, seconds, reason, "unknown")
-        await patience.pause()
-
-
-async def _is_ours(cas: CasLog, position: int, ident: str) -> bool:
-    try:
-        return await cas.ident_at(position) == ident
-    except Unsure:
-        return False

@@ -22,6 +22,7 @@ from ._engine import Moved, Record, Source
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError, WalError
 from ._exports import NoPublicConstructor, constructor
 from ._identity import Bookmark, History, common_lsn, epoch_of
+from ._park import require_trio
 from ._util import check_int, check_seconds
 
 CHECKPOINT_RECORDS: Final = 1024
@@ -288,6 +289,7 @@ class RecordStream(
     async def __aenter__(self) -> RecordStream:
         if self._reading is not None:
             raise RuntimeError("a stream of records is for one use")
+        require_trio("log.follow" if self._follow else "log.read")
         await trio.lowlevel.checkpoint()
         source = self._source
         await source.refresh()

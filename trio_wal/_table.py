@@ -8,7 +8,19 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final, Generic, Protocol, TypeVar, cast, final, get_origin, overload
+from types import UnionType
+from typing import (
+    Any,
+    Final,
+    Generic,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    final,
+    get_origin,
+    overload,
+)
 
 import msgspec
 
@@ -111,7 +123,8 @@ class Table(Generic[K, V]):
                 raise TypeError(f"value: {exc}") from None
             self._encode = msgspec.msgpack.Encoder().encode
             origin = get_origin(value) or value
-            if isinstance(origin, type):
+            # Of which of its types a value of a union is, msgspec finds out.
+            if isinstance(origin, type) and origin not in (Union, UnionType):
                 self._class = origin
 
     @property

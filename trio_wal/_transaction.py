@@ -26,6 +26,7 @@ from ._operations import (
     check_range,
     check_size,
 )
+from ._park import no_trio
 from ._places import Move, encode_moves, is_after
 from ._readset import ReadSet
 from ._util import check_bytes, check_int
@@ -83,7 +84,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         versions = self._versions
         if versions.checkpointing and versions.behind():
             await versions.wait_for_room()
-        self._task = current_task()
+        try:
+            self._task = current_task()
+        except RuntimeError:
+            raise no_trio("db.transaction") from None
         return self
 
     @enable_ki_protection

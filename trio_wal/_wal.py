@@ -38,6 +38,7 @@ from ._local import (
     open_local,
 )
 from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
+from ._park import no_trio, require_trio
 from ._places import check_consumer_name
 from ._replicated import BATCH_BYTES_MAX, RemoteLog, open_remote
 from ._retention import KeepAll, Retention
@@ -96,7 +97,11 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             data = check_bytes("data", data)
         if len(data) > self._record_size_max:
             self._check_size(len(data))
-        return await self._append(data, current_task())
+        try:
+            task = current_task()
+        except RuntimeError:
+            raise no_trio("log.append") from None
+        return await self._append(data, task)
 
     def _check_size(self, size: int) -> None:
         self._check_not_owned()
@@ -122,6 +127,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
               1 GiB (and 16 Mi records) that a frame can hold.
         """
         self._check_not_owned()
+        require_trio("log.append_many")
         log = self._log
         unit, total = await gather_unit(log.engine, self._record_size_max, records)
         if not unit:
@@ -147,7 +153,11 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """
         data = check_bytes("data", data)
         self._check_size(len(data))
-        await self._log.accept(data)
+        try:
+            await self._log.accept(data)
+        except RuntimeError:
+            require_trio("log.send")
+            raise
 
     @enable_ki_protection
     def send_nowait(self, data: bytes) -> None:
@@ -173,6 +183,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFullError: there is no disk space for them; they stay queued.
           trio.ClosedResourceError: the log is closed.
         """
+        require_trio("log.flush")
         return await self._log.flush()
 
     @enable_ki_protection
@@ -185,6 +196,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFailedError, trio.ClosedResourceError: it will not happen any more.
         """
         check_int("lsn", lsn, 0)
+        require_trio("log.wait_durable")
         await self._log.wait_durable(lsn)
 
     def writer(
@@ -318,6 +330,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFullError, OSError, LogFailedError, trio.ClosedResourceError: as
               `Consumer.acknowledge`.
         """
+        require_trio("log.drop_consumer")
         await self._get_consumers().drop(check_consumer_name(name))
 
     def _get_consumers(self) -> Consumers:
@@ -350,6 +363,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
           LogFailedError: a write or sync failed.
           trio.ClosedResourceError: the log is closed.
         """
+        require_trio("log.rotate")
         sealed_lsn = 0
 
         async def rotate() -> None:
@@ -379,6 +393,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """
         self._check_not_owned()
         check_int("lsn", lsn, 1)
+        require_trio("log.truncate_before")
         log = self._log
         if lsn > log.engine.last_lsn:
             await log.flush()
@@ -407,6 +422,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """
         self._check_not_owned()
         check_int("lsn", lsn, 0)
+        require_trio("log.truncate_after")
         if lsn < self.first_lsn - 1:
             raise ValueError(
                 f"lsn must be at least {self.first_lsn - 1}, before the first record, not {lsn}"
@@ -486,6 +502,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         Raises:
           LogFailedError: the log broke and nobody has been told.
         """
+        require_trio("log.aclose")
         await self._log.aclose()
         await trio.lowlevel.checkpoint()
         self._log.tell_failure()

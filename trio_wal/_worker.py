@@ -41,7 +41,7 @@ READ_THREADS: Final = 4
 
 
 @contextmanager
-def _no_thread_is_oserror() -> Generator[None, None, None]:
+def no_thread_is_oserror() -> Generator[None, None, None]:
     """Python says RuntimeError where pthread_create(3) says EAGAIN."""
     try:
         yield
@@ -112,7 +112,7 @@ class ThreadWorker:
     async def run(self) -> None:
         with trio.CancelScope(shield=True):
             try:
-                with _no_thread_is_oserror():
+                with no_thread_is_oserror():
                     await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
             except OSError as exc:
                 self._died = exc
@@ -319,7 +319,7 @@ class Blocking:
             if self._limiter is None:
                 await trio.lowlevel.checkpoint()
                 return function(*args, **kwargs)
-            with _no_thread_is_oserror():
+            with no_thread_is_oserror():
                 return await trio.to_thread.run_sync(
                     partial(function, *args, **kwargs),
                     abandon_on_cancel=self._abandons,

@@ -268,7 +268,7 @@ class MemoryFiles:
         self.free_bytes = math.inf
 
     def hold(self) -> None:
-        """Stall: writes and syncs of open logs do not begin until `release`."""
+        """Stall: writes and syncs of open logs do not begin until ``release``."""
         if self._held is None:
             self._held = trio.Event()
 

@@ -18,7 +18,9 @@ import pickle
 import select
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -242,3 +244,18 @@ class BlockStore:
             raise OSError(errno.EIO, "as asked for")
         self._recording.writes.append(None)
         return b""
+
+
+def _main(target: str, system: str, base: str, saved: str) -> None:
+    """A process of its own: it serves a copy of ``base`` as ``target`` until that is unmounted, is
+    told messages on its standard input, and at last writes the recording to ``saved``."""
+    # Nobody closes it: the end is the unmounting.
+    never, _ = os.pipe()
+    store = BlockStore(Recording(system, Path(base).read_bytes()), 0, never)
+    store.mount(target)
+    print("mounted", flush=True)
+    store.serve().save(saved)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

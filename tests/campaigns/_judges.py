@@ -31,7 +31,7 @@ from ._promises import check
 OPERATIONS: Final = 400
 """More than a workload of `errors` has."""
 ENDLESS: Final = 1 << 20
-CASE_SECONDS: Final = 15
+CASE_SECONDS: Final = 40
 """A case that takes longer is taken as one that never ends."""
 
 

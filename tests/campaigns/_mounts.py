@@ -100,7 +100,7 @@ def why_not(systems: Sequence[str] = (), *, fuse: bool = False) -> str | None:
         if (reason := _why_not_system(name)) is not None:
             return reason
     try:
-        _in_child(private_namespace)
+        in_child(private_namespace)
     except OSError as exc:
         return f"no mount namespace can be made: {exc.strerror}"
     return None
@@ -119,7 +119,7 @@ def _kernel_has(name: str) -> bool:
         return any(line.split()[-1] == name for line in lines)
 
 
-def _in_child(function: object) -> None:
+def in_child(function: object) -> None:
     """Try it where it changes nothing; the error of the child is raised here."""
     assert callable(function)
     pid = os.fork()

@@ -4,6 +4,10 @@ Law: `nats_cluster` keeps the servers, `nats_writers` judges the logs.  Three se
 that leads the stream is killed under 16 tasks; the log is taken over by another writer under them;
 a replica of a database is promoted while the leader writes, every second time with the stream's
 server killed in that moment.  Times are of this machine, which other work may share.
+
+``--count`` is of events: half of them are kills, a quarter takeovers, a quarter promotions.  Real
+servers do not repeat themselves: the command under a finding does the same things again, and may
+have to be run more than once.
 """
 
 from __future__ import annotations
@@ -23,12 +27,22 @@ from nats_writers import Writers, found_on, heal, keep_open, leader, log_on
 import trio_wal
 from trio_wal import nats
 
-from ._report import Report, add_common_arguments, bound, described
+from ._report import (
+    Bar,
+    Report,
+    add_common_arguments,
+    bound,
+    described,
+    progress_bar,
+    replay_command,
+)
 
 TASKS: Final = 16
 LIFE_SECONDS: Final = 0.5
 ROUNDS: Final = 10
 """On one log; the next ones have a log of their own."""
+PARTS_OF_COUNT: Final = {"kills": 2, "takeovers": 4, "promotions": 4}
+"""Kinds of events, and which part of them all each is."""
 
 COLUMNS = {
     "runs": "events",
@@ -44,7 +58,12 @@ COLUMNS = {
 class Series:
     """One kind of events, and what came of them."""
 
-    def __init__(self, folder: Path, cluster: nats_cluster.Cluster) -> None:
+    def __init__(self, folder: Path, cluster: nats_cluster.Cluster, limit: float) -> None:
+        """
+        Args:
+          limit: seconds after which whoever still waits hangs.
+        """
+        self._limit = limit
         self.figures: Counter[str] = Counter()
         self.gap = self.again = 0.0
         self._folder = folder
@@ -65,7 +84,7 @@ class Series:
                 server = await leader(self._cluster, log)
                 before, began = len(writers.acknowledged), time.monotonic()
                 await trio.to_thread.run_sync(server.kill)
-                with trio.fail_after(60):
+                with trio.fail_after(self._limit):
                     while len(writers.acknowledged) < before + 10 * TASKS:  # noqa: ASYNC110
                         await trio.sleep(0.01)
                 self.again = max(self.again, time.monotonic() - began)
@@ -121,7 +140,7 @@ class Series:
         self, name: str, log: nats.Log, acknowledged: dict[bytes, bytes], kill: bool
     ) -> None:
         async with trio_wal.open_replica(self._folder / name, log=log) as replica:
-            with trio.fail_after(30):
+            with trio.fail_after(self._limit):
                 await replica.wait_for(max(1, len(acknowledged)))
             await trio.sleep(LIFE_SECONDS)
             if kill:
@@ -139,8 +158,45 @@ class Series:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, count=10)
-    parser.add_argument("--only", choices=("kills", "takeovers", "promotions"))
+    add_common_arguments(parser, count=40, workers=False)
+    parser.add_argument("--only", choices=list(PARTS_OF_COUNT), help="all events are of this kind")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds that nothing may last (%(default)s)"
+    )
+
+
+def events(arguments: argparse.Namespace) -> dict[str, int]:
+    """How many of each kind."""
+    if arguments.only is not None:
+        return {arguments.only: arguments.count}
+    return {kind: -(-arguments.count // part) for kind, part in PARTS_OF_COUNT.items()}
+
+
+def _run_series(
+    report: Report, kind: str, count: int, folder: Path, cluster: nats_cluster.Cluster, bar: Bar
+) -> None:
+    assert report.arguments is not None
+    series = Series(folder, cluster, report.arguments.limit)
+    for first in range(0, count, ROUNDS):
+        if bar.over():
+            break
+        rounds = min(ROUNDS, count - first)
+        try:
+            # Whatever the ones before have left behind.
+            heal(cluster)
+            trio.run(getattr(series, kind), f"{kind}-{first}", rounds)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding, or several)
+            seed = report.arguments.seed
+            again = ("--only", kind, "--count", rounds, "--seed", seed)
+            report.find(
+                f"{kind}, from {first} on: {described(exc)}", replay_command("cluster", *again)
+            )
+        bar.advance(rounds, f"{kind}: {series.figures['acknowledged']:,} acknowledged")
+    cells: dict[str, Any] = {column: series.figures[column] for column in COLUMNS}
+    cells |= {"gap": f"{series.gap:.1f}", "again": f"{series.again:.2f}"}
+    report.add(**{"series": kind, **cells, "bound": bound(series.figures["runs"])})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,24 +204,12 @@ def run(arguments: argparse.Namespace) -> int:
     if (reason := nats_cluster.missing()) is not None:
         report.note(reason)
         return report.finish()
-    count = arguments.count or 10
+    chosen = events(arguments)
     with (
         tempfile.TemporaryDirectory() as temporary,
         nats_cluster.running(Path(temporary), 3, seed=arguments.seed % 40 + 11) as cluster,
+        progress_bar("cluster", minutes=arguments.minutes, count=sum(chosen.values())) as bar,
     ):
-        for kind in ("kills", "takeovers", "promotions"):
-            if arguments.only not in (None, kind):
-                continue
-            series = Series(Path(temporary) / "stores", cluster)
-            for first in range(0, count, ROUNDS):
-                name = f"{kind}-{first}"
-                try:
-                    trio.run(getattr(series, kind), name, min(ROUNDS, count - first))
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as exc:  # noqa: BLE001, ASYNC103  (a finding, or several)
-                    report.find(described(exc), name)
-            cells: dict[str, Any] = {column: series.figures[column] for column in COLUMNS}
-            cells |= {"gap": f"{series.gap:.1f}", "again": f"{series.again:.2f}"}
-            report.add(**{"series": kind, **cells, "bound": bound(series.figures["runs"])})
+        for kind, count in chosen.items():
+            _run_series(report, kind, count, Path(temporary) / "stores", cluster, bar)
     return report.finish()

@@ -29,6 +29,7 @@ SHARES = {
     "threads": 1,
     "figures": 1,
     "repair": 1,
+    "archive": 1,
     "realerrors": 1,
 }
 """How the minutes are divided among the parts."""

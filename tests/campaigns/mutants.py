@@ -907,17 +907,17 @@ MUTANTS: Final = (
         "                open_tries += 1\n", "                return after + len(pieces)\n",
     ),
     mutant(
-        "the tail that was read before the epoch began is believed", "_replicated", REPLICATION,
-        "    epoch = await _begin_epoch(cas, found, options, files, writer)\n"
-        "    log = StreamLog(cas, found.uuid, options.unavailable_after)\n"
+        "the tail that was read before the epoch began is believed", "_takeover", REPLICATION,
+        "    epoch = await _begin_epoch(cas, found, unavailable_after, files, writer)\n"
+        "    log = StreamLog(cas, found.uuid, unavailable_after)\n"
         "    end = await _find_end(log, epoch)\n",
-        "    log = StreamLog(cas, found.uuid, options.unavailable_after)\n"
+        "    log = StreamLog(cas, found.uuid, unavailable_after)\n"
         "    before = await _find_end(log, found.last)\n"
-        "    epoch = await _begin_epoch(cas, found, options, files, writer)\n"
+        "    epoch = await _begin_epoch(cas, found, unavailable_after, files, writer)\n"
         "    end = attrs.evolve(await _find_end(log, epoch), last_lsn=before.last_lsn)\n",
     ),
     mutant(
-        "no epoch: who opens a log begins where it ends", "_replicated", REPLICATION,
+        "no epoch: who opens a log begins where it ends", "_takeover", REPLICATION,
         "        except Conflict as exc:\n            reason = str(exc)\n            if unsure_at",
         "        except Conflict as exc:\n            return exc.last\n            if unsure_at",
     ),

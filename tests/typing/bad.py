@@ -6,6 +6,7 @@ A line ends with what must be found there: mypy's codes, and after the comma pyr
 from __future__ import annotations
 
 import trio_wal
+import trio_wal.asyncio
 from trio_wal import Database, Table, Transaction
 
 
@@ -61,3 +62,12 @@ def tables(db: Database, tx: Transaction) -> None:
     value: bytes = JOBS.get(db, (7, ""))  # wrong: assignment, reportAssignmentType
     JOBS.get({}, (7, ""))  # wrong: call-overload, reportArgumentType
     del value
+
+
+async def under_asyncio(db: trio_wal.asyncio.Database) -> None:
+    trio_wal.asyncio.open_wal("it", checkpoint_bytes=5)  # wrong: call-arg, reportCallIssue
+    trio_wal.asyncio.open_database("it", None)  # wrong: call-arg, reportCallIssue
+    await db.put(b"key", "value")  # wrong: arg-type, reportArgumentType
+    number: int = await db.get(b"key", b"")  # wrong: arg-type assignment, reportAssignmentType
+    db.put(b"key", b"")  # wrong: unused-coroutine, reportUnusedCoroutine
+    del number

@@ -10,6 +10,7 @@ import msgspec
 from typing_extensions import assert_type
 
 import trio_wal
+import trio_wal.asyncio
 from trio_wal import Commit, Database, Snapshot, Table, Transaction
 from trio_wal.testing import MemoryFiles
 
@@ -140,3 +141,39 @@ async def more(db: Database) -> None:
             assert_type(batch, "list[Commit]")
             for operation in batch[0].operations:
                 assert_type(JOBS.decode(operation), "tuple[tuple[int, str], Job | None] | None")
+
+
+async def under_asyncio() -> None:
+    async with trio_wal.asyncio.open_wal("it", durability="sync", max_queue_size=10) as wal:
+        assert_type(await wal.append(b"record"), int)
+        assert_type(await wal.append_many([b"record"]), range)
+        async with wal.follow() as records:
+            assert_type(records, trio_wal.asyncio.RecordStream)
+            async for record in records:
+                assert_type(record, trio_wal.Record)
+            async for batch in records.batches(10):
+                assert_type(batch, list[trio_wal.Record])
+    async with trio_wal.asyncio.open_database(Path("it"), checkpoint_bytes=5) as db:
+        assert_type(await db.get(b"key", b""), bytes)
+        assert_type(await db.scan(prefix=b"k"), list[tuple[bytes, bytes]])
+        assert_type(await db.run(move, b"one", b"two"), "bytes | None")
+        assert_type(await db.run(later, 5), int)
+        assert_type(await db.view(size, b"key"), int)
+        async with db.transaction() as tx:
+            assert_type(tx, trio_wal.asyncio.Transaction)
+            assert_type(await tx.get(b"key"), "bytes | None")
+            assert_type(await tx.call(move, b"one", b"two"), "bytes | None")
+            await tx.call(clear)
+        async with db.consumer("mailer") as consumer:
+            async for commit in consumer:
+                assert_type(commit, Commit)
+                await consumer.acknowledge(commit)
+
+
+async def later(tx: trio_wal.asyncio.Transaction, by: int) -> int:
+    await tx.put(b"counter", b"%d" % by)
+    return by
+
+
+def size(snap: Snapshot, key: bytes) -> int:
+    return len(snap.get(key, b""))

@@ -11,7 +11,7 @@ one segment to the next, and where the log ends, is judged in `walk`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -230,18 +230,20 @@ def list_chain(
     meta: Meta,
     report: Report = refuse,
     known: Mapping[str, FoundSegment] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Chain:
     """The chain of segments, up to the first place where it is broken, and what is after that.
 
     Args:
       report: is told of files that are foreign, renamed, duplicate, damaged or missing.
       known: segments, by file name, whose headers need not be read again.
+      names: of the files, if they are known.
 
     Raises:
       FileNotFoundError: a file went away meanwhile.
       OSError: a header cannot be read, and that is not the file's fault.
     """
-    names = directory.names()
+    names = directory.names() if names is None else names
     leftovers = temporary(names)
     cut = meta.truncation
     candidates = [name for name in names if name.startswith("wal-")]

@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import enum
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import accumulate, pairwise
 from typing import Final, cast
 
 import attrs
-import google_crc32c
+
+with warnings.catch_warnings():
+    # Said below.
+    warnings.filterwarnings("ignore", message="As the c extension", category=RuntimeWarning)
+    import google_crc32c
 
 from trio_wal._exceptions import UnsupportedFormatError
 from trio_wal._identity import EPOCH_MAX, PARTINGS_MAX, History, Parting, epoch_of
@@ -108,6 +113,16 @@ class Codec(enum.IntEnum):
 class FrameError(ValueError):
     """The bytes are not a valid one of what was asked for; the text says why."""
 
+
+if google_crc32c.implementation != "c":
+    # In the words of who meets it; google-crc32c's own names neither this package nor a remedy.
+    warnings.warn(
+        "trio-wal: checksums are computed in Python, some hundred times slower, because "
+        "google-crc32c has no C extension for this Python; with a C compiler: "
+        "pip install --force-reinstall --no-binary google-crc32c google-crc32c",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _extend = cast("Callable[[int, bytes], int]", google_crc32c.extend)  # pyright: ignore[reportUnknownMemberType]
 

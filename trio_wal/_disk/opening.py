@@ -56,9 +56,10 @@ def open_log_directory(
     plan: Plan | None = None
     found_names: frozenset[str] = frozenset()
     try:
-        found_names = frozenset(directory.names())
-        reread_tail(directory)
-        plan = examine(directory, verify_bytes=verify_bytes)
+        names = directory.names()
+        found_names = frozenset(names)
+        reread_tail(directory, names)
+        plan = examine(directory, names, verify_bytes=verify_bytes)
         features = FEATURE_ZSTD if compression == "zstd" else 0
         if database:
             features |= FEATURE_DATABASE

@@ -19,6 +19,7 @@ What can be there after a crash, and what becomes of it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -98,7 +99,7 @@ class Plan:
         return self.told_lsn if self.told_lsn > self.last_lsn else 0
 
 
-def reread_tail(directory: Directory) -> None:
+def reread_tail(directory: Directory, names: Sequence[str]) -> None:
     """Before a log is recovered: have the end of it read from the disk.
 
     After a failed write or sync the page cache holds what the disk does not, and such a page
@@ -113,7 +114,6 @@ def reread_tail(directory: Directory) -> None:
     itself: the frame, all behind it, and the pointer to it, which are what is written again,
     come from the disk; and so does everything where there is none.
     """
-    names = directory.names()
     segments = [name for name in names if segment_name_lsn(name) is not None]
     for name in (*segments[-2:], *(name for name in names if name == TRUNCATE_NAME)):
         directory.reread(name, keep=_proven_durable(directory, name))
@@ -161,7 +161,12 @@ def _cost(length: int, records: int, frames: int) -> int:
     return length + _RECORD_COST * records + _FRAME_COST * frames
 
 
-def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan:
+def examine(
+    directory: Directory,
+    names: Sequence[str] | None = None,
+    *,
+    verify_bytes: float = VERIFY_BYTES,
+) -> Plan:
     """Read the directory and decide.  Nothing is written.
 
     The owner's word is no reason to refuse (docs/design says why).  But whoever was given the
@@ -169,6 +174,7 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
     the log ends before them, a new epoch begins.
 
     Args:
+      names: of the files, if they are known.
       verify_bytes: how much of the log, newest first, is checked frame by frame; the
           rest by the headers and footers of its segments.
 
@@ -177,7 +183,7 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
       WrongDirectoryError: there is something else.
     """
     meta = read_meta(directory)
-    names = directory.names()
+    names = directory.names() if names is None else names
     if meta is None:
         if any(map(is_foreign, names)):
             raise no_log(directory.path, names)
@@ -188,7 +194,7 @@ def examine(directory: Directory, *, verify_bytes: float = VERIFY_BYTES) -> Plan
         return Plan(None, (*temporary(names), *segments))
     # A copy that was not opened yet begins an epoch anyway, and its word is another's.
     told_lsn = 0 if meta.copied else directory.published().told_lsn(meta.epoch)
-    chain = list_chain(directory, meta, refuse)
+    chain = list_chain(directory, meta, refuse, names=names)
     plan = _examine_chain(directory, meta, chain, verify_bytes)
     return attrs.evolve(plan, told_lsn=told_lsn)
 

@@ -1,0 +1,584 @@
+"""Trio in a thread of its own, for the tasks of an asyncio event loop.
+
+Law: knows no log and no database.  What was opened is touched in trio's thread only: whatever an
+asyncio task wants of it is a `Call`, which a task of trio, a `_Hand`, makes for it.  Nothing here
+waits with a lock held; what both threads touch is said below.
+
+The way there and back is one wake-up for all the calls of a turn of the event loop, and one for
+all the answers of a turn of trio: so the appends of many tasks become one batch, as under trio.
+
+Cancelled: the call is cancelled in trio's thread and its end waited for, so that it means there
+and here the same.  A call that ended otherwise gives what it came to, and the cancellation is
+delivered where the task waits next (`_cancel_again`).
+
+A loop that was closed, or a program that ends, without leaving the block: the log is closed all
+the same, as at the end of a block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast, final
+
+import outcome
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+
+from ._events import tell
+from ._system.files import OsFiles
+from ._worker import no_thread_is_oserror
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_SECONDS: Final = 1.0
+"""How often it is looked whether the event loop is still there; nothing tells of its end."""
+EXIT_SECONDS: Final = 10.0
+"""For a log that the program has left open, at the end of the program: a disk that hangs must not
+keep it for ever.  What was acknowledged is durable before."""
+
+
+@final
+class Call(Generic[T]):
+    """Something that an asyncio task wants done in trio's thread."""
+
+    __slots__ = (
+        "_arguments",
+        "_function",
+        "future",
+        "hand",
+        "last",
+        "line",
+        "outcome",
+        "withdrawn",
+    )
+
+    def __init__(
+        self,
+        function: Callable[..., Awaitable[T]],
+        arguments: tuple[object, ...],
+        future: asyncio.Future[None],
+        line: Line | None = None,
+        *,
+        last: bool = False,
+    ) -> None:
+        """
+        Args:
+          line: whose task is to make the call; None: any.
+          last: of its line.
+        """
+        self._function = function
+        self._arguments = arguments
+        self.future = future
+        """Of asyncio's thread only: done when `outcome` is there to be looked at."""
+        self.line: Final = line
+        self.last: Final = last
+        self.outcome: outcome.Outcome[T] | None = None
+        """Written in trio's thread, once, before the answer is sent; read after it came."""
+        self.hand: _Hand | None = None
+        """Of trio's thread only: who makes the call."""
+        self.withdrawn = False
+        """Of trio's thread only: it is to be cancelled."""
+
+    async def make(self) -> None:
+        """In trio's thread.  Nothing but trio's cancellation comes out."""
+        try:
+            self.outcome = outcome.Value(await self._function(*self._arguments))
+        except trio.Cancelled as exc:
+            self.outcome = outcome.Error(exc if self.withdrawn else _closed())
+            raise
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (the caller raises it)
+            self.outcome = outcome.Error(exc)
+
+
+@final
+class Line:
+    """Calls that one task of trio makes, one after the other: it is that task's transaction."""
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._busy = False
+        # -- of trio's thread only
+        self.hand: _Hand | None = None
+        self.waiting: list[Call[Any]] = []
+        """The last call, where it came while another one was being made."""
+        self._begun = False
+        """Whether a call has come to something."""
+
+    async def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
+        """
+        Raises:
+          trio.BusyResourceError: a call of the line is being made.
+        """
+        if self._busy:
+            raise trio.BusyResourceError("another task is in this transaction")
+        self._busy = True
+        try:
+            return await self._portal.call_in(self, function, *args)
+        finally:
+            self._busy = False
+
+    async def call_sync(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.call(_run_sync, partial(function, *args, **kwargs))
+
+    async def end(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
+        """The last call, behind one that is being made."""
+        return await self._portal.call_in(self, function, *args, last=True)
+
+    def is_over(self, call: Call[Any]) -> bool:
+        """After a call, in trio's thread; a line whose first call came to nothing is over."""
+        self._begun = self._begun or isinstance(call.outcome, outcome.Value)
+        return call.last or not self._begun
+
+
+async def _run_sync(function: Callable[..., T], *args: object) -> T:  # noqa: ASYNC124
+    return function(*args)
+
+
+@final
+class _Hand:
+    """A task of trio that makes calls.  All of it is of trio's thread only."""
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._task: Task | None = None
+        self.call: Call[Any] | None = None
+        self.scope = trio.CancelScope()
+        """Around the call; a new one only after it was cancelled."""
+
+    def give(self, call: Call[Any]) -> None:
+        call.hand = self
+        if self.call is not None:
+            assert call.line is not None
+            call.line.waiting.append(call)
+            return
+        self.call = call
+        if self._task is not None:
+            task, self._task = self._task, None
+            reschedule(task)
+
+    async def run(self) -> None:
+        while True:
+            with self.scope:
+                while not self.scope.cancel_called:
+                    if self.call is None:
+                        self._task = current_task()
+                        await wait_task_rescheduled(self._abort)
+                    await self._make()
+            self.scope = trio.CancelScope()
+
+    def _abort(self, _: RaiseCancelT) -> Abort:
+        self._task = None
+        return Abort.SUCCEEDED
+
+    async def _make(self) -> None:
+        call = self.call
+        assert call is not None
+        try:
+            await call.make()
+        finally:
+            self.call = call.hand = None
+            self._portal.answer(call)
+            if call.line is None or call.line.is_over(call):
+                self._portal.take_back(self)
+            elif call.line.waiting:
+                self.give(call.line.waiting.pop())
+
+
+@final
+class Portal:
+    """What was opened in a thread of trio's own, and the way there.
+
+    Made in asyncio's thread; `call`, `open` and `leave` are for tasks of its event loop.
+    """
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any], name: str) -> None:
+        """
+        Args:
+          manager: opens what the portal is for.
+          name: of the call that users know, for messages.
+        """
+        self._manager = manager
+        self._name = name
+        self._loop = running_loop(name)
+        # -- of asyncio's thread only
+        self._token: trio.lowlevel.TrioToken | None = None
+        """None until trio runs."""
+        self._outbox: list[Call[Any]] = []
+        self._withdrawn: list[Call[Any]] = []
+        self._sending = False
+        self._unanswered: set[Call[Any]] = set()
+        self._ended = False
+        self._forked = False
+        self._thread: threading.Thread | None = None
+        self._over: asyncio.Future[None] | None = None
+        # -- of trio's thread only
+        self._answers: list[Call[Any]] = []
+        self._idle: list[_Hand] = []
+        self._nursery: trio.Nursery | None = None
+        self._porter: Task | None = None
+        self._leaving = trio.Event()
+        self._finished = False
+        """Nothing is taken any more."""
+        self._error: BaseException | None = None
+        """With which the block is left."""
+        self._entering = trio.CancelScope()
+        self._opening: Call[Any]
+        self._closing: Call[None] | None = None
+
+    # -- asyncio's thread: calls -----------------------------------------------------
+
+    def call(
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """What an async function of trio's returns or raises, called in trio's thread.
+
+        Raises:
+          trio.ClosedResourceError: it is closed there, or this is a forked child.
+          RuntimeError: called from elsewhere than the event loop.
+        """
+        called = partial(function, **kwargs) if kwargs else function
+        return self.call_in(None, called, *args)
+
+    def call_sync(
+        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """The same for a sync function."""
+        called = partial(function, *args, **kwargs) if kwargs else function
+        return self.call_in(None, _run_sync, called, *(() if kwargs else args))
+
+    async def close(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """A call that leaves a block: not cut short, and nothing to do where all is closed."""
+        if not (self._forked or self._ended):
+            self._check_usable()
+            call = Call(function, args, self._loop.create_future())
+            self._outbox.append(call)
+            await self._wait(call, shielded=True)
+
+    async def call_in(
+        self,
+        line: Line | None,
+        function: Callable[..., Awaitable[T]],
+        *args: object,
+        last: bool = False,
+    ) -> T:
+        self._check_usable()
+        call = Call(function, args, self._loop.create_future(), line, last=last)
+        self._outbox.append(call)
+        return await self._wait(call)
+
+    def line(self) -> Line:
+        return Line(self)
+
+    def _check_usable(self) -> None:
+        if self._forked:
+            raise trio.ClosedResourceError("what the parent process has opened is closed here")
+        if running_loop(self._name) is not self._loop:
+            raise RuntimeError(
+                f"this was opened by another event loop: use it there, or {self._name}() here"
+            )
+        if self._ended:
+            raise trio.ClosedResourceError("it is closed: its block was left")
+
+    async def _wait(self, call: Call[T], *, shielded: bool = False) -> T:
+        if not self._sending:
+            self._sending = True
+            self._loop.call_soon(self._send)
+        self._unanswered.add(call)
+        try:
+            await call.future
+        except asyncio.CancelledError as exc:  # noqa: ASYNC103  (or delivered again)
+            return await self._end_cancelled(call, exc, shielded)  # noqa: ASYNC104
+        except GeneratorExit:
+            # Nobody waits any more: the loop was closed.
+            self._withdraw(call)
+            raise
+        assert call.outcome is not None
+        return call.outcome.unwrap()
+
+    async def _end_cancelled(
+        self, call: Call[T], cancelled: asyncio.CancelledError, shielded: bool
+    ) -> T:
+        """The task that waits was cancelled: what that means is decided in trio's thread."""
+        if not shielded:
+            self._withdraw(call)
+        while call in self._unanswered:
+            call.future = self._loop.create_future()
+            try:
+                await call.future
+            except asyncio.CancelledError as exc:  # noqa: ASYNC103  (raised below)
+                cancelled = exc
+        result = call.outcome
+        assert result is not None
+        if isinstance(result, outcome.Error) and isinstance(result.error, trio.Cancelled):
+            raise cancelled
+        _cancel_again(self._loop, cancelled)
+        return result.unwrap()
+
+    def _withdraw(self, call: Call[Any]) -> None:
+        self._withdrawn.append(call)
+        if not self._sending and not self._loop.is_closed():
+            self._sending = True
+            self._loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        """All that has come together in this turn."""
+        if self._token is None:
+            return
+        self._sending = False
+        calls, self._outbox = self._outbox, []
+        withdrawn, self._withdrawn = self._withdrawn, []
+        try:
+            self._token.run_sync_soon(self._take, calls, withdrawn)
+        except trio.RunFinishedError:
+            # `_end` is on its way, and tells them.
+            return
+
+    def _deliver(self, calls: list[Call[Any]]) -> None:
+        unanswered = self._unanswered
+        for call in calls:
+            unanswered.discard(call)
+            if not call.future.done():
+                call.future.set_result(None)
+
+    # -- asyncio's thread: beginning and end ------------------------------------------
+
+    async def open(self) -> Any:
+        """Start the thread; what the manager gives.  Cancelled, nothing stays.
+
+        Raises:
+          OSError: no thread can be started.
+        """
+        OsFiles().on_fork(self._disown)
+        self._over = self._loop.create_future()
+        self._opening = Call(self._manager.__aenter__, (), self._loop.create_future())
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        with no_thread_is_oserror():
+            self._thread.start()
+        # A daemon, because a loop that is gone can end no thread; this ends it in time.
+        atexit.register(self._exit)
+        try:
+            return await self._wait(self._opening)
+        except BaseException:
+            await self._join()
+            raise
+
+    async def leave(self, exc: BaseException | None) -> None:
+        """Leave the manager's block; the thread ends.  Neither is cut short by cancellation."""
+        if self._forked or self._ended:
+            return
+        self._closing = Call(_nothing, (), self._loop.create_future())
+        self._error = exc
+        try:
+            with suppress(trio.RunFinishedError):
+                assert self._token is not None
+                self._token.run_sync_soon(self._leaving.set)
+            await self._wait(self._closing, shielded=True)
+        finally:
+            await self._join()
+
+    async def _join(self) -> None:
+        assert self._over is not None
+        assert self._thread is not None
+        cancelled: asyncio.CancelledError | None = None
+        while not self._over.done():
+            try:
+                await asyncio.shield(self._over)
+            except asyncio.CancelledError as exc:  # noqa: ASYNC103  (raised below)
+                cancelled = exc
+        # Trio's run has ended: this takes no time.
+        self._thread.join()
+        if cancelled is not None:
+            _cancel_again(self._loop, cancelled)
+
+    def _begin(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+        self._send()
+
+    def _end(self) -> None:
+        """Trio's run has ended: who still waits is told."""
+        self._ended = True
+        atexit.unregister(self._exit)
+        for call in self._unanswered:
+            if call.outcome is None:
+                call.outcome = outcome.Error(_closed())
+        self._deliver(list(self._unanswered))
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
+    def _exit(self) -> None:
+        """The program ends, and nobody has left the block."""
+        if self._forked or self._thread is None:
+            return
+        if self._token is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._leaving.set)
+        self._thread.join(EXIT_SECONDS)
+        if self._thread.is_alive():
+            text = f"still open after {EXIT_SECONDS:g} s, when the program ended"
+            tell(logging.WARNING, "failed", self._name, text)
+
+    def _disown(self) -> None:
+        """In a forked child: the thread is the parent's."""
+        self._forked = True
+        atexit.unregister(self._exit)
+
+    # -- trio's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  (nobody else is told)
+            if self._opening.outcome is None:
+                self._opening.outcome = outcome.Error(exc)
+            tell(logging.ERROR, "failed", self._name, f"trio's thread has failed: {exc!r}")
+        # RuntimeError: the loop is closed.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end)
+
+    async def _main(self) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._begin, trio.lowlevel.current_trio_token())
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._carry)
+            nursery.start_soon(self._watch_loop)
+            await self._keep_open()
+            self._finished = True
+            nursery.cancel_scope.cancel()
+
+    async def _keep_open(self) -> None:
+        """The block around all calls, in one task: what is opened may have a nursery."""
+        opening = self._opening
+        with self._entering:
+            try:
+                await opening.make()
+            finally:
+                self.answer(opening)
+            if isinstance(opening.outcome, outcome.Error):
+                return
+            with trio.CancelScope(shield=True):
+                await self._leaving.wait()
+            exc = self._error
+            leave = self._manager.__aexit__
+            result = await outcome.acapture(leave, *_parts(exc))
+            if self._closing is not None:
+                self._closing.outcome = (
+                    result if isinstance(result, outcome.Error) else outcome.Value(None)
+                )
+                self.answer(self._closing)
+            elif isinstance(result, outcome.Error):
+                text = f"closed, because its event loop has ended, with {result.error!r}"
+                tell(logging.ERROR, "failed", self._name, text)
+
+    async def _watch_loop(self) -> None:
+        while True:
+            if self._loop.is_closed():
+                self._leaving.set()
+                return
+            await trio.sleep(LOOK_SECONDS)
+
+    async def _carry(self) -> None:
+        """Send the answers that have come together in a turn."""
+        while True:
+            if not self._answers:
+                self._porter = current_task()
+                await wait_task_rescheduled(self._abort)
+            answers, self._answers = self._answers, []
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, answers)
+            except RuntimeError:
+                self._leaving.set()
+
+    def _abort(self, _: RaiseCancelT) -> Abort:
+        self._porter = None
+        return Abort.SUCCEEDED
+
+    def answer(self, call: Call[Any]) -> None:
+        self._answers.append(call)
+        if self._porter is not None:
+            porter, self._porter = self._porter, None
+            reschedule(porter)
+
+    def take_back(self, hand: _Hand) -> None:
+        self._idle.append(hand)
+
+    def _take(self, calls: list[Call[Any]], withdrawn: list[Call[Any]]) -> None:
+        if self._finished:
+            # `_end` tells them.
+            return
+        for call in calls:
+            self._hand_for(call).give(call)
+        for call in withdrawn:
+            call.withdrawn = True
+            if call is self._opening:
+                if call.outcome is None:
+                    self._entering.cancel()
+            elif call.hand is not None:
+                call.hand.scope.cancel()
+
+    def _hand_for(self, call: Call[Any]) -> _Hand:
+        line = call.line
+        if line is not None and line.hand is not None:
+            return line.hand
+        if self._idle:
+            hand = self._idle.pop()
+        else:
+            hand = _Hand(self)
+            assert self._nursery is not None
+            self._nursery.start_soon(hand.run)
+        if line is not None:
+            line.hand = hand
+        return hand
+
+
+async def _nothing() -> None: ...
+
+
+def _closed() -> trio.ClosedResourceError:
+    return trio.ClosedResourceError("it was closed while this was waiting")
+
+
+def _parts(
+    exc: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    return (None, None, None) if exc is None else (type(exc), exc, exc.__traceback__)
+
+
+def running_loop(name: str) -> asyncio.AbstractEventLoop:
+    """Of asyncio; `RuntimeError`, with what to do, where there is none: under trio, say."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        other = name.replace("trio_wal.asyncio.", "trio_wal.")
+        raise RuntimeError(
+            f"{name}() needs asyncio: run it under asyncio.run(); under trio it is {other}()"
+        ) from None
+
+
+def _cancel_again(loop: asyncio.AbstractEventLoop, cancelled: asyncio.CancelledError) -> None:
+    """What the current task was asked came too late: it is asked again where it waits next.
+
+    Not where it has ended by then, nor where who asked has taken that back, as a time-out does
+    at the end of its block.  (Before Python 3.11 a task does not know that.)
+    """
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    requests = getattr(task, "cancelling", None)
+    asked = 0 if requests is None else requests()
+
+    def again() -> None:
+        if task.done() or (requests is not None and requests() < max(asked, 1)):
+            return
+        if requests is not None:
+            # It is no request more.
+            task.uncancel()  # type: ignore[attr-defined,unused-ignore]
+        task.cancel(*cancelled.args)
+
+    loop.call_soon(again)
