@@ -553,7 +553,7 @@ print("a record written, the log opened again, the record read:", trio_wal.__fil
 
 def _campaign(session: nox.Session, name: str, *arguments: str) -> None:
     """Run a campaign of tests/campaigns against the installed package."""
-    session.install(".[cli,zstd]", *_group("test"))
+    session.install(".[cli,zstd,nats]", *_group("test"))
     with session.chdir("tests"):
         # The campaigns, but not the source tree, are found where they stand.
         env = {**ENV, "PYTHONPATH": str(ROOT / "tests")}
