@@ -97,8 +97,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
             await tx.put(b"alice", str(balance + 10).encode())
 
     Each call goes to trio's thread and back, and other transactions commit meanwhile: what this
-    one has read may have changed by its end, which `TransactionConflict` says.  `call` does
-    several things at once, and `Database.run` all of them: both are faster, and neither can
+    one has read may have changed by its end, which `trio_wal.TransactionConflict` says.  `call`
+    does several things at once, and `Database.run` all of them: both are faster, and neither can
     conflict.
     """
 
