@@ -71,6 +71,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(opentelemetry|prometheus_client)\..*"),
     # Names in signatures are shown by where they are defined.
     (r"py:.*", r"trio_wal\._.*"),
+    (r"py:.*", r"AbstractAsyncContextManager"),
     (r"py:.*", r"(trio_wal\.\w+\.)?(D|T|Ts)"),
     (r"py:class", r"AbstractAsyncContextManager"),
 ]

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 from helpers import Disk
+from hypothesis import HealthCheck, settings
 
 from trio_wal.testing import MemoryFiles
+
+# A machine that is busy with something else is slow, and that is no finding.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_sessionstart() -> None:

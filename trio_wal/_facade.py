@@ -5,7 +5,7 @@ Law: as `_portal`, knows no log and no database; nothing of trio's is touched bu
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -36,7 +36,10 @@ def takes(of: Callable[P, object]) -> Callable[[Callable[..., R]], Callable[P, R
     """A function that takes the arguments of another one, and says so."""
 
     def wrap(function: Callable[..., R]) -> Callable[P, R]:
-        functools.update_wrapper(function, of, assigned=(), updated=())
+        own = inspect.signature(function, eval_str=True)
+        signature = inspect.signature(of, eval_str=True)
+        wrapped: Any = function
+        wrapped.__signature__ = signature.replace(return_annotation=own.return_annotation)
         return function
 
     return wrap

@@ -237,7 +237,8 @@ class DatabaseConsumer(Stream[Commit], metaclass=NoPublicConstructor):
 
     @property
     def trio_consumer(self) -> _database_consumer.DatabaseConsumer:
-        """Trio's, for functions that are called in its thread: ``acknowledge_in`` is sync."""
+        """The consumer in trio's thread, for functions that are called there, where
+        ``acknowledge_in`` is sync."""
         return cast(_database_consumer.DatabaseConsumer, self._entered())
 
     @property

@@ -37,9 +37,9 @@ def copied(records: Iterable[bytes]) -> Iterable[bytes]:
 class RecordStream(Stream[Record], metaclass=NoPublicConstructor):
     """Records of a log, in LSN order; what ``read()`` and ``follow()`` return.
 
-    As `trio_wal.RecordStream`.  Up to 1,000 records are fetched at once: where ``truncate_after``
-    drops some that were fetched and not yet given, they are given, and then
-    `trio_wal.LogDivergedError` is raised.
+    As `trio_wal.RecordStream`.  Up to 1,000 records are fetched at once: where
+    `WriteAheadLog.truncate_after` drops some that were fetched and not yet given, they are given,
+    and then `trio_wal.LogDivergedError` is raised.
     """
 
 

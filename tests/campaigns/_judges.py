@@ -248,6 +248,13 @@ def repair(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def commands(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Databases and logs on real files, read from outside and compared."""
+    from ._commands import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -357,5 +364,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "figures": figures,
     "archive": archive,
     "repair": repair,
+    "commands": commands,
 }
 """In the order in which they are asked."""

@@ -59,6 +59,7 @@ REPLICATION: Final = "replication"
 THREADS: Final = "threads"
 ARCHIVE: Final = "archive"
 REPAIR: Final = "repair"
+COMMANDS: Final = "commands"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 FIGURES: Final = "figures"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
@@ -1040,6 +1041,57 @@ MUTANTS: Final = (
         "a gap is passed over", "_restorable", ARCHIVE,
         "        if reached < lsn if lsn is not None else self._beyond(reached):\n",
         "        if False:\n",
+    ),
+    # -- reading from outside --
+    mutant(
+        "get: an absent key is no finding", "_cli/get", COMMANDS,
+        "        return ExitCode.FINDINGS\n",
+        "        return ExitCode.OK\n",
+    ),
+    mutant(
+        "scan: what is written in pieces is not cleared", "_cli/scan", COMMANDS,
+        "    pieces.clear()\n    return 0\n",
+        "    return 0\n",
+    ),
+    mutant(
+        "scan: backwards is forwards", "_cli/scan", COMMANDS,
+        "reader.stream(**bounds, reverse=reverse, limit=limit)",
+        "reader.stream(**bounds, reverse=False, limit=limit)",
+    ),
+    mutant(
+        "dump --state: the first record of a batch is kept as its end", "_cli/dump", COMMANDS,
+        "state.reached(Bookmark(passed[-1].lsn, records.bookmark.epoch))",
+        "state.reached(Bookmark(passed[0].lsn, records.bookmark.epoch))",
+    ),
+    mutant(
+        "dump --state: the file is not replaced", "_cli/dump", COMMANDS,
+        "        temporary.replace(self._path)\n",
+        "        temporary.exists()\n",
+    ),
+    mutant(
+        "a reader's backup goes on at an LSN that it has", "_copying", COMMANDS,
+        "            first_lsn=state.lsn + 1,\n",
+        "            first_lsn=state.lsn,\n",
+    ),
+    mutant(
+        "a reader's backup has the places of nobody", "_database_reader", COMMANDS,
+        "snapshot.stream(), state, meta, size\n",
+        "snapshot.stream(), type(state)(state.log_uuid, state.lsn), meta, size\n",
+    ),
+    mutant(
+        "sync_in the loop: readers are not told", "_worker", COMMANDS,
+        "        finally:\n            self._afterwards()\n            ended = perf_counter()\n",
+        "        finally:\n            ended = perf_counter()\n",
+    ),
+    mutant(
+        "nats: a server that does not sync is taken", "_natscheck", COMMANDS,
+        "    if not server.synced:\n",
+        "    if server.synced is None:\n",
+    ),
+    mutant(
+        "nats: a version too old is taken", "_natscheck", COMMANDS,
+        "    if server.version[:2] < VERSION_MIN:\n        return _too_old(who",
+        "    if not server.version:\n        return _too_old(who",
     ),
 )  # fmt: skip
 
