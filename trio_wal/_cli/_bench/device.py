@@ -7,6 +7,8 @@ it.  That a disk lies can only be suspected: the proof is a power cut.
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -51,20 +53,19 @@ class Suspicion:
     text: str
 
 
-def device_of(path: str, mounts: Path = MOUNTS, sys: Path = SYS) -> Device:
+def device_of(path: str, mounts: Path = MOUNTS, devices: Path = SYS) -> Device:
     """Of the file system on which a path is.
 
     Args:
-      mounts, sys: where the system keeps it.
+      mounts, devices: where the system keeps it.
 
     Raises:
       OSError: there is no such path.
     """
-    number = os.stat(path).st_dev
-    at = f"{os.major(number)}:{os.minor(number)}"
+    at = _numbers(os.stat(path).st_dev)
     filesystem, options, source = _mount(mounts, at)
     # Of btrfs and others the number is none of a block device; the mount's source may be.
-    block = _block(sys / at) or _block_named(sys, source)
+    block = _block(devices / at) or _block_named(devices, source)
     if block is None:
         return Device(filesystem=filesystem, options=options)
     rotational = _read(block / "queue" / "rotational")
@@ -108,14 +109,20 @@ def _block(place: Path) -> Path | None:
     return None
 
 
-def _block_named(sys: Path, source: str) -> Path | None:
-    if not source.startswith("/dev/"):
-        return None
-    try:
-        number = os.stat(source).st_rdev
-    except OSError:
-        return None
-    return _block(sys / f"{os.major(number)}:{os.minor(number)}")
+def _block_named(devices: Path, source: str) -> Path | None:
+    if sys.platform != "win32" and source.startswith("/dev/"):
+        with suppress(OSError):
+            return _block(devices / _numbers(os.stat(source).st_rdev))
+    return None
+
+
+def _numbers(device: int) -> str:
+    """Major and minor, as the system writes them; of Windows there are none."""
+    if sys.platform == "win32":
+        text = "none"
+    else:
+        text = f"{os.major(device)}:{os.minor(device)}"
+    return text
 
 
 def _read(path: Path) -> str | None:
