@@ -76,7 +76,7 @@ class Call(Generic[T]):
         """
         self._function = function
         self._arguments = arguments
-        self.future = future
+        self.future: asyncio.Future[None] = future
         """Of asyncio's thread only: done when `outcome` is there to be looked at."""
         self.line: Final = line
         self.last: Final = last
@@ -84,7 +84,7 @@ class Call(Generic[T]):
         """Written in trio's thread, once, before the answer is sent; read after it came."""
         self.hand: _Hand | None = None
         """Of trio's thread only: who makes the call."""
-        self.withdrawn = False
+        self.withdrawn: bool = False
         """Of trio's thread only: it is to be cancelled."""
 
     async def make(self) -> None:
@@ -150,7 +150,7 @@ class _Hand:
         self._portal = portal
         self._task: Task | None = None
         self.call: Call[Any] | None = None
-        self.scope = trio.CancelScope()
+        self.scope: trio.CancelScope = trio.CancelScope()
         """Around the call; a new one only after it was cancelled."""
 
     def give(self, call: Call[Any]) -> None:
