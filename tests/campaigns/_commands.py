@@ -92,6 +92,9 @@ async def _make(path: Path, rng: random.Random) -> tuple[State, int]:
                 await db.put(key, value)
                 state[key] = value
             if number == 2:
+                # So that there is one to be given, whatever a checkpoint has dropped.
+                await db.put(b"a", b"mail")
+                state[b"a"] = b"mail"
                 async with db.consumer("mail") as consumer:
                     commit = await consumer.__anext__()
                     await consumer.acknowledge(commit)
