@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -127,6 +128,40 @@ def test_an_error_that_cannot_be_told_keeps_its_exit_code(tmp_path: Path) -> Non
 
 
 # -- the last line of defence ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (trio_wal.LogLockedError("/log", 17), 3, "trio-wal: /log"),
+        (OSError(errno.EIO, "Input/output error", "file"), 3, "trio-wal: file: Input/output error"),
+    ],
+)
+def test_what_one_of_many_tasks_meets_is_told_as_if_it_were_alone(
+    cli: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    async def meet() -> None:
+        raise raised
+
+    async def main() -> None:
+        async with trio.open_nursery() as outer, trio.open_nursery() as inner:
+            inner.start_soon(meet)
+            outer.start_soon(trio.sleep_forever)
+
+    def run(_: list[str]) -> int:
+        trio.run(main)
+        return 0
+
+    monkeypatch.setattr(_cli, "_run", run)
+    assert cli("verify", "x") == code
+    assert cli.err.startswith(said)
+    assert cli.err.count("\n") == (1 if said else 0)
+    assert "Group" not in cli.err
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb\x1b"), AssertionError(), MemoryError()])

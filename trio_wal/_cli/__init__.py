@@ -38,6 +38,9 @@ from .scan import scan
 from .stats import stats
 from .verify import verify
 
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
 app = App(
     name="trio-wal",
     version=__version__,
@@ -111,7 +114,7 @@ def _occupy_closed_streams() -> None:
 def _run_and_explain(arguments: list[str]) -> int:
     """The exit code; whatever is raised is one line on standard error."""
     try:
-        return _run(arguments)
+        return _run_plainly(arguments)
     except KeyboardInterrupt:
         forget(sys.stdout)
         return ExitCode.INTERRUPTED
@@ -135,6 +138,18 @@ def _run_and_explain(arguments: list[str]) -> int:
     except Exception as exc:  # noqa: BLE001  (the last line of defence: code 1 would say "findings")
         complain(f"{type(exc).__name__}: {exc}")
         return ExitCode.FAILED
+
+
+def _run_plainly(arguments: list[str]) -> int:
+    """Without the groups that nurseries make of what comes out of their tasks: Ctrl-C may meet any
+    of them, and what one of many tasks met stands for all."""
+    try:
+        return _run(arguments)
+    except BaseExceptionGroup as group:
+        found: BaseException = group.subgroup(KeyboardInterrupt) or group
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        raise found from None
 
 
 def _run(arguments: list[str]) -> int:
