@@ -145,11 +145,15 @@ def _run_plainly(arguments: list[str]) -> int:
     of them, and what one of many tasks met stands for all."""
     try:
         return _run(arguments)
-    except BaseExceptionGroup as group:
-        found: BaseException = group.subgroup(KeyboardInterrupt) or group
-        while isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
-        raise found from None
+    except BaseExceptionGroup as exc:
+        raise _first(exc.subgroup(KeyboardInterrupt) or exc) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    found = group.exceptions[0]
+    if isinstance(found, BaseExceptionGroup):
+        return _first(cast("BaseExceptionGroup[BaseException]", found))
+    return found
 
 
 def _run(arguments: list[str]) -> int:
