@@ -14,7 +14,7 @@ from helpers import open_tasks
 from models import Model
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import Database, Snapshot, _layer, _memtable, _order, _readset
+from trio_wal import Database, Snapshot, _layer, _memtable, _mvcc, _order, _readset
 from trio_wal._base import Unreadable as _Unreadable
 from trio_wal.testing import MemoryFiles
 
@@ -41,6 +41,7 @@ async def _random_life(seed: int, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(_layer, "DELETIONS_NOTED", rng.choice((1, 3)))
     monkeypatch.setattr(_layer, "RUN_KEYS", rng.choice((3, 6, 4096)))
     monkeypatch.setattr(_layer, "RUN_KEYS_READ", rng.choice((2, 4, 256)))
+    monkeypatch.setattr(_mvcc, "MANY_BYTES", 0)
     monkeypatch.setattr(_order, "RUN_KEYS", rng.choice((3, 6)))
     monkeypatch.setattr(_order, "RUNS_MERGED", rng.choice((2, 3)))
     monkeypatch.setattr(_order, "STALE_MIN", rng.choice((0, 2, 64)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -15,9 +15,9 @@ from trio.testing import wait_all_tasks_blocked
 from trio_wal import LogFullError, TransactionConflict, _layer, _order
 from trio_wal._base import StoreState
 from trio_wal._checkpoint import Checkpointer
-from trio_wal._layer import Layer
+from trio_wal._layer import MANY_BYTES, Layer
 from trio_wal._mvcc import Pin, Versions
-from trio_wal._operations import Writes, decode_transaction
+from trio_wal._operations import Writes, decode_transaction, encode_transaction
 from trio_wal._readset import ReadSet
 from trio_wal._snapshot import new_snapshot
 from trio_wal._transaction import new_transaction
@@ -146,6 +146,10 @@ class ListLog:
         outcome = Outcome()
         self.waiting[task] = record, outcome
         return outcome
+
+    def append_in_turn(self, record: bytes, line: Any, enter: Callable[[], None]) -> Outcome:
+        enter()
+        return self.append(record, object())
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
         self.jobs.append(task)
@@ -507,6 +511,28 @@ def test_a_checkpoint_has_every_deletion_however_many_are_buried_while_it_is_wri
         found += itertools.islice(items, 1)
     found += items
     assert found == [(key, None) for key in sorted(keys)]
+
+
+def test_a_large_commit_is_known_by_its_bytes() -> None:
+    shortest: Writes = {bytes([number]): None for number in range(_order.RUN_KEYS_READ)}
+    assert len(encode_transaction(shortest)) >= MANY_BYTES
+
+
+@pytest.mark.parametrize("way", ["commit", "in turn", "replay"])
+def test_those_who_read_need_not_skip_the_keys_of_a_large_commit(home: Home, way: str) -> None:
+    writes: Writes = {b"%03d" % number: b"" for number in range(_order.RUN_KEYS_READ)}
+    home.commit("a", k=b"1")
+    home.log.sync()
+    versions, task = home.versions, cast("Any", "b")
+    layer = versions.view.active
+    order, _ = layer.level  # what somebody has who reads now
+    if way == "replay":
+        versions.replay(2, writes, len(encode_transaction(writes)))
+    else:
+        versions.by_turns = way == "in turn"
+        versions.commit(writes, task)
+    assert list(order.between(None, None, reverse=False)) == [b"k"]
+    assert list(layer.level[0].between(None, None, reverse=False)) == [*writes, b"k"]
 
 
 # -- room -----------------------------------------------------------------------------

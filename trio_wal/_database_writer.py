@@ -17,7 +17,7 @@ from ._lines import Lines
 from ._mvcc import Versions
 from ._operations import OPERATION_OVERHEAD, check_key, check_size
 from ._statistics import WriterStatistics
-from ._transaction import Transaction, new_transaction, run_transaction
+from ._transaction import Transaction, new_transaction_in, run_transaction
 from ._util import check_bytes
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DatabaseWriter(metaclass=NoPublicConstructor):
           RuntimeError: called from another run of trio than the database's.
         """
         self._check()
-        return new_transaction(self._versions, self._line)
+        return new_transaction_in(self._versions, self._line)
 
     @overload
     async def run(

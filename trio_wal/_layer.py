@@ -32,6 +32,9 @@ BURIED_TOGETHER: Final = 32
 """Deletions that are waited for: they cost less together, and scans step over them meanwhile."""
 BURIED_AT_ONCE: Final = 1024
 """Of a larger transaction the rest follows bit by bit: this takes 2 to 10 milliseconds."""
+MANY_BYTES: Final = 4 * RUN_KEYS_READ
+"""A commit with fewer bytes has fewer writes than `RUN_KEYS_READ`: the shortest write, the deletion
+of a key of one byte, takes four."""
 DELETIONS_NOTED: Final = 512
 """Deletions that are remembered, and forgotten, together."""
 
@@ -158,17 +161,25 @@ class Layer:
             self._level = self.keys.order, self._gaps.copy()
         return self._level
 
-    def add(self, writes: Writes, seq: int, settled_seq: int, keep_older: bool) -> bool:
-        """The versions of a commit; returns whether views must be made anew."""
+    def make_way(self, writes: Writes) -> bool:
+        """Those who read now need not skip the keys of a large commit; returns whether views must
+        be made anew."""
+        if len(writes) < RUN_KEYS_READ:
+            return False
+        self.keys.tidy()
+        self._level = None
+        return True
+
+    def add(self, writes: Writes, seq: int, settled_seq: int, keep_older: object) -> bool:
+        """The versions of a commit; returns whether views must be made anew.  Before one of
+        `MANY_BYTES` and more comes `make_way`.
+
+        Args:
+          keep_older: true where somebody reads, as a collection of those who do is.
+        """
         versions = self.versions
         self.last_seq = seq
         keys = self.keys
-        renew = False
-        if len(writes) >= RUN_KEYS_READ:
-            # Who reads now need not skip them all.
-            keys.tidy()
-            self._level = None
-            renew = True
         fresh = keys.fresh
         size = 0
         for key, value in writes.items():
@@ -203,7 +214,7 @@ class Layer:
             keys.tidy(RUN_KEYS_READ // 2)
             self._level = None
             return True
-        return renew
+        return False
 
     def settle(self, seq: int, oldest: int | None, below: Callable[[Layer], Below]) -> bool:
         """Commits up to ``seq`` are settled: nobody who begins to read now needs what they
@@ -416,9 +427,10 @@ class Layer:
         size = 0
         while before is not None:
             # As `Version.bytes`.
-            value = before[0].value
+            older = before[0]
+            value = older.value
             size += VERSION_OVERHEAD if value is None else VERSION_OVERHEAD + len(value)
-            before = before[0].before
+            before = older.before
         self.bytes -= size
 
     def changed_since(self, seq: int, start: bytes | None, stop: bytes | None) -> bytes | None:

@@ -25,7 +25,7 @@ from trio.lowlevel import Task, enable_ki_protection
 
 from ._base import Readable, StoreState
 from ._exceptions import LogFullError, TransactionConflict
-from ._layer import Layer, Version
+from ._layer import MANY_BYTES, Layer, Version
 from ._memtable import Memtable, View
 from ._operations import Writes, encode_placed_transaction, encode_transaction
 from ._places import CommitPlaces, Moves, Place
@@ -387,12 +387,15 @@ class Versions:
         self.last_seq = seq = self.last_seq + 1
         size = len(payload)
         self._pending[task] = (seq, writes, layer, size)
-        if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
+        if size >= MANY_BYTES and layer.make_way(writes):
+            self._renew()
+        if layer.add(writes, seq, self.settled_seq, self._pins):
             self._renew()
         layer.log_bytes += size
         if layer.log_bytes >= self._checkpoint_bytes:
             self.room.ask()
-        return self._append(payload, task)
+        append = self._append  # called as a method, it would be looked up twice
+        return append(payload, task)
 
     def commit_in_turn(
         self,
@@ -422,7 +425,9 @@ class Versions:
             if moves is not None:
                 self._moving[seq] = moves
             self._pending[task] = (seq, writes, layer, len(payload))
-            if layer.add(writes, seq, self.settled_seq, bool(self._pins)):
+            if len(payload) >= MANY_BYTES and layer.make_way(writes):
+                self._renew()
+            if layer.add(writes, seq, self.settled_seq, self._pins):
                 self._renew()
             layer.log_bytes += len(payload)
             if layer.log_bytes >= self._checkpoint_bytes:
@@ -558,6 +563,8 @@ class Versions:
         """
         seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
+        if log_bytes >= MANY_BYTES and layer.make_way(writes):
+            self._renew()
         if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
             self._renew()
         layer.last_lsn = lsn

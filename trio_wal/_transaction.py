@@ -16,7 +16,7 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._exceptions import KeyExistsError, TransactionConflict
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor
 from ._mvcc import Versions
 from ._operations import (
     KEY_BYTES_MAX,
@@ -56,12 +56,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     its first read and its end cannot conflict.  It belongs to the task that entered it.
     """
 
-    # Defaults on the class: most transactions never need most of these of their own.
-    _task: Task | None = None
-    _reads: ReadSet | None = None
-    """From the first read on."""
-    _bytes = 1
-    _ended = False
+    # Defaults on the class: few transactions need these of their own.
     _lsn: int | None = None
     _line: Any = None
     """The log's, through which it is committed; None: the log's own."""
@@ -70,11 +65,17 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     _guards: tuple[Callable[[], None], ...] = ()
     """Those raise where their consumers are no longer in use."""
 
-    def __init__(self, versions: Versions, line: Any = None) -> None:
+    def __init__(self, versions: Versions) -> None:
+        # What every transaction looks at: an instance's own attributes are the cheapest to read.
         self._versions = versions
+        self._task: Task | None = None
+        self._reads: ReadSet | None = None
+        """From the first read on."""
         self._writes: Writes = {}
-        if line is not None:
-            self._line = line
+        self._bytes = 1
+        self._ended = False
+        self._plain = True
+        """Nothing was read, no consumer moved, and it has no line of its own."""
 
     # -- the block --
 
@@ -103,7 +104,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
             return
         if exc_type is not None:
             self._end()
-        elif self._reads is None and self._writes and self._line is None and self._moves is None:
+        elif self._plain and self._writes:
             # As `commit`, which has nothing to validate here.
             task = current_task()
             if self._task is not task:
@@ -131,6 +132,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     def _begin_reading(self) -> ReadSet:
         reads = self._reads
         if reads is None:
+            self._plain = False
             reads = self._reads = ReadSet(self._versions, self._task)
         return reads
 
@@ -417,7 +419,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         before = -1 if self._moves is None else len(encode_moves(self._moves))
         size = self._bytes + len(encode_moves(moves)) - before
         check_size(size, self._versions.max_transaction_bytes)
-        self._bytes, self._moves = size, moves
+        self._bytes, self._moves, self._plain = size, moves, False
 
     @enable_ki_protection
     def abort(self) -> None:
@@ -436,7 +438,21 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
 
 acknowledge_in = Transaction._acknowledge
 
-new_transaction = constructor(Transaction)
+_new = object.__new__
+
+
+def new_transaction(versions: Versions) -> Transaction:
+    # As `constructor` would, without the detour through the metaclass: every block begins here.
+    tx = _new(Transaction)
+    Transaction.__init__(tx, versions)
+    return tx
+
+
+def new_transaction_in(versions: Versions, line: Any) -> Transaction:
+    """One that is committed through a line of the log's."""
+    tx = new_transaction(versions)
+    tx._line, tx._plain = line, False
+    return tx
 
 
 async def run_transaction(

@@ -101,7 +101,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             task = current_task()
         except RuntimeError:
             raise no_trio("log.append") from None
-        return await self._append(data, task)
+        append = self._append  # called as a method, it would be looked up twice
+        return await append(data, task)
 
     def _check_size(self, size: int) -> None:
         self._check_not_owned()
