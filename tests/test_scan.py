@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from logs import LOG, append, make_log, open_log, segments
 
-from trio_wal._disk import scan as _scan
+from trio_wal._disk import scan as _scan, window as _window
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
@@ -179,7 +179,7 @@ def test_a_walk_reads_little_at_first_and_then_more() -> None:
     # Who follows a log's end begins a walk for each batch; most of what it asks for is zeros.
     data = DATA
     assert len(list(FrameScanner(read, HEADER, start_of(HEADER)))) > 1
-    assert set(asked) == {_scan.FIRST_WINDOW}
+    assert set(asked) == {_window.FIRST_WINDOW}
     asked.clear()
     files = make_log(
         *([bytes(100_000)] for _ in range(40)), close=False, segment_size=16 * 1024 * 1024
@@ -187,7 +187,7 @@ def test_a_walk_reads_little_at_first_and_then_more() -> None:
     data = files.read_file(LOG, segments(files)[-1])
     walk = FrameScanner(read, decode_segment_header(data), start_of(decode_segment_header(data)))
     assert len(list(walk)) > 20
-    assert asked[0] == _scan.FIRST_WINDOW
+    assert asked[0] == _window.FIRST_WINDOW
     assert max(asked) == _scan.WINDOW
     assert len(asked) < 12
 
@@ -243,7 +243,10 @@ def skim(data: bytes) -> FrameScanner:
 
 
 @pytest.mark.parametrize("records", [LONG, [b""] * 90_000, [b"", *LONG] * 3])
-def test_of_a_long_body_a_skim_gives_the_table_that_is_checked(records: list[bytes]) -> None:
+def test_of_a_long_body_a_skim_gives_the_table_that_is_checked(
+    records: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_scan, "SKIM_WINDOW", 128 * 1024)
     data = long_segment(records)
     (frame, body), _close = list(skim(data))
     assert frame.stored_length > 2 * _scan.SKIM_WINDOW
@@ -258,7 +261,10 @@ def test_of_a_long_body_a_skim_gives_the_table_that_is_checked(records: list[byt
 
 @pytest.mark.parametrize("place", [64, 80, 131_136, 262_208, 350_080, 350_081, 350_082, 350_207])
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_skim_judges_a_long_body_as_a_whole_scan_does(place: int, cut: bool) -> None:
+def test_a_skim_judges_a_long_body_as_a_whole_scan_does(
+    place: int, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_scan, "SKIM_WINDOW", 128 * 1024)
     data = long_segment(LONG, [b"behind"])
     (first, _), *_ = skim(data)
     assert (first.offset, first.stored_length, first.end) == (DATA_OFFSET, 350_017, 354_304)

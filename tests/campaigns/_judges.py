@@ -227,6 +227,13 @@ def figures(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def plain(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Segments walked over by the flat loop and by the scanner."""
+    from .plain import found_in
+
+    return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
+
+
 def archive(seed: int, seconds: float, only: str = "") -> Judgement:
     """Logs that are archived, cut and crashed, and what is restored of them."""
     from .archive import found_in
@@ -355,6 +362,7 @@ JUDGES: Final[dict[str, Judge]] = {
     "bitrot": bitrot,
     "readers": readers,
     "hostile": hostile,
+    "plain": plain,
     "bombs": bombs,
     "store": store,
     "pages": pages,

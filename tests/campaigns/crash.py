@@ -21,6 +21,7 @@ SHARES = {
     "schedules": 2,
     "bitrot": 1,
     "hostile": 1,
+    "plain": 1,
     "store": 1,
     "errors": 1,
     "leaks": 1,

@@ -58,6 +58,7 @@ LEAKS: Final = "leaks"
 REPLICATION: Final = "replication"
 THREADS: Final = "threads"
 ARCHIVE: Final = "archive"
+PLAIN: Final = "plain"
 REPAIR: Final = "repair"
 COMMANDS: Final = "commands"
 LINES, LINES_DB = "lines", "simulator:lines-database"
@@ -486,6 +487,124 @@ MUTANTS: Final = (
         "the checksum of a body is not looked at", "_disk/scan", BITROT,
         "                if crc != frame.body_crc:", "                if False:",
     ),
+    # -- the flat loop --
+    mutant(
+        "the flat loop does not look at the magic", "_disk/plain", PLAIN,
+        "        if magic != FRAME_MAGIC or form", "        if form",
+    ),
+    mutant(
+        "the flat loop does not check the checksum of a header", "_disk/plain", PLAIN,
+        "        if extend_crc32c(seed, fields) != crc:", "        if False:",
+    ),
+    mutant(
+        "the flat loop does not know flags", "_disk/plain", PLAIN,
+        "form != _PLAIN or", "form & 0xFFFF != _PLAIN or",
+    ),
+    mutant(
+        "the flat loop takes a frame from elsewhere", "_disk/plain", PLAIN,
+        " or at != offset or ", " or ",
+    ),
+    mutant(
+        "the flat loop takes any LSN", "_disk/plain", PLAIN,
+        " or first != due:", ":",
+    ),
+    mutant(
+        "the flat loop does not follow the chain", "_disk/plain", PLAIN,
+        "        if follows != previous or not", "        if not",
+    ),
+    mutant(
+        "the flat loop takes a frame that calls itself durable", "_disk/plain", PLAIN,
+        "not proven <= durable < due:", "not proven <= durable:",
+    ),
+    mutant(
+        "the flat loop forgets what was called durable", "_disk/plain", PLAIN,
+        "not proven <= durable < due:", "not durable < due:",
+    ),
+    mutant(
+        "the flat loop does not tell of a clock that was put back", "_disk/plain", PLAIN,
+        "        if not time_us <= now_us <= TIME_US_MAX:", "        if not now_us <= TIME_US_MAX:",
+    ),
+    mutant(
+        "the flat loop takes a time that no calendar has", "_disk/plain", PLAIN,
+        "        if not time_us <= now_us <= TIME_US_MAX:", "        if not time_us <= now_us:",
+    ),
+    mutant(
+        "the flat loop takes two lengths", "_disk/plain", PLAIN,
+        "        if raw != stored or stored", "        if stored",
+    ),
+    mutant(
+        "the flat loop takes a body of any length", "_disk/plain", PLAIN,
+        " or stored > FRAME_BODY_MAX or ", " or ",
+    ),
+    mutant(
+        "the flat loop takes a frame of no records", "_disk/plain", PLAIN,
+        "not 0 < count <=", "not 0 <= count <=",
+    ),
+    mutant(
+        "the flat loop takes any number of records", "_disk/plain", PLAIN,
+        "not 0 < count <= BATCH_RECORDS_MAX", "not 0 < count",
+    ),
+    mutant(
+        "the flat loop reads a frame at once, however large", "_disk/plain", PLAIN,
+        "        if size > WINDOW or 4 * count", "        if 4 * count",
+    ),
+    mutant(
+        "the flat loop reads a table beyond its body", "_disk/plain", PLAIN,
+        "        if size > WINDOW or 4 * count > stored:", "        if size > WINDOW:",
+    ),
+    mutant(
+        "the flat loop does not add up a table", "_disk/plain", PLAIN,
+        "            if 4 * count + sum(lengths) != stored:", "            if False:",
+    ),
+    mutant(
+        "the flat loop does not check the checksum of a body", "_disk/plain", PLAIN,
+        "        if extend_crc32c(0, data[start:end]) != crc:", "        if False:",
+    ),
+    mutant(
+        "the flat loop does not look at padding", "_disk/plain", PLAIN,
+        "        return window.data.startswith(padding, end)", "        return True",
+    ),
+    mutant(
+        "the flat loop reads a header beyond the window", "_disk/plain", PLAIN,
+        "        if len(window.data) - start < FRAME_HEADER_SIZE:",
+        "        if len(window.data) < start:",
+    ),
+    mutant(
+        "the flat loop goes on behind its end", "_disk/plain", PLAIN,
+        "    while due < stop_lsn:", "    while True:",
+    ),
+    mutant(
+        "the flat loop has a frame vouch for itself", "_disk/plain", PLAIN,
+        "unproven[0][0] <= durable + 1:", "unproven and unproven[0][0] <= durable + 2:",
+    ),
+    mutant(
+        "the flat loop has no frame vouch for the one before it", "_disk/plain", PLAIN,
+        "            while unproven[0][0] <= durable + 1:",
+        "            while unproven[0][0] <= durable:",
+    ),
+    mutant(
+        "the flat loop has each frame in the index", "_disk/plain", PLAIN,
+        "                index_at = offset + tally.step\n", "",
+    ),
+    mutant(
+        "the flat loop counts no frames", "_disk/plain", PLAIN,
+        "            frames += 1\n", "",
+    ),
+    mutant(
+        "the flat loop takes the end of all frames for that of the records", "_disk/plain", PLAIN,
+        "tally.frames, tally.data_end.fields, tally.unproven",
+        "tally.frames, place, tally.unproven",
+    ),
+    mutant(
+        "lengths that are equal but for a rest", "_disk/frame", PLAIN,
+        '    return b"" if rest or each < 0 else struct.pack("<I", each) * count',
+        '    return b"" if each < 0 else struct.pack("<I", each) * count',
+    ),
+    mutant(
+        "a window keeps where the one before it began", "_disk/window", PLAIN,
+        "            self.offset = offset\n", "",
+    ),
+    # -- damage --
     mutant(
         "the checksum of a frame's header leaves its lengths out", "_disk/frame", BITROT,
         "FRAME_MAGIC + crc32c(fields, seed)", "FRAME_MAGIC + crc32c(fields[:24], seed)",

@@ -124,12 +124,13 @@ if google_crc32c.implementation != "c":
         stacklevel=2,
     )
 
-_extend = cast("Callable[[int, bytes], int]", google_crc32c.extend)  # pyright: ignore[reportUnknownMemberType]
+extend_crc32c: Final = cast("Callable[[int, bytes], int]", google_crc32c.extend)  # pyright: ignore[reportUnknownMemberType]
+"""``extend_crc32c(start, data)``: as `crc32c`, for a loop in which one more call counts."""
 
 
 def crc32c(data: bytes, start: int = 0) -> int:
     """CRC-32C of ``data``, going on from ``start``."""
-    return _extend(start, data)
+    return extend_crc32c(start, data)
 
 
 def to_datetime(time_us: int) -> datetime:
@@ -441,6 +442,23 @@ def check_table(body: bytes, count: int, length: int) -> Iterable[tuple[int, ...
     if total != length:
         raise FrameError(f"the lengths add up to {total} bytes, the body has {length}")
     return slices
+
+
+def equal_table(count: int, length: int) -> bytes:
+    """The table of a body of ``length`` bytes whose records all have one length; b"" where there
+    is none."""
+    each, rest = divmod(length - 4 * count, count)
+    return b"" if rest or each < 0 else struct.pack("<I", each) * count
+
+
+def has_equal_table(body: bytes, count: int, length: int) -> bool:
+    """Whether a body of ``length`` bytes begins with such a table, which need not be added up."""
+    each, rest = divmod(length - 4 * count, max(1, count))
+    if rest or each < 0:
+        return False
+    piece = struct.pack("<I", each) * min(count, _TABLE_SLICE)
+    places = range(0, 4 * count, 4 * _TABLE_SLICE)
+    return all(body.startswith(piece[: 4 * count - at], at) for at in places)
 
 
 def _table_slices(body: bytes, count: int) -> Iterator[tuple[int, ...]]:

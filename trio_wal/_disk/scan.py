@@ -35,21 +35,18 @@ from .frame import (
     decode_frame_header,
     decode_pointer,
     frame_size,
+    has_equal_table,
 )
+from .window import Read, Window
 
-Read = Callable[[int, int], bytes]
-"""``read(length, offset)``; shorter only at the end of the file."""
 NextData = Callable[[int], int]
 """``next_data(offset)``: as `File.next_data`."""
 
 WINDOW: Final = 1 * MiB
-FIRST_WINDOW: Final = 16 * KiB
-"""A walk begins with so little, and takes four times as much each time, up to `WINDOW`: who follows
-a log's end begins a walk for each batch, and a mebibyte of zeros takes a millisecond."""
-SKIM_WINDOW: Final = 128 * KiB
+SKIM_WINDOW: Final = 512 * KiB
 """Where nothing is kept: so little stays in the processor's cache, and in memory that an
 allocator does not give back and take anew."""
-_ZEROS: Final = bytes(WINDOW + FRAME_HEADER_SIZE)
+_ZEROS: Final = bytes(SKIM_WINDOW)
 
 
 @attrs.frozen
@@ -61,6 +58,10 @@ class Position:
     previous: int
     durable_lsn: int = 0
     time_us: int = 0
+
+    @property
+    def fields(self) -> tuple[int, int, int, int, int]:
+        return self.offset, self.next_lsn, self.previous, self.durable_lsn, self.time_us
 
 
 def start_of(header: SegmentHeader) -> Position:
@@ -92,25 +93,15 @@ class FrameScanner:
         skim: bool = False,
     ) -> None:
         self._read = read
-        self._seed = segment.seed
         self._chained = chained
-        self._bodies = bodies
         self._skim = skim
-        self._window_size = FIRST_WINDOW
-        self._window_max = SKIM_WINDOW if skim else WINDOW
-        self._window = b""
-        self._window_offset = 0
-        self.position = position
-        self.reason = ""
-
-    def _bytes(self, length: int, offset: int) -> bytes:
-        start = offset - self._window_offset
-        if start < 0 or start + length > len(self._window):
-            self._window = self._read(max(length, self._window_size), offset)
-            self._window_size = min(4 * self._window_size, self._window_max)
-            self._window_offset = offset
-            start = 0
-        return self._window[start : start + length]
+        self.seed: Final = segment.seed
+        """Where the checksums of the frames start."""
+        self.bodies: Final = bodies
+        """Whether these are looked at."""
+        self.window: Final = Window(read, SKIM_WINDOW if skim else WINDOW)
+        self.position: Position = position
+        self.reason: str = ""
 
     def _long_body(self, frame: FrameHeader) -> tuple[bytes, int, int, bytes]:
         """The table of a body, then length and checksum of all of it, and the padding."""
@@ -132,14 +123,14 @@ class FrameScanner:
         """A body that is read as it is, without a copy, and not kept; and the padding."""
         start = frame.offset + FRAME_HEADER_SIZE
         end = start + frame.stored_length
-        self._window = b""
+        self.window.drop()
         return self._read(frame.stored_length, start), self._read(frame.end - end, end)
 
     def __iter__(self) -> Iterator[tuple[FrameHeader, bytes]]:
         while True:
             here = self.position
-            head = self._bytes(FRAME_HEADER_SIZE, here.offset)
-            frame = decode_frame_header(head, here.offset, self._seed)
+            head = self.window.bytes(FRAME_HEADER_SIZE, here.offset)
+            frame = decode_frame_header(head, here.offset, self.seed)
             if frame is None:
                 self.reason = "" if head.count(0) == len(head) else "no valid frame header"
                 return
@@ -150,7 +141,7 @@ class FrameScanner:
                 self.reason = "the frame does not follow the one before it"
                 return
             body = b""
-            if self._bodies:
+            if self.bodies:
                 long = self._skim and frame.stored_length > SKIM_WINDOW
                 if long and frame.kind is Kind.DATA and frame.codec is Codec.NONE:
                     body, length, crc, padding = self._long_body(frame)
@@ -158,7 +149,7 @@ class FrameScanner:
                     body, padding = self._large_body(frame)
                     length, crc = len(body), crc32c(body)
                 else:
-                    whole = self._bytes(frame_size(frame.stored_length), here.offset)
+                    whole = self.window.bytes(frame_size(frame.stored_length), here.offset)
                     end = FRAME_HEADER_SIZE + frame.stored_length
                     body, padding = whole[FRAME_HEADER_SIZE:end], whole[end:]
                     length, crc = len(body), crc32c(body)
@@ -192,7 +183,8 @@ def check_body(frame: FrameHeader, body: bytes) -> None:
     elif frame.codec is Codec.NONE:
         if frame.raw_length != frame.stored_length:
             raise FrameError("an uncompressed frame declares two lengths")
-        check_table(body, frame.count, frame.raw_length)
+        if not has_equal_table(body, frame.count, frame.raw_length):
+            check_table(body, frame.count, frame.raw_length)
     else:
         raw = _codec.decompress(body, frame.raw_length)
         check_table(raw, frame.count, frame.raw_length)
@@ -264,6 +256,12 @@ def stretches(start: int, size: int, next_data: NextData) -> Iterator[int]:
         offset += WINDOW
 
 
+def _pieces(start: int, size: int, next_data: NextData) -> Iterator[int]:
+    """The same in pieces that stay in the processor's cache."""
+    for offset in stretches(start, size, next_data):
+        yield from range(offset, min(offset + WINDOW, size), SKIM_WINDOW)
+
+
 def examine_tail(
     read: Read,
     size: int,
@@ -283,11 +281,13 @@ def examine_tail(
     end = position.offset
     covering: FrameHeader | None = None
     durable_lsn = 0
-    for offset in stretches(position.offset, size, next_data):
-        window = read(WINDOW + FRAME_HEADER_SIZE - 1, offset)
-        if window == _ZEROS[: len(window)]:
+    for offset in _pieces(position.offset, size, next_data):
+        window = read(SKIM_WINDOW, offset)
+        if _ZEROS.startswith(window):
+            # Nothing begins here.
             continue
         end = max(end, offset + len(window.rstrip(b"\0")))
+        window += read(FRAME_HEADER_SIZE - 1, offset + len(window))
         at = window.find(FRAME_MAGIC)
         while at >= 0:
             head = window[at : at + FRAME_HEADER_SIZE]

@@ -20,8 +20,7 @@ frames of the last segment end, the log ends, unless there is proof of loss:
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Protocol
+from typing import Final, Protocol
 
 import attrs
 
@@ -34,6 +33,7 @@ from .frame import (
     BLOCK,
     FRAME_HEADER_SIZE,
     FRAME_MAGIC,
+    LSN_MAX,
     POINTER_OFFSET,
     FrameError,
     FrameHeader,
@@ -45,6 +45,7 @@ from .frame import (
     index_step,
     segment_name,
 )
+from .plain import Tally, follow_plain
 from .scan import WINDOW, FrameScanner, Position
 from .segment import Extent
 
@@ -179,13 +180,9 @@ class Walk:
         self.start: Position = begin.end
         self.end: Position = begin.end
         """After the last frame that was taken."""
-        self.data_end: Position = data_end or begin.end
-        """Behind the last frame with records: only CLOSE frames may stand between it and `end`."""
-        self.frames: int = begin.frames
-        """Whole data frames, those before the start included."""
-        self.records: int = 0
-        """Records of whole frames that were met."""
-        self.index: list[tuple[int, int]] = list(begin.index)
+        step = index_step(segment.size)
+        self.tally: Final = Tally(data_end or begin.end, begin.frames, list(begin.index), step)
+        """Those before the start included."""
         self.reason: str = ""
         """Why the last stretch of frames ended."""
         self.last_kind: Kind | None = None
@@ -197,10 +194,21 @@ class Walk:
         """Bytes of it: a CLOSE frame that a crash tore is no batch."""
         self.closed: bool = False
         """Whether the log ends with the mark of an orderly close."""
-        self._unproven: deque[tuple[Position, int]] = deque()
-        """For each frame not proven durable: where the frame with records before it ended, and
-        how many frames were before.  CLOSE frames between the two are passed over: nothing
-        proves that they are on the disk, and nothing may be chained to them."""
+
+    @property
+    def frames(self) -> int:
+        """Whole data frames, those before the start included."""
+        return self.tally.frames
+
+    @property
+    def records(self) -> int:
+        """Records of whole frames that were met."""
+        return self.tally.records
+
+    @property
+    def data_end(self) -> Position:
+        """Behind the last frame with records: only CLOSE frames may stand between it and `end`."""
+        return self.tally.data_end
 
     @property
     def length(self) -> int:
@@ -218,39 +226,37 @@ class Walk:
 
     def unproven(self) -> Extent | None:
         """The segment up to the first frame that no later one proves durable; None: all are."""
-        return self._up_to(*self._unproven[0]) if self._unproven else None
+        if not self.tally.unproven:
+            return None
+        # CLOSE frames before it are left out: nothing proves that they are on the disk, and nothing
+        # may be chained to them.
+        _, frames, data_end = self.tally.unproven[0]
+        return self._up_to(Position(*data_end), frames)
 
     def _up_to(self, end: Position, frames: int) -> Extent:
-        index = tuple(entry for entry in self.index if entry[1] < end.offset)
+        index = tuple(entry for entry in self.tally.index if entry[1] < end.offset)
         return Extent(self._segment.header, self._segment.size, end, frames, index)
 
     def follow(self, until: SegmentHeader | FrameHeader | None) -> bool:
         """Take valid frames: up to the segment, or the SEAL or CLOSE frame, ``until``; else to
         a SEAL, or as far as they go.  Returns whether it has come to ``until``."""
-        here = self.end
+        here, tally = self.end, self.tally
         scanner = FrameScanner(self._file.pread, self._segment.header, here, skim=True)
-        step = index_step(self._segment.size)
-        unproven, index = self._unproven, self.index
+        stop_lsn = LSN_MAX + 1 if until is None else until.first_lsn
         frames = iter(scanner)
         while until is None or not joins(here, until):
+            if follow_plain(scanner, tally, stop_lsn):
+                here = self.end = scanner.position
+                self.last_kind = Kind.DATA
+                continue
             frame_body = next(frames, None)
             if frame_body is None:
                 break
             frame, body = frame_body
             if self._take(frame, body, here) and frame.kind is Kind.DATA:
-                if not index or frame.offset - index[-1][1] >= step:
-                    index.append((frame.first_lsn, frame.offset))
-                unproven.append((self.data_end, self.frames))
-                self.records += frame.count
-                self.frames += 1
-                self.data_end = scanner.position
+                tally.take(frame.first_lsn, frame.count, frame.offset, scanner.position)
             here = self.end = scanner.position
-            while unproven:
-                # A frame's last LSN is one below the first of what follows it.
-                following = unproven[1][0] if len(unproven) > 1 else here
-                if following.next_lsn - 1 > frame.durable_lsn:
-                    break
-                unproven.popleft()
+            tally.prove(frame.durable_lsn)
             self.last_kind = frame.kind
             if frame.kind is Kind.SEAL:
                 break
@@ -347,13 +353,13 @@ class Walk:
             # Its header is good, so where it ends is known.
             if reason.startswith("padding"):
                 self._find(frame.offset, reason)
-                self.frames += 1
-                self.records += frame.count
+                self.tally.frames += 1
+                self.tally.records += frame.count
             else:
                 self._find(frame.offset, reason, frame.first_lsn, frame.next_lsn)
             self.end = Position(frame.end, frame.next_lsn, frame.crc, time_us=time_us)
             if frame.kind is Kind.DATA:
-                self.data_end = self.end
+                self.tally.data_end = self.end
         else:
             self._find(end.offset, reason, end.next_lsn, frame.first_lsn)
             self.end = Position(frame.offset, frame.first_lsn, frame.previous, time_us=time_us)
