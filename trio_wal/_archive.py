@@ -20,6 +20,7 @@ from uuid import UUID
 import attrs
 
 from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
+from ._exports import publish
 from ._files import Directory, Files, close_quietly
 from ._identity import History, Parting
 from ._system.files import OsFiles
@@ -331,3 +332,6 @@ def put_identity(archive: Archive, log: UUID) -> None:
     except FileExistsError:
         # Another was faster, or writes it in other words.
         read_identity(archive).check(archive, log)
+
+
+publish(Archive, DirectoryArchive)

@@ -14,7 +14,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._consumers import Session
 from ._engine import Record
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._stream import RecordStream
 
@@ -93,3 +93,6 @@ class Consumer(
 
 
 new_consumer = constructor(Consumer)
+
+
+publish(Consumer)

@@ -15,7 +15,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from ._changes import Commit, CommitStream, new_commit_stream
 from ._consumers import Session
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._log import Log
 from ._mvcc import Versions
@@ -179,3 +179,6 @@ class DatabaseConsumer(
 
 
 new_database_consumer = constructor(DatabaseConsumer)
+
+
+publish(DatabaseConsumer)

@@ -20,7 +20,7 @@ from ._copying import copy_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Directory, Files
 from ._follower import Follower
 from ._health import Health, closed, judge, not_following
@@ -380,3 +380,6 @@ def open_database_reader(
     return _OpenDatabaseReader(
         used.absolute(check_path(path)), check_bool("trust_directory", trust_directory), used
     )
+
+
+publish(DatabaseReader, open_database_reader)

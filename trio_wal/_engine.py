@@ -42,6 +42,7 @@ import attrs
 import msgspec
 
 from ._exceptions import CorruptLogError
+from ._exports import publish
 from ._identity import History, epoch_of
 from ._places import Place
 from ._statistics import EngineStatistics
@@ -411,3 +412,6 @@ class Engine(Protocol):
     def statistics(self) -> EngineStatistics:
         """Cheap; no checkpoint."""
         ...
+
+
+publish(Record, RecoveryReport)

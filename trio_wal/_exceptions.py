@@ -13,6 +13,7 @@ from typing import Literal
 
 import trio
 
+from ._exports import publish
 from ._identity import Bookmark
 from ._text import printable
 
@@ -547,3 +548,25 @@ class TableDecodeError(WalError, ValueError):
 
     def __str__(self) -> str:
         return printable(f"table {self.table!r}, key {self.key!r}: {self.reason}")
+
+
+publish(
+    CorruptLogError,
+    KeyExistsError,
+    LogDivergedError,
+    LogFailedError,
+    LogFencedError,
+    LogFullError,
+    LogLockedError,
+    LogUnavailableError,
+    LsnTruncatedError,
+    RecordTooLargeError,
+    RestoreGapError,
+    TableDecodeError,
+    TransactionConflict,
+    UnsupportedFormatError,
+    UnsupportedOperationError,
+    UntrustedDirectoryError,
+    WalError,
+    WrongDirectoryError,
+)

@@ -12,6 +12,7 @@ from typing import Final, Literal, final
 
 import attrs
 
+from ._exports import publish
 from ._statistics import WalStatistics
 
 CROWDED: Final = 0.9
@@ -199,3 +200,6 @@ def behind(transactions: int, seconds: float) -> HealthReason | None:
         return None
     text = f"the log has had {transactions} more transactions for {seconds:.0f} seconds"
     return HealthReason("behind", text)
+
+
+publish(Health, HealthReason)

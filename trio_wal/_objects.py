@@ -18,6 +18,7 @@ from typing import Any, Final, final
 
 from ._archive import CHUNK_BYTES, is_same, taken
 from ._exceptions import CorruptLogError, WrongDirectoryError
+from ._exports import publish
 from ._util import MiB
 
 PART_BYTES: Final = 64 * MiB
@@ -195,3 +196,6 @@ def _first_part(content: Iterable[bytes]) -> tuple[bytes, Iterator[bytes] | None
 def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield first
     yield from rest
+
+
+publish(ObjectArchive)

@@ -14,7 +14,7 @@ from typing import Final, NoReturn, final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._park import require_trio
 
 TURN_SECONDS: Final = 0.0005
@@ -99,3 +99,6 @@ class PairStream(
 
 
 new_pair_stream = constructor(PairStream)
+
+
+publish(PairStream)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 
 import attrs
 
+from ._exports import publish
 from ._util import check_int, check_seconds
 
 
@@ -150,3 +151,6 @@ class _Either(Retention):
 def _earliest(policies: Sequence[Retention], sealed: Sequence[Sealed]) -> int | None:
     times = [policy.next_change_us(sealed) for policy in policies]
     return min((time for time in times if time is not None), default=None)
+
+
+publish(KeepAll, KeepBytes, KeepFor, KeepSegments, Retention)

@@ -13,7 +13,7 @@ from typing import TypeVar, final, overload
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._mvcc import Pin, Versions
 from ._operations import check_key, check_range
@@ -175,3 +175,6 @@ def stream_once(
         return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
 
     return new_pair_stream(scan, snapshot.close)
+
+
+publish(Snapshot)

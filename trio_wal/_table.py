@@ -25,6 +25,7 @@ from typing import (
 import msgspec
 
 from ._exceptions import TableDecodeError
+from ._exports import publish
 from ._operations import KEY_BYTES_MAX, Operation, check_range
 from ._transaction import Transaction
 from ._tuple import KeyCodec, KeyFormatError, after, encode_text
@@ -358,3 +359,6 @@ class Table(Generic[K, V]):
 def _short(key: object) -> str:
     text = repr(key)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+publish(Readable, Table)

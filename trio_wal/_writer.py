@@ -20,7 +20,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 from ._admission import Line
 from ._engine import RECORD_OVERHEAD, Engine
 from ._exceptions import RecordTooLargeError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._log import Log
 from ._statistics import WriterStatistics
 from ._util import check_bytes, check_int_or_inf, check_one_of
@@ -262,3 +262,6 @@ class OpenWriter(AbstractAsyncContextManager[W], Generic[W]):
         assert self._line is not None
         self._log.lines.close(self._line)
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+publish(Writer)

@@ -22,6 +22,7 @@ import attrs
 import msgspec
 from cyclopts import Parameter
 
+from trio_wal._caslog import RemoteLog
 from trio_wal._changes import decode_record, operations_in
 from trio_wal._disk.chain import read_meta
 from trio_wal._disk.frame import FEATURE_DATABASE
@@ -29,7 +30,6 @@ from trio_wal._engine import Record
 from trio_wal._exceptions import CorruptLogError, LogDivergedError
 from trio_wal._identity import Bookmark
 from trio_wal._reader import LogReader, open_reader
-from trio_wal._replicated import RemoteLog
 from trio_wal._stream import RecordStream
 from trio_wal._text import plain_json
 from trio_wal._util import KiB, MiB
