@@ -258,7 +258,7 @@ def test_a_loss_is_in_the_table_with_the_place_of_the_log(
     # Whatever was written behind it is under another LSN than was said.
     assert re.match(r"FAIL: [1-9][\d,]+ acknowledged, 1 lost, [1-9][\d,]+ out of order\n", cli.out)
     (left,) = temporary.iterdir()
-    assert cli.out.endswith(f"\nthe log is left in {left}\n")
+    assert cli.out.endswith(f"\neverything is left in {left}\n")
 
 
 def test_damage_that_loses_nothing_is_noticed_too(
@@ -483,8 +483,8 @@ def test_wrong_arguments_are_errors(cli: CommandLine, tmp_path: Path, temporary:
         ((empty,), "the files have no lines"),
         (("--tasks", 0, empty), "--tasks must be from 1 to 100000, not 0"),
         (("--kills", -1, empty), "--kills"),
-        (("--dir", tmp_path, __file__), f"--dir {tmp_path} is there and not an empty directory"),
-        (("--dir", empty, __file__), f"--dir {empty} is there and not an empty directory"),
+        (("--dir", tmp_path, __file__), f"--dir {tmp_path} exists and is not an empty directory"),
+        (("--dir", empty, __file__), f"--dir {empty} exists and is not an empty directory"),
     ):
         assert cli("demo", *arguments) == 2
         assert cli.out == ""

@@ -25,9 +25,9 @@ class Consumer(
 ):
     """A named, durable place in a log; what `WriteAheadLog.consumer` gives.
 
-    Iterating gives every durable record from behind that place on, and then waits for new ones,
-    as `WriteAheadLog.follow` does and with the same errors.  At least once: what was not
-    acknowledged is given again to whoever enters it next.
+    Iterating gives every durable record after that place, and then waits for new ones, as
+    `WriteAheadLog.follow` does and with the same errors.  At least once: what was not
+    acknowledged is given again the next time it is entered.
     """
 
     def __init__(self, session: Session) -> None:

@@ -75,9 +75,9 @@ class DatabaseConsumer(
 ):
     """A named, durable place in a database's commits; what `Database.consumer` gives.
 
-    Iterating gives every durable commit from behind that place on, and then waits for new ones,
-    as `Database.changes` does and with the same errors.  What was not acknowledged is given
-    again to whoever enters it next: at least once, or, with `acknowledge_in`, just once.
+    Iterating gives every durable commit after that place, and then waits for new ones, as
+    `Database.changes` does and with the same errors.  What was not acknowledged is given again
+    the next time it is entered: at least once, or, with `acknowledge_in`, exactly once.
     """
 
     def __init__(self, session: Session, versions: Versions, path: str) -> None:

@@ -33,8 +33,8 @@ T = TypeVar("T")
 class DatabaseWriter(metaclass=NoPublicConstructor):
     """A named share of a database's queue; see `Database.writer`.
 
-    Its methods are those of `Database`, with the same promises; its commits wait in a line of
-    their own.
+    Its methods are those of `Database`, with the same promises; its commits wait in their own
+    line.
     """
 
     def __init__(self, versions: Versions, lines: Lines, line: Line) -> None:

@@ -60,7 +60,7 @@ class HealthReason:
 @final
 @attrs.frozen
 class Health:
-    """How a log, a database, a reader or a replica fares; what ``health()`` returns."""
+    """How well a log, a database, a reader or a replica is; what ``health()`` returns."""
 
     status: Literal["ok", "degraded", "failed"]
     """How it fares, in one word: ``"ok"``; ``"degraded"``: it works, or will again without being

@@ -37,7 +37,7 @@ def _not_negative(_: object, field: Any, value: Any) -> None:
 @final
 @attrs.frozen
 class Bookmark:
-    """A place in a log's history: what whoever consumes a log keeps.
+    """A place in a log's history: what a consumer of a log keeps.
 
     ``str(bookmark)`` is short and has no spaces, as ``"1234@5f3a09"``: the LSN, and the epoch in
     hexadecimal digits.

@@ -291,8 +291,8 @@ def open_database(
       archive: as for `open_wal`; gets a copy of every `Database.backup`, too.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    With ``log`` there are no ``compression``, ``verify_bytes``, ``sync_in`` and ``archive``, and of
-    ``durability`` only ``"sync"``; opening takes the log over, and whoever had it open gets
+    With ``log``, ``compression``, ``verify_bytes``, ``sync_in`` and ``archive`` cannot be given,
+    and ``durability`` must be ``"sync"``.  Opening takes the log over; its previous owner gets
     `LogFencedError` from the next commit on.
 
     Raises, when called:

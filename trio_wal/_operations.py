@@ -49,7 +49,7 @@ _decoder = msgspec.msgpack.Decoder(dict[bytes, bytes | None])
 
 @attrs.frozen
 class Operation:
-    """What a transaction did to one key in the end."""
+    """What a transaction did to one key, in total."""
 
     key: bytes
     value: bytes | None

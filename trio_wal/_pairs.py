@@ -31,8 +31,8 @@ class PairStream(
     """Keys and values of a snapshot, in order; what `Database.stream` and `Snapshot.stream`
     return.
 
-    Enter it with ``async with`` and iterate with ``async for``, in one task.  Entering, and
-    iterating at least once a millisecond, is a checkpoint.
+    Enter it with ``async with`` and iterate with ``async for``, in one task.  Entering is a
+    checkpoint, and iterating is one at least once per millisecond.
     """
 
     def __init__(

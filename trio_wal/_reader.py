@@ -511,12 +511,12 @@ class _ReaderSource(Source, Protocol):
 
 @final
 class LogReader(metaclass=NoPublicConstructor):
-    """A look at a log without owning it; what `open_reader` gives.
+    """Reads a log without owning it; what `open_reader` gives.
 
-    Takes no lock and writes nothing; the log may be written by another process all the
-    while.  Durable records only.
+    Takes no lock and writes nothing; another process may write the log at the same time.
+    Gives durable records only.
 
-    Where the log is damaged, everything before the damage is given, and then `CorruptLogError`
+    If the log is damaged, everything before the damage is given, and then `CorruptLogError`
     is raised.  Its properties say what is proven: `durable_lsn` may be a record that
     cannot be read.
     """

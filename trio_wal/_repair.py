@@ -52,7 +52,7 @@ Progress = Callable[[int, int], None]
 @final
 @attrs.frozen
 class Damage:
-    """One thing that is wrong with a log's or a database's files; in `RepairReport`."""
+    """One thing that is wrong with the files of a log or a database; in `RepairReport`."""
 
     path: str
     """The file."""

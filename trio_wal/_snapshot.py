@@ -26,8 +26,8 @@ D = TypeVar("D")
 class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor):
     """A consistent, durable view at one LSN; writers and checkpoints go on.
 
-    Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
-    open, memory and disk pages that it may need are kept.
+    It shows the moment at which ``with`` was entered, and is for one use.  Keep it short: while
+    it is open, memory and disk pages that it may need cannot be freed.
     """
 
     _pin: Pin | None = None

@@ -78,9 +78,9 @@ class Table(Generic[K, V]):
         for key, job in jobs.scan(db, prefix=(7,)):
             ...
 
-    It does no I/O: it may be made at import, and used with any number of databases.  Tables
-    with different names never overlap.  Keys that are put by hand, and begin with `prefix`,
-    are the only thing that could be in its way.
+    It does no I/O: it may be a constant of a module, used with any number of databases.
+    Tables with different names never overlap.  Only keys that are put by hand and begin with
+    its `prefix` could get in its way.
 
     Args:
       name: 1 to 255 characters, without NUL.  It stands in every key.
@@ -91,7 +91,7 @@ class Table(Generic[K, V]):
           these, ...), or `bytes`, which are stored as they are.
 
     Raises:
-      TypeError, ValueError: one of them is none of that.
+      TypeError, ValueError: an argument is none of these.
     """
 
     __slots__ = ("_class", "_codec", "_decode", "_encode", "_int", "_name", "_prefix")

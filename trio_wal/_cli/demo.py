@@ -33,29 +33,31 @@ SKIPPED: Final = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 async def demo(
-    *files: Annotated[Path, Parameter(help="Files; default: Python's standard library.")],
+    *files: Annotated[
+        Path, Parameter(help="Their lines are written; default: Python's standard library.")
+    ],
     dir: Annotated[  # noqa: A002  (the option's name)
         Path | None,
-        Parameter(help="A new or empty directory for the log; default: a temporary one."),
+        Parameter(help="A new or empty directory to write to; default: a temporary one."),
     ] = None,
     tasks: Annotated[int, Parameter(help="Tasks that append at the same time.")] = 128,
-    kills: Annotated[int, Parameter(help="How often the writer is killed.")] = 2,
+    kills: Annotated[int, Parameter(help="How many times the writer is killed.")] = 2,
     seed: Annotated[
-        int | None, Parameter(help="Of the moments of the kills; default: random.")
+        int | None, Parameter(help="Seed for the moments of the kills; default: random.")
     ] = None,
     log_only: Annotated[
         bool, Parameter(help="Append to a log instead of committing to a database.")
     ] = False,
     json: Json = False,
 ) -> int:
-    """Commit every line of real files, kill the writer on the way, and lose nothing.
+    """Write every line of real files, kill the writer on the way, and check that nothing is lost.
 
-    Many tasks in a process of its own put the lines into a database, each line a durable
+    Many tasks in a separate process put the lines into a database, each line in a durable
     transaction, while others move money between accounts. That process is killed (SIGKILL)
-    in mid-flight; the database is opened again, and every line and transfer that had been
-    acknowledged must be in it, unchanged, and the sum of all balances right. Then it goes
-    on with what is missing. At the end everything is read back and compared with the
-    files. Exits with 0 only if nothing was lost.
+    in the middle of it, and the database is opened again. Every line and transfer that was
+    acknowledged must be there, unchanged, and the sum of all balances must be right. Then a
+    new process goes on with what is missing. At the end, everything is read back and compared
+    with the files. Exits with 0 only if nothing was lost.
     """
     for name, value, low, high in (
         ("--tasks", tasks, 1, TASKS_MAX),
@@ -80,7 +82,7 @@ async def demo(
     else:
         _print(report, database=not log_only)
         if is_temporary and keep:
-            say(f"the log is left in {where}")
+            say(f"everything is left in {where}")
     return ExitCode.OK if report.ok else ExitCode.FINDINGS
 
 
@@ -110,7 +112,7 @@ def _place(directory: Path | None) -> tuple[Path, bool]:
     if directory is None:
         return Path(tempfile.mkdtemp(prefix="trio-wal-demo-")), True
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"--dir {directory} is there and not an empty directory")
+        raise UsageError(f"--dir {directory} exists and is not an empty directory")
     return directory, False
 
 
