@@ -149,7 +149,8 @@ def add_generated(_app: Any, name: str, source: list[str]) -> None:
 
 
 def functions() -> Iterator[FunctionType]:
-    for value in vars(trio_wal).values():
+    for name in dir(trio_wal):
+        value = getattr(trio_wal, name)
         if isinstance(value, FunctionType):
             yield value
         elif inspect.isclass(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,10 +23,11 @@ from command_line import CommandLine, finish, lines_of, read_terminal, start
 import trio_wal
 from trio_wal._cli import run
 from trio_wal._cli._demo import run as demo_run
+from trio_wal._cli._demo.bank import BankProblems
 from trio_wal._cli._demo.ledger import Ledger, Problems, Rebuilder
 from trio_wal._cli._demo.run import Report, _Messages
 from trio_wal._cli._demo.workload import Workload, build, line_of
-from trio_wal._cli.demo import standard_library
+from trio_wal._cli.demo import standard_library, verdict
 
 LINES = 20_000
 
@@ -72,6 +74,9 @@ def test_what_was_acknowledged_survives_two_kills(
     assert found["bytes"] == sum(path.stat().st_size for path in files)
     assert found["kills"] == len(found["recovery_seconds"]) == 2
     assert found["acknowledged"] + found["unacknowledged_kept"] == lines
+    assert found["verdict"] == f"PASS: {found['acknowledged']:,} acknowledged, 0 lost"
+    first, second = found["killed_at"]
+    assert 0 < first < second < lines
     # Of each kill at most what one batch and one message hold.
     assert found["unacknowledged_kept"] <= 2 * 3 * found["tasks"]
     assert [found[name] for name in Problems.__annotations__] == [0] * 5
@@ -99,27 +104,48 @@ def test_nothing_is_run_that_lies_in_the_working_directory(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_result_is_one_table(cli: CommandLine, files: list[Path], temporary: Path) -> None:
+def rows_of(out: str) -> dict[str, str]:
+    """The table's rows by label; a heading has no value."""
+    rows = (re.split(r" {2,}", line.strip()) for line in out.splitlines() if line)
+    return {row[0]: row[1] if len(row) > 1 else "" for row in rows}
+
+
+def test_the_result_is_a_verdict_and_a_table_in_groups(
+    cli: CommandLine, files: list[Path], temporary: Path
+) -> None:
     assert cli("demo", "--log-only", "--kills", 1, "--tasks", 16, files[0]) == 0
     assert cli.err == ""
-    rows = [line.split("│")[1:-1] for line in cli.out.splitlines() if line.startswith("│")]
-    table = {row[0].strip(): row[1].strip() for row in rows}
-    assert table["lines"] == "10,000"
-    kept = ("acknowledged", "in the log without that")
+    # Nothing but text where it is no terminal.
+    assert cli.out.isascii()
+    assert "\x1b" not in cli.out
+    assert max(map(len, cli.out.splitlines())) <= 80
+    table = rows_of(cli.out)
+    assert table["lines of 1 file"] == "10,000"
+    kept = ("acknowledged", "kept, not acknowledged")
     assert sum(int(table[name].replace(",", "")) for name in kept) == 10_000
-    assert (table["kills"], table["lost"], table["files identical"]) == ("1", "0", "1 of 1")
+    assert cli.out.splitlines()[0] == f"PASS: {table['acknowledged']} acknowledged, 0 lost"
+    assert (table["kills (SIGKILL)"], table["lost"]) == ("1", "0")
+    assert table["files identical"] == "1 of 1"
+    assert re.search(
+        r"^  1: [1-9][\d,]+ acknowledged, open again after +\d[\d,.]* ms$", cli.out, re.MULTILINE
+    )
+    assert [label for label, value in table.items() if not value][1:] == [
+        "What was written",
+        "How it was killed",
+        "What was found",
+    ]
     assert {
-        "MB",
-        "durable appends/s",
-        "batches",
-        "records per batch",
-        "syncs",
-        "append latency p50",
-        "append latency p99",
-        "append latency max",
-        "recovery time",
-        "duplicated",
+        "megabytes",
+        "tasks that wrote at the same time",
+        "durable records per second",
+        "syncs of the disk",
+        "lines per sync",
+        "time until a line was durable: median",
+        "99 % of the lines at most",
+        "the slowest",
+        "the whole run",
         "altered",
+        "duplicated",
         "out of order",
     } < set(table)
 
@@ -227,10 +253,12 @@ def test_a_loss_is_in_the_table_with_the_place_of_the_log(
 ) -> None:
     lossy(monkeypatch, drop_one)
     assert cli("demo", "--log-only", "--kills", 1, files[0]) == 1
-    rows = [line.split("│")[1:-1] for line in cli.out.splitlines() if line.startswith("│")]
-    assert {row[0].strip(): row[1].strip() for row in rows}["lost"] == "1"
+    table = rows_of(cli.out)
+    assert (table["lost"], table["files identical"]) == ("1", "not compared")
+    # Whatever was written behind it is under another LSN than was said.
+    assert re.match(r"FAIL: [1-9][\d,]+ acknowledged, 1 lost, [1-9][\d,]+ out of order\n", cli.out)
     (left,) = temporary.iterdir()
-    assert cli.out.endswith(f"\nthe log is left in {left}\n")
+    assert cli.out.endswith(f"\neverything is left in {left}\n")
 
 
 def test_damage_that_loses_nothing_is_noticed_too(
@@ -276,6 +304,25 @@ def test_everything_that_is_wrong_keeps_a_report_from_being_all_right() -> None:
         assert not attrs.evolve(good, problems=Problems(**{name: 1})).ok
     for wrong in ({"damaged": 1}, {"found": 1}, {"acknowledged": 0}, {"sources_identical": 0}):
         assert not attrs.evolve(good, **wrong).ok
+
+
+def test_the_verdict_names_everything_that_is_wrong() -> None:
+    good = Report(
+        lines=1000, bytes=4, tasks=1, sources=2, sources_identical=2, acknowledged=1000, found=1000
+    )
+    assert verdict(good) == "PASS: 1,000 acknowledged, 0 lost"
+    problems = Problems(lost=1, duplicated=2, altered=3, misordered=4, misplaced=5)
+    bank = BankProblems(missing_money=-6, lost_transfers=7, invented_transfers=8)
+    stopped = attrs.evolve(good, problems=problems, bank=bank, found=10, sources_identical=0)
+    assert verdict(stopped) == (
+        "FAIL: 1,000 acknowledged, 1 lost, 3 altered, 2 duplicated, 9 out of order, "
+        "7 transfers lost, 8 transfers invented, 6 of the money missing"
+    )
+    unfinished = attrs.evolve(good, damaged=1, found=998, acknowledged=998, sources_identical=1)
+    assert verdict(unfinished) == (
+        "FAIL: 998 acknowledged, 0 lost, 1 damaged places found, 2 not written, "
+        "1 of the files not identical"
+    )
 
 
 # -- the ledger ------------------------------------------------------------------------------
@@ -436,8 +483,8 @@ def test_wrong_arguments_are_errors(cli: CommandLine, tmp_path: Path, temporary:
         ((empty,), "the files have no lines"),
         (("--tasks", 0, empty), "--tasks must be from 1 to 100000, not 0"),
         (("--kills", -1, empty), "--kills"),
-        (("--dir", tmp_path, __file__), f"--dir {tmp_path} is there and not an empty directory"),
-        (("--dir", empty, __file__), f"--dir {empty} is there and not an empty directory"),
+        (("--dir", tmp_path, __file__), f"--dir {tmp_path} exists and is not an empty directory"),
+        (("--dir", empty, __file__), f"--dir {empty} exists and is not an empty directory"),
     ):
         assert cli("demo", *arguments) == 2
         assert cli.out == ""
@@ -459,7 +506,7 @@ def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(temporary: Path, tmp_pat
     process = start("demo", "--log-only", source, stderr=other_side, env=environment)
     os.close(other_side)
     # The bar has a total from the first acknowledgement on: the writer is at work.
-    assert b"appending" in read_terminal(terminal, until=b"/300000")
+    assert b"writing" in read_terminal(terminal, until=b"/300000")
     os.killpg(process.pid, signal.SIGINT)
     assert b"Traceback" not in read_terminal(terminal, until=b"\0")
     os.close(terminal)
@@ -469,6 +516,31 @@ def test_ctrl_c_ends_the_demo_and_leaves_nothing_behind(temporary: Path, tmp_pat
     # Nor is the process that wrote: it was in the same group.
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX terminals")
+def test_a_terminal_shows_rate_and_time_left_and_each_kill(
+    files: list[Path], temporary: Path
+) -> None:
+    import pty
+
+    terminal, other_side = pty.openpty()
+    environment = {"TERM": "xterm", "COLUMNS": "80"}
+    process = start("demo", "--log-only", *files, stderr=other_side, env=environment)
+    os.close(other_side)
+    # Its end: nobody has the other side any more.
+    shown = read_terminal(terminal, until=b"\0")
+    os.close(terminal)
+    code, out, _ = finish(process)
+    assert code == 0
+    assert out.startswith(b"PASS: ")
+    assert re.search(rb"writing .*?\d\d,?\d\d\d/s.*?ETA.*?\d\d:\d\d", shown)
+    for number in (1, 2):
+        assert re.search(
+            rb"kill %d of 2 at [\d,]+ acknowledged: open again after [\d,]+ ms, "
+            rb"nothing lost\r\n" % number,
+            shown,
+        )
 
 
 def test_a_writer_whose_parent_is_gone_ends_without_a_word(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ class Silent:
 
     def update(self, done: float, total: float) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 def small() -> Workload:
     return build((b"one\ntwo\nthree\n", b"four\n"), tasks=2)

@@ -7,6 +7,8 @@ import inspect
 import pickle
 import pydoc
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -22,10 +24,11 @@ from trio_wal import Bookmark
 from trio_wal.testing import MemoryFiles
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
-MODULES = [name for name, value in vars(trio_wal).items() if inspect.ismodule(value)]
+EVERYTHING = {name: getattr(trio_wal, name) for name in dir(trio_wal)}
+MODULES = [name for name, value in EVERYTHING.items() if inspect.ismodule(value)]
 PUBLIC = {
     name: value
-    for name, value in vars(trio_wal).items()
+    for name, value in EVERYTHING.items()
     if not name.startswith("_") and not inspect.ismodule(value)
 }
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
@@ -234,6 +237,67 @@ def test_the_types_of_fields_can_be_asked_for(name: str) -> None:
     hints = get_type_hints(CLASSES[name])
     assert {field.name for field in attrs.fields(CLASSES[name])} <= set(hints)
     assert not any(isinstance(hint, str) for hint in hints.values())
+
+
+def test_checkers_and_programs_know_the_same_names() -> None:
+    """Of the package: imports that only checkers see, and a table by which names are loaded."""
+    tree = ast.parse(Path(trio_wal.__file__).read_text("utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    found = {node.module: " ".join(alias.name for alias in node.names) for node in imports}
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
+    assert {module: names.split() for module, names in trio_wal._NAMES.items()} == {
+        module: names.split() for module, names in found.items()
+    }
+
+
+def in_a_new_python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def test_a_star_imports_all_that_is_public() -> None:
+    code = "from trio_wal import *; print(*(name for name in globals() if name[:1] != '_'))"
+    assert set(in_a_new_python(code).split()) == set(PUBLIC)
+
+
+def test_names_are_listed_before_they_are_loaded_and_wrong_ones_refused() -> None:
+    code = "import trio_wal; print(*dir(trio_wal))"
+    assert set(PUBLIC) | {"__version__", "__doc__"} <= set(in_a_new_python(code).split())
+    with pytest.raises(AttributeError, match=r"^module 'trio_wal' has no attribute 'open_wall'$"):
+        trio_wal.open_wall  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_whoever_loads_a_module_its_public_names_are_trio_wals() -> None:
+    """As a pickle needs it, whose reader knows nothing of modules."""
+    code = """
+from importlib import import_module
+import trio_wal
+for module, names in trio_wal._NAMES.items():
+    for name in names.split():
+        value = getattr(import_module("trio_wal." + module), name)
+        if getattr(value, "__qualname__", None) == name and value.__module__ != "trio_wal":
+            print(value)
+print("looked at", len(trio_wal._WHERE))
+"""
+    assert in_a_new_python(code) == f"looked at {len(PUBLIC)}"
+
+
+def test_threads_that_load_a_name_at_once_get_one_object() -> None:
+    code = """
+import threading, trio_wal
+start, got = threading.Barrier(8), []
+def load(turn):
+    names = list(trio_wal._WHERE)
+    start.wait()
+    got.append({name: getattr(trio_wal, name) for name in names[turn:] + names[:turn]})
+threads = [threading.Thread(target=load, args=(turn * 9,)) for turn in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(got) == 8
+print(sum(found[name] is not getattr(trio_wal, name) for found in got for name in found))
+"""
+    assert in_a_new_python(code) == "0"
 
 
 def test_help_lists_classes_and_functions() -> None:

@@ -569,6 +569,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import trio_wal
     import trio_wal.testing
+    assert not caught  # nothing of the log is loaded
+    trio_wal.open_wal
+    from trio_wal import open_reader, open_database
 assert trio_wal._disk.frame.crc32c(b"123456789") == 0xE3069283
 print([(warning.category.__name__, str(warning.message)[:29]) for warning in caught])
 """

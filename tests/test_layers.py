@@ -28,6 +28,7 @@ ORDER: dict[int, list[str]] = {
         "_disk.__init__",
         "_text",
         "_util",
+        "_exports",
         "_identity",
         "_exceptions",
         "_places",
@@ -38,7 +39,6 @@ ORDER: dict[int, list[str]] = {
         "_engine",
         "_caslog",
         "_events",
-        "_exports",
         "_retention",
         "_order",
         "_pages",
@@ -515,18 +515,45 @@ def test_only_the_command_line_prints() -> None:
     assert wrong == []
 
 
-def test_importing_the_package_loads_none_of_the_extras() -> None:
-    code = f"import trio_wal, sys; print(sorted({EXTRAS!r} & sys.modules.keys()))"
+def loaded_by(code: str) -> set[str]:
+    """The modules that a new Python has after this."""
     # The folder may be there only because the tests run from it.
     environment = {"PYTHONPATH": str(PACKAGE.parent)}
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
         env=environment,
         check=True,
         capture_output=True,
         encoding="utf-8",
     )
-    assert run.stdout.strip() == "[]"
+    return set(run.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_of_it() -> None:
+    found = loaded_by("import trio_wal")
+    assert {name for name in found if name.partition(".")[0] == "trio_wal"} == {"trio_wal"}
+    assert not found & {"trio", "attrs", "msgspec"}
+
+
+def test_all_that_is_public_needs_none_of_the_extras() -> None:
+    assert not loaded_by("from trio_wal import *") & EXTRAS
+
+
+NOT_FOR_A_LOG = {
+    *("_archiver", "_archived", "_archiving"),
+    *("_replicated", "_appender", "_messages", "_streamlog", "_streamindex", "_takeover"),
+}
+"""For archives, and for logs that servers keep."""
+
+
+def test_the_log_alone_loads_no_database_and_nothing_of_servers() -> None:
+    found = loaded_by("from trio_wal import open_wal, open_reader")
+    own = {name.removeprefix("trio_wal.") for name in found if name.startswith("trio_wal.")}
+    assert {"_wal", "_reader", "_local"} <= own
+    assert own & {*ORDER[3], *NOT_FOR_A_LOG} == set()
+    assert {name for name in own & BAND.keys() if BAND[name] > 3} == set()
+    # Not cheap themselves; for what only some logs do.
+    assert not found & {"statistics", "fractions", *EXTRAS}
 
 
 def test_every_module_opens_with_what_it_is_for() -> None:

@@ -28,9 +28,9 @@ from trio_wal._metrics import (
 )
 
 STATISTICS = [
-    value
-    for name, value in vars(trio_wal).items()
-    if name.endswith("Statistics") and attrs.has(value)
+    getattr(trio_wal, name)
+    for name in dir(trio_wal)
+    if name.endswith("Statistics") and attrs.has(getattr(trio_wal, name))
 ]
 EXPORTED = list(metrics())
 NAMES = [metric.name for _, metric in EXPORTED]

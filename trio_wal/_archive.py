@@ -20,6 +20,7 @@ from uuid import UUID
 import attrs
 
 from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
+from ._exports import publish
 from ._files import Directory, Files, close_quietly
 from ._identity import History, Parting
 from ._system.files import OsFiles
@@ -39,9 +40,9 @@ class Archive(Protocol):
     """Where segments of a log and backups of a database are kept: `DirectoryArchive`,
     `ObjectArchive`, or an object of your own.
 
-    One archive belongs to one log, and to its copies.  The methods block, are called in worker
-    threads, two at a time perhaps, and raise what they like: from the task that archives it is
-    logged, and the call is tried again; from all else it reaches the caller.
+    One archive belongs to one log and its copies.  The methods may block: they are called in
+    worker threads, possibly two at a time.  They may raise anything: what they raise while
+    segments are archived is logged, and the call is tried again; otherwise the caller gets it.
     """
 
     def put(self, name: str, content: Iterable[bytes]) -> None:
@@ -102,10 +103,10 @@ def is_same(kept: Iterable[bytes], content: Iterable[bytes]) -> bool:
 class DirectoryArchive:
     """An `Archive` in a directory: on another disk, or one that several machines see.
 
-    Every object is a file of its own, written under another name, synced, and linked to its
-    name, so that of two who put at once one wins and the other is told.  Then the directory is
-    synced, and so all that is in it.  Files that end with
-    ``.tmp`` are left by processes that were killed, and may be deleted while nobody archives.
+    Every object is a file of its own.  It is written under another name, synced, and linked to
+    its name, so that if two put the same name at once, one wins and the other is told.  Then
+    the directory is synced.  Files that end with ``.tmp`` were left by processes that were
+    killed, and may be deleted while nobody archives.
     """
 
     def __init__(self, path: str | PathLike[str], *, files: Files | None = None) -> None:
@@ -331,3 +332,6 @@ def put_identity(archive: Archive, log: UUID) -> None:
     except FileExistsError:
         # Another was faster, or writes it in other words.
         read_identity(archive).check(archive, log)
+
+
+publish(Archive, DirectoryArchive)

@@ -10,11 +10,19 @@ Positions count messages from 1 on, without gaps, and are never used twice.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 import attrs
+
+from ._exports import publish
+from ._util import MiB
+
+BATCH_BYTES_MAX: Final = 64 * MiB
+"""Of one batch, whatever the servers would take: they hold it in memory as a whole, and so does
+whoever reads it."""
 
 # -- values -----------------------------------------------------------------------------
 
@@ -162,3 +170,31 @@ class CasLog(Protocol):
     def disown(self) -> None:
         """This is a forked child: sockets and threads are the parent's."""
         ...
+
+
+class RemoteLog(ABC):
+    """A log that servers keep: what `trio_wal.open_wal` and the like take instead of a path.
+
+    `trio_wal.nats.Log` is one.
+    """
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """For messages: without credentials."""
+
+    unavailable_after: float
+    """Seconds that a batch in flight may be without an outcome."""
+    takeover: bool
+    """Whether to open it also while another owner is alive."""
+
+    @abstractmethod
+    async def connect(self, *, create: bool) -> tuple[CasLog, Description]:
+        """A connection to the log, which is as it should be, and what is known of it.
+
+        Args:
+          create: make it if it is missing.
+        """
+
+
+publish(RemoteLog)

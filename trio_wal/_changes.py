@@ -17,7 +17,7 @@ import trio
 from . import _operations
 from ._engine import Record
 from ._exceptions import CorruptLogError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._log import Log
 from ._operations import (
@@ -174,3 +174,6 @@ async def changed_in_log(log: Log, watch: Watch, since: int, stop: int) -> int |
             if watch.touched_by(decode_record(log.name, record.lsn, record.data)):
                 return record.lsn
     return None
+
+
+publish(Commit, CommitStream)

@@ -14,7 +14,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._consumers import Session
 from ._engine import Record
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._stream import RecordStream
 
@@ -25,9 +25,9 @@ class Consumer(
 ):
     """A named, durable place in a log; what `WriteAheadLog.consumer` gives.
 
-    Iterating gives every durable record from behind that place on, and then waits for new ones,
-    as `WriteAheadLog.follow` does and with the same errors.  At least once: what was not
-    acknowledged is given again to whoever enters it next.
+    Iterating gives every durable record after that place, and then waits for new ones, as
+    `WriteAheadLog.follow` does and with the same errors.  At least once: what was not
+    acknowledged is given again the next time it is entered.
     """
 
     def __init__(self, session: Session) -> None:
@@ -93,3 +93,6 @@ class Consumer(
 
 
 new_consumer = constructor(Consumer)
+
+
+publish(Consumer)

@@ -27,7 +27,7 @@ from ._database_consumer import DatabaseConsumer, new_database_consumer
 from ._database_writer import DatabaseWriter, open_database_writer
 from ._engine import RecoveryReport
 from ._exceptions import LogDivergedError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._health import Health, judge
 from ._identity import Bookmark
 from ._operations import (
@@ -604,3 +604,6 @@ class Database(metaclass=NoPublicConstructor):
 
 
 new_database = constructor(Database)
+
+
+publish(Database)

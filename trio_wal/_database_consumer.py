@@ -15,7 +15,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 
 from ._changes import Commit, CommitStream, new_commit_stream
 from ._consumers import Session
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._log import Log
 from ._mvcc import Versions
@@ -75,9 +75,9 @@ class DatabaseConsumer(
 ):
     """A named, durable place in a database's commits; what `Database.consumer` gives.
 
-    Iterating gives every durable commit from behind that place on, and then waits for new ones,
-    as `Database.changes` does and with the same errors.  What was not acknowledged is given
-    again to whoever enters it next: at least once, or, with `acknowledge_in`, just once.
+    Iterating gives every durable commit after that place, and then waits for new ones, as
+    `Database.changes` does and with the same errors.  What was not acknowledged is given again
+    the next time it is entered: at least once, or, with `acknowledge_in`, exactly once.
     """
 
     def __init__(self, session: Session, versions: Versions, path: str) -> None:
@@ -179,3 +179,6 @@ class DatabaseConsumer(
 
 
 new_database_consumer = constructor(DatabaseConsumer)
+
+
+publish(DatabaseConsumer)

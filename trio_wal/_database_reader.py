@@ -20,7 +20,7 @@ from ._copying import copy_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Directory, Files
 from ._follower import Follower
 from ._health import Health, closed, judge, not_following
@@ -43,13 +43,13 @@ D = TypeVar("D")
 
 @final
 class DatabaseReader(metaclass=NoPublicConstructor):
-    """Another process's database, without owning it; what `open_database_reader` gives.
+    """Reads another process's database without owning it; what `open_database_reader` gives.
 
-    It follows by itself: a commit is seen here within some milliseconds after it became durable.
-    Durable state only, always of one moment, and never an older one than before, unless the
-    database itself has gone back to an older one.
+    It follows by itself: a commit can be seen here a few milliseconds after it became durable.
+    It shows durable state only, always of one moment, and never an older one than before, unless
+    the database itself has gone back to an older one.
 
-    Where log or store are found to be damaged it follows no more, and every call says so with
+    If log or store turn out to be damaged, it stops following, and every call raises
     `CorruptLogError` (or the `OSError` that was met).
     """
 
@@ -351,10 +351,10 @@ def open_database_reader(
         async with trio_wal.open_database_reader("bank.db") as reader:
             print(reader.get(b"alice"))
 
-    The owner may come and go, checkpoint, be killed and open the database again meanwhile.
-    Nothing is written to log or store, but a line in LMDB's table of who reads
-    (``store/lock.mdb``), which whoever reads must be allowed to write.  The owner is never waited
-    for and never waits; what a reader that is killed was reading is given back at the owner's
+    Meanwhile, the owner may come and go, make checkpoints, be killed, and open the database again.
+    Nothing is written to log or store, except for a line in LMDB's table of readers
+    (``store/lock.mdb``), which this process must be allowed to write.  Neither the owner nor the
+    reader ever waits for the other; what a killed reader was reading is freed at the owner's
     next checkpoint.
 
     In the process that has the database open, read through its `Database`.  The page "Several
@@ -380,3 +380,6 @@ def open_database_reader(
     return _OpenDatabaseReader(
         used.absolute(check_path(path)), check_bool("trust_directory", trust_directory), used
     )
+
+
+publish(DatabaseReader, open_database_reader)

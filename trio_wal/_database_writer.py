@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast, final, overload
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._admission import Line
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._lines import Lines
 from ._mvcc import Versions
 from ._operations import OPERATION_OVERHEAD, check_key, check_size
@@ -33,8 +33,8 @@ T = TypeVar("T")
 class DatabaseWriter(metaclass=NoPublicConstructor):
     """A named share of a database's queue; see `Database.writer`.
 
-    Its methods are those of `Database`, with the same promises; its commits wait in a line of
-    their own.
+    Its methods are those of `Database`, with the same promises; its commits wait in their own
+    line.
     """
 
     def __init__(self, versions: Versions, lines: Lines, line: Line) -> None:
@@ -129,3 +129,6 @@ def open_database_writer(versions: Versions, lines: Lines, line: Line) -> Databa
     """From here on commits take turns."""
     versions.by_turns = True
     return _new_database_writer(versions, lines, line)
+
+
+publish(DatabaseWriter)

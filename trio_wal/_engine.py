@@ -42,6 +42,7 @@ import attrs
 import msgspec
 
 from ._exceptions import CorruptLogError
+from ._exports import publish
 from ._identity import History, epoch_of
 from ._places import Place
 from ._statistics import EngineStatistics
@@ -56,8 +57,8 @@ RECORD_OVERHEAD: Final = 4
 class Record(msgspec.Struct, frozen=True, gc=False):
     """One record of the log.
 
-    It knows nothing that could know it, so the garbage collector need not: made so it costs a
-    fifth, and reading a log half.
+    The garbage collector does not track it, because it cannot be part of a cycle: so it costs a
+    fifth, and reading a log takes half as long.
     """
 
     lsn: int
@@ -411,3 +412,6 @@ class Engine(Protocol):
     def statistics(self) -> EngineStatistics:
         """Cheap; no checkpoint."""
         ...
+
+
+publish(Record, RecoveryReport)

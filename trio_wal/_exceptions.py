@@ -13,6 +13,7 @@ from typing import Literal
 
 import trio
 
+from ._exports import publish
 from ._identity import Bookmark
 from ._text import printable
 
@@ -48,8 +49,8 @@ class CorruptLogError(WalError):
 
 
 class WrongDirectoryError(WalError, ValueError):
-    """The path is not what the call is for: a database given to ``open_wal``, a log given to
-    ``open_database``, or neither of the two.
+    """The path holds something else than the call opens: ``open_wal`` was given a database,
+    ``open_database`` a log, or either of them a directory that is neither.
 
     Nothing was modified, and nothing is damaged.
 
@@ -121,7 +122,7 @@ class LogLockedError(WalError):
       path: the directory of the log or database.
       pid: the owner's process id; None where it cannot be told.
       database: whether it is a database.
-      owner: who has a replicated log open, as it says itself; otherwise None.
+      owner: how the owner of a replicated log names itself; otherwise None.
     """
 
     def __init__(
@@ -160,14 +161,14 @@ class LogLockedError(WalError):
 class UntrustedDirectoryError(WalError):
     """The directory of a log or database is not this user's alone; nothing was modified.
 
-    Whoever owns a directory, or may write it, can replace what is in it: with a log that
-    says something else, or with one made to do harm.  ``trust_directory=True`` opens it
-    all the same.
+    The owner of a directory, and everybody who may write to it, can replace what is in it:
+    with a log that says something else, or with one made to do harm.
+    ``trust_directory=True`` opens it anyway.
 
     Attributes:
       path: the directory.
-      reason: who else has a hand in it.
-      remedy: what changes that.
+      reason: who else owns it or may write to it.
+      remedy: how to change that.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
@@ -183,19 +184,19 @@ class UntrustedDirectoryError(WalError):
 
 
 class LogFullError(WalError):
-    """There is no space for what comes next; nothing was accepted.
+    """There is no space for the next records; nothing was accepted.
 
-    No disk space to prepare the next segment: ``__cause__`` is the operating system's
-    error then.  Or, of a database, no place in the store's map, which cannot grow while
-    snapshots are open, or no checkpoint that passed for several seconds, with the error of
-    the last one as ``__cause__``.  Neither log nor database is broken: they work again when
-    there is space.
+    Either the disk has no space for the next segment; then ``__cause__`` is the operating
+    system's error.  Or, for a database, the store's map is full and cannot grow while
+    snapshots are open, or every checkpoint has failed for several seconds; then
+    ``__cause__`` is the error of the last one.  Neither log nor database is broken: they
+    work again when there is space.
 
     Attributes:
       path: the log's directory, or the store's.
       needed: bytes that the next segment, or checkpoint, needs.
-      reason: what is in the way, if not the disk.
-      database: whether it is a database, or its log: that gets shorter by checkpoints only.
+      reason: what is full, if it is not the disk.
+      database: whether it is a database or its log, which only checkpoints make shorter.
     """
 
     def __init__(
@@ -266,18 +267,18 @@ class LsnTruncatedError(WalError, LookupError):
 
 
 class LogDivergedError(LsnTruncatedError):
-    """What was read before is no longer what the log holds: its history is another one.
+    """The log no longer holds what was read before: its history is a different one.
 
-    A ``truncate_after`` dropped records that had been given, or this is a copy of the log that
-    went on by itself, or the log never came as far as the place asked for.  Whoever keeps state
-    made of these records must go back to ``parted_after``, or begin anew.
+    ``truncate_after`` dropped records that had already been read, or this is a copy of the log
+    that went on by itself, or the log never came as far as the place asked for.  State that was
+    made from these records must go back to ``parted_after``, or be built anew.
 
     Attributes:
       path: the log's directory.
       bookmark: the place that is not in this log's history.
       parted_after: the last LSN up to which both histories are the same; None where the log
           does not know the bookmark's epoch.
-      first_lsn: the first LSN that is another one, or may be.
+      first_lsn: the first LSN at which the histories differ, or may differ.
     """
 
     def __init__(
@@ -306,11 +307,11 @@ class LogDivergedError(LsnTruncatedError):
 
 
 class LogFailedError(WalError, trio.BrokenResourceError):
-    """A write or a sync failed; the log is broken and this handle takes nothing more.
+    """A write or a sync failed; the log is broken, and this handle accepts nothing more.
 
     ``__cause__`` is the `OSError`.  A sync is never retried: the kernel may have
     dropped the pages that it could not write and would report success.  Close the
-    log, mend the disk, open it again: recovery finds what is durable.
+    log, fix the disk, open it again: recovery finds what is durable.
 
     Attributes:
       path: the log's directory.
@@ -340,15 +341,15 @@ class LogFailedError(WalError, trio.BrokenResourceError):
 
 
 class LogFencedError(LogFailedError):
-    """Another owner has taken the replicated log over; this handle takes nothing more.
+    """Another owner has taken over the replicated log; this handle accepts nothing more.
 
-    Its ``outcome`` is always ``"not written"``: where the batch in flight would have gone, the
-    other one's epoch begins.  What was acknowledged before is in the log.  Open it again to take
-    it back, or leave it to the other.
+    Its ``outcome`` is always ``"not written"``: the other owner's epoch begins where the batch
+    in flight would have gone.  What was acknowledged before is in the log.  Open it again to
+    take it over in turn, or leave it to the other owner.
 
     Attributes:
       epoch: the epoch that the other owner has begun.
-      owner: who that is, as it says itself.
+      owner: how that owner names itself.
     """
 
     def __init__(
@@ -373,14 +374,14 @@ class LogFencedError(LogFailedError):
 
 
 class LogUnavailableError(LogFailedError):
-    """The servers of a replicated log have given no answer for as long as ``unavailable_after``
-    allows; this handle takes nothing more.
+    """The servers of a replicated log have not answered for as long as ``unavailable_after``
+    allows; this handle accepts nothing more.
 
     Attributes:
       seconds: for how long they were asked.
-      reason: what the last try came to.
-      outcome: ``"unknown"`` for the batch in flight, which may be in the log, or get there yet;
-          the next open settles that.
+      reason: how the last try failed.
+      outcome: ``"unknown"`` for the batch in flight, which may be in the log, or may still get
+          there; the next open settles that.
     """
 
     def __init__(
@@ -419,7 +420,7 @@ class UnsupportedOperationError(WalError, TypeError):
     Attributes:
       path: the log.
       operation: what was called.
-      reason: why it cannot be.
+      reason: why it is not possible.
     """
 
     def __init__(self, path: str | os.PathLike[str], operation: str, reason: str) -> None:
@@ -452,7 +453,7 @@ class UnsuitableServersError(WalError):
 
 
 class RestoreGapError(WalError):
-    """What `restore` was asked for cannot be had from what there is; nothing was made.
+    """`restore` cannot reach what it was asked for, because something is missing; nothing was made.
 
     Attributes:
       path: the archive.
@@ -488,14 +489,14 @@ class RestoreGapError(WalError):
 
 
 class TransactionConflict(WalError):
-    """Something that the transaction read was changed by another commit since.
+    """Another commit has changed something that the transaction read.
 
     Nothing of the transaction reached the log; run it again.
 
     Attributes:
       key: the key, or the first key of the scanned range, that changed.
-      own: whether the task of the transaction changed it itself, past the transaction:
-          with ``db.put`` or ``db.delete``.  To try that again is of no use.
+      own: whether the transaction's own task changed it outside of the transaction, with
+          ``db.put`` or ``db.delete``.  Trying again does not help then.
     """
 
     def __init__(self, key: bytes, own: bool = False) -> None:
@@ -529,13 +530,12 @@ class KeyExistsError(WalError):
 
 
 class TableDecodeError(WalError, ValueError):
-    """What stands in a table's part of the database is no key or value of the table: written with
+    """A key or value in a table's part of the database does not decode: it was written with
     another type, or by hand.
 
     Attributes:
       table: the table's name.
-      key: the key, as the bytes that stand in the database where it is the key that does not
-          decode.
+      key: the key; if it is the key that does not decode, its bytes in the database.
       reason: what is wrong with it.
     """
 
@@ -547,3 +547,25 @@ class TableDecodeError(WalError, ValueError):
 
     def __str__(self) -> str:
         return printable(f"table {self.table!r}, key {self.key!r}: {self.reason}")
+
+
+publish(
+    CorruptLogError,
+    KeyExistsError,
+    LogDivergedError,
+    LogFailedError,
+    LogFencedError,
+    LogFullError,
+    LogLockedError,
+    LogUnavailableError,
+    LsnTruncatedError,
+    RecordTooLargeError,
+    RestoreGapError,
+    TableDecodeError,
+    TransactionConflict,
+    UnsupportedFormatError,
+    UnsupportedOperationError,
+    UntrustedDirectoryError,
+    WalError,
+    WrongDirectoryError,
+)

@@ -36,6 +36,13 @@ def say_public(module: str, namespace: Mapping[str, object]) -> None:
             _say(module, value)
 
 
+def publish(*things: type | types.FunctionType | Callable[..., object]) -> None:
+    """Have classes and functions, and their methods, say that they are ``trio_wal``'s; called
+    where they are written, because nobody knows who loads that module, and what for."""
+    for thing in things:
+        _say("trio_wal", thing)
+
+
 def _say(module: str, value: Any) -> None:
     if not value.__module__.startswith("trio_wal."):
         return

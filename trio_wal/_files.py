@@ -12,6 +12,8 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+from ._exports import publish
+
 LOCK_NAME: Final = "lock"
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """The errors that mean "no room": not a failure while a segment is being prepared."""
@@ -223,3 +225,6 @@ def close_quietly(file: File | Directory) -> None:
     """Close what is given up anyway, after an error that must not be hidden."""
     with contextlib.suppress(OSError):
         file.close()
+
+
+publish(Files)

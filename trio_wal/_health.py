@@ -12,6 +12,7 @@ from typing import Final, Literal, final
 
 import attrs
 
+from ._exports import publish
 from ._statistics import WalStatistics
 
 CROWDED: Final = 0.9
@@ -59,7 +60,7 @@ class HealthReason:
 @final
 @attrs.frozen
 class Health:
-    """How a log, a database, a reader or a replica fares; what ``health()`` returns."""
+    """How well a log, a database, a reader or a replica is; what ``health()`` returns."""
 
     status: Literal["ok", "degraded", "failed"]
     """How it fares, in one word: ``"ok"``; ``"degraded"``: it works, or will again without being
@@ -199,3 +200,6 @@ def behind(transactions: int, seconds: float) -> HealthReason | None:
         return None
     text = f"the log has had {transactions} more transactions for {seconds:.0f} seconds"
     return HealthReason("behind", text)
+
+
+publish(Health, HealthReason)

@@ -16,6 +16,7 @@ from typing import Any, Final, final
 
 import attrs
 
+from ._exports import publish
 from ._util import check_int
 
 EPOCH_RANDOM_BITS: Final = 32
@@ -36,7 +37,7 @@ def _not_negative(_: object, field: Any, value: Any) -> None:
 @final
 @attrs.frozen
 class Bookmark:
-    """A place in a log's history: what whoever consumes a log keeps.
+    """A place in a log's history: what a consumer of a log keeps.
 
     ``str(bookmark)`` is short and has no spaces, as ``"1234@5f3a09"``: the LSN, and the epoch in
     hexadecimal digits.
@@ -106,3 +107,6 @@ def branch(history: History, after_lsn: int, random: bytes) -> History:
     count = (epoch_of(known) >> EPOCH_RANDOM_BITS) + 1
     low = int.from_bytes(random, "little") & ((1 << EPOCH_RANDOM_BITS) - 1)
     return (*known, Parting(count << EPOCH_RANDOM_BITS | low, after_lsn))[-PARTINGS_MAX:]
+
+
+publish(Bookmark)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
-from typing import Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 from uuid import UUID
 
 import attrs
@@ -22,7 +22,6 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive, check_archive
-from ._archiver import CLOSE_SECONDS, Archiver, ask_identity, checking
 from ._codec import require_zstd
 from ._disk.chain import look_at
 from ._disk.cursor import Cursor, Locator, Place, place_in
@@ -40,6 +39,9 @@ from ._retention import Retention
 from ._statistics import BatchTimes, EngineStatistics, SyncTimes
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
 from ._worker import Blocking, InlineWorker, LoopWriter, ThreadWorker, Worker
+
+if TYPE_CHECKING:
+    from ._archiver import Archiver
 
 SyncIn = Literal["thread", "loop"]
 """What `open_wal` takes as ``sync_in``: ``"thread"`` or ``"loop"``."""
@@ -229,6 +231,9 @@ class LocalEngine:
         """Whether the next segment should be prepared now."""
         self._archiver: Archiver | None = None
         if archive is not None:
+            # With all that it is made of, of which a log without an archive has no need.
+            from ._archiver import Archiver
+
             self._archiver = Archiver(
                 archive, directory, self.name, self.hold, self.busy, threaded=files.threaded
             )
@@ -279,7 +284,11 @@ class LocalEngine:
 
     async def aclose(self, *, orderly: bool) -> None:
         try:
-            seconds = CLOSE_SECONDS if orderly else 0.0
+            seconds = 0.0
+            if orderly and self._archiver is not None:
+                from ._archiver import CLOSE_SECONDS
+
+                seconds = CLOSE_SECONDS
             await self._end(partial(self._directory.close, orderly=orderly), seconds)
         finally:
             if not self._forked:
@@ -516,6 +525,8 @@ async def open_local(
     """
     archive = options.archive
     if archive is not None:
+        from ._archiver import ask_identity, checking
+
         check = checking(archive, await ask_identity(archive, threaded=files.threaded), check)
     blocking = Blocking(threaded=files.threaded)
     directory = await blocking(

@@ -18,6 +18,7 @@ from typing import Any, Final, final
 
 from ._archive import CHUNK_BYTES, is_same, taken
 from ._exceptions import CorruptLogError, WrongDirectoryError
+from ._exports import publish
 from ._util import MiB
 
 PART_BYTES: Final = 64 * MiB
@@ -39,15 +40,15 @@ def _obstore() -> Any:
 
 @final
 class ObjectArchive:
-    """An `Archive` in an object storage: S3 and what speaks its language, Azure, Google Cloud.
+    """An `Archive` in an object storage: S3 and compatible ones, Azure, Google Cloud.
 
     ::
 
         store = obstore.store.S3Store("bucket", region="eu-central-1")
         archive = trio_wal.ObjectArchive(store, prefix="bank")
 
-    The store must take puts on the condition that the name is free (``If-None-Match: *``), as S3
-    does.  One that lets two win is refused when a log is opened with it.
+    The store must support puts that fail if the name is taken (``If-None-Match: *``), as S3
+    does.  A store that lets two of them succeed is refused when a log is opened with it.
     """
 
     def __init__(self, store: Any, *, prefix: str = "") -> None:
@@ -195,3 +196,6 @@ def _first_part(content: Iterable[bytes]) -> tuple[bytes, Iterator[bytes] | None
 def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield first
     yield from rest
+
+
+publish(ObjectArchive)

@@ -20,6 +20,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive
 from ._base import Progress, StoreState
+from ._caslog import BATCH_BYTES_MAX, RemoteLog
 from ._checkpoint import HOLD
 from ._core import OPENING_HOLD, Core
 from ._database import Database, new_database
@@ -28,6 +29,7 @@ from ._disk.recovery import Plan
 from ._engine import Engine
 from ._events import tell
 from ._exceptions import CorruptLogError, LogLockedError, WrongDirectoryError
+from ._exports import publish
 from ._files import Files
 from ._flusher import Durability
 from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, SyncIn, check_local_options, open_local
@@ -35,7 +37,6 @@ from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_o
 from ._park import require_trio
 from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
 from ._replica import OpenReplica, Replica
-from ._replicated import BATCH_BYTES_MAX, RemoteLog
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
@@ -290,8 +291,8 @@ def open_database(
       archive: as for `open_wal`; gets a copy of every `Database.backup`, too.
       files: another file system, such as `trio_wal.testing.MemoryFiles`.
 
-    With ``log`` there are no ``compression``, ``verify_bytes``, ``sync_in`` and ``archive``, and of
-    ``durability`` only ``"sync"``; opening takes the log over, and whoever had it open gets
+    With ``log``, ``compression``, ``verify_bytes``, ``sync_in`` and ``archive`` cannot be given,
+    and ``durability`` must be ``"sync"``.  Opening takes the log over; its previous owner gets
     `LogFencedError` from the next commit on.
 
     Raises, when called:
@@ -430,3 +431,6 @@ def open_replica(
         return open_database(name, **{**same, **given})
 
     return OpenReplica(options, used, promote)
+
+
+publish(open_database, open_replica)

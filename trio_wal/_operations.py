@@ -17,6 +17,7 @@ import msgspec
 
 from ._disk.frame import FRAME_BODY_MAX
 from ._exceptions import RecordTooLargeError
+from ._exports import publish
 from ._places import Move, Moves, PlacesError, decode_moves, encode_moves
 from ._util import KiB, check_bytes, check_int
 
@@ -48,7 +49,7 @@ _decoder = msgspec.msgpack.Decoder(dict[bytes, bytes | None])
 
 @attrs.frozen
 class Operation:
-    """What a transaction did to one key in the end."""
+    """What a transaction did to one key, in total."""
 
     key: bytes
     value: bytes | None
@@ -201,3 +202,6 @@ def check_size(size: int, size_max: int) -> None:
     """Raises `RecordTooLargeError` where a transaction would not fit into a record."""
     if size > size_max:
         raise RecordTooLargeError(size, size_max)
+
+
+publish(Operation)

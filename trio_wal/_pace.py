@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median
+from collections.abc import Collection
 from typing import Final, Protocol, final
 
 AUTO_RECORDS_MIN: Final = 16
@@ -86,6 +86,13 @@ class RoundCosts:
             self.record_seconds = min(max(0.0, slope), self.seconds / self.records)
 
 
+def _median(values: Collection[float]) -> float:
+    """As `statistics.median`, which takes long to import."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
 @final
 class AutoBound:
     """The bound by which a record waits about ``target_latency`` for its turn.
@@ -124,7 +131,7 @@ class AutoBound:
             # What was flushed is what came, and not how fast it can be flushed.
             return False
         self._paces.append(seconds / flushed)
-        wait = waiting * median(self._paces)
+        wait = waiting * _median(self._paces)
         goal = max(self.target_latency, FIXED_MAX * self._costs.fixed_seconds)
         if goal / CLOSE <= wait <= goal * CLOSE:
             return False

@@ -14,7 +14,7 @@ from typing import Final, NoReturn, final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._park import require_trio
 
 TURN_SECONDS: Final = 0.0005
@@ -31,8 +31,8 @@ class PairStream(
     """Keys and values of a snapshot, in order; what `Database.stream` and `Snapshot.stream`
     return.
 
-    Enter it with ``async with`` and iterate with ``async for``, in one task.  Entering, and
-    iterating at least once a millisecond, is a checkpoint.
+    Enter it with ``async with`` and iterate with ``async for``, in one task.  Entering is a
+    checkpoint, and iterating is one at least once per millisecond.
     """
 
     def __init__(
@@ -99,3 +99,6 @@ class PairStream(
 
 
 new_pair_stream = constructor(PairStream)
+
+
+publish(PairStream)

@@ -15,12 +15,13 @@ import time
 import uuid
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Final, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import attrs
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._caslog import RemoteLog
 from ._disk.chain import (
     LOG_NAME,
     META_NAME,
@@ -39,19 +40,20 @@ from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import begun_lsn, judge_end, proven_lsn
 from ._engine import Forked, Moved, Reader, Source, Tail
 from ._exceptions import CorruptLogError, WrongDirectoryError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Directory, File, Files, Watch, Word, close_quietly
 from ._identity import Bookmark
 from ._local import FileCursor
 from ._park import end_forked, require_trio
-from ._replicated import RemoteLog, open_remote_source
 from ._stream import RETRY_SECONDS, SAME_DAMAGE_TIMES, RecordStream, new_record_stream
-from ._streamlog import StreamSource
 from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_path
 from ._wal import refuse_options, remote_log
 from ._worker import Blocking
+
+if TYPE_CHECKING:
+    from ._streamlog import StreamSource
 
 POLL_SECONDS: Final = 0.02
 """How often the files of another process's log are looked at for news, where nothing wakes."""
@@ -509,12 +511,12 @@ class _ReaderSource(Source, Protocol):
 
 @final
 class LogReader(metaclass=NoPublicConstructor):
-    """A look at a log without owning it; what `open_reader` gives.
+    """Reads a log without owning it; what `open_reader` gives.
 
-    Takes no lock and writes nothing; the log may be written by another process all the
-    while.  Durable records only.
+    Takes no lock and writes nothing; another process may write the log at the same time.
+    Gives durable records only.
 
-    Where the log is damaged, everything before the damage is given, and then `CorruptLogError`
+    If the log is damaged, everything before the damage is given, and then `CorruptLogError`
     is raised.  Its properties say what is proven: `durable_lsn` may be a record that
     cannot be read.
     """
@@ -653,6 +655,9 @@ class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
         if self._reader is not None:
             raise RuntimeError("open_reader() gives a context manager for one use")
         require_trio("open_reader")
+        # With all that it is made of, of which a log in a directory has no need.
+        from ._replicated import open_remote_source
+
         source = self._source = await open_remote_source(self._log)
         self._nursery = await self._nursery_manager.__aenter__()
         self._nursery.start_soon(source.keep_up)
@@ -705,3 +710,6 @@ def open_reader(
         return _OpenRemoteReader(log)
     assert not isinstance(path, RemoteLog)
     return _OpenReader(check_path(path), OsFiles() if files is None else files)
+
+
+publish(LogReader, open_reader)

@@ -17,7 +17,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive, check_archive
 from ._base import StoreState
-from ._caslog import Description
+from ._caslog import Description, RemoteLog
 from ._core import OPENING_HOLD, Core
 from ._database import Database, new_database
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
@@ -27,7 +27,6 @@ from ._files import LOCK_NAME, Directory, Files, close_quietly
 from ._log import Log, LogOptions, OpenLog
 from ._park import require_trio
 from ._replicated import (
-    RemoteLog,
     ReplicatedEngine,
     ReplicatedOptions,
     open_replicated,

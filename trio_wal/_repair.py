@@ -32,6 +32,7 @@ from ._disk.salvage import (
     survey,
 )
 from ._exceptions import CorruptLogError, UnsupportedOperationError, WrongDirectoryError
+from ._exports import publish
 from ._files import Directory, Files, close_quietly
 from ._park import require_trio
 from ._store_files import data_file, misfit
@@ -51,7 +52,7 @@ Progress = Callable[[int, int], None]
 @final
 @attrs.frozen
 class Damage:
-    """One thing that is wrong with a log's or a database's files; in `RepairReport`."""
+    """One thing that is wrong with the files of a log or a database; in `RepairReport`."""
 
     path: str
     """The file."""
@@ -436,3 +437,6 @@ async def repair(
     finally:
         with trio.CancelScope(shield=True):
             await blocking.close()
+
+
+publish(Damage, RepairReport, repair)

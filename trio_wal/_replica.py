@@ -22,7 +22,7 @@ from ._checkpoint import Checkpointer
 from ._database import Database
 from ._engine import Forked
 from ._exceptions import CorruptLogError, LogDivergedError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Files
 from ._health import Health, behind, closed, judge, not_following, silent
 from ._identity import Bookmark, History, common_lsn, epoch_of
@@ -507,3 +507,6 @@ class OpenReplica(AbstractAsyncContextManager[Replica]):
                 await self._replica._close()
             finally:
                 await self._following.leave()
+
+
+publish(Replica)

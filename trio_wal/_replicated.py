@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +23,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._appender import Appender
-from ._caslog import CasLog, Denied, Description, Gone, Unsure
+from ._caslog import BATCH_BYTES_MAX, CasLog, Denied, Description, Gone, RemoteLog, Unsure
 from ._disk.frame import FEATURE_DATABASE, FRAME_HEADER_SIZE
 from ._disk.repair import create_empty
 from ._engine import Forked, RecoveryReport, Tail
@@ -47,9 +46,6 @@ from ._takeover import Taken, take_over, this_process
 from ._util import MiB
 from ._worker import Blocking
 
-BATCH_BYTES_MAX: Final = 64 * MiB
-"""Of one batch, whatever the servers would take: they hold it in memory as a whole, and so does
-whoever reads it."""
 BATCH_RECORDS_MAX: Final = 1 << 20
 CLOSE_SECONDS: Final = 1.0
 """For the last mark, which is a courtesy: servers that are gone must not hold up the end."""
@@ -67,31 +63,6 @@ class ReplicatedOptions:
     takeover: bool = True
     segment_size: int = 64 * MiB
     retention: Retention = attrs.field(factory=KeepAll)
-
-
-class RemoteLog(ABC):
-    """A log that servers keep: what `trio_wal.open_wal` and the like take instead of a path.
-
-    `trio_wal.nats.Log` is one.
-    """
-
-    @property
-    @abstractmethod
-    def address(self) -> str:
-        """For messages: without credentials."""
-
-    unavailable_after: float
-    """Seconds that a batch in flight may be without an outcome."""
-    takeover: bool
-    """Whether to open it also while another owner is alive."""
-
-    @abstractmethod
-    async def connect(self, *, create: bool) -> tuple[CasLog, Description]:
-        """A connection to the log, which is as it should be, and what is known of it.
-
-        Args:
-          create: make it if it is missing.
-        """
 
 
 @final

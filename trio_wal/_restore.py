@@ -19,6 +19,7 @@ from trio.lowlevel import enable_ki_protection
 from ._archive import Archive, check_archive
 from ._base import Progress
 from ._disk.frame import to_datetime
+from ._exports import publish
 from ._files import Files
 from ._identity import EPOCH_MAX, epoch_of
 from ._park import require_trio
@@ -201,3 +202,6 @@ def _report(
         bytes=plan.bytes,
         dry_run=dry_run,
     )
+
+
+publish(RestoreReport, restore)

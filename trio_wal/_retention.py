@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 
 import attrs
 
+from ._exports import publish
 from ._util import check_int, check_seconds
 
 
@@ -39,7 +40,7 @@ class Retention:
     """How much of the log to keep.  ``a & b`` keeps what both keep; ``a | b`` what either keeps.
 
     Whole segments are dropped, oldest first, when a segment is finished, when the log
-    is opened, and when a `KeepFor` runs out; so a little more than asked for is there.
+    is opened, and when a `KeepFor` runs out; so a little more than asked for is kept.
     """
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
@@ -69,7 +70,7 @@ class KeepAll(Retention):
 @final
 @attrs.frozen
 class KeepSegments(Retention):
-    """Keep the newest ``count`` segments, the one being written among them."""
+    """Keep the newest ``count`` segments, including the one being written."""
 
     count: int = attrs.field(validator=_at_least_one)
 
@@ -150,3 +151,6 @@ class _Either(Retention):
 def _earliest(policies: Sequence[Retention], sealed: Sequence[Sealed]) -> int | None:
     times = [policy.next_change_us(sealed) for policy in policies]
     return min((time for time in times if time is not None), default=None)
+
+
+publish(KeepAll, KeepBytes, KeepFor, KeepSegments, Retention)

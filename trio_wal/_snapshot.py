@@ -13,7 +13,7 @@ from typing import TypeVar, final, overload
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark
 from ._mvcc import Pin, Versions
 from ._operations import check_key, check_range
@@ -26,8 +26,8 @@ D = TypeVar("D")
 class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor):
     """A consistent, durable view at one LSN; writers and checkpoints go on.
 
-    Its moment is that of entering ``with``; it is for one use.  Keep it short: while it is
-    open, memory and disk pages that it may need are kept.
+    It shows the moment at which ``with`` was entered, and is for one use.  Keep it short: while
+    it is open, memory and disk pages that it may need cannot be freed.
     """
 
     _pin: Pin | None = None
@@ -175,3 +175,6 @@ def stream_once(
         return snapshot.__enter__().scan(start, stop, reverse=reverse, limit=limit)
 
     return new_pair_stream(scan, snapshot.close)
+
+
+publish(Snapshot)

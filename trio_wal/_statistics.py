@@ -13,6 +13,8 @@ from typing import Final, Literal, final
 
 import attrs
 
+from ._exports import publish
+
 HISTOGRAM_BOUNDS: Final = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
     0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
@@ -399,3 +401,13 @@ class ReplicaStatistics:
     """Keys with a newer value than the store has."""
     open_readers: int
     """Snapshots that hold a view."""
+
+
+publish(
+    ConsumerStatistics,
+    DatabaseReaderStatistics,
+    DatabaseStatistics,
+    ReplicaStatistics,
+    WalStatistics,
+    WriterStatistics,
+)

@@ -20,7 +20,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._engine import Moved, Record, Source
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError, WalError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._park import require_trio
 from ._util import check_int, check_seconds
@@ -430,3 +430,6 @@ new_record_stream = constructor(RecordStream)
 check_history = RecordStream._check_history
 """Of a stream; raises `LogDivergedError` where records that it has given are not in the log any
 more."""
+
+
+publish(RecordStream)

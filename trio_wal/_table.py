@@ -25,6 +25,7 @@ from typing import (
 import msgspec
 
 from ._exceptions import TableDecodeError
+from ._exports import publish
 from ._operations import KEY_BYTES_MAX, Operation, check_range
 from ._transaction import Transaction
 from ._tuple import KeyCodec, KeyFormatError, after, encode_text
@@ -77,9 +78,9 @@ class Table(Generic[K, V]):
         for key, job in jobs.scan(db, prefix=(7,)):
             ...
 
-    It does no I/O: it may be made at import, and used with any number of databases.  Tables
-    with different names never overlap.  Keys that are put by hand, and begin with `prefix`,
-    are the only thing that could be in its way.
+    It does no I/O: it may be a constant of a module, used with any number of databases.
+    Tables with different names never overlap.  Only keys that are put by hand and begin with
+    its `prefix` could get in its way.
 
     Args:
       name: 1 to 255 characters, without NUL.  It stands in every key.
@@ -90,7 +91,7 @@ class Table(Generic[K, V]):
           these, ...), or `bytes`, which are stored as they are.
 
     Raises:
-      TypeError, ValueError: one of them is none of that.
+      TypeError, ValueError: an argument is none of these.
     """
 
     __slots__ = ("_class", "_codec", "_decode", "_encode", "_int", "_name", "_prefix")
@@ -358,3 +359,6 @@ class Table(Generic[K, V]):
 def _short(key: object) -> str:
     text = repr(key)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+publish(Readable, Table)

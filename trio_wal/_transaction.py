@@ -16,7 +16,7 @@ import trio
 from trio.lowlevel import Task, current_task, enable_ki_protection
 
 from ._exceptions import KeyExistsError, TransactionConflict
-from ._exports import NoPublicConstructor
+from ._exports import NoPublicConstructor, publish
 from ._mvcc import Versions
 from ._operations import (
     KEY_BYTES_MAX,
@@ -497,3 +497,6 @@ def _merge(
     if item is not None:
         yield item
         yield from committed
+
+
+publish(Transaction)

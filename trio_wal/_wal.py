@@ -13,17 +13,18 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
 from ._archive import Archive
+from ._caslog import BATCH_BYTES_MAX, RemoteLog
 from ._consumer import Consumer, new_consumer
 from ._consumers import Consumers, EngineKeeper, Session, check_start
 from ._engine import RecoveryReport
 from ._exceptions import RecordTooLargeError, UnsupportedOperationError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Files
 from ._flusher import Durability
 from ._health import Health, judge
@@ -40,13 +41,15 @@ from ._local import (
 from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
 from ._park import no_trio, require_trio
 from ._places import check_consumer_name
-from ._replicated import BATCH_BYTES_MAX, RemoteLog, open_remote
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
 from ._system.files import OsFiles
 from ._util import MiB, check_bytes, check_int
 from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
+
+if TYPE_CHECKING:
+    from ._replicated import ReplicatedEngine
 
 
 @final
@@ -594,6 +597,15 @@ def check_remote(
     check_retention(retention)
 
 
+async def _open_remote(
+    log: RemoteLog, segment_size: int, retention: Retention, files: Files
+) -> ReplicatedEngine:
+    # With all that it is made of, of which a log in a directory has no need.
+    from ._replicated import open_remote
+
+    return await open_remote(log, segment_size, retention, files)
+
+
 def open_wal(
     path: str | os.PathLike[str] | RemoteLog,
     *,
@@ -720,7 +732,7 @@ def open_wal(
         refuse_options("a replicated log", trust_directory=trust_directory, files=files is not None)
         keep = KeepAll() if retention is None else retention
         return _OpenWal(
-            OpenLog("open_wal", run, partial(open_remote, log, segment_size, keep, OsFiles()))
+            OpenLog("open_wal", run, partial(_open_remote, log, segment_size, keep, OsFiles()))
         )
     assert not isinstance(path, RemoteLog)
     where = check_local_options(
@@ -735,3 +747,6 @@ def open_wal(
     )
     used = OsFiles() if files is None else files
     return _OpenWal(OpenLog("open_wal", run, partial(open_local, used, where)))
+
+
+publish(WriteAheadLog, open_wal)

@@ -20,7 +20,7 @@ from trio.lowlevel import current_task, enable_ki_protection
 from ._admission import Line
 from ._engine import RECORD_OVERHEAD, Engine
 from ._exceptions import RecordTooLargeError
-from ._exports import NoPublicConstructor, constructor
+from ._exports import NoPublicConstructor, constructor, publish
 from ._log import Log
 from ._statistics import WriterStatistics
 from ._util import check_bytes, check_int_or_inf, check_one_of
@@ -126,11 +126,11 @@ async def gather_unit(
 class Writer(metaclass=NoPublicConstructor):
     """A named share of a log's queue; see `WriteAheadLog.writer`.
 
-    Its methods are those of `WriteAheadLog`, with the same promises: cancellation, order,
-    durability, errors and shutdown are as there.  What is different is where they wait.  Each
-    writer has a line of its own, so that many blocked tasks of one do not stand before the few
-    of another, and at most so many of *its* records wait.  Records of one writer keep their
-    order; among writers the order is that of acceptance, but for ``priority="high"``.
+    Its methods are those of `WriteAheadLog`, with the same promises about cancellation, order,
+    durability, errors and shutdown.  They differ in where they wait.  Each writer has its own
+    line, so that many blocked tasks of one writer do not delay the few of another, and a limit
+    on how many of *its* records wait.  Records of one writer keep their order; records of
+    different writers are in the order of acceptance, except for ``priority="high"``.
     """
 
     def __init__(self, log: Log, line: Line) -> None:
@@ -262,3 +262,6 @@ class OpenWriter(AbstractAsyncContextManager[W], Generic[W]):
         assert self._line is not None
         self._log.lines.close(self._line)
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+publish(Writer)

@@ -28,9 +28,8 @@ import attrs
 import trio
 
 from . import _exports
-from ._caslog import CasLog, Denied, Description, Unsure
+from ._caslog import CasLog, Denied, Description, RemoteLog, Unsure
 from ._exceptions import LogUnavailableError, UnsuitableServersError as UnsuitableServersError
-from ._replicated import RemoteLog
 from ._streamlog import Patience
 from ._util import check_bool, check_int, check_seconds
 

@@ -25,10 +25,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from trio_wal._disk.chain import LOG_NAME, META_NAME, STORE_NAME
 from trio_wal._files import Directory, close_quietly
@@ -153,12 +156,13 @@ def new_table(*columns: str, numbers: tuple[str, ...] = (), plain: bool = False)
     return table
 
 
-def show(table: Table) -> None:
+def show(shown: Table | Text) -> None:
+    """As a part of the result; in colours only where that is a terminal."""
     console = Console(highlight=False, markup=False, emoji=False, width=TABLE_WIDTH)
     # Not written by rich itself, which ends the program where nobody reads any more.
-    with console.capture() as shown:
-        console.print(table)
-    for line in shown.get().splitlines():
+    with console.capture() as captured:
+        console.print(shown)
+    for line in captured.get().splitlines():
         print(line.rstrip())
 
 
@@ -177,15 +181,34 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=what)
 
+    def note(self, text: str) -> None:
+        """A line that stays above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(Text(printable(text)))
+
+
+class _RateColumn(ProgressColumn):
+    """How many per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed is not None else "")
+
 
 @contextmanager
-def progress_bar(what: str, *, bytes_done: bool = False) -> Generator[Bar]:
+def progress_bar(what: str, *, bytes_done: bool = False, rate: bool = False) -> Generator[Bar]:
+    """``rate``: also how many per second, and how long the rest will take; to be updated often."""
     if not sys.stderr.isatty():
         yield Bar(None, what)
         return
     amount: Callable[[], ProgressColumn] = DownloadColumn if bytes_done else MofNCompleteColumn
-    columns = (TextColumn("{task.description}"), BarColumn(), amount(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    times: tuple[ProgressColumn, ...] = (TimeElapsedColumn(),)
+    if rate:
+        times = (_RateColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True))
+    # As wide as there is room, with all that stands beside it.
+    bar = BarColumn(bar_width=None if rate else 40)
+    columns = (TextColumn("{task.description}"), bar, amount(), *times)
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=rate) as progress:
         yield Bar(progress, what)
 
 

@@ -57,16 +57,16 @@ async def append(
         Parameter(
             negative=(),
             show_default=False,
-            help="Say every second on standard error how much is durable.",
+            help="Say on standard error, once per second, how much is durable.",
         ),
     ] = False,
     json: Json = False,
 ) -> int:
     """Append each line of standard input as one record, without its newline.
 
-    The log is created if it is missing. Input is taken as fast as the disk makes it
-    durable. The LSNs are printed when all of it is, and also whenever a pipe or a
-    terminal has no more input for now: one line for what has come since the last.
+    The log is created if it is missing. Input is read as fast as the disk makes it
+    durable. The LSNs are printed once all of it is durable, and also whenever a pipe or a
+    terminal has no more input for now: one line for everything since the last one.
 
     Example: `printf 'one\\ntwo\\n' | trio-wal append orders.wal`
     """

@@ -119,7 +119,7 @@ def _when(time: datetime | None) -> str:
 def verify(directory: ArchiveDir, /, *, json: Json = False) -> int:
     """Read everything in an archive, print every problem, and say how far it can be restored.
 
-    Of every object the digest is compared, and of a segment every frame is checked; a place where
+    The digest of every object is compared, and every frame of a segment is checked. A place where
     segments are missing is a problem, too. Writes nothing. Exits with 1 if there are findings.
 
     Example: `trio-wal archive verify /backup/orders`

@@ -21,8 +21,8 @@ async def backup(
 ) -> int:
     """Copy a database, as of now, into a new directory that opens as a database.
 
-    Another process may have it open: nothing is asked of it, and it is not waited for.
-    The copy is there whole, and durable, or not at all. What was deleted is not in it.
+    Another process may have it open; that process is neither asked nor delayed. The copy is
+    complete and durable, or it is not there at all. Deleted data is not in it.
 
     Example: `trio-wal backup bank.db bank-2026-11-29.db`
     """

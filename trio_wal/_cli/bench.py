@@ -76,11 +76,11 @@ async def bench(
 ) -> int:
     """Measure how long this disk takes to make bytes durable, and how fast it writes.
 
-    With `--advise` also propose settings for low latency, balanced, high throughput and small
-    memory, and try each with the library itself. Whatever speaks against believing the disk is
-    said; that it lies can only be suspected. Everything happens in a temporary directory in DIR,
-    with up to some hundred MiB, and is removed again. Other programs on the disk change the
-    figures.
+    With `--advise` it also proposes settings for low latency, balance, high throughput and small
+    memory, and tries each with the library itself. It names every reason to doubt the disk, but
+    only a power cut can show whether a disk lies. Everything happens in a temporary directory in
+    DIR, takes up to a few hundred MiB, and is removed again. Other programs that use the disk
+    change the figures.
 
     Example: `trio-wal bench --advise --seconds 0.2 .`
     """

@@ -29,11 +29,11 @@ from ._output import (
 
 
 async def consumers(place: Place, /, *, json: Json = False) -> int:
-    """List the consumers of a log or a database: up to where each has acknowledged, and how far
-    it is behind, in records (of a database: commits), bytes and seconds.
+    """List the consumers of a log or a database: how far each has acknowledged, and how far
+    it is behind, in records (for a database: commits), bytes and seconds.
 
-    Takes no lock; another process may have it open. Bytes and seconds are estimated from
-    what is known of whole segments.
+    Takes no lock; another process may have it open. Bytes and seconds are estimates from whole
+    segments.
 
     Example: `trio-wal consumers shop.db`
     """

@@ -22,6 +22,7 @@ import attrs
 import msgspec
 from cyclopts import Parameter
 
+from trio_wal._caslog import RemoteLog
 from trio_wal._changes import decode_record, operations_in
 from trio_wal._disk.chain import read_meta
 from trio_wal._disk.frame import FEATURE_DATABASE
@@ -29,7 +30,6 @@ from trio_wal._engine import Record
 from trio_wal._exceptions import CorruptLogError, LogDivergedError
 from trio_wal._identity import Bookmark
 from trio_wal._reader import LogReader, open_reader
-from trio_wal._replicated import RemoteLog
 from trio_wal._stream import RecordStream
 from trio_wal._text import plain_json
 from trio_wal._util import KiB, MiB
@@ -56,11 +56,15 @@ async def dump(
     *,
     from_: Annotated[
         str | None,
-        Parameter(name="--from", help="First LSN, or time with its zone; default: the oldest."),
+        Parameter(
+            name="--from", help="The first LSN, or a time with its zone; default: the oldest."
+        ),
     ] = None,
     to: Annotated[
         str | None,
-        Parameter(help="Last LSN, or time with its zone; default: the newest durable record."),
+        Parameter(
+            help="The last LSN, or a time with its zone; default: the newest durable record."
+        ),
     ] = None,
     follow: Annotated[
         bool,
@@ -74,18 +78,18 @@ async def dump(
         Path | None,
         Parameter(
             show_default=False,
-            help="A file that keeps how far this has come: another dump with it goes on there.",
+            help="A file that keeps how far this has come; the next dump with it continues there.",
         ),
     ] = None,
     json: Json = False,  # noqa: ARG001  (there is no other format)
 ) -> int:
-    """Print durable records, one JSON object a line: lsn, timestamp, and text or base64.
+    """Print durable records, one JSON object per line: lsn, timestamp, and text or base64.
 
-    A record that is valid UTF-8 is given as "text", any other as "base64"; of a database
-    in a directory the "operations" of each transaction. Reads only and takes no lock; the
-    log may be written meanwhile. Exits with 1 if it meets damage, after all that is whole
-    before it, and if --from is beyond the end. With --state a line may come twice where the
-    dump was killed, and none is missed; --from says where the first one begins.
+    A record that is valid UTF-8 is printed as "text", any other as "base64". A database in a
+    directory gives the "operations" of each transaction instead. Reads only and takes no lock;
+    the log may be written meanwhile. Exits with 1 if it meets damage, after printing everything
+    whole before it, and if --from is beyond the end. With --state, no line is ever missed, but
+    one may be printed twice if the dump was killed; --from says where the first dump begins.
 
     Example: `trio-wal dump orders.wal --from 2026-11-29T12:00Z | jq .text`
     """

@@ -15,18 +15,21 @@ from .dump import data_fields
 
 async def get(
     database: Database,
-    key: Annotated[str, Parameter(name="KEY", help="As text, or with --hex as digits.")],
+    key: Annotated[
+        str, Parameter(name="KEY", help="The key as text; with --hex, as hexadecimal digits.")
+    ],
     /,
     *,
     hex_: Annotated[
-        bool, Parameter(name="--hex", negative=(), show_default=False, help="The key is digits.")
+        bool,
+        Parameter(name="--hex", negative=(), show_default=False, help="KEY is hexadecimal digits."),
     ] = False,
     json: Json = False,
 ) -> int:
     """Print the value of a key, byte for byte, and nothing else.
 
-    Takes no lock; another process may have the database open. With `--json` one object:
-    lsn, key, and the value as text or base64. Exits with 1 if there is no such key.
+    Takes no lock; another process may have the database open. With `--json` it prints one
+    object: lsn, key, and the value as text or base64. Exits with 1 if there is no such key.
 
     Example: `trio-wal get bank.db alice`
     """

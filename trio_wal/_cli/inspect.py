@@ -86,11 +86,11 @@ def inspect(place: Place, /, *, json: Json = False) -> int:
     """Show the segments of a log.
 
     Reads only and takes no lock; the log may be written meanwhile. A segment is sealed
-    when another follows it; the last one is closed after an orderly close, and else
+    when another follows it. The last one is closed after an orderly close; otherwise it is
     active: it is being written, or its writer was killed. Exits with 1 if it meets damage,
-    after showing what is whole; `trio-wal verify` looks for all of it.
+    after showing what is whole; `trio-wal verify` looks for all damage.
 
-    Of a log on servers: its messages, and how many of its replicas are up to date.
+    For a log on servers, it shows its messages and how many of its replicas are up to date.
 
     Example: `trio-wal inspect orders.wal`
     """

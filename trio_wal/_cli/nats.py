@@ -20,17 +20,18 @@ nats_app: Final = App(name="nats", help="Look at NATS servers.")
 @nats_app.command
 def check(
     url: Annotated[
-        str, Parameter(name="URL", help="Of a log, which need not be there, on these servers.")
+        str,
+        Parameter(name="URL", help="A log on these servers, which need not exist."),
     ],
     /,
     *,
     json: Json = False,
 ) -> int:
-    """Say whether NATS servers are as a log needs them, and what to do where they are not.
+    """Say whether NATS servers suit a log, and what to do if they do not.
 
-    Asks each monitoring address (`?monitor=http://host:8222` in the URL, again for each; else port
-    8222 of each server), connects, and looks at the log's stream if it is there. Makes and writes
-    nothing. Exits with 1 if a log would be refused.
+    Asks each monitoring address (`?monitor=http://host:8222` in the URL, once for each; by default
+    port 8222 of each server), connects, and looks at the log's stream if it exists. Creates and
+    writes nothing. Exits with 1 if a log would be refused.
 
     Example: `trio-wal nats check nats://n0:4222,n1:4222,n2:4222/orders`
     """

@@ -19,22 +19,22 @@ def repair(
     /,
     *,
     accept_loss: Annotated[
-        bool, Parameter(negative=(), help="Do it. Without this nothing is changed.")
+        bool, Parameter(negative=(), help="Do it; without this, nothing is changed.")
     ] = False,
     keep: Annotated[
         Literal["oldest", "newest"],
-        Parameter(help="Which part of a log to keep, where a gap parts it."),
+        Parameter(help="Which part of a log to keep if it has a gap."),
     ] = "oldest",
     json: Json = False,
 ) -> int:
-    """Make a damaged log or database open again, or say what would be lost by that.
+    """Make a damaged log or database open again, or say what that would lose.
 
     Copies every file that it changes or drops into a directory `before-repair-1` (or a higher
-    number) beside them, cuts the log before its first damage, and begins a new epoch there.
-    Of a database nothing is lost that its store has; a damaged store is set aside and rebuilt from
-    the log where that reaches back to its beginning. Nobody may have it open.
+    number) next to them, cuts the log before its first damage, and begins a new epoch there.
+    A database loses nothing that its store has. A damaged store is set aside, and rebuilt from
+    the log if the log goes back to the beginning. Nobody may have it open.
 
-    Exits with 1 where there is damage and `--accept-loss` was not given.
+    Exits with 1 if there is damage and `--accept-loss` was not given.
 
     Example: `trio-wal repair orders` and then `trio-wal repair orders --accept-loss`
     """

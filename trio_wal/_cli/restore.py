@@ -18,12 +18,12 @@ from ._output import ExitCode, Json, UsageError, complain, count, progress_bar, 
 async def restore(
     source: Annotated[
         Path,
-        Parameter(name="SRC", help="An archive; a backup that nobody has opened yet; or a log."),
+        Parameter(name="SRC", help="An archive, a backup that nobody has opened yet, or a log."),
     ],
     dest: Annotated[Path, Parameter(name="DEST", help="A directory that does not exist yet.")],
     /,
     *,
-    to_lsn: Annotated[int | None, Parameter(help="The last record that is wanted.")] = None,
+    to_lsn: Annotated[int | None, Parameter(help="The last record to restore.")] = None,
     to_time: Annotated[
         str | None,
         Parameter(
@@ -37,20 +37,20 @@ async def restore(
     ] = None,
     tail: Annotated[
         Path | None,
-        Parameter(help="What is left of the log or database: its end, which was not archived."),
+        Parameter(help="The log or database itself, for the end that is not archived yet."),
     ] = None,
     dry_run: Annotated[
         bool,
-        Parameter(negative=(), show_default=False, help="Say what would be made; make nothing."),
+        Parameter(negative=(), show_default=False, help="Only say what would be restored."),
     ] = False,
     json: Json = False,
 ) -> int:
-    """Make a log, or a database, of what was archived, as it was at some place.
+    """Make a log or a database from an archive, as it was at some LSN or time.
 
-    Begins with the newest backup before that place and goes on with the segments after it. Every
-    byte is checked. What is made has its name only when it is whole. Without --to-lsn and
-    --to-time: all that there is. Exits with 1, and says to where it can restore, if something is
-    missing.
+    Begins with the newest backup before that and continues with the segments after it. Every
+    byte is checked. DEST appears only once it is whole. Without --to-lsn and --to-time,
+    everything is restored. If something is missing, it exits with 1 and says how far it can
+    restore.
 
     Example: `trio-wal restore /backup/bank bank.db --to-time 2026-11-29T12:00:00Z`
     """

@@ -23,33 +23,35 @@ async def scan(
     database: Database,
     /,
     *,
-    prefix: Annotated[Bound, Parameter(help="Only keys that begin with it.")] = None,
-    start: Annotated[Bound, Parameter(help="The first key wanted.")] = None,
-    stop: Annotated[Bound, Parameter(help="The first key not wanted any more.")] = None,
+    prefix: Annotated[Bound, Parameter(help="Only keys that begin with this.")] = None,
+    start: Annotated[Bound, Parameter(help="The first key to print.")] = None,
+    stop: Annotated[Bound, Parameter(help="The first key that is no longer printed.")] = None,
     hex_: Annotated[
         bool,
-        Parameter(name="--hex", negative=(), show_default=False, help="These are digits."),
+        Parameter(
+            name="--hex", negative=(), show_default=False, help="These are hexadecimal digits."
+        ),
     ] = False,
     keys: Annotated[
         bool, Parameter(negative=(), show_default=False, help="Keys only, no values.")
     ] = False,
     reverse: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="The last one first.")
+        bool, Parameter(negative=(), show_default=False, help="Last key first.")
     ] = False,
-    limit: Annotated[int | None, Parameter(help="At most so many; default: all.")] = None,
+    limit: Annotated[int | None, Parameter(help="Print at most this many; default: all.")] = None,
     json: Json = False,  # noqa: ARG001  (there is no other format)
 ) -> int:
-    """Print keys and values in order, one JSON object a line: each as text or base64.
+    """Print keys and values in order, one JSON object per line: each as text or base64.
 
-    All of one moment. Takes no lock; another process may have the database open, whose file
-    grows while a long scan is under way.
+    Everything is from one moment. Takes no lock; another process may have the database open,
+    but its file grows during a long scan.
 
     Example: `trio-wal scan bank.db --prefix acc: --limit 10`
     """
     if limit is not None and limit < 0:
         raise UsageError(f"--limit must be 0 or more, not {limit}")
     if prefix is not None and (start is not None or stop is not None):
-        raise UsageError("--prefix and a range (--start, --stop) exclude each other")
+        raise UsageError("--prefix and a range (--start, --stop) cannot be combined")
     bounds: dict[str, Any] = {
         name: None if text is None else as_bytes(f"--{name}", text, digits=hex_)
         for name, text in (("prefix", prefix), ("start", start), ("stop", stop))

@@ -94,17 +94,17 @@ async def stats(
         bool, Parameter(negative=(), show_default=False, help="Look again every second.")
     ] = False,
     looks: Annotated[
-        int | None, Parameter(name="--count", help="With --watch: end after so many looks.")
+        int | None, Parameter(name="--count", help="With --watch: stop after this many looks.")
     ] = None,
     json: Json = False,
 ) -> int:
     """Show how far a log or a database has come: newest durable LSN, records, bytes, segments,
     checkpoint, and consumers.
 
-    With `--watch` again every second, with rates, until Ctrl-C; redrawn on a terminal, and
-    else a line for each look, with `--json` an object. Reads only and takes no lock, so it
-    works while another process writes. The owner's queue and the times of its syncs are in
-    no file: see the metrics. Exits with 1 if it meets damage.
+    With `--watch` it looks again every second and shows rates, until Ctrl-C. A terminal is
+    redrawn; otherwise each look is one line, or with `--json` one object. Reads only and takes
+    no lock, so it works while another process writes. The owner's queue and the times of its
+    syncs are in no file: see the metrics. Exits with 1 if it meets damage.
 
     Example: `trio-wal stats orders.wal --watch`
     """

@@ -37,9 +37,9 @@ from ._output import (
 def verify(place: Place, /, *, json: Json = False) -> int:
     """Check every frame of a log and print every problem.
 
-    Of a database also its store: every page, then every key through LMDB in a child process;
-    and that log and store fit. Reads only and takes no lock; log and store may be written
-    meanwhile. Exits with 1 if there are findings.
+    For a database, it also checks the store (every page, then every key through LMDB in a child
+    process), and that log and store fit together. Reads only and takes no lock; log and store
+    may be written meanwhile. Exits with 1 if there are findings.
     """
     if _servers.is_url(place):
         return _servers.verify(place, json)

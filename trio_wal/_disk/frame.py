@@ -117,7 +117,7 @@ class FrameError(ValueError):
 if google_crc32c.implementation != "c":
     # In the words of who meets it; google-crc32c's own names neither this package nor a remedy.
     warnings.warn(
-        "trio-wal: checksums are computed in Python, at some 3 MB a second, because "
+        "trio-wal: checksums are computed in Python, at some 3 MB per second, because "
         "google-crc32c has no C extension for this Python; with a C compiler: "
         "pip install --force-reinstall --no-binary google-crc32c google-crc32c",
         RuntimeWarning,

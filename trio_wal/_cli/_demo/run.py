@@ -52,6 +52,8 @@ class Watcher(Protocol):
 
     def update(self, done: float, total: float) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 @attrs.define
 class Report:
@@ -64,6 +66,8 @@ class Report:
     sources_identical: int = 0
     """Sources that, made again from the log alone, are what they were."""
     kills: int = 0
+    killed_at: list[int] = attrs.Factory(list[int])
+    """Lines that had been acknowledged by each kill."""
     acknowledged: int = 0
     found: int = 0
     problems: Problems = attrs.Factory(Problems)
@@ -89,10 +93,14 @@ class Report:
     """Everything."""
 
     @property
+    def stopped(self) -> bool:
+        """Whether what was read back is wrong; it does not go on then."""
+        return bool(self.problems or self.bank)
+
+    @property
     def ok(self) -> bool:
         return (
-            not self.problems
-            and not self.bank
+            not self.stopped
             and not self.damaged
             and self.acknowledged + self.unacknowledged_kept == self.found == self.lines
             and self.sources_identical == self.sources
@@ -163,13 +171,19 @@ class _Demo:
             if not killed:
                 break
             report.kills += 1
-            self._watcher.describe(f"checking after kill {report.kills}")
+            report.killed_at.append(ledger.acknowledged)
+            self._watcher.describe(f"kill {report.kills} of {kills}: checking")
             seconds = await self._check()
             report.recovery_seconds.append(seconds)
-            if report.problems or report.bank:
+            self._watcher.note(
+                f"kill {report.kills} of {kills} at {report.killed_at[-1]:,} acknowledged: "
+                f"open again after {seconds * 1e3:,.0f} ms, "
+                + ("NOT ALL IS RIGHT" if report.stopped else "nothing lost")
+            )
+            if report.stopped:
                 break
-        if not (report.problems or report.bank):
-            self._watcher.describe("reading everything back")
+        if not report.stopped:
+            self._watcher.describe("reading back")
             await self._check(Rebuilder(self._workload))
         self._verify()
         report.acknowledged = ledger.acknowledged
@@ -191,7 +205,7 @@ class _Demo:
 
     async def _write(self, stop_at: float | None) -> bool:
         """Have the rest of the workload written; returns whether that was cut by a kill."""
-        self._watcher.describe("appending")
+        self._watcher.describe("writing")
         # Its standard error is this process's: a traceback there is for whoever reads along.
         process = await trio.lowlevel.open_process(
             [sys.executable, "-I", "-c", _CHILD, *sys.path],
