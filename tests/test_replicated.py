@@ -57,6 +57,31 @@ def lost(after: int, pieces: Sequence[bytes], ident: str) -> None:
     raise Unsure("no answer")
 
 
+# -- reading ------------------------------------------------------------------------------
+
+
+async def test_what_a_majority_has_said_of_a_message_is_not_asked_again(
+    servers: CasServers,
+) -> None:
+    async with open_wal_on_cas(servers) as wal:
+        await wal.append(b"one")
+        way = MemoryCas(servers)
+        asked: list[int] = []
+        original = way.ident_at
+
+        async def ident_at(position: int) -> str | None:
+            asked.append(position)
+            return await original(position)
+
+        way.ident_at = ident_at  # type: ignore[method-assign]
+        source = source_on(way)
+        await source.refresh()
+        await wal.append(b"two")
+        await source.refresh()
+        assert await all_of(source) == {1: b"one", 2: b"two"}
+        assert asked.count(servers.last) == 1
+
+
 # -- takeovers ----------------------------------------------------------------------------
 
 

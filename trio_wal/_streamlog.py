@@ -102,6 +102,8 @@ class StreamLog:
         self._patience_seconds = patience_seconds
         self._histories: dict[int, History] = {}
         """Of the newest mark that was read."""
+        self._sure = (0, "")
+        """Position and name of the message that a majority was asked for last: they stay."""
 
     def damaged(self, position: int, reason: object) -> CorruptLogError:
         return CorruptLogError(self.name, position, f"message {position}: {reason}")
@@ -158,6 +160,7 @@ class StreamLog:
             silent: Unsure | None = None
             try:
                 if await self.cas.ident_at(position) == entry.ident:
+                    self._sure = position, entry.ident
                     return entry
                 await self.cas.elsewhere()
             except Unsure as exc:
@@ -165,6 +168,12 @@ class StreamLog:
             if patience.over:
                 raise self._silent(silent)
             await patience.pause()
+
+    async def is_sure(self, entry: Entry) -> bool:
+        """Whether a message is the one which a majority agrees on."""
+        if self._sure == (entry.position, entry.ident):
+            return True
+        return (await self.fetch_surely(entry.position)).ident == entry.ident
 
     def parse(self, entry: Entry) -> Ident | None:
         try:
@@ -467,8 +476,7 @@ class StreamCursor:
             if header is None or header.previous != chain:
                 raise log.damaged(entry.position, "it does not continue what stands before it")
             return
-        sure = await log.fetch_surely(position)
-        if sure.ident != self._entries[0].ident:
+        if not await log.is_sure(self._entries[0]):
             raise log.damaged(position, "a replica has another message than a majority")
 
     def close(self) -> None:
