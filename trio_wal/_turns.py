@@ -17,8 +17,9 @@ from typing import Final, final
 
 SLICE_SECONDS: Final = 0.0005
 """So long a reader's thread works before it gives way."""
-PAUSE_SECONDS: Final = 0.00005
-"""What it sleeps then; about as long again passes before it runs."""
+PAUSE_SECONDS: Final = 0.001
+"""What it sleeps then: as long as a round of many tasks takes in the event loop.  A twentieth of
+that lets a commit have the lock once, and it needs it several times (docs/design)."""
 BUSY_SECONDS: Final = 0.02
 """So long after a write a log is taken to have work: longer than a round of write and sync takes
 that is held up by a reader."""
