@@ -55,6 +55,7 @@ ORDER: dict[int, list[str]] = {
     # Files: blocking calls, run in worker threads.
     1: [
         "_files",
+        "_turns",
         "_system.__init__",
         "_system.descriptors",
         "_system.sync",

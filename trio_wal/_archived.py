@@ -42,6 +42,7 @@ from ._disk.frame import (
     unknown_features,
 )
 from ._disk.scan import FrameScanner, Position, start_of
+from ._disk.window import Read
 from ._exceptions import CorruptLogError
 from ._identity import History, common_lsn, epoch_of
 
@@ -241,7 +242,7 @@ class Frames:
     """The data frame at which it was ended."""
 
 
-def read_header(path: str, read: scan.Read) -> SegmentHeader:
+def read_header(path: str, read: Read) -> SegmentHeader:
     """Raises `CorruptLogError` or `UnsupportedFormatError`."""
     try:
         return decode_segment_header(read(BLOCK, 0))
@@ -253,7 +254,7 @@ def read_header(path: str, read: scan.Read) -> SegmentHeader:
 
 def read_frames(
     path: str,
-    read: scan.Read,
+    read: Read,
     header: SegmentHeader,
     ends: Callable[[FrameHeader], bool] = lambda _: False,
     *,

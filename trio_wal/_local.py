@@ -37,6 +37,7 @@ from ._files import Files, close_quietly
 from ._places import Place as ConsumerPlace, consumer_hold
 from ._retention import Retention
 from ._statistics import BatchTimes, EngineStatistics, SyncTimes
+from ._turns import TURNS
 from ._util import check_bool, check_int, check_int_or_inf, check_one_of, check_path
 from ._worker import Blocking, InlineWorker, LoopWriter, ThreadWorker, Worker
 
@@ -58,7 +59,9 @@ class FileCursor:
     """An `_engine.Cursor` on files: each chunk is read in a thread."""
 
     def __init__(self, locator: Locator, blocking: Blocking) -> None:
-        self._cursor = Cursor(locator, 0)
+        # Without threads nothing can wait for its turn.
+        give_way = TURNS.slice().give_way if blocking.threaded else None
+        self._cursor = Cursor(locator, 0, give_way)
         self._blocking = blocking
         self._reading = False
         self._closed = False
@@ -345,6 +348,7 @@ class LocalEngine:
 
     async def write(self, records: Sequence[bytes], *, sync: bool) -> None:
         directory = self._directory
+        TURNS.wrote()
         job = partial(directory.write, records, self.durable_lsn, sync=sync)
         loop = self._loop
         try:

@@ -36,6 +36,7 @@ from ._disk.chain import (
 from ._disk.cursor import Place, place_in
 from ._disk.finding import Finding
 from ._disk.frame import BLOCK, DATA_OFFSET, Kind, Meta, Pointer, SegmentHeader
+from ._disk.plain import follow_plain
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.walk import begun_lsn, judge_end, proven_lsn
 from ._engine import Forked, Moved, Reader, Source, Tail
@@ -372,9 +373,15 @@ class WatchSource:
             # Most looks find nothing new: one small read.
             return tail, block
         scanner = FrameScanner(file.pread, tail.header, tail.position, bodies=False, skim=True)
-        watermark, kind = tail.watermark, tail.last_kind
-        for frame, _ in scanner:
-            watermark, kind = max(watermark, frame.durable_lsn), frame.kind
+        frames, kind = iter(scanner), tail.last_kind
+        while True:
+            if follow_plain(scanner):
+                kind = Kind.DATA
+            frame_body = next(frames, None)
+            if frame_body is None:
+                break
+            kind = frame_body[0].kind
+        watermark = max(tail.watermark, scanner.position.durable_lsn)
         tail = _Tail(tail.header, scanner.position, watermark, kind, scanner.reason)
         return tail, file.pread(BLOCK, tail.position.offset)
 

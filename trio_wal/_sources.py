@@ -34,6 +34,7 @@ from ._disk.chain import (
 from ._disk.finding import refuse
 from ._disk.frame import DATA_OFFSET, FrameHeader, Kind, Meta
 from ._disk.walk import begun_lsn, check_last
+from ._disk.window import Read
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._files import Directory, Files, close_quietly
 from ._restorable import Base, Piece, Restorable, Tail
@@ -157,7 +158,7 @@ def _sealed_piece(
     return _piece_of_log(directory, meta, segment, first, end, last_us, segment.size)
 
 
-def _end_time(path: str, read: scan.Read, segment: FoundSegment, next_lsn: int) -> int:
+def _end_time(path: str, read: Read, segment: FoundSegment, next_lsn: int) -> int:
     last_lsn = next_lsn - 1
     found = read_frames(
         path, read, segment.header, lambda frame: frame.first_lsn > last_lsn, last_lsn=last_lsn

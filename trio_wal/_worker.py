@@ -300,6 +300,7 @@ class Blocking:
 
     def __init__(self, *, threaded: bool, abandons: bool = False) -> None:
         self._abandons = abandons
+        self.threaded: Final = threaded
         self._limiter = _Limiter() if threaded else None
         self._token = trio.lowlevel.current_trio_token() if threaded else None
         self._callers: set[trio.lowlevel.Task] = set()

@@ -27,9 +27,11 @@ from trio_wal._disk.finding import Finding
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
+    FRAME_BODY_MAX,
     FRAME_HEADER_SIZE,
     FRAME_MAGIC,
     INDEX_STEP_MIN,
+    TIME_US_MAX,
     Footer,
     FrameHeader,
     Kind,
@@ -122,7 +124,7 @@ class Maker:
         for _ in range(rng.choice((0, 1, 2, 5, 12, 30))):
             if rng.random() < self.odd:
                 made.plain = False
-                rng.choice((self.close, self.compressed, self.hole, self.early))()
+                rng.choice(self.oddities())()
             else:
                 self.data(*_body(rng, self.forged))
         if rng.random() < 0.6:
@@ -142,6 +144,29 @@ class Maker:
     def close(self, kind: Kind = Kind.CLOSE) -> None:
         records = self.next_lsn - self.made.header.first_lsn + (self.rng.random() < 0.1)
         self.frame(Footer(records, self.next_lsn - 1, 3, ((1, 4096),)).encode(), kind=int(kind))
+
+    def oddities(self) -> list[Callable[[], None]]:
+        return [
+            *(self.close, self.compressed, self.hole, self.early),
+            *(self.late, self.modest, self.huge, self.beyond),
+        ]
+
+    def late(self) -> None:
+        """A frame of a time that no calendar has, or just has."""
+        self.data(*_body(self.rng), time_us=TIME_US_MAX + self.rng.randrange(2))
+
+    def modest(self) -> None:
+        """A frame that calls less durable than the one before it did."""
+        self.data(*_body(self.rng), durable_lsn=max(0, self.durable_lsn - self.rng.randrange(3)))
+
+    def huge(self) -> None:
+        """A frame whose body, which is not there, is as long as may be, or longer."""
+        length = FRAME_BODY_MAX + self.rng.randrange(2)
+        self.data(*_body(self.rng), stored=length, raw=length)
+
+    def beyond(self) -> None:
+        """A frame whose table is longer than its body."""
+        self.frame(bytes(4 * self.rng.randrange(3)), count=self.rng.choice((3, 40)))
 
     def hole(self) -> None:
         self.made.data += bytes(BLOCK)

@@ -45,6 +45,7 @@ from .frame import (
     segment_name,
     segment_name_lsn,
 )
+from .plain import follow_plain
 from .scan import FrameScanner, Position, start_of
 from .segment import NEW_NAME, SPARE_PREFIX
 
@@ -470,7 +471,11 @@ def _end_before(
             if joins(start, following):
                 return None
             scanner = FrameScanner(file.pread, segment.header, start, bodies=False, skim=True)
-            for _ in scanner:
+            frames = iter(scanner)
+            while (
+                follow_plain(scanner, stop_lsn=following.first_lsn)
+                or next(frames, None) is not None
+            ):
                 if joins(scanner.position, following):
                     return None
         return _Break(scanner.position.offset, scanner.reason)

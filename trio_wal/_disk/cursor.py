@@ -7,6 +7,7 @@ the log has only changed meanwhile is for the caller to find out, who can look a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 from typing import Final, Protocol
 
@@ -84,8 +85,12 @@ def place_in(
 class Cursor:
     """Goes through the records of a log, from one segment to the next."""
 
-    def __init__(self, locator: Locator, next_lsn: int) -> None:
+    def __init__(
+        self, locator: Locator, next_lsn: int, give_way: Callable[[], None] | None = None
+    ) -> None:
         self.next_lsn = next_lsn
+        self._give_way = give_way
+        """Called after each frame."""
         self._locator = locator
         self._place: Place | None = None
         self._scanner: FrameScanner | None = None
@@ -141,6 +146,8 @@ class Cursor:
             records.extend(map(Record, range(self.next_lsn, end), repeat(timestamp), data))
             size += frame.stored_length
             self.next_lsn = end
+            if self._give_way is not None:
+                self._give_way()
             if end < frame.next_lsn:
                 # The rest of this frame is asked for later, if at all.
                 self.leave()

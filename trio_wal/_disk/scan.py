@@ -129,7 +129,7 @@ class FrameScanner:
     def __iter__(self) -> Iterator[tuple[FrameHeader, bytes]]:
         while True:
             here = self.position
-            head = self.window.bytes(FRAME_HEADER_SIZE, here.offset)
+            head = self.window.copy(FRAME_HEADER_SIZE, here.offset)
             frame = decode_frame_header(head, here.offset, self.seed)
             if frame is None:
                 self.reason = "" if head.count(0) == len(head) else "no valid frame header"
@@ -149,7 +149,7 @@ class FrameScanner:
                     body, padding = self._large_body(frame)
                     length, crc = len(body), crc32c(body)
                 else:
-                    whole = self.window.bytes(frame_size(frame.stored_length), here.offset)
+                    whole = self.window.copy(frame_size(frame.stored_length), here.offset)
                     end = FRAME_HEADER_SIZE + frame.stored_length
                     body, padding = whole[FRAME_HEADER_SIZE:end], whole[end:]
                     length, crc = len(body), crc32c(body)

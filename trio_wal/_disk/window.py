@@ -60,7 +60,7 @@ class Window:
             start = 0
         return start
 
-    def bytes(self, length: int, offset: int) -> bytes:
+    def copy(self, length: int, offset: int) -> bytes:
         """A copy of these, as far as the file goes."""
         start = self.have(length, offset)
         return self.data[start : start + length]
