@@ -6,6 +6,7 @@ time are the promises of the reference alone, and wide.
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import attrs
@@ -30,6 +32,7 @@ from nats_writers import Writers, found_on, heal, js, keep_open, leader, log_on
 
 import trio_wal
 from trio_wal import nats
+from trio_wal._caslog import Unsure
 
 REFUSED_SECONDS: Final = 30.0
 GAP_SECONDS: Final = 60.0
@@ -38,6 +41,36 @@ GAP_SECONDS: Final = 60.0
 
 missing = nats_cluster.missing()
 real = pytest.mark.skipif(missing is not None, reason=missing or "")
+
+
+# -- what servers answer: none is needed -------------------------------------------------------
+
+
+@pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
+@pytest.mark.parametrize("what", ["wanted", "elects", "other"])
+def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from trio_wal import _natscas
+
+    codes = {"elects": 10008, "other": 10059}
+    error = {"err_code": codes.get(what), "description": "for a reason"}
+    data = json.dumps({"seq": 7} if what == "wanted" else {"error": error}).encode()
+
+    async def ask_one(*_: object) -> Any:
+        return SimpleNamespace(data=data)
+
+    connection = _natscas.Connection(_natscas.Access(servers=("nats://a:1",), name="x"), lambda: None)
+    monkeypatch.setattr(connection, "ask_one", ask_one)
+    answer = connection.api("STREAM.CREATE.x")
+    if what == "wanted":
+        assert asyncio.run(answer) == {"seq": 7}
+    elif what == "elects":
+        with pytest.raises(Unsure, match=r"^for a reason \(error 10008\)$"):
+            asyncio.run(answer)
+    else:
+        with pytest.raises(_natscas.ApiError, match=r"^for a reason \(error 10059\)$"):
+            asyncio.run(answer)
 
 
 # -- the description: no server, no client ---------------------------------------------------

@@ -63,6 +63,8 @@ FULL_CODES: Final = {10077, 10023, 10047, 10028, 10002}
 """Error codes: the stream's limit, no resources, no storage, the account's limits."""
 DENIED_CODES: Final = {10054, 10076, 10109, 10110, 10053}
 """Error codes: too large for the stream, the stream is sealed, purging is denied, bad subject."""
+UNAVAILABLE: Final = 10008
+"""Error code: the servers elect a leader of theirs."""
 NAME_IN_USE: Final = 10058
 NO_PEERS: Final = 10005
 OVERLAP: Final = 10065
@@ -269,7 +271,12 @@ class Connection:
         """Raises `ApiError`, `Unsure`, `Denied`."""
         payload = b"" if content is None else json.dumps(content).encode()
         answer = await self.ask_one(f"$JS.API.{what}", payload)
-        return _checked(answer.data)
+        try:
+            return _checked(answer.data)
+        except ApiError as exc:
+            if exc.code == UNAVAILABLE:
+                raise Unsure(str(exc)) from exc
+            raise
 
     async def close(self) -> None:
         # It may hang, or raise, where servers are gone.
