@@ -44,7 +44,7 @@ VALUE: Final = bytes(range(256)) * 4
 
 def run(setting: Setting) -> Report:
     """The benchmark."""
-    rounds, seconds = (3, 2.0) if setting.brief else (9, 5.0)
+    rounds, seconds = (3, 2.0) if setting.brief else (9, 3.0)
     report = Report("operate")
     found = {
         "archive": _compare(setting, ARCHIVING, rounds, seconds),
