@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +18,13 @@ from logs import LOG, Records, append, content, copy_of, make_log, open_log, seg
 
 import trio_wal
 from trio_wal import RepairReport
-from trio_wal._disk.chain import META_NAME, TRUNCATE_NAME
+from trio_wal._disk.chain import META_NAME, META_NEW_NAME, PLACES_NEW_NAME, TRUNCATE_NAME
 from trio_wal._disk.frame import DATA_OFFSET, FRAME_HEADER_SIZE, decode_meta
+from trio_wal._disk.segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._disk.verify import verify
+from trio_wal._files import LOCK_NAME
 from trio_wal._repair import ASIDE, Repair
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD: Final = bytes(range(200))
@@ -633,3 +638,42 @@ async def test_a_sound_database_is_left_alone(tmp_path: Path) -> None:
     report = await trio_wal.repair(path, accept_loss=True)
     assert (report.damage, report.done, report.store) == ((), False, "kept")
     assert not (path / f"{ASIDE}-1").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a directory cannot be opened there")
+@pytest.mark.parametrize(
+    "name",
+    [*(NEW_NAME, META_NEW_NAME, PLACES_NEW_NAME, TRUNCATE_NAME, LOCK_NAME), f"{SPARE_PREFIX}1.tmp"],
+)
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_a_directory_in_the_place_of_a_file_must_be_moved_away(
+    tmp_path: Path, name: str, damaged: bool
+) -> None:
+    path = tmp_path / "log"
+    async with trio_wal.open_wal(path, segment_size=1) as wal:
+        for _ in range(6):
+            await wal.append(PAYLOAD)
+    if damaged:
+        segment = min(path.glob("wal-*.log"))
+        data = bytearray(segment.read_bytes())
+        data[DATA_OFFSET + FRAME_HEADER_SIZE] ^= 1
+        segment.write_bytes(data)
+    place = path / name
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    before = sorted(one.name for one in path.iterdir())
+    at = f"{re.escape(str(place))}: at offset 0: not a regular file"
+    for accept_loss in (False, True):
+        with pytest.raises(trio_wal.CorruptLogError, match=f"^{at}, but .*: move it away; "):
+            await trio_wal.repair(path, accept_loss=accept_loss)
+    with pytest.raises(trio_wal.CorruptLogError, match=f"^{at}; "):
+        async with trio_wal.open_wal(path):
+            pass
+    found = verify(OsFiles().open_directory(str(path))).findings
+    assert (str(place), "not a regular file") in [(one.path, one.reason) for one in found]
+    assert sorted(one.name for one in path.iterdir()) == before
+    place.rmdir()
+    report = await trio_wal.repair(path, accept_loss=True)
+    assert report.done == damaged
+    async with trio_wal.open_wal(path) as wal:
+        assert wal.last_lsn == 6 or damaged

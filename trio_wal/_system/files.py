@@ -241,7 +241,7 @@ class OsDirectory:
         try:
             fd = above_stdio(os.open(where, flags, 0o600, dir_fd=dir_fd))
         except OSError as exc:
-            if exc.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            if exc.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
                 raise CorruptLogError(path, 0, "not a regular file") from exc
             exc.filename = path
             raise
