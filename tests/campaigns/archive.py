@@ -416,7 +416,10 @@ async def _check_restored(folder: str, lsn: int | None, told: list[Told]) -> Non
     lsn: None: of the archive alone, to wherever it reaches.
     """
     archive, dest = DirectoryArchive(f"{folder}/archive"), f"{folder}/made"
-    if lsn is None and not any(name.endswith(".json") for name in archive.list()):
+    if lsn is None and not any(
+        name[0] == "0" and name.endswith(".json") for name in archive.list()
+    ):
+        # It has nothing but its own name yet.
         return
     tail = None if lsn is None else f"{folder}/db"
     report = await trio_wal.restore(archive, dest, to_lsn=lsn, tail=tail)
