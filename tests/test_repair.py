@@ -592,6 +592,59 @@ async def test_a_store_is_rebuilt_from_the_log(tmp_path: Path, how: str) -> None
     assert await keys(path) == list(range(20))
 
 
+def rot_store_format(path: Path) -> None:
+    """One byte in the number of the store's format, wherever that stands."""
+    file = path / "store" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    found = [match.end() for match in re.finditer(b"format" + b"\1\0", data)]
+    assert found
+    for end in found:
+        data[end - 2] ^= 4
+    file.write_bytes(data)
+
+
+async def test_a_store_that_says_it_is_newer_is_rebuilt_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    """Nothing else tells a rotten number from a newer trio-wal's."""
+    path = tmp_path / "db"
+    await a_database(path, checkpoint=True)
+    rot_store_format(path)
+    newer = r"data\.mdb: store format 5 "
+    for accept_loss in (False, True):
+        with pytest.raises(trio_wal.UnsupportedFormatError, match=newer):
+            await trio_wal.repair(path, accept_loss=accept_loss)
+    told = await trio_wal.repair(path, rebuild_store=True)
+    assert (told.store, told.lost, told.done) == ("rebuilt", (), False)
+    with pytest.raises(trio_wal.UnsupportedFormatError, match=newer):
+        await keys(path)
+    report = await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert attrs.evolve(report, done=False, copies=None) == told
+    assert report.copies is not None
+    assert (Path(report.copies) / "store" / "data.mdb").exists()
+    assert await keys(path) == list(range(20))
+
+
+async def test_a_store_is_not_set_aside_where_the_log_cannot_rebuild_it(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    await a_database(path, checkpoint=True, drop=True)
+    rot_store_format(path)
+    before = sorted(one.name for one in path.rglob("*"))
+    with pytest.raises(
+        trio_wal.CorruptLogError,
+        match=r"shall be rebuilt.*; the log does not have the beginning any more, .*: restore a ",
+    ):
+        await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert sorted(one.name for one in path.rglob("*")) == before
+
+
+async def test_a_log_has_no_store_to_rebuild(tmp_path: Path) -> None:
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        await wal.append(b"record")
+    with pytest.raises(trio_wal.WrongDirectoryError, match="without rebuild_store"):
+        await trio_wal.repair(tmp_path / "log", rebuild_store=True)
+
+
 async def test_a_store_that_the_log_cannot_rebuild(tmp_path: Path) -> None:
     path = tmp_path / "db"
     await a_database(path, checkpoint=True, drop=True)
