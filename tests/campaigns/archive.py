@@ -300,6 +300,7 @@ SLOTS: Final = 25
 PADDING: Final = 200
 LIFE_SECONDS: Final = 0.3
 """At most so long until the kill, from the fork on: it may meet the open."""
+COMMITS_MAX: Final = 100
 
 SERVER: Final = f"""
 import os, shutil, sys, trio, trio_wal
@@ -356,23 +357,28 @@ class Victims:
         with self._server as server:
             server.kill()
 
-    def live(self, folder: str, seconds: float) -> Iterator[Told]:
-        """What one says of its commits, until it is killed."""
+    def live(self, folder: str, seconds: float, commits: int | None) -> Iterator[Told]:
+        """What one says of its commits, until it is killed.
+
+        Args:
+          seconds: when; from the fork on, or from the last of ``commits`` that it is waited for.
+        """
         stdin, stdout = self._server.stdin, self._server.stdout
         assert stdin is not None
         assert stdout is not None
         stdin.write(f"{folder}\n")
         stdin.flush()
         self._pid = int(stdout.readline().split()[1])
+        for _ in range(commits or 0):
+            yield _told(stdout.readline())
         time.sleep(seconds)
         os.kill(self._pid, signal.SIGKILL)
         for line in stdout:
-            word, *rest = line.split()
-            if word == "end":
-                check(int(rest[0]) == signal.SIGKILL, f"it has ended by itself: {line}")
+            if line.startswith("end"):
                 self._pid = None
+                check(int(line.split()[1]) == signal.SIGKILL, f"it has ended by itself: {line}")
                 return
-            yield Told(int(word), *map(int, rest))
+            yield _told(line)
         raise RuntimeError("the program that forks has ended")
 
 
@@ -383,6 +389,12 @@ class Told:
     task: int
     count: int
     lsn: int
+
+
+def _told(line: str) -> Told:
+    numbers = line.split()
+    check(len(numbers) == 3 and numbers[0] != "end", f"it has ended by itself: {line}")
+    return Told(*map(int, numbers))
 
 
 def kill_and_restore(count: int, seed: int) -> tuple[int, int]:
@@ -397,7 +409,10 @@ def kill_and_restore(count: int, seed: int) -> tuple[int, int]:
             lives = min(LIVES_OF_ONE, count - first)
             with tempfile.TemporaryDirectory() as folder:
                 for life in range(lives):
-                    told += victims.live(folder, rng.random() * LIFE_SECONDS)
+                    # Half of them while it opens or soon after, however slow this machine is.
+                    commits = rng.choice((None, rng.randrange(COMMITS_MAX)))
+                    seconds = rng.random() * (LIFE_SECONDS if commits is None else 0.02)
+                    told += victims.live(folder, seconds, commits)
                     places: list[int | None] = []
                     if told:
                         last = max(one.lsn for one in told)
@@ -408,6 +423,7 @@ def kill_and_restore(count: int, seed: int) -> tuple[int, int]:
                         trio.run(_check_restored, folder, lsn, told)
                     restored += len(places)
             acknowledged += len(told)
+    check(acknowledged > 5 * count, f"no more than {acknowledged} commits: this shows nothing")
     return acknowledged, restored
 
 
