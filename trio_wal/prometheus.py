@@ -32,7 +32,7 @@ except ModuleNotFoundError as _exc:
     ) from _exc
 
 from . import _exports
-from ._metrics import Buckets, Kind, Labels, Metric, metrics, points
+from ._metrics import Buckets, Kind, Metric, metrics, points
 from ._sampling import Observed, Sampler
 
 _LABELS_OF: Final = {
@@ -92,14 +92,20 @@ class WalCollector(Collector):
 
     def collect(self) -> Iterable[Family]:
         """What there is now."""
-        families: dict[Metric, Family] = {}
+        families: dict[Metric, tuple[Family, str, tuple[str, ...]]] = {}
         for look in self._sampler.looks():
             for metric, labels, value in points(look):
-                family = families.get(metric)
-                if family is None:
-                    family = families[metric] = _family(metric)
-                family.samples.extend(_samples(metric, labels, value))
-        return families.values()
+                known = families.get(metric)
+                if known is None:
+                    known = families[metric] = _family(metric), metric.name, _LABELS_OF[metric]
+                family, name, names = known
+                whose = dict(zip(names, labels, strict=True))
+                # What ``add_metric`` of a family would do, in less of the time that a scrape takes.
+                if isinstance(value, float):
+                    family.samples.append(Sample(name, whose, value))
+                else:
+                    family.samples.extend(_parts(name, whose, value))
+        return [family for family, _, _ in families.values()]
 
 
 def _family(metric: Metric) -> Family:
@@ -111,28 +117,16 @@ def _family(metric: Metric) -> Family:
     return GaugeMetricFamily(name, text, labels=labels)
 
 
-def _samples(metric: Metric, labels: Labels, value: float | Buckets) -> list[Sample]:
-    """What ``add_metric`` of a family would add, in less of the time that a scrape takes."""
-    whose = dict(zip(_LABELS_OF[metric], labels, strict=True))
-    if isinstance(value, Buckets):
-        bucket, count, total = _parts(metric)
-        found = [
-            Sample(bucket, {**whose, "le": _bound(bound)}, float(number))
-            for bound, number in value.cumulative
-        ]
-        return [*found, Sample(count, whose, float(value.count)), Sample(total, whose, value.sum)]
-    return [Sample(_name(metric), whose, value)]
-
-
-@cache
-def _name(metric: Metric) -> str:
-    return metric.name
-
-
-@cache
-def _parts(metric: Metric) -> tuple[str, str, str]:
-    name = metric.name
-    return f"{name}_bucket", f"{name}_count", f"{name}_sum"
+def _parts(name: str, whose: dict[str, str], value: Buckets) -> list[Sample]:
+    """Of a histogram."""
+    bucket = f"{name}_bucket"
+    found = [
+        Sample(bucket, {**whose, "le": _bound(bound)}, float(count))
+        for bound, count in value.cumulative
+    ]
+    found.append(Sample(f"{name}_count", whose, float(value.count)))
+    found.append(Sample(f"{name}_sum", whose, value.sum))
+    return found
 
 
 @cache
