@@ -101,10 +101,10 @@ class WalCollector(Collector):
                 family, name, names = known
                 whose = dict(zip(names, labels, strict=True))
                 # What ``add_metric`` of a family would do, in less of the time that a scrape takes.
-                if isinstance(value, float):
-                    family.samples.append(Sample(name, whose, value))
-                else:
+                if isinstance(value, Buckets):
                     family.samples.extend(_parts(name, whose, value))
+                else:
+                    family.samples.append(Sample(name, whose, value))
         return [family for family, _, _ in families.values()]
 
 
