@@ -596,5 +596,5 @@ def powercut(session: nox.Session) -> None:
 @nox.session(default=False)
 def perf(session: nox.Session) -> None:
     """The benchmarks, in one run, side by side: `nox -s perf -- [NAME...]`."""
-    session.install(".[cli,zstd,nats]", *_group("perf"))
+    session.install(".[cli,zstd,nats,prometheus]", *_group("perf"))
     session.run("python", "perf/run.py", *session.posargs, env=ENV)

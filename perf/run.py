@@ -29,6 +29,7 @@ NAMES = (
     "scale",
     "backpressure",
     "replicated",
+    "operate",
 )
 
 

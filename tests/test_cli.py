@@ -1305,6 +1305,26 @@ def test_repair_says_what_would_be_lost_and_changes_nothing(
     assert len(lines_of(long_log)) == told["last_lsn"]
 
 
+async def test_repair_sets_a_store_aside_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    async with trio_wal.open_database(path) as db:
+        await db.put(b"key", b"value")
+        await db.checkpoint()
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trio_wal", "repair", str(path), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    told = await trio.to_thread.run_sync(run, "--rebuild-store")
+    assert told.returncode == 1, told
+    assert "the store would be set aside; the next open rebuilds it\n" in told.stdout
+    done = await trio.to_thread.run_sync(run, "--rebuild-store", "--accept-loss")
+    assert done.returncode == 0, done
+    assert not (path / "store").exists()
+    async with trio_wal.open_database(path) as db:
+        assert db.get(b"key") == b"value"
+
+
 def test_repair_of_what_is_no_log_or_open(cli: CommandLine, tmp_path: Path, log: Path) -> None:
     assert cli("repair", tmp_path / "nothing") == 3
     assert cli("repair", "nats://127.0.0.1:1/orders") == 3

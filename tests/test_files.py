@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import select
@@ -21,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from mmap import ACCESS_COPY, PAGESIZE, mmap
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ from trio_wal import CorruptLogError, LogLockedError, WrongDirectoryError
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._files import NO_WORD, Directory, Word
-from trio_wal._system.files import OsDirectory, OsFile, OsFiles
+from trio_wal._system.files import OsDirectory, OsFile, OsFiles, WeakMethods
 from trio_wal._system.owner import lock_holder
 from trio_wal._system.sync import FOLIO_MAX
 from trio_wal._system.watch import watch_directory
@@ -950,3 +952,69 @@ def test_a_file_system_that_does_not_tell_has_nothing_written(
     assert file.written_bytes() == 0
     file.close()
     directory.close()
+
+
+@pytest.mark.parametrize("kind", ["log", "database", "readers"])
+async def test_nothing_in_python_runs_when_what_was_open_is_collected(
+    tmp_path: Path, kind: str
+) -> None:
+    """A Ctrl-C that arrives during a garbage collection is looked at by the first line of Python
+    after it.  In a callback of a weak reference its KeyboardInterrupt is printed, and forgotten."""
+    ran: list[str] = []
+
+    async def use() -> None:
+        if kind == "log":
+            async with trio_wal.open_wal(tmp_path / "log") as wal:
+                await wal.append(b"record")
+                async with wal.read() as records:
+                    assert [record.lsn async for record in records] == [1]
+        else:
+            async with trio_wal.open_database(tmp_path / "db") as db:
+                await db.put(b"key", b"value")
+        if kind == "readers":
+            async with trio_wal.open_database_reader(tmp_path / "db") as reader:
+                assert reader.get(b"key") == b"value"
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        # Trio keeps Ctrl-C out of whatever is called so.
+        if event == "call" and frame.f_code.co_name != "__del__":
+            ran.append(f"{frame.f_code.co_filename}: {frame.f_code.co_name}")
+
+    gc.collect()
+    gc.disable()
+    try:
+        await use()
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            collected = gc.collect()
+        finally:
+            sys.setprofile(before)
+    finally:
+        gc.enable()
+    assert collected > 10
+    assert ran == []
+
+
+def test_methods_are_kept_for_as_long_as_their_objects_live() -> None:
+    called: list[str] = []
+
+    class Owner:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def told(self) -> None:
+            called.append(self.name)
+
+    methods = WeakMethods()
+    first, second, third = Owner("first"), Owner("second"), Owner("third")
+    for owner in (first, second, third):
+        methods.add(owner.told)
+    methods.call()
+    assert called == ["first", "second", "third"]
+    called.clear()
+    del second, third, owner
+    gc.collect()
+    methods.call()
+    assert called == ["first"]
+    assert len(methods) == 1

@@ -7,11 +7,14 @@ import math
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import trio
+from campaigns._simulator import seeded_run
 from cas import CasServers, MemoryLog, open_wal_on_cas
 from databases import open_memory_database
 from helpers import open_memory, until
@@ -397,3 +400,43 @@ def test_without_the_extra_it_says_what_to_install(module: str, needs: str) -> N
         env={"PYTHONPATH": root},
     )
     assert f"python -m pip install 'trio-wal[{module}]'" in run.stdout
+
+
+def lines_of_appends(*, collected: bool) -> Counter[tuple[str, int]]:
+    """How often each line of the package runs while many tasks append, in one order of tasks."""
+    ran: Counter[tuple[str, int]] = Counter()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if "/trio_wal/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        ran[frame.f_code.co_filename, frame.f_lineno] += event == "line"
+        return trace
+
+    async def main() -> None:
+        async with open_memory(MemoryFiles(seed=1)) as wal:
+            registry = CollectorRegistry()
+            if collected:
+                registry.register(WalCollector(wal))
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(20):
+                        nursery.start_soon(append_some, wal)
+            finally:
+                sys.settrace(before)
+            assert bool(generate_latest(registry)) == collected
+
+    async def append_some(wal: trio_wal.WriteAheadLog) -> None:
+        for _ in range(20):
+            await wal.append(b"record")
+
+    seeded_run(main, seed=1)
+    return ran
+
+
+def test_a_collector_costs_an_append_nothing() -> None:
+    """Not a line is run that would not be run without it."""
+    alone = lines_of_appends(collected=False)
+    assert sum(alone.values()) > 400
+    assert lines_of_appends(collected=True) == alone

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +18,13 @@ from logs import LOG, Records, append, content, copy_of, make_log, open_log, seg
 
 import trio_wal
 from trio_wal import RepairReport
-from trio_wal._disk.chain import META_NAME, TRUNCATE_NAME
+from trio_wal._disk.chain import META_NAME, META_NEW_NAME, PLACES_NEW_NAME, TRUNCATE_NAME
 from trio_wal._disk.frame import DATA_OFFSET, FRAME_HEADER_SIZE, decode_meta
+from trio_wal._disk.segment import NEW_NAME, SPARE_PREFIX
 from trio_wal._disk.verify import verify
+from trio_wal._files import LOCK_NAME
 from trio_wal._repair import ASIDE, Repair
+from trio_wal._system.files import OsFiles
 from trio_wal.testing import MemoryFiles
 
 PAYLOAD: Final = bytes(range(200))
@@ -587,6 +592,59 @@ async def test_a_store_is_rebuilt_from_the_log(tmp_path: Path, how: str) -> None
     assert await keys(path) == list(range(20))
 
 
+def rot_store_format(path: Path) -> None:
+    """One byte in the number of the store's format, wherever that stands."""
+    file = path / "store" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    found = [match.end() for match in re.finditer(b"format" + b"\1\0", data)]
+    assert found
+    for end in found:
+        data[end - 2] ^= 4
+    file.write_bytes(data)
+
+
+async def test_a_store_that_says_it_is_newer_is_rebuilt_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    """Nothing else tells a rotten number from a newer trio-wal's."""
+    path = tmp_path / "db"
+    await a_database(path, checkpoint=True)
+    rot_store_format(path)
+    newer = r"data\.mdb: store format 5 "
+    for accept_loss in (False, True):
+        with pytest.raises(trio_wal.UnsupportedFormatError, match=newer):
+            await trio_wal.repair(path, accept_loss=accept_loss)
+    told = await trio_wal.repair(path, rebuild_store=True)
+    assert (told.store, told.lost, told.done) == ("rebuilt", (), False)
+    with pytest.raises(trio_wal.UnsupportedFormatError, match=newer):
+        await keys(path)
+    report = await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert attrs.evolve(report, done=False, copies=None) == told
+    assert report.copies is not None
+    assert (Path(report.copies) / "store" / "data.mdb").exists()
+    assert await keys(path) == list(range(20))
+
+
+async def test_a_store_is_not_set_aside_where_the_log_cannot_rebuild_it(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    await a_database(path, checkpoint=True, drop=True)
+    rot_store_format(path)
+    before = sorted(one.name for one in path.rglob("*"))
+    with pytest.raises(
+        trio_wal.CorruptLogError,
+        match=r"shall be rebuilt.*; the log does not have the beginning any more, .*: restore a ",
+    ):
+        await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert sorted(one.name for one in path.rglob("*")) == before
+
+
+async def test_a_log_has_no_store_to_rebuild(tmp_path: Path) -> None:
+    async with trio_wal.open_wal(tmp_path / "log") as wal:
+        await wal.append(b"record")
+    with pytest.raises(trio_wal.WrongDirectoryError, match="without rebuild_store"):
+        await trio_wal.repair(tmp_path / "log", rebuild_store=True)
+
+
 async def test_a_store_that_the_log_cannot_rebuild(tmp_path: Path) -> None:
     path = tmp_path / "db"
     await a_database(path, checkpoint=True, drop=True)
@@ -633,3 +691,42 @@ async def test_a_sound_database_is_left_alone(tmp_path: Path) -> None:
     report = await trio_wal.repair(path, accept_loss=True)
     assert (report.damage, report.done, report.store) == ((), False, "kept")
     assert not (path / f"{ASIDE}-1").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a directory cannot be opened there")
+@pytest.mark.parametrize(
+    "name",
+    [*(NEW_NAME, META_NEW_NAME, PLACES_NEW_NAME, TRUNCATE_NAME, LOCK_NAME), f"{SPARE_PREFIX}1.tmp"],
+)
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_a_directory_in_the_place_of_a_file_must_be_moved_away(
+    tmp_path: Path, name: str, damaged: bool
+) -> None:
+    path = tmp_path / "log"
+    async with trio_wal.open_wal(path, segment_size=1) as wal:
+        for _ in range(6):
+            await wal.append(PAYLOAD)
+    if damaged:
+        segment = min(path.glob("wal-*.log"))
+        data = bytearray(segment.read_bytes())
+        data[DATA_OFFSET + FRAME_HEADER_SIZE] ^= 1
+        segment.write_bytes(data)
+    place = path / name
+    place.unlink(missing_ok=True)
+    place.mkdir()
+    before = sorted(one.name for one in path.iterdir())
+    at = f"{re.escape(str(place))}: at offset 0: not a regular file"
+    for accept_loss in (False, True):
+        with pytest.raises(trio_wal.CorruptLogError, match=f"^{at}, but .*: move it away; "):
+            await trio_wal.repair(path, accept_loss=accept_loss)
+    with pytest.raises(trio_wal.CorruptLogError, match=f"^{at}; "):
+        async with trio_wal.open_wal(path):
+            pass
+    found = verify(OsFiles().open_directory(str(path))).findings
+    assert (str(place), "not a regular file") in [(one.path, one.reason) for one in found]
+    assert sorted(one.name for one in path.iterdir()) == before
+    place.rmdir()
+    report = await trio_wal.repair(path, accept_loss=True)
+    assert report.done == damaged
+    async with trio_wal.open_wal(path) as wal:
+        assert wal.last_lsn == 6 or damaged

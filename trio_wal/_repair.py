@@ -45,6 +45,7 @@ from ._worker import Blocking
 ASIDE: Final = "before-repair"
 """What the directory with the copies is called; a number follows."""
 SEGMENT_SIZE: Final = 64 * MiB
+TO_BE_REBUILT: Final = "this store shall be rebuilt, whatever it is worth"
 
 Progress = Callable[[int, int], None]
 
@@ -155,6 +156,7 @@ class Repair:
         keep: Keep,
         trust_directory: bool,
         tick: Progress,
+        rebuild_store: bool = False,
     ) -> None:
         self._files = files
         self._stores = stores_of(files)
@@ -163,6 +165,7 @@ class Repair:
         self._keep: Keep = keep
         self._trust = trust_directory
         self._tick = tick
+        self._rebuild_store = rebuild_store
 
     def run(self) -> RepairReport:
         """Raises what `repair` says."""
@@ -176,6 +179,9 @@ class Repair:
         log_path, exists = f"{self._path}/{LOG_NAME}", self._files.exists
         if META_NAME not in names and (exists(log_path) or exists(self._store_path)):
             return self._database(log_path, exists=exists(log_path))
+        if self._rebuild_store:
+            what = "no database, and so has no store that could be rebuilt"
+            raise WrongDirectoryError(self._path, what, "repair() without rebuild_store")
         with self._owned(self._path, follow=True) as directory:
             found = survey(directory, self._tick)
             if found.meta.features & FEATURE_DATABASE:
@@ -265,6 +271,8 @@ class Repair:
 
     def _look_at_store(self) -> tuple[list[Finding], StoreState | None]:
         path = self._store_path
+        if self._rebuild_store:
+            return [Finding(path, 0, TO_BE_REBUILT)], None
         try:
             self._stores.check_store(path, "child", self._tick)
             return [], self._stores.inspect_store(path)
@@ -301,11 +309,12 @@ class Repair:
         if wrong is not None and not found.damaged:
             damage.append(Finding(data_file(self._store_path), 0, wrong))
         if damage and state is None and not _has_beginning(salvage):
+            has = "the log does not have" if self._rebuild_store else "neither log nor store has"
             raise CorruptLogError(
                 damage[-1].path,
                 damage[-1].offset,
-                f"{damage[-1].reason}; neither log nor store has the beginning any more, so this "
-                "database cannot be repaired: restore a backup",
+                f"{damage[-1].reason}; {has} the beginning any more, so this database cannot be "
+                "repaired: restore a backup",
             )
         rebuilt = state is None and (bool(findings) or wrong is not None)
         return _Plan(tuple(damage), salvage, state, "rebuilt" if rebuilt else "kept")
@@ -363,6 +372,7 @@ async def repair(
     *,
     accept_loss: bool = False,
     keep: Keep = "oldest",
+    rebuild_store: bool = False,
     trust_directory: bool = False,
     on_progress: Progress | None = None,
     files: Files | None = None,
@@ -390,6 +400,9 @@ async def repair(
       keep: where a log has several parts without a gap, which one: ``"oldest"``, as every recovery
           after damage; ``"newest"`` drops the older part, as ``truncate_before`` does.  A
           database's store decides for itself.
+      rebuild_store: set a database's store aside without a look at it, and have the next open
+          rebuild it, where the log still reaches back to LSN 1: for a store of which you know that
+          it is worth nothing, such as one that says it is a newer trio-wal's and never was.
       trust_directory: as for `open_wal`.
       on_progress: called, in a worker thread, with the bytes that are looked at or copied so far
           and the bytes that there are.
@@ -403,7 +416,8 @@ async def repair(
       CorruptLogError: something that is no file has the name of one, and must be moved away; a
           database of which neither log nor store has the beginning any more; or
           ``log.meta`` is gone, and nothing tells which of several logs' segments are this one's.
-      UnsupportedFormatError: a file of it is from a newer trio-wal, which knows what it is worth.
+      UnsupportedFormatError: a file of it is from a newer trio-wal, which knows what it is worth;
+          see ``rebuild_store``.
       UnsupportedOperationError: the log is replicated; its servers repair it.
       LogFullError, OSError: there is no space for the copies or the new segment, or the disk
           fails.  Nothing is lost: call it again.
@@ -414,6 +428,7 @@ async def repair(
         raise UnsupportedOperationError(str(path), "repair", reason)
     check_bool("accept_loss", accept_loss)
     check_one_of("keep", keep, ("oldest", "newest"))
+    check_bool("rebuild_store", rebuild_store)
     check_bool("trust_directory", trust_directory)
     where: Files = OsFiles() if files is None else files
 
@@ -430,6 +445,7 @@ async def repair(
         keep=keep,
         trust_directory=trust_directory,
         tick=tick,
+        rebuild_store=rebuild_store,
     )
     blocking = Blocking(threaded=where.threaded)
     try:

@@ -19,10 +19,13 @@ a log of so many commits to every one of them, and to a time between each two.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import itertools
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -290,56 +293,169 @@ async def _every_commit(count: int, seed: int) -> int:
 
 # -- real processes -----------------------------------------------------------------
 
-CHILD: Final = """
-import sys, trio, trio_wal
-async def main():
-    archive = trio_wal.DirectoryArchive(sys.argv[1] + "/archive")
+LIVES_OF_ONE: Final = 50
+"""Kills of one database: a restore reads all of its manifests."""
+TASKS: Final = 4
+SLOTS: Final = 25
+PADDING: Final = 200
+LIFE_SECONDS: Final = 0.3
+"""At most so long until the kill, from the fork on: it may meet the open."""
+COMMITS_MAX: Final = 100
+
+SERVER: Final = f"""
+import os, shutil, sys, trio, trio_wal
+def tell(*words):
+    # In one piece: a line is told, or not.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+async def main(folder):
+    archive = trio_wal.DirectoryArchive(folder + "/archive")
     async with trio_wal.open_database(
-        sys.argv[1] + "/db", archive=archive, segment_size=1, checkpoint_bytes=20_000
+        folder + "/db", archive=archive, segment_size=1, checkpoint_bytes=20_000
     ) as db:
-        number = db.durable_lsn
-        async def rotate():
+        async def commit(task):
             while True:
-                await trio.sleep(0.02)
-                await db.wal.rotate()
+                async with db.transaction() as tx:
+                    count = int(tx.get(b"%d" % task, b"0")) + 1
+                    tx.put(b"%d" % task, b"%d" % count)
+                    tx.put(b"%d %d" % (task, count % {SLOTS}), b"%d" % count + bytes({PADDING}))
+                tell(task, count, tx.lsn)
+                await trio.sleep(0.002)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rotate)
+            for task in range({TASKS}):
+                nursery.start_soon(commit, task)
             while True:
-                number += 1
-                lsn = await db.put(b"%d" % (number % 100), b"%d" % number + bytes(200))
-                print(lsn, flush=True)
-trio.run(main)
+                for _ in range(5):
+                    await trio.sleep(0.02)
+                    await db.wal.rotate()
+                copy = folder + "/copy " + os.urandom(4).hex()
+                await db.backup(copy)
+                shutil.rmtree(copy)
+for folder in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        tell("pid", os.getpid())
+        trio.run(main, folder.strip())
+    tell("end", os.waitpid(pid, 0)[1])
 """
+"""Forks for each line that it is given a program that archives, and never ends by itself.  A
+process that has imported everything does that, because that takes longer than the rest."""
 
 
-def kill_and_restore(count: int, seed: int) -> int:
+class Victims:
+    """Programs that are killed (SIGKILL), one at a time."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._pid: int | None = None
+
+    def close(self) -> None:
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+        with self._server as server:
+            server.kill()
+
+    def live(self, folder: str, seconds: float, commits: int | None) -> Iterator[Told]:
+        """What one says of its commits, until it is killed.
+
+        Args:
+          seconds: when; from the fork on, or from the last of ``commits`` that it is waited for.
+        """
+        stdin, stdout = self._server.stdin, self._server.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(f"{folder}\n")
+        stdin.flush()
+        self._pid = int(stdout.readline().split()[1])
+        for _ in range(commits or 0):
+            yield _told(stdout.readline())
+        time.sleep(seconds)
+        os.kill(self._pid, signal.SIGKILL)
+        for line in stdout:
+            if line.startswith("end"):
+                self._pid = None
+                check(int(line.split()[1]) == signal.SIGKILL, f"it has ended by itself: {line}")
+                return
+            yield _told(line)
+        raise RuntimeError("the program that forks has ended")
+
+
+@attrs.frozen
+class Told:
+    """A commit that was acknowledged: the ``count``-th of its task."""
+
+    task: int
+    count: int
+    lsn: int
+
+
+def _told(line: str) -> Told:
+    numbers = line.split()
+    check(len(numbers) == 3 and numbers[0] != "end", f"it has ended by itself: {line}")
+    return Told(*map(int, numbers))
+
+
+def kill_and_restore(count: int, seed: int) -> tuple[int, int]:
     """Kills a program (SIGKILL) again and again; after each kill its database is restored to the
-    last commit that it was told is durable, and to one before that.  Gives the last LSN."""
-    rng, last = random.Random(seed), 0
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
-            command = [sys.executable, "-c", CHILD, folder]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-                assert child.stdout is not None
-                first = child.stdout.readline()
-                time.sleep(rng.random() * 0.3)
-                child.kill()
-                told = [int(line) for line in (first + child.stdout.read()).splitlines()]
-            check(bool(first), "the program has not come so far as to write")
-            last = max([last, *told])
-            for lsn in (last, rng.randint(0, last)):
-                trio.run(_restore_database, folder, lsn, f"{folder}/made {number}")
-    return last
+    last commit that was acknowledged, to one before that, and now and then from its archive
+    alone.  Gives how many commits were acknowledged, and how often it was restored."""
+    rng = random.Random(seed)
+    acknowledged = restored = 0
+    with contextlib.closing(Victims()) as victims:
+        for first in range(0, count, LIVES_OF_ONE):
+            told: list[Told] = []
+            lives = min(LIVES_OF_ONE, count - first)
+            with tempfile.TemporaryDirectory() as folder:
+                for life in range(lives):
+                    # Half of them while it opens or soon after, however slow this machine is.
+                    commits = rng.choice((None, rng.randrange(COMMITS_MAX)))
+                    seconds = rng.random() * (LIFE_SECONDS if commits is None else 0.02)
+                    told += victims.live(folder, seconds, commits)
+                    places: list[int | None] = []
+                    if told:
+                        last = max(one.lsn for one in told)
+                        places += [last, rng.randint(0, last)]
+                    if told and (rng.random() < 0.1 or life == lives - 1):
+                        places.append(None)
+                    for lsn in places:
+                        trio.run(_check_restored, folder, lsn, told)
+                    restored += len(places)
+            acknowledged += len(told)
+    check(acknowledged > 5 * count, f"no more than {acknowledged} commits: this shows nothing")
+    return acknowledged, restored
 
 
-async def _restore_database(folder: str, lsn: int, dest: str) -> None:
-    archive = DirectoryArchive(f"{folder}/archive")
-    await trio_wal.restore(archive, dest, to_lsn=lsn, tail=f"{folder}/db")
+async def _check_restored(folder: str, lsn: int | None, told: list[Told]) -> None:
+    """Args:
+    lsn: None: of the archive alone, to wherever it reaches.
+    """
+    archive, dest = DirectoryArchive(f"{folder}/archive"), f"{folder}/made"
+    if lsn is None and not any(
+        name[0] == "0" and name.endswith(".json") for name in archive.list()
+    ):
+        # It has nothing but its own name yet.
+        return
+    tail = None if lsn is None else f"{folder}/db"
+    report = await trio_wal.restore(archive, dest, to_lsn=lsn, tail=tail)
+    lsn = report.last_lsn if lsn is None else lsn
+    check(report.last_lsn == lsn, f"restored to LSN {report.last_lsn}, not {lsn}")
     async with trio_wal.open_database(dest) as db:
+        check(db.durable_lsn == lsn, f"it opens at LSN {db.durable_lsn}, not {lsn}")
         found = dict(db.scan())
-    expected = {b"%d" % (n % 100): b"%d" % n + bytes(200) for n in range(1, lsn + 1)}
-    check(found == expected, f"LSN {lsn} is another state")
     await trio.to_thread.run_sync(shutil.rmtree, dest)
+    counts = [int(found.pop(b"%d" % task, b"0")) for task in range(TASKS)]
+    check(sum(counts) == lsn, f"{sum(counts)} commits at LSN {lsn}: lost, or doubled")
+    for one in told:
+        is_there = counts[one.task] >= one.count
+        check(is_there == (one.lsn <= lsn), f"{one} at LSN {lsn}: {counts[one.task]}")
+    expected = {
+        b"%d %d" % (task, number % SLOTS): b"%d" % number + bytes(PADDING)
+        for task, number_of in enumerate(counts)
+        for number in range(max(1, number_of - SLOTS + 1), number_of + 1)
+    }
+    check(found == expected, f"LSN {lsn} is another state")
 
 
 # -- the campaign -------------------------------------------------------------------
@@ -354,8 +470,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.kills is not None:
-        last = kill_and_restore(arguments.kills, arguments.seed)
-        print(f"{arguments.kills:,} kills, {last:,} commits: 0 lost, 0 altered")
+        if not hasattr(os, "fork"):
+            return _report.fail_usage("--kills needs a system with fork(2)")
+        told, restored = kill_and_restore(arguments.kills, arguments.seed)
+        print(
+            f"{arguments.kills:,} kills, {told:,} commits acknowledged, {restored:,} restores: "
+            "0 lost, 0 doubled"
+        )
         return 0
     if arguments.commits is not None:
         count = trio.run(

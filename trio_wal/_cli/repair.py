@@ -25,6 +25,14 @@ def repair(
         Literal["oldest", "newest"],
         Parameter(help="Which part of a log to keep if it has a gap."),
     ] = "oldest",
+    rebuild_store: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="Set a database's store aside, unseen, and rebuild it from the log: for one that "
+            "says it is a newer trio-wal's and never was.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> int:
     """Make a damaged log or database open again, or say what that would lose.
@@ -51,6 +59,7 @@ def repair(
             keep=keep,
             trust_directory=False,
             tick=bar.update,
+            rebuild_store=rebuild_store,
         ).run()
     if json:
         write_json(_as_json(report))

@@ -142,6 +142,19 @@ def temporary(names: Iterable[str]) -> list[str]:
     return [name for name in names if is_temporary(name)]
 
 
+def check_ours(directory: Directory, names: Iterable[str], report: Report = refuse) -> None:
+    """Whether what has the name of one of the log's own files is a file: recovery would remove it,
+    or write it.  Segments, ``log.meta`` and the places of consumers are looked at elsewhere."""
+    for name in filter(is_ours, names):
+        try:
+            directory.open(name).close()
+        except CorruptLogError as exc:
+            report(finding_of(exc, exc.path))
+        except OSError:
+            # It went away, or is not ours to read: whoever needs it says so.
+            continue
+
+
 def read_segment(directory: Directory, name: str) -> FoundSegment:
     """Open one segment file and check its header.
 

@@ -18,6 +18,7 @@ from trio_wal._exceptions import (
 )
 from trio_wal._files import Directory, Files, close_quietly
 
+from .chain import check_ours
 from .directory import LogDirectory
 from .frame import FEATURE_DATABASE, FEATURE_ZSTD
 from .placesfile import read_places
@@ -58,6 +59,7 @@ def open_log_directory(
     try:
         names = directory.names()
         found_names = frozenset(names)
+        check_ours(directory, names)
         reread_tail(directory, names)
         plan = examine(directory, names, verify_bytes=verify_bytes)
         features = FEATURE_ZSTD if compression == "zstd" else 0

@@ -40,6 +40,7 @@ from .chain import (
     Chain,
     FoundSegment,
     Until,
+    check_ours,
     list_chain,
     list_unborn,
     read_segment,
@@ -206,6 +207,7 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
       OSError: a file cannot be opened.
     """
     findings: list[Finding] = []
+    check_ours(directory, directory.names(), _refuse_to_remove)
     found = find_meta(directory, findings.append)
     if found is not None and not found.live:
         list_unborn(directory, directory.names(), findings.append)
@@ -243,6 +245,11 @@ def survey(directory: Directory, progress: Progress | None = None) -> Survey:
     open_ended = found is None and word.durable_lsn > known
     open_ended |= any(f.first_lsn is not None and f.last_lsn is None for f in lost)
     return Survey(meta, found is not None, tuple(findings), tuple(pieces), known, open_ended)
+
+
+def _refuse_to_remove(finding: Finding) -> None:
+    reason = f"{finding.reason}, but it has the name of a file of the log: move it away"
+    raise CorruptLogError(finding.path, finding.offset, reason)
 
 
 def _made_up(directory: Directory) -> Meta:

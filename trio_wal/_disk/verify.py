@@ -28,6 +28,7 @@ from .chain import (
     Chain,
     FoundSegment,
     Until,
+    check_ours,
     list_chain,
     list_unborn,
     no_log,
@@ -164,6 +165,7 @@ def _list(directory: Directory) -> Listing:
     findings: list[Finding] = []
     # Before the files: what it speaks of is in them then.
     word = directory.published()
+    check_ours(directory, directory.names(), findings.append)
     meta = find_meta(directory, findings.append)
     if meta is not None and not meta.features & FEATURE_DATABASE:
         check_places(directory, meta, findings.append)

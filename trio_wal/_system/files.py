@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import sys
@@ -15,7 +16,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Final
+from functools import partial
+from types import MethodType
+from typing import Final, cast
 
 from trio_wal._exceptions import CorruptLogError, LogLockedError
 from trio_wal._files import LOCK_NAME, NO_WORD, Watch, Word, close_quietly
@@ -163,17 +166,44 @@ class OsFile:
             os.close(fd)
 
 
-_directories: weakref.WeakSet[OsDirectory] = weakref.WeakSet()
-_fork_callbacks: set[weakref.WeakMethod[Callable[[], None]]] = set()
+class WeakMethods:
+    """Methods of objects, for as long as those live elsewhere.
+
+    Unlike `weakref.WeakSet` and `weakref.WeakMethod`, nothing that is written in Python runs when
+    one dies.  Objects die in garbage collections, and a Ctrl-C that arrives during one is looked at
+    by the first line of Python after it: if that were ours, its KeyboardInterrupt would be printed
+    as ignored there, and the program would go on.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[object], Callable[..., None]]] = {}
+        self._numbers = itertools.count()
+
+    def add(self, method: Callable[[], None]) -> None:
+        bound = cast(MethodType, method)
+        number = next(self._numbers)
+        # pop(number, reference): the second one is what it gives where the first is not there.
+        forget: Callable[[object], object] = partial(self._found.pop, number)
+        self._found[number] = weakref.ref(bound.__self__, forget), bound.__func__
+
+    def call(self) -> None:
+        """All of them, in the order in which they were added."""
+        for reference, function in list(self._found.values()):
+            owner = reference()
+            if owner is not None:
+                function(owner)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+_directories: Final = WeakMethods()
+_fork_callbacks: Final = WeakMethods()
 
 
 def _after_fork_in_child() -> None:
-    for directory in list(_directories):
-        directory.disown()
-    for reference in list(_fork_callbacks):
-        callback = reference()
-        if callback is not None:
-            callback()
+    _directories.call()
+    _fork_callbacks.call()
 
 
 def on_every_fork(callback: Callable[[], None]) -> None:
@@ -203,7 +233,7 @@ class OsDirectory:
         if sys.platform != "win32":
             flags = os.O_RDONLY | os.O_DIRECTORY | CLOEXEC | (0 if follow else NOFOLLOW)
             self._fd = above_stdio(os.open(path, flags))
-        _directories.add(self)
+        _directories.add(self.disown)
 
     def _where(self, name: str) -> tuple[str, int | None]:
         if os.path.basename(name) != name or name in ("", ".", ".."):
@@ -241,7 +271,7 @@ class OsDirectory:
         try:
             fd = above_stdio(os.open(where, flags, 0o600, dir_fd=dir_fd))
         except OSError as exc:
-            if exc.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            if exc.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
                 raise CorruptLogError(path, 0, "not a regular file") from exc
             exc.filename = path
             raise
@@ -509,7 +539,4 @@ class OsFiles:
         remove_directories(paths)
 
     def on_fork(self, callback: Callable[[], None]) -> None:
-        reference: weakref.WeakMethod[Callable[[], None]] = weakref.WeakMethod(
-            callback, _fork_callbacks.discard
-        )
-        _fork_callbacks.add(reference)
+        _fork_callbacks.add(callback)
