@@ -982,6 +982,8 @@ async def test_nothing_in_python_runs_when_what_was_open_is_collected(
 
     gc.collect()
     gc.disable()
+    others = gc.callbacks[:]
+    gc.callbacks.clear()  # those of test tools
     try:
         await use()
         before = sys.getprofile()
@@ -991,6 +993,7 @@ async def test_nothing_in_python_runs_when_what_was_open_is_collected(
         finally:
             sys.setprofile(before)
     finally:
+        gc.callbacks[:] = others
         gc.enable()
     assert collected > 10
     assert ran == []

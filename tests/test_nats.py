@@ -60,7 +60,9 @@ def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs
     async def ask_one(*_: object) -> Any:
         return SimpleNamespace(data=data)
 
-    connection = _natscas.Connection(_natscas.Access(servers=("nats://a:1",), name="x"), lambda: None)
+    connection = _natscas.Connection(
+        _natscas.Access(servers=("nats://a:1",), name="x"), lambda: None
+    )
     monkeypatch.setattr(connection, "ask_one", ask_one)
     answer = connection.api("STREAM.CREATE.x")
     if what == "wanted":
