@@ -94,7 +94,8 @@ def follow_plain(
     bodies = _Bodies(window) if scanner.bodies else None
     place = begin = scanner.position.fields
     offset, due, previous, proven, time_us = place
-    size = 0
+    size = frames = index_at = 0
+    before, unproven = place, deque[Unproven]()
     if tally is not None:
         frames, before, unproven = tally.frames, tally.data_end.fields, tally.unproven
         index_at = tally.index[-1][1] + tally.step if tally.index else 0
