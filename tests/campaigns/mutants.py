@@ -865,8 +865,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "the watermark in a frame says nothing", "_reader", "bitrot:ways/reader, no word",
-        "            watermark, kind = max(watermark, frame.durable_lsn), frame.kind\n",
-        "            kind = frame.kind\n",
+        "        watermark = max(tail.watermark, scanner.position.durable_lsn)\n",
+        "        watermark = tail.watermark\n",
     ),
     mutant(
         "a pointer says nothing of what is before its frame", "_reader",
