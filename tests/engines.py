@@ -401,6 +401,11 @@ class MemoryEngine:
         else:
             self._holds[who] = lsn
 
+    async def settle_holds(self) -> None:
+        # What is dropped is decided and done in one stretch.
+        with self.counted():
+            await trio.lowlevel.checkpoint()
+
     def cursor(self) -> MemoryCursor:
         return MemoryCursor(self)
 

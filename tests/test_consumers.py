@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
+import threading
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trio_wal import (
 )
 from trio_wal._disk import frame
 from trio_wal._disk.frame import META_SIZE_MAX, decode_meta
+from trio_wal._disk.metafile import MetaFile
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.placesfile import PLACES_VERSION
 from trio_wal._disk.verify import verify
@@ -440,6 +442,53 @@ async def test_nothing_is_dropped_above_the_slowest_place(kit: Kit) -> None:
         await kit.drop_all(opened)
         assert await given(opened, "quick") == lsns[30:]
         assert list(opened.statistics().consumers) == ["quick"]
+
+
+@pytest.mark.parametrize("start", [None, 1])
+async def test_a_log_is_being_cut_when_a_consumer_begins(
+    disk_kit: Kit, start: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hold comes too late for what is going already."""
+    original = MetaFile.write
+    cutting, go_on = threading.Event(), threading.Event()
+
+    def write(self: MetaFile, meta: frame.Meta) -> None:
+        if meta.base_lsn > self.says.base_lsn:
+            cutting.set()
+            assert go_on.wait(60)
+        original(self, meta)
+
+    entered: list[int] = []
+    async with disk_kit.open() as opened:
+        await disk_kit.add(opened, 1)
+        # So that nothing else need be written before there is another one.
+        await acknowledge(opened, "first", 1)
+        await opened.drop_consumer("first")
+        await disk_kit.add(opened, 40, 200)
+        wal = disk_kit.wal(opened)
+        monkeypatch.setattr(MetaFile, "write", write)
+
+        async def consume() -> None:
+            with suppress(LsnTruncatedError):
+                async with opened.consumer("late", start=start) as consumer:
+                    entered.append(consumer.bookmark.lsn)
+
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(disk_kit.drop_all, opened)
+                assert await trio.to_thread.run_sync(cutting.wait, 60)
+                nursery.start_soon(consume)
+                with trio.move_on_after(0.1):
+                    while not entered:
+                        await trio.sleep(0.01)
+                go_on.set()
+        assert wal.first_lsn > 2
+        if start is None:
+            assert entered == [place(opened, "late")]
+            assert entered[0] + 1 >= wal.first_lsn
+        else:
+            assert not entered
+            assert "late" not in opened.statistics().consumers
 
 
 async def test_a_consumer_that_holds_too_much_is_told(kit: Kit) -> None:

@@ -285,16 +285,18 @@ class Session:
                     )
                 begin = stream.bookmark
                 log.hold(consumer_hold(self.name), begin.lsn + 1, log.consumer_hold_bytes)
-                await keeper.admit()
-                await keeper.move(self.name, Move(begin, begins=True))
+                await log.engine.settle_holds()
+                if log.tail.first_lsn <= begin.lsn + 1:
+                    await keeper.admit()
+                    await keeper.move(self.name, Move(begin, begins=True))
+                    return stream
             except BaseException:
                 await stream.__aexit__(None, None, None)
                 consumers.hold(self.name)
                 raise
-            if self._start is not None or log.tail.first_lsn <= begin.lsn + 1:
-                return stream
             # The log was being cut at its beginning when the hold came.
             await stream.__aexit__(None, None, None)
+            consumers.hold(self.name)
 
     @enable_ki_protection
     async def leave(self) -> None:

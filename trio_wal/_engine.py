@@ -367,6 +367,11 @@ class Engine(Protocol):
         """
         ...
 
+    async def settle_holds(self) -> None:
+        """Wait until nothing is being dropped any more that was decided before now: from here on
+        ``tail.first_lsn`` says what a new hold came too late for."""
+        ...
+
     def busy(self) -> AbstractContextManager[None]:
         """While it is entered, somebody writes a lot to the same disk: a write that should be
         quick may not be."""

@@ -352,7 +352,7 @@ class LocalEngine:
         job = partial(directory.write, records, self.durable_lsn, sync=sync)
         loop = self._loop
         try:
-            if loop is not None and self._fits_loop(loop, records):
+            if loop is not None and _fits_loop(loop, directory, records):
                 wants_spare = loop.run(job)
             else:
                 wants_spare = await self._worker.call(job)
@@ -370,11 +370,6 @@ class LocalEngine:
             self._due.set()
         if directory.active.header.number != self._active_number:
             self._note_rotation()
-
-    def _fits_loop(self, loop: LoopWriter, records: Sequence[bytes]) -> bool:
-        size = sum(map(len, records))
-        # Another segment, with the syncs that it takes, is for the thread.
-        return loop.may(size) and self._directory.active.fits(size + 4 * len(records))
 
     async def sync(self) -> None:
         await self._call(self._directory.sync, in_loop=True)
@@ -437,6 +432,9 @@ class LocalEngine:
     def hold(self, who: str, lsn: int | None, bytes_max: float = math.inf) -> None:
         if self._directory.hold(who, lsn, bytes_max):
             self._due.set()
+
+    async def settle_holds(self) -> None:
+        await self._blocking(self._directory.meta.settle)
 
     async def keep_places(self, places: Mapping[str, ConsumerPlace]) -> None:
         await self._blocking(self._directory.places.write, places)
@@ -508,6 +506,12 @@ class LocalEngine:
             await self._due.wait()
         if self._due.is_set():
             self._due = trio.Event()
+
+
+def _fits_loop(loop: LoopWriter, directory: LogDirectory, records: Sequence[bytes]) -> bool:
+    size = sum(map(len, records))
+    # Another segment, with the syncs that it takes, is for the thread.
+    return loop.may(size) and directory.active.fits(size + 4 * len(records))
 
 
 async def open_local(

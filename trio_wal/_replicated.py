@@ -105,6 +105,8 @@ class ReplicatedEngine:
         self._syncs = SyncTimes()
         self._one = trio.Lock()
         """One append at a time."""
+        self._dropping = trio.Lock()
+        """While what nothing holds is being dropped."""
         self._forked = False
         self._callers = 0
         self._idle = trio.Event()
@@ -292,6 +294,14 @@ class ReplicatedEngine:
         await self._counted(partial(self._drop_before, lsn))
 
     async def _drop_before(self, lsn: int) -> None:
+        async with self._dropping:
+            await self._drop_what_nothing_holds(lsn)
+
+    async def settle_holds(self) -> None:
+        async with self._dropping:
+            pass
+
+    async def _drop_what_nothing_holds(self, lsn: int) -> None:
         lsn = min(lsn, self.durable_lsn + 1, self._held_from())
         if lsn <= self._first_lsn:
             await trio.lowlevel.checkpoint()

@@ -288,6 +288,8 @@ class Simulation:
                 writes = decode_transaction(dict(found.pairs)[lsn])
                 apply(state, writes)
                 self.states.append(state)
+                # Whatever had this LSN before a crash is gone.
+                self.alone.difference_update([known for known in self.alone if known >= lsn])
                 if not writes:
                     self.alone.add(lsn)
 

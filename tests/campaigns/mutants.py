@@ -960,8 +960,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a consumer begins without a hold", "_consumers", CONSUMERS,
-        "begin.lsn + 1, log.consumer_hold_bytes)\n                await keeper.admit()\n",
-        "begin.lsn + 1, 0)\n                await keeper.admit()\n",
+        "begin.lsn + 1, log.consumer_hold_bytes)\n                await log.engine.settle",
+        "begin.lsn + 1, 0)\n                await log.engine.settle",
     ),
     mutant(
         "a consumer holds what comes after the next record", "_consumers", CONSUMERS,
