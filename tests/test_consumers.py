@@ -450,7 +450,7 @@ async def test_a_log_is_being_cut_when_a_consumer_begins(
 ) -> None:
     """Its hold comes too late for what is going already."""
     original = MetaFile.write
-    cutting, go_on = threading.Event(), threading.Event()
+    cutting, go_on, begun = threading.Event(), threading.Event(), trio.Event()
 
     def write(self: MetaFile, meta: frame.Meta) -> None:
         if meta.base_lsn > self.says.base_lsn:
@@ -472,6 +472,7 @@ async def test_a_log_is_being_cut_when_a_consumer_begins(
             with suppress(LsnTruncatedError):
                 async with opened.consumer("late", start=start) as consumer:
                     entered.append(consumer.bookmark.lsn)
+                    begun.set()
 
         with trio.fail_after(120):
             async with trio.open_nursery() as nursery:
@@ -479,8 +480,7 @@ async def test_a_log_is_being_cut_when_a_consumer_begins(
                 assert await trio.to_thread.run_sync(cutting.wait, 60)
                 nursery.start_soon(consume)
                 with trio.move_on_after(0.1):
-                    while not entered:
-                        await trio.sleep(0.01)
+                    await begun.wait()
                 go_on.set()
         assert wal.first_lsn > 2
         if start is None:
