@@ -18,6 +18,7 @@ from trio_wal._disk.chain import FoundSegment
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
+    FRAME_HEADER_SIZE,
     INDEX_STEP_MIN,
     SegmentHeader,
     decode_segment_header,
@@ -27,6 +28,7 @@ from trio_wal._disk.frame import (
 )
 from trio_wal._disk.plain import follow_plain
 from trio_wal._disk.scan import FrameScanner, start_of
+from trio_wal._util import align_up
 
 BATCHES = [[b"one"], [b"two", b"", b"three"], [bytes(100)] * 7, [b"four"]]
 SEEDED = [one for one in MUTANTS if one.judge == PLAIN]
@@ -132,6 +134,20 @@ def test_large_frames_are_read_for_themselves(record: bytes) -> None:
         damaged = bytearray(data)
         damaged[place] ^= 1
         compare(bytes(damaged), header)
+
+
+@pytest.mark.parametrize("length", [200, _window.APART + 2000, _plain.WINDOW + 2000])
+def test_a_body_that_is_cut_short_is_none_whatever_its_checksum_says(length: int) -> None:
+    """Its checksum is that of the part which is there, and no padding is due behind the rest."""
+    for whole in (align_up(length, BLOCK), length):
+        maker = campaign.Maker(random.Random(1))
+        body = b"".join(encode_body([bytes(whole - FRAME_HEADER_SIZE - 4)]))
+        maker.data(1, body[:100], stored=len(body), raw=len(body))
+        made = maker.made
+        data = bytes(made.data[: DATA_OFFSET + FRAME_HEADER_SIZE + 100])
+        compare(data, made.header)
+        file = campaign.Bytes(data)
+        assert not follow_plain(FrameScanner(file.pread, made.header, start_of(made.header)))
 
 
 def test_windows_hold_whole_frames_where_they_can() -> None:

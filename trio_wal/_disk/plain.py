@@ -163,6 +163,9 @@ class _Bodies:
             data = window.data
         else:
             start, data = 0, window.apart(stored, offset + FRAME_HEADER_SIZE)
+            if len(data) < stored:
+                # Its checksum may be that of what is there.
+                return False
         end = start + stored
         if (count, stored) != self._shape:
             self._shape = (count, stored)
