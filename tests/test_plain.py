@@ -150,6 +150,22 @@ def test_a_body_that_is_cut_short_is_none_whatever_its_checksum_says(length: int
         assert not follow_plain(FrameScanner(file.pread, made.header, start_of(made.header)))
 
 
+def test_a_log_that_is_never_synced_is_plain() -> None:
+    """Its frames call nothing durable, not even what stands before their segment."""
+    maker = campaign.Maker(random.Random(1))
+    maker.next_lsn += 100
+    header = attrs.evolve(maker.made.header, first_lsn=maker.next_lsn)
+    maker.made.header, maker.previous = header, header.digest
+    for durable_lsn in (0, 0, 7, 3):
+        maker.data(1, b"".join(encode_body([b"record"])), durable_lsn=durable_lsn)
+    data = header.encode().ljust(DATA_OFFSET, b"\0") + bytes(maker.made.data[DATA_OFFSET:])
+    compare(data, header)
+    scanner = FrameScanner(campaign.Bytes(data).pread, header, start_of(header), skim=True)
+    assert follow_plain(scanner)
+    assert scanner.position.next_lsn == header.first_lsn + 4
+    assert scanner.position.durable_lsn == header.first_lsn - 1
+
+
 def test_windows_hold_whole_frames_where_they_can() -> None:
     data = one_segment(*([bytes(3000)] for _ in range(200)))
     header = decode_segment_header(data)
