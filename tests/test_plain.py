@@ -166,6 +166,22 @@ def test_a_log_that_is_never_synced_is_plain() -> None:
     assert scanner.position.durable_lsn == header.first_lsn - 1
 
 
+def test_what_comes_after_small_frames_is_not_read_twice() -> None:
+    data = one_segment(*([[b"small"], [bytes(100_000)]] * 40))
+    header = decode_segment_header(data)
+    asked: list[int] = []
+
+    def read(length: int, offset: int) -> bytes:
+        found = data[offset : offset + length]
+        asked.append(len(found))
+        return found
+
+    scanner = FrameScanner(read, header, start_of(header), skim=True)
+    assert follow_plain(scanner)
+    assert scanner.position.offset == len(data)
+    assert sum(asked) < 1.3 * len(data)
+
+
 def test_windows_hold_whole_frames_where_they_can() -> None:
     data = one_segment(*([bytes(3000)] for _ in range(200)))
     header = decode_segment_header(data)
