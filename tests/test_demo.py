@@ -278,6 +278,37 @@ def test_damage_that_loses_nothing_is_noticed_too(
     assert (found["ok"], found["lost"], found["damaged"]) == (False, 0, 1)
 
 
+def test_lines_of_which_nobody_was_told_prove_nothing(
+    cli: CommandLine, files: list[Path], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The acknowledgements get lost, all or a few: whatever is found was not promised."""
+    true_take = Ledger.acknowledge
+    monkeypatch.setattr(Ledger, "acknowledge", lambda self, words: true_take(self, words[3:]))
+    assert cli("demo", "--log-only", "--kills", 0, "--json", files[0]) == 1
+    found = json.loads(cli.out)
+    assert (found["ok"], found["lost"], found["found"]) == (False, 0, LINES // 2)
+    untold = found["unacknowledged_kept"]
+    assert untold > 0
+    assert found["verdict"].endswith(f" 0 lost, {untold:,} kept that no kill explains")
+
+
+def test_a_log_that_does_not_open_any_more_is_kept(
+    cli: CommandLine, files: list[Path], temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def damage(path: Path) -> None:
+        with (path / "wal-00000000000000000001.log").open("r+b") as file:
+            file.seek(4096)
+            file.write(b"x" * 64)
+
+    lossy(monkeypatch, damage)
+    assert cli("demo", "--log-only", "--kills", 1, files[0]) == 3
+    assert cli.out == ""
+    (left,) = temporary.iterdir()
+    told, error = cli.err.splitlines()
+    assert told == f"trio-wal: everything is left in {left}"
+    assert error.startswith(f"trio-wal: {left}/wal-00000000000000000001.log: at offset 4096: ")
+
+
 def test_a_writer_that_ends_by_itself_is_an_error(
     cli: CommandLine, files: list[Path], temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,11 +326,14 @@ def test_everything_that_is_wrong_keeps_a_report_from_being_all_right() -> None:
         tasks=1,
         sources=1,
         sources_identical=1,
+        kills=1,
         acknowledged=1,
         unacknowledged_kept=1,
         found=2,
     )
     assert good.ok
+    # Nobody was told of a line, and no kill is to blame.
+    assert not attrs.evolve(good, kills=0).ok
     for name in Problems.__annotations__:
         assert not attrs.evolve(good, problems=Problems(**{name: 1})).ok
     for wrong in ({"damaged": 1}, {"found": 1}, {"acknowledged": 0}, {"sources_identical": 0}):

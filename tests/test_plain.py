@@ -18,6 +18,7 @@ from trio_wal._disk.chain import FoundSegment
 from trio_wal._disk.frame import (
     BLOCK,
     DATA_OFFSET,
+    FRAME_HEADER_SIZE,
     INDEX_STEP_MIN,
     SegmentHeader,
     decode_segment_header,
@@ -27,6 +28,7 @@ from trio_wal._disk.frame import (
 )
 from trio_wal._disk.plain import follow_plain
 from trio_wal._disk.scan import FrameScanner, start_of
+from trio_wal._util import align_up
 
 BATCHES = [[b"one"], [b"two", b"", b"three"], [bytes(100)] * 7, [b"four"]]
 SEEDED = [one for one in MUTANTS if one.judge == PLAIN]
@@ -132,6 +134,52 @@ def test_large_frames_are_read_for_themselves(record: bytes) -> None:
         damaged = bytearray(data)
         damaged[place] ^= 1
         compare(bytes(damaged), header)
+
+
+@pytest.mark.parametrize("length", [200, _window.APART + 2000, _plain.WINDOW + 2000])
+def test_a_body_that_is_cut_short_is_none_whatever_its_checksum_says(length: int) -> None:
+    """Its checksum is that of the part which is there, and no padding is due behind the rest."""
+    for whole in (align_up(length, BLOCK), length):
+        maker = campaign.Maker(random.Random(1))
+        body = b"".join(encode_body([bytes(whole - FRAME_HEADER_SIZE - 4)]))
+        maker.data(1, body[:100], stored=len(body), raw=len(body))
+        made = maker.made
+        data = bytes(made.data[: DATA_OFFSET + FRAME_HEADER_SIZE + 100])
+        compare(data, made.header)
+        file = campaign.Bytes(data)
+        assert not follow_plain(FrameScanner(file.pread, made.header, start_of(made.header)))
+
+
+def test_a_log_that_is_never_synced_is_plain() -> None:
+    """Its frames call nothing durable, not even what stands before their segment."""
+    maker = campaign.Maker(random.Random(1))
+    maker.next_lsn += 100
+    header = attrs.evolve(maker.made.header, first_lsn=maker.next_lsn)
+    maker.made.header, maker.previous = header, header.digest
+    for durable_lsn in (0, 0, 7, 3):
+        maker.data(1, b"".join(encode_body([b"record"])), durable_lsn=durable_lsn)
+    data = header.encode().ljust(DATA_OFFSET, b"\0") + bytes(maker.made.data[DATA_OFFSET:])
+    compare(data, header)
+    scanner = FrameScanner(campaign.Bytes(data).pread, header, start_of(header), skim=True)
+    assert follow_plain(scanner)
+    assert scanner.position.next_lsn == header.first_lsn + 4
+    assert scanner.position.durable_lsn == header.first_lsn - 1
+
+
+def test_what_comes_after_small_frames_is_not_read_twice() -> None:
+    data = one_segment(*([[b"small"], [bytes(100_000)]] * 40))
+    header = decode_segment_header(data)
+    asked: list[int] = []
+
+    def read(length: int, offset: int) -> bytes:
+        found = data[offset : offset + length]
+        asked.append(len(found))
+        return found
+
+    scanner = FrameScanner(read, header, start_of(header), skim=True)
+    assert follow_plain(scanner)
+    assert scanner.position.offset == len(data)
+    assert sum(asked) < 1.3 * len(data)
 
 
 def test_windows_hold_whole_frames_where_they_can() -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -636,6 +637,40 @@ async def test_a_store_is_not_set_aside_where_the_log_cannot_rebuild_it(tmp_path
     ):
         await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
     assert sorted(one.name for one in path.rglob("*")) == before
+
+
+async def test_a_store_that_is_gone_need_not_be_set_aside(tmp_path: Path) -> None:
+    """As after a crash in the middle of a repair, which the same call carries to its end."""
+    path = tmp_path / "db"
+    await a_database(path, checkpoint=True)
+    shutil.rmtree(path / "store")
+    report = await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert (report.damage, report.done) == ((), False)
+    damage_log(path, 15)
+    report = await trio_wal.repair(path, accept_loss=True, rebuild_store=True)
+    assert (len(report.damage), report.done) == (1, True)
+    assert await keys(path) == list(range(report.last_lsn))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("instead", ["file", "link", "link to nowhere"])
+async def test_what_is_no_store_is_set_aside_as_it_is(
+    tmp_path: Path, instead: str, rebuild: bool
+) -> None:
+    path, store = tmp_path / "db", tmp_path / "db" / "store"
+    await a_database(path, checkpoint=True)
+    store.rename(tmp_path / "elsewhere")
+    if instead == "file":
+        store.write_bytes(b"precious")
+    else:
+        store.symlink_to("../elsewhere" if instead == "link" else "../nowhere")
+    report = await trio_wal.repair(path, accept_loss=True, rebuild_store=rebuild)
+    assert (report.store, report.lost, report.done) == ("rebuilt", (), True)
+    assert report.copies is not None
+    kept = Path(report.copies) / "store"
+    assert kept.read_bytes() == b"precious" if instead == "file" else kept.is_symlink()
+    assert await keys(path) == list(range(20))
 
 
 async def test_a_log_has_no_store_to_rebuild(tmp_path: Path) -> None:

@@ -68,6 +68,35 @@ def test_a_reader_makes_no_pause_where_nobody_writes() -> None:
     assert work(clock, turns, 1000, SLICE_SECONDS, writes=False) == 0
 
 
+def test_time_in_which_a_reader_waits_is_no_work() -> None:
+    clock = Clock()
+    turns = Turns(clock, clock.pause)
+    reader = turns.slice()
+    for _ in range(10):
+        clock.now += 1
+        turns.wrote()
+        reader.begin()
+        clock.now += SLICE_SECONDS / 2
+        reader.give_way()
+    assert not clock.pauses
+    clock.now += SLICE_SECONDS
+    reader.give_way()
+    assert clock.pauses == [PAUSE_SECONDS]
+
+
+async def test_who_follows_a_log_is_not_held_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(_local, "TURNS", Turns(clock, clock.pause))
+    async with trio_wal.open_wal(tmp_path / "log") as wal, wal.follow() as records:
+        for number in range(10):
+            clock.now += 1
+            await wal.append(b"record")
+            assert (await records.__anext__()).lsn == number + 1
+    assert not clock.pauses
+
+
 def test_a_log_that_has_written_has_work_for_a_moment() -> None:
     clock = Clock()
     turns = Turns(clock, clock.pause)

@@ -60,8 +60,8 @@ class FileCursor:
 
     def __init__(self, locator: Locator, blocking: Blocking) -> None:
         # Without threads nothing can wait for its turn.
-        give_way = TURNS.slice().give_way if blocking.threaded else None
-        self._cursor = Cursor(locator, 0, give_way)
+        self._slice = TURNS.slice() if blocking.threaded else None
+        self._cursor = Cursor(locator, 0, None if self._slice is None else self._slice.give_way)
         self._blocking = blocking
         self._reading = False
         self._closed = False
@@ -73,13 +73,18 @@ class FileCursor:
             cursor.next_lsn = lsn
         self._reading = True
         try:
-            return await self._blocking(cursor.chunk, stop)
+            return await self._blocking(self._chunk, stop)
         except FileNotFoundError as exc:
             raise Moved(str(exc.filename), "the segment is missing") from exc
         finally:
             self._reading = False
             if self._closed:
                 cursor.leave()
+
+    def _chunk(self, stop: int) -> list[Record]:
+        if self._slice is not None:
+            self._slice.begin()
+        return self._cursor.chunk(stop)
 
     def close(self) -> None:
         self._closed = True

@@ -271,7 +271,7 @@ class Repair:
 
     def _look_at_store(self) -> tuple[list[Finding], StoreState | None]:
         path = self._store_path
-        if self._rebuild_store:
+        if self._rebuild_store and self._files.exists(path):
             return [Finding(path, 0, TO_BE_REBUILT)], None
         try:
             self._stores.check_store(path, "child", self._tick)

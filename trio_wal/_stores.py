@@ -14,7 +14,7 @@ from ._store_check import check_before_open
 from ._store_files import DATA_NAME, LOCK_NAME, SUSPECT_NAME, inspect_store
 from ._store_reader import LmdbStoreReader
 from ._system.files import OsFiles
-from ._system.paths import finish_directory, sync_by_path
+from ._system.paths import move_aside, sync_by_path
 from ._system.store import open_store_directory, remove_file
 
 
@@ -52,5 +52,5 @@ class LmdbStores:
         OsFiles().remove_directories([path])
 
     def set_store_aside(self, path: str, dest: str) -> None:
-        finish_directory(path, dest)
+        move_aside(path, dest)
         sync_by_path(path.rpartition("/")[0])

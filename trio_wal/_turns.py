@@ -6,7 +6,8 @@ what readers and writers share is the interpreter.
 A thread that reads record after record keeps the interpreter lock for whole switch intervals of
 5 ms, and a commit needs the lock several times.  So a reader's thread, after each slice of work,
 sleeps for a moment if something was written a moment ago.  It is never starved: each slice has one
-pause at most.  Where nobody writes there are none.
+pause at most.  Where nobody writes there are none, nor where a reader waits for records and has
+little to do with each: time that it did not work is no part of a slice.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Turns:
 
 @final
 class Slice:
-    """How long one reader has worked; it may be in one thread after the other."""
+    """How long one reader has worked without a break; it may be in one thread after the other."""
 
     def __init__(
         self,
@@ -64,6 +65,10 @@ class Slice:
         self._pause = pause
         self._is_busy = is_busy
         self._since = clock()
+
+    def begin(self) -> None:
+        """To be called when a thread begins to work: until then nobody was in the way."""
+        self._since = self._clock()
 
     def give_way(self) -> None:
         """To be called between pieces of work: a pause, if it is time for one."""

@@ -510,15 +510,15 @@ MUTANTS: Final = (
     ),
     mutant(
         "the flat loop does not follow the chain", "_disk/plain", PLAIN,
-        "        if follows != previous or not", "        if not",
+        "        if follows != previous or durable", "        if durable",
     ),
     mutant(
         "the flat loop takes a frame that calls itself durable", "_disk/plain", PLAIN,
-        "not proven <= durable < due:", "not proven <= durable:",
+        "        if follows != previous or durable >= due:", "        if follows != previous:",
     ),
     mutant(
         "the flat loop forgets what was called durable", "_disk/plain", PLAIN,
-        "not proven <= durable < due:", "not durable < due:",
+        "        if durable > proven:", "        if True:",
     ),
     mutant(
         "the flat loop does not tell of a clock that was put back", "_disk/plain", PLAIN,

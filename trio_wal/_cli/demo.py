@@ -12,6 +12,8 @@ import attrs
 from cyclopts import Parameter
 from rich.text import Text
 
+from trio_wal._exceptions import CorruptLogError
+
 from ._demo import run as demo_run
 from ._demo.run import Report
 from ._demo.workload import Workload, build
@@ -19,6 +21,7 @@ from ._output import (
     ExitCode,
     Json,
     UsageError,
+    complain,
     count,
     new_table,
     progress_bar,
@@ -74,6 +77,11 @@ async def demo(
                 workload, str(where), kills=kills, seed=seed, watcher=bar, database=not log_only
             )
         keep = not report.ok
+    except CorruptLogError:
+        # It does not open any more: no report says so, but what is left of it does.
+        keep = True
+        complain(f"everything is left in {where}")
+        raise
     finally:
         if is_temporary and not keep:
             shutil.rmtree(where, ignore_errors=True)
@@ -146,6 +154,7 @@ def verdict(report: Report) -> str:
         (bank.invented_transfers, "transfers invented"),
         (abs(bank.missing_money), "of the money missing"),
         (report.damaged, "damaged places found"),
+        (report.untold, "kept that no kill explains"),
     ]
     if not report.stopped:
         wrong += [

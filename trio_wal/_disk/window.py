@@ -71,5 +71,7 @@ class Window:
         return self._read(length, offset)
 
     def drop(self) -> None:
-        """Keep nothing."""
+        """Keep nothing, and begin small again: what comes after a large frame may be another one,
+        and what the window had of that would be read twice."""
         self.data = b""
+        self._size = FIRST_WINDOW

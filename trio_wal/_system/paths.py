@@ -129,16 +129,21 @@ def begin_directory(path: str) -> str:
 def finish_directory(temporary: str, path: str) -> None:
     """As `Files.finish_directory`."""
     sync_by_path(temporary)
+    move_aside(temporary, path)
+
+
+def move_aside(path: str, dest: str) -> None:
+    """Whatever stands there, as it is, be it a file or a link that leads nowhere."""
     try:
-        if sys.platform != "win32" and os.path.lexists(path):
+        if sys.platform != "win32" and os.path.lexists(dest):
             # An empty directory would be replaced.
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
-        os.rename(temporary, path)
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", dest)
+        os.rename(path, dest)
     except OSError as exc:
         if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path) from exc
+            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", dest) from exc
         raise
-    sync_by_path(os.path.dirname(os.path.abspath(path)))
+    sync_by_path(os.path.dirname(os.path.abspath(dest)))
 
 
 def sync_by_path(path: str) -> None:
