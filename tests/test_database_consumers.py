@@ -133,6 +133,22 @@ async def test_whose_block_was_left_acknowledges_nothing(
                 consumer.acknowledge_in(tx, item)
 
 
+async def test_whose_block_was_left_acknowledges_nothing_again(files: MemoryFiles) -> None:
+    """Not even what is acknowledged already: another user may be given what comes next."""
+    async with open_memory_database(files) as db:
+        await fill(db, 3)
+        async with db.consumer("a") as consumer:
+            items = await take(consumer, 2)
+            await consumer.acknowledge(items[1])
+            tx = db.transaction()
+            await tx.__aenter__()
+            tx.put(b"seen", b"1")
+            consumer.acknowledge_in(tx, items[0])
+        with pytest.raises(trio.ClosedResourceError):
+            await tx.__aexit__(None, None, None)
+        assert db.get(b"seen") is None
+
+
 async def test_acknowledging_through_a_writer(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db, db.writer("w") as w:
         lsns = await fill(db, 3)
@@ -350,6 +366,39 @@ async def test_a_checkpoint_that_is_frozen_early_has_the_places_of_its_lsn(
     async with open_memory_database(image, segment_size=TINY) as db:
         assert place(db) == 7
         assert await given(db, "a") == [8, 9, 10]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
+async def test_a_consumer_that_no_checkpoint_knows_holds_what_it_has_yet_to_see(
+    files: MemoryFiles, again: bool
+) -> None:
+    async def checkpoint(db: Any) -> None:
+        await db.checkpoint()
+        for _ in range(20):
+            await trio.lowlevel.checkpoint()
+
+    async with open_memory_database(files, segment_size=TINY) as db:
+        await fill(db, 4)
+        if again:
+            await acknowledge(db, "a", 4)
+        await checkpoint(db)
+        lsns = await fill(db, 12)
+        if again:
+            await acknowledge(db, "a", lsns[-1])
+            await db.drop_consumer("a")
+        async with db.consumer("a", start=lsns[2]):
+            pass
+        image = files.crash_image()
+    async with open_memory_database(image, segment_size=TINY) as db:
+        # All of it is covered then; only the consumer has yet to see it.
+        await checkpoint(db)
+        assert db.wal.first_lsn <= lsns[2]
+        assert (await given(db, "a"))[:10] == lsns[2:]
+        await acknowledge(db, "a", lsns[-1])
+        await db.put(b"more", b"")
+        await checkpoint(db)
+        await checkpoint(db)
+        assert db.wal.first_lsn > lsns[2], "and it lets go of it afterwards"
 
 
 async def test_a_consumer_whose_hold_was_dropped_comes_back_with_nothing(

@@ -150,13 +150,17 @@ class Consumers:
 
     def hold(self, name: str) -> None:
         """Keep in the log what a consumer has yet to see, or may be given again after a crash."""
-        now, stored = self.keeper.places.now.get(name), self.keeper.stored.get(name)
+        places = self.keeper.places
+        now, stored, began = places.now.get(name), self.keeper.stored.get(name), places.began(name)
         if now is None:
             self.log.hold(consumer_hold(name), None)
-        elif stored is not None:
-            first = min(now.reach, stored.reach) + 1
-            self.log.hold(consumer_hold(name), first, self.log.consumer_hold_bytes)
-        # Else from where it began: see `Session`.
+            return
+        first = now.reach + 1
+        if stored is not None:
+            first = min(first, stored.reach + 1)
+        if began is not None:
+            first = min(first, began + 1)
+        self.log.hold(consumer_hold(name), first, self.log.consumer_hold_bytes)
 
     def hold_all(self) -> None:
         """What is stored has changed."""

@@ -662,6 +662,7 @@ class Versions:
         self._memtable.drop_frozen()
         self._refresh()
         self.stored_places = state.places
+        self.places.stored(state.lsn)
         self.places.forget_before(
             min((place.lsn for place in self.places.now.values()), default=state.lsn)
         )

@@ -214,6 +214,10 @@ class Places:
         """Records after a place."""
         return max(0, durable_lsn - place.reach)
 
+    def began(self, name: str) -> int | None:
+        """The place at which a consumer began, as long as nothing but a record says that it did."""
+        return None
+
 
 @final
 class CommitPlaces(Places):
@@ -233,6 +237,9 @@ class CommitPlaces(Places):
         super().__init__(places)
         self.commit_lsn: int = commit_lsn
         """The newest one, as of the last acknowledgement."""
+        self._begun: dict[str, tuple[int, int]] = {}
+        """By name, of those that began after the last checkpoint: the record that says so, and the
+        place."""
         self._acknowledged_lsn = covered_lsn
         """After `commit_lsn`, up to here, there are only acknowledgements."""
         self._lsns: array[int] = array("Q")
@@ -251,6 +258,11 @@ class CommitPlaces(Places):
           alone: whether it does nothing else.
         """
         changed = self.moved(moves)
+        for name, move in moves.items():
+            if move.bookmark is None:
+                self._begun.pop(name, None)
+            elif move.begins:
+                self._begun[name] = lsn, move.bookmark.lsn
         if not alone:
             return changed
         if self._acknowledged_lsn != lsn - 1:
@@ -261,6 +273,14 @@ class CommitPlaces(Places):
                 changed[name] = self.now[name] = attrs.evolve(place, reach=max(lsn, place.lsn))
         self._note(lsn)
         return changed
+
+    def began(self, name: str) -> int | None:
+        found = self._begun.get(name)
+        return None if found is None else found[1]
+
+    def stored(self, lsn: int) -> None:
+        """A checkpoint has what the records up to ``lsn`` say."""
+        self._begun = {name: begun for name, begun in self._begun.items() if begun[0] > lsn}
 
     def _note(self, lsn: int) -> None:
         self._due -= 1

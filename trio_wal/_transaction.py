@@ -75,7 +75,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._bytes = 1
         self._ended = False
         self._plain = True
-        """Nothing was read, no consumer moved, and it has no line of its own."""
+        """Nothing was read or acknowledged, and it has no line of its own."""
 
     # -- the block --
 
@@ -409,7 +409,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._check()
         if versions is not self._versions:
             raise ValueError("tx must be a transaction of the consumer's database")
-        self._guards = (*self._guards, guard)
+        self._guards, self._plain = (*self._guards, guard), False
         moves = dict(self._moves or {})
         old = moves.get(name)
         if move is None or (old is not None and not is_after(move, old)):
@@ -419,7 +419,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         before = -1 if self._moves is None else len(encode_moves(self._moves))
         size = self._bytes + len(encode_moves(moves)) - before
         check_size(size, self._versions.max_transaction_bytes)
-        self._bytes, self._moves, self._plain = size, moves, False
+        self._bytes, self._moves = size, moves
 
     @enable_ki_protection
     def abort(self) -> None:

@@ -965,7 +965,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "a consumer holds what comes after the next record", "_consumers", CONSUMERS,
-        "min(now.reach, stored.reach) + 1", "min(now.reach, stored.reach) + 2",
+        "        first = now.reach + 1\n", "        first = now.reach + 2\n",
     ),
     mutant(
         "a consumer goes on behind what it was given", "_consumers", CONSUMERS,
