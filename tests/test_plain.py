@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import attrs
 import pytest
@@ -13,7 +14,8 @@ from campaigns.mutants import MUTANTS, PLAIN, Mutant, Task, judge_one
 from hypothesis import given, settings, strategies as st
 from logs import LOG, make_log, segments
 
-from trio_wal._disk import plain as _plain, window as _window
+from trio_wal import _codec
+from trio_wal._disk import plain as _plain, walk, window as _window
 from trio_wal._disk.chain import FoundSegment
 from trio_wal._disk.frame import (
     BLOCK,
@@ -180,6 +182,47 @@ def test_what_comes_after_small_frames_is_not_read_twice() -> None:
     assert follow_plain(scanner)
     assert scanner.position.offset == len(data)
     assert sum(asked) < 1.3 * len(data)
+
+
+def test_nor_are_large_frames_that_are_not_plain() -> None:
+    maker = campaign.Maker(random.Random(1))
+    for time_us in range(20, 0, -1):
+        maker.data(1, b"".join(encode_body([bytes(300_000)])), time_us=time_us)
+    data = bytes(maker.made.data)
+    asked: list[int] = []
+
+    def read(length: int, offset: int) -> bytes:
+        found = data[offset : offset + length]
+        asked.append(len(found))
+        return found
+
+    header = maker.made.header
+    assert len(list(FrameScanner(read, header, start_of(header), skim=True))) == 20
+    assert sum(asked) < 1.1 * len(data)
+
+
+def test_after_a_compressed_frame_the_loop_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("zstandard")
+    maker = campaign.Maker(random.Random(1))
+    body = b"".join(encode_body([bytes(1000)]))
+    (packed,), codec = _codec.compress([body])
+    for _ in range(10):
+        maker.frame(packed, count=1, codec=int(codec), raw=len(body))
+    for _ in range(11):
+        maker.data(1, body)
+    tries: list[bool] = []
+
+    def tried(*args: Any) -> bool:
+        tries.append(follow_plain(*args))
+        return tries[-1]
+
+    monkeypatch.setattr(walk, "follow_plain", tried)
+    data, header = bytes(maker.made.data), maker.made.header
+    found = FoundSegment(header, "wal", len(data), None, None)
+    outcome = campaign.by_loop(campaign.Bytes(data), found, None)
+    assert (outcome.frames, outcome.reason) == (21, "")
+    # At the beginning, after the first frame that was not compressed, and at the end.
+    assert tries == [False, True, False]
 
 
 def test_windows_hold_whole_frames_where_they_can() -> None:

@@ -37,7 +37,7 @@ from .frame import (
     frame_size,
     has_equal_table,
 )
-from .window import Read, Window
+from .window import APART, Read, Window
 
 NextData = Callable[[int], int]
 """``next_data(offset)``: as `File.next_data`."""
@@ -95,6 +95,8 @@ class FrameScanner:
         self._read = read
         self._chained = chained
         self._skim = skim
+        self._apart: Final = APART if skim else WINDOW
+        """Larger frames are read each by itself."""
         self.seed: Final = segment.seed
         """Where the checksums of the frames start."""
         self.bodies: Final = bodies
@@ -145,7 +147,7 @@ class FrameScanner:
                 long = self._skim and frame.stored_length > SKIM_WINDOW
                 if long and frame.kind is Kind.DATA and frame.codec is Codec.NONE:
                     body, length, crc, padding = self._long_body(frame)
-                elif frame.end - here.offset > WINDOW:
+                elif frame.end - here.offset > self._apart:
                     body, padding = self._large_body(frame)
                     length, crc = len(body), crc32c(body)
                 else:

@@ -35,6 +35,7 @@ from .frame import (
     FRAME_MAGIC,
     LSN_MAX,
     POINTER_OFFSET,
+    Codec,
     FrameError,
     FrameHeader,
     Kind,
@@ -244,8 +245,9 @@ class Walk:
         scanner = FrameScanner(self._file.pread, self._segment.header, here, skim=True)
         stop_lsn = LSN_MAX + 1 if until is None else until.first_lsn
         frames = iter(scanner)
+        plain = True
         while until is None or not joins(here, until):
-            if follow_plain(scanner, tally, stop_lsn):
+            if plain and follow_plain(scanner, tally, stop_lsn):
                 here = self.end = scanner.position
                 self.last_kind = Kind.DATA
                 continue
@@ -253,6 +255,8 @@ class Walk:
             if frame_body is None:
                 break
             frame, body = frame_body
+            # After a compressed frame comes another one, mostly.
+            plain = frame.codec is Codec.NONE
             if self._take(frame, body, here) and frame.kind is Kind.DATA:
                 tally.take(frame.first_lsn, frame.count, frame.offset, scanner.position)
             here = self.end = scanner.position
