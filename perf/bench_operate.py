@@ -162,9 +162,7 @@ async def _scrape(path: str) -> dict[str, float]:
     async with trio.open_nursery() as nursery:
         logs: list[trio_wal.WriteAheadLog] = []
 
-        async def hold(
-            number: int, *, task_status: trio.TaskStatus[None]
-        ) -> None:
+        async def hold(number: int, *, task_status: trio.TaskStatus[None]) -> None:
             async with trio_wal.open_wal(f"{path}/{number}") as wal:
                 await wal.append_many([load.RECORD] * 100)
                 logs.append(wal)
