@@ -41,6 +41,10 @@ from trio_wal._system.files import OsDirectory, OsFile, OsFiles
 
 from . import _report
 
+# With all that they are made of: errors are to meet what is opened, not what is imported.
+for _name in dir(trio_wal):
+    getattr(trio_wal, _name)
+
 Tell = Callable[..., None]
 Mark = tuple[int, int, int, int, int]
 """(life, task, number, part, parts) of a record."""
