@@ -1139,8 +1139,7 @@ def test_ctrl_c_at_every_line_leaves_the_database_whole(monkeypatch: pytest.Monk
             assert db.recovery.clean_shutdown
             assert {db.get(key) for key in returned.values()} == set(returned.values())
 
-    # Each version of Python takes another half of them; the campaign `interrupts` takes all.
-    for number in sorted(first.values())[sys.version_info[1] % 2 :: 2]:
+    for number in sorted(first.values()):
         files = MemoryFiles()
         returned: dict[int, bytes] = {}
         interrupter = Interrupter(number)
