@@ -294,7 +294,7 @@ def test_a_finding_is_printed_with_its_command_and_ends_in_1(
 
 
 def test_several_processes_share_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--count", "60", "--workers", "2", "--workload", "append"]
+    arguments = ["--count", "300", "--workers", "2", "--workload", "append"]
     assert campaigns.main(["crash", "simulator", *arguments]) == 0
     assert "append" in capsys.readouterr().out
 

@@ -263,15 +263,15 @@ def test_a_failed_journal_of_which_another_program_was_told_acknowledges_nothing
     """ext4 then says of our sync, of file or directory, that it succeeded: seen on Linux 6.18."""
     skip_unless(_mounts.why_not(["ext4"], fuse=True))
     met = 0
-    # Each of five versions of Python takes another fifth of them.
-    for number in range(sys.version_info[1] % 5, 60, 5):
+    # Each version of Python takes another third of them.
+    for number in range(sys.version_info[1] % 3, 60, 3):
         folder = tmp_path / str(number)
         folder.mkdir()
         said = run_script(TOLD_ANOTHER, folder, number, where)
         if said.endswith("none any more\n"):
             break
         met += said.endswith("1 failed\n")
-    assert met >= (3 if where == "new segments" else 1)
+    assert met >= (6 if where == "new segments" else 2)
 
 
 @pytest.mark.parametrize("part", realerrors.PARTS)
