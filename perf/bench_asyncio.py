@@ -17,8 +17,8 @@ from typing import Any, Final
 
 import trio
 from apart import apart
-from harness import Contender, Setting, Spread, compare
-from report import Report, Requirement, number, table
+from harness import Contender, Setting, compare
+from report import Report, Requirement, spread_text, table
 
 import trio_wal.asyncio
 
@@ -127,9 +127,9 @@ def run(setting: Setting) -> Report:
             shown.add_row(
                 str(tasks),
                 name,
-                _text(found.spread(name, "rate")),
-                _text(found.spread(name, "cpu_us")),
-                _text(found.ratio(name, OWN, "rate")),
+                spread_text(found.spread(name, "rate")),
+                spread_text(found.spread(name, "cpu_us")),
+                spread_text(found.ratio(name, OWN, "rate")),
             )
         report.data[f"{tasks} tasks"] = {name: found.spread(name, "rate") for name in names}
         if found.disturbed:
@@ -149,7 +149,3 @@ def run(setting: Setting) -> Report:
                 )
     report.tables.append(shown)
     return report
-
-
-def _text(spread: Spread) -> str:
-    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"

@@ -16,8 +16,8 @@ from typing import Final
 
 import trio
 from apart import apart
-from harness import Contender, Setting, Spread, compare, percentile
-from report import Report, Requirement, number, table
+from harness import Contender, Setting, compare, percentile
+from report import Report, Requirement, spread_text, table
 
 import trio_wal
 
@@ -90,7 +90,7 @@ def run(setting: Setting) -> Report:
         ["", "median", "p99", "slowest"],
     )
     figures = {name: found.spread("a follower", name) for name in ("median", "p99", "slowest")}
-    shown.add_row("a follower", *(_text(spread) for spread in figures.values()))
+    shown.add_row("a follower", *(spread_text(spread) for spread in figures.values()))
     report.tables.append(shown)
     report.data["follow"] = figures
     report.requirements.append(
@@ -107,7 +107,3 @@ def run(setting: Setting) -> Report:
     if found.disturbed:
         report.notes.append(f"{found.disturbed} trials were disturbed by other processes.")
     return report
-
-
-def _text(spread: Spread) -> str:
-    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"

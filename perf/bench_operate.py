@@ -21,9 +21,9 @@ import google_crc32c
 import load
 import trio
 from apart import apart
-from harness import Comparison, Contender, MiB, Setting, Spread, compare, percentile
+from harness import Comparison, Contender, MiB, Setting, compare, percentile
 from prometheus_client import CollectorRegistry, generate_latest
-from report import Report, Requirement, number, table
+from report import Report, spread_text, table
 
 import trio_wal
 from trio_wal._disk.verify import verify
@@ -107,20 +107,9 @@ async def _append_beside(
         until = counts_from + seconds
         cpu = 0.0
 
-        async def worker() -> None:
-            append = wal.append
-            while True:
-                start = perf_counter()
-                await append(load.RECORD)
-                end = perf_counter()
-                if start >= counts_from:
-                    taken.append(end - start)
-                if end >= until:
-                    return
-
         async with trio.open_nursery() as nursery:
             for _ in range(TASKS):
-                nursery.start_soon(worker)
+                nursery.start_soon(load.append_until, wal, taken, counts_from, until)
             await trio.sleep(counts_from - perf_counter())
             cpu = process_time()
         cpu = process_time() - cpu
@@ -357,7 +346,7 @@ def _show(found: Mapping[str, Comparison], report: Report, rounds: int, size: in
         figures = [key for key in next(iter(comparison.trials.values()))[0] if "foreign" not in key]
         shown = table(f"{name}, {rounds} rounds", ["", *figures])
         for what in comparison.trials:
-            shown.add_row(what, *(_text(comparison.spread(what, one)) for one in figures))
+            shown.add_row(what, *(spread_text(comparison.spread(what, one)) for one in figures))
         report.tables.append(shown)
         report.data[name] = {
             what: {one: comparison.spread(what, one) for one in figures}
@@ -365,50 +354,54 @@ def _show(found: Mapping[str, Comparison], report: Report, rounds: int, size: in
         }
     report.notes.append(f"Restored and verified: {size / 1e6:,.0f} MB of records.")
     archive = found["archive"]
-    _require(
-        report, "archive", f"append, {TASKS} tasks, segments of 1 MiB, archived, to not", 0.8,
+    report.require(
+        "archive",
+        f"append, {TASKS} tasks, segments of 1 MiB, archived, to not",
+        0.8,
         archive.ratio("directory", "none"),
-    )  # fmt: skip
-    _require(
-        report, "archive p99", "p99 of that, archived, to not", 2.0,
-        archive.ratio("directory", "none", "p99 ms"), at_most=True,
-    )  # fmt: skip
-    _require(
-        report, "scrape", f"a scrape of {LOGS} logs", 5.0,
-        found["scrape"].spread(f"{LOGS} logs"), unit="ms", at_most=True,
-    )  # fmt: skip
-    _require(
-        report, "hot path", "CPU of an append with a collector, to none", 1.03,
-        found["hot path"].ratio("collector", "none"), at_most=True,
-    )  # fmt: skip
+        at_most=False,
+    )
+    report.require(
+        "archive p99",
+        "p99 of that, archived, to not",
+        2.0,
+        archive.ratio("directory", "none", "p99 ms"),
+        at_most=True,
+    )
+    report.require(
+        "scrape",
+        f"a scrape of {LOGS} logs",
+        5.0,
+        found["scrape"].spread(f"{LOGS} logs"),
+        unit="ms",
+        at_most=True,
+    )
+    report.require(
+        "hot path",
+        "CPU of an append with a collector, to none",
+        1.0,
+        found["hot path"].ratio("collector", "none"),
+        at_most=True,
+    )
     for frames in FRAMES:
-        _require(
-            report, f"restore {frames}", f"restore to copying and digesting, {frames}", 0.5,
+        report.require(
+            f"restore {frames}",
+            f"restore to copying and digesting, {frames}",
+            0.5,
             found[f"restore, {frames}"].ratio("restore", "copy + SHA-256"),
-        )  # fmt: skip
-        _require(
-            report, f"verify {frames}", f"verify to reading and checksumming, {frames}", 0.4,
+            at_most=False,
+        )
+        report.require(
+            f"verify {frames}",
+            f"verify to reading and checksumming, {frames}",
+            0.4,
             found[f"verify, {frames}"].ratio("verify", "read + CRC-32C"),
-        )  # fmt: skip
-    _require(
-        report, "verify store", "a store's pages to lmdb.verify", 1.0,
+            at_most=False,
+        )
+    report.require(
+        "verify store",
+        "a store's pages to lmdb.verify",
+        1.0,
         found["store"].ratio("pages", "lmdb.verify"),
-    )  # fmt: skip
-
-
-def _require(
-    report: Report,
-    key: str,
-    what: str,
-    limit: float,
-    measured: Spread,
-    *,
-    unit: str = "x",
-    at_most: bool = False,
-) -> None:
-    needed = f"{'at most' if at_most else 'at least'} {limit:g} {unit}".replace(" x", " ×")
-    report.requirements.append(Requirement(key, what, needed, limit, measured, unit, at_most))
-
-
-def _text(spread: Spread) -> str:
-    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"
+        at_most=False,
+    )

@@ -20,7 +20,7 @@ import msgspec
 import trio
 from apart import apart
 from harness import Comparison, Contender, Setting, Spread, compare, percentile
-from report import Report, Requirement, number, table
+from report import Report, spread_text, table
 
 import trio_wal
 
@@ -430,11 +430,24 @@ def _opening(setting: Setting, report: Report) -> None:
         "store yet, ms",
         ["opening", "a later look"],
     )
-    shown.add_row(_text(opened), _text(again))
+    shown.add_row(spread_text(opened), spread_text(again))
     report.tables.append(shown)
-    _require(report, "reader opens", "opening a reader of 1 GB", 500.0, opened, unit="ms")
+    report.require(
+        "reader opens",
+        "opening a reader of 1 GB",
+        500.0,
+        opened,
+        unit="ms",
+        at_most=True,
+    )
     share = Spread.of([one / opened.median for one in found["again ms"]])
-    _require(report, "reader looks", "a later look, of that", 0.1, share)
+    report.require(
+        "reader looks",
+        "a later look, of that",
+        0.1,
+        share,
+        at_most=True,
+    )
 
 
 # -- what is found --------------------------------------------------------------------------
@@ -455,7 +468,7 @@ def _show(found: Mapping[str, Comparison], report: Report, rounds: int) -> None:
         figures = [key for key in next(iter(comparison.trials.values()))[0] if "foreign" not in key]
         shown = table(f"{name}, {rounds} rounds", ["", *figures])
         for what in comparison.trials:
-            shown.add_row(what, *(_text(comparison.spread(what, one)) for one in figures))
+            shown.add_row(what, *(spread_text(comparison.spread(what, one)) for one in figures))
         report.tables.append(shown)
         report.data[name] = {
             what: {one: comparison.spread(what, one) for one in figures}
@@ -463,49 +476,49 @@ def _show(found: Mapping[str, Comparison], report: Report, rounds: int) -> None:
         }
     owner, consumers = found["owner"], found["consumers"]
     watchers, tables = found["watchers"], found["tables"]
-    _require(
-        report, "owner beside readers",
-        f"CPU of a commit, {TASKS} tasks, beside {READERS} readers, to none", 1.05,
+    report.require(
+        "owner beside readers",
+        f"CPU of a commit, {TASKS} tasks, beside {READERS} readers, to none",
+        1.05,
         owner.ratio("beside readers", "alone"),
-    )  # fmt: skip
+        at_most=True,
+    )
     for share, limit in (("p50", 2.0), ("p99", 20.0)):
-        _require(
-            report, f"visible {share}", f"durable to visible in a reader, {share}", limit,
-            found["visible"].spread("visible", share), unit="ms",
-        )  # fmt: skip
+        report.require(
+            f"visible {share}",
+            f"durable to visible in a reader, {share}",
+            limit,
+            found["visible"].spread("visible", share),
+            unit="ms",
+            at_most=True,
+        )
     for what in ("in memory", "of the store"):
-        _require(
-            report, f"get {what}", f"get in a reader to the owner's, {what}", 1.5,
+        report.require(
+            f"get {what}",
+            f"get in a reader to the owner's, {what}",
+            1.5,
             found["get"].spread(what),
-        )  # fmt: skip
-    _require(
-        report, "consumer", "a consumer to changes", 0.9,
-        consumers.ratio("consumer", "changes"), at_most=False,
-    )  # fmt: skip
-    _require(
-        report, "watchers", f"CPU of a commit with {WATCHERS:,} watchers, to none", 1.1,
+            at_most=True,
+        )
+    report.require(
+        "consumer",
+        "a consumer to changes",
+        0.9,
+        consumers.ratio("consumer", "changes"),
+        at_most=False,
+    )
+    report.require(
+        "watchers",
+        f"CPU of a commit with {WATCHERS:,} watchers, to none",
+        1.1,
         watchers.ratio("watchers", "none"),
-    )  # fmt: skip
+        at_most=True,
+    )
     for what in ("put us", "get us"):
-        _require(
-            report, f"table {what[:3]}", f"a table's {what[:3]} to one by hand", 1.5,
+        report.require(
+            f"table {what[:3]}",
+            f"a table's {what[:3]} to one by hand",
+            1.5,
             tables.ratio("table", "by hand", what),
-        )  # fmt: skip
-
-
-def _require(
-    report: Report,
-    key: str,
-    what: str,
-    limit: float,
-    measured: Spread,
-    *,
-    unit: str = "x",
-    at_most: bool = True,
-) -> None:
-    needed = f"{'at most' if at_most else 'at least'} {limit:g} {unit}".replace(" x", " ×")
-    report.requirements.append(Requirement(key, what, needed, limit, measured, unit, at_most))
-
-
-def _text(spread: Spread) -> str:
-    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"
+            at_most=True,
+        )

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import trio
 from harness import Comparison, Contender, Setting, Spread, percentile
-from report import Report, Requirement, number, table
+from report import Report, Requirement, spread_text, table
 
 import trio_wal
 from trio_wal import nats
@@ -244,7 +244,7 @@ class _Bench:
                 what += ", and Python's share"
             self._require(f"appends {tasks}", what, NEEDED, ratio)
             rates = (found.spread("log", "records"), found.spread("log"), found.spread("bare"))
-            shown.add_row(f"{tasks:,}", *(_text(spread) for spread in (*rates, ratio)))
+            shown.add_row(f"{tasks:,}", *(spread_text(spread) for spread in (*rates, ratio)))
             self.report.data[f"appends {tasks}"] = found.trials
         self.report.tables.append(shown)
 
@@ -319,10 +319,6 @@ def _of_bound(found: Comparison) -> Spread:
             )
         ]
     )
-
-
-def _text(spread: Spread) -> str:
-    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"
 
 
 def run(setting: Setting) -> Report:

@@ -215,21 +215,25 @@ async def _log_latency(path: Path, tasks: int, seconds: float) -> list[float]:
         counts_from = perf_counter() + WARM_UP_SECONDS
         until = counts_from + seconds
 
-        async def worker() -> None:
-            append = wal.append
-            while True:
-                start = perf_counter()
-                await append(RECORD)
-                end = perf_counter()
-                if start >= counts_from:
-                    taken.append(end - start)
-                if end >= until:
-                    return
-
         async with trio.open_nursery() as nursery:
             for _ in range(tasks):
-                nursery.start_soon(worker)
+                nursery.start_soon(append_until, wal, taken, counts_from, until)
     return taken
+
+
+async def append_until(
+    wal: trio_wal.WriteAheadLog, taken: list[float], counts_from: float, until: float
+) -> None:
+    """One task's appends, and the seconds of each that begins when it counts."""
+    append = wal.append
+    while True:
+        start = perf_counter()
+        await append(RECORD)
+        end = perf_counter()
+        if start >= counts_from:
+            taken.append(end - start)
+        if end >= until:
+            return
 
 
 # -- one thread call per append ---------------------------------------------------

@@ -66,6 +66,20 @@ class Report:
     data: dict[str, Any] = attrs.Factory(dict)
     requirements: list[Requirement] = attrs.Factory(list)
 
+    def require(
+        self,
+        key: str,
+        what: str,
+        limit: float,
+        measured: Spread,
+        *,
+        at_most: bool,
+        unit: str = "x",
+    ) -> None:
+        """One more requirement, a ratio unless it has another unit."""
+        needed = f"{'at most' if at_most else 'at least'} {limit:g} {unit}".replace(" x", " ×")
+        self.requirements.append(Requirement(key, what, needed, limit, measured, unit, at_most))
+
 
 def _number(value: float) -> str:
     if value >= 1_000_000:
@@ -76,6 +90,10 @@ def _number(value: float) -> str:
 
 
 number: Final = _number
+
+
+def spread_text(spread: Spread) -> str:
+    return f"{number(spread.median)}  ({number(spread.low)} to {number(spread.high)})"
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
