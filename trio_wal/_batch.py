@@ -117,7 +117,8 @@ class Batch:
         self.unwaited: int = 0
         """Entries that nobody waits for."""
         self.mixed: bool = False
-        """Whether LSNs are not simply ``first_lsn`` + place: ``lsns`` has them then."""
+        """Whether LSNs are not simply ``first_lsn`` + place: then ``lsns`` has them, or ``failure``
+        and ``refused`` say why there are none."""
         self.barrier: Flush | Job | None = None
         """The newest of these; a batch ends with a job."""
         self.records_credit: float = 0
@@ -162,6 +163,11 @@ class Batch:
                 lsns[key] = first_lsn
                 first_lsn += count_of(item)
             self.lsns = lsns
+
+    def fail(self, outcome: Outcome, cause: BaseException) -> None:
+        """No entry has an LSN: each is told this."""
+        self.mixed = True
+        self.failure = (outcome, cause)
 
     def waiters(self) -> Iterator[Task]:
         for key in self.entries:

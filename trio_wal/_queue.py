@@ -410,13 +410,15 @@ class WriteQueue:
         claim.batch = batch
         claim.task = task
         if REUSES:
-            (yield claim.request).unwrap()
+            woken = yield claim.request
+            if woken is not WOKEN:
+                woken.unwrap()
         else:
             yield from park(claim.request).__await__()
         # A claim that is free keeps nothing alive.
         claim.batch = claim.task = None
         claims.append(claim)
-        if batch.lsns is None and batch.first_lsn:
+        if not batch.mixed:
             return batch.first_lsn + place
         return self.outcome(batch, task)
 
@@ -466,12 +468,14 @@ class WriteQueue:
         claim.task = task
         claim.share = share
         if REUSES:
-            (yield claim.request).unwrap()
+            woken = yield claim.request
+            if woken is not WOKEN:
+                woken.unwrap()
         else:
             yield from park(claim.request).__await__()
         claim.batch = claim.task = claim.share = None
         claims.append(claim)
-        if batch.lsns is None and batch.first_lsn:
+        if not batch.mixed:
             return batch.first_lsn + place
         return self.outcome(batch, task)
 
@@ -781,12 +785,11 @@ class WriteQueue:
         self.status.stop(State.FAILED)
         self.status.failure = cause
         if in_flight is not None:
-            in_flight.failure = (outcome, cause)
+            in_flight.fail(outcome, cause)
             self._lose(in_flight)
         for batch in (*self._sealed, self.filling):
             batch.taken = True
-            batch.mixed = True
-            batch.failure = ("not written", cause)
+            batch.fail("not written", cause)
             self._lose(batch)
         self._reset()
         self._dismiss_all(lambda item: self.status.failed(self._fate(item, "not written"), cause))

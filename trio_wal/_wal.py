@@ -39,7 +39,7 @@ from ._local import (
     open_local,
 )
 from ._log import RESERVE, TARGET_LATENCY, Log, OpenLog, check_log_options
-from ._park import no_trio, require_trio
+from ._park import require_trio
 from ._places import check_consumer_name
 from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
@@ -100,12 +100,12 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             data = check_bytes("data", data)
         if len(data) > self._record_size_max:
             self._check_size(len(data))
-        try:
-            task = current_task()
-        except RuntimeError:
-            raise no_trio("log.append") from None
         append = self._append  # called as a method, it would be looked up twice
-        return await append(data, task)
+        try:
+            return await append(data, current_task())
+        except RuntimeError:
+            require_trio("log.append")
+            raise
 
     def _check_size(self, size: int) -> None:
         self._check_not_owned()

@@ -104,6 +104,10 @@ MUTANTS: Final = (
         'isinstance(exc, LogFailedError) else "not written"',
     ),
     mutant(
+        "the records of a failed batch are given numbers", "_batch", ERRORS,
+        "        self.mixed = True\n        self.failure =", "        self.failure =",
+    ),
+    mutant(
         "what is being written can be withdrawn", "_queue", WHOLE,
         "        if batch.taken or (self.owner", "        if (self.owner",
     ),
