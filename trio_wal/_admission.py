@@ -77,6 +77,17 @@ class Blocked:
     def __call__(self, _raise_cancel: object) -> Abort:
         return self._withdraw(self)
 
+    def let_in(self) -> bool:
+        """Call what the entry wants to be called then; False: it refuses."""
+        if self.enter is None:
+            return True
+        try:
+            self.enter()
+        except Exception as exc:  # noqa: BLE001  (its task gets it)
+            self.error = exc
+            return False
+        return True
+
 
 @final
 class Line:
@@ -209,7 +220,7 @@ class Line:
             self.bytes += share.bytes
 
     def note_peaks(self) -> None:
-        """As `WriteQueue.note_peaks`, for this line."""
+        """As `Backlog.note_peaks`, for this line."""
         self.peak_records = max(self.peak_records, self.records)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
@@ -348,6 +359,8 @@ class Admission:
         self._max_batch_records: Final = max_batch_records
         self._reserve: Final = reserve
         self._line: Final = line
+        self.lines: Final[list[Line]] = [line]
+        """All of them."""
         self._highs: int = 0
         """Lines of high priority; while there are none nothing is kept for them."""
         self._normal_size: float = max_queue_size
@@ -439,6 +452,14 @@ class Admission:
     # -- lines --
 
     @property
+    def blocked(self) -> int:
+        """Tasks that wait for room."""
+        blocked = 0
+        for line in self.lines:
+            blocked += len(line.blocked)
+        return blocked
+
+    @property
     def crowded(self) -> bool:
         """Whether somebody waits whom only the queue's bound keeps out."""
         return bool(self._normal.ready or self._high.ready)
@@ -448,12 +469,14 @@ class Admission:
 
     def open(self, line: Line) -> None:
         """Another line."""
+        self.lines.append(line)
         if line.high:
             self._highs += 1
             self._keep()
 
     def close(self, line: Line) -> None:
         """The line, whose tasks have gone, is no more."""
+        self.lines.remove(line)
         self.refresh(line)
         if line.high:
             self._highs -= 1

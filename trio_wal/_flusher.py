@@ -112,7 +112,7 @@ class Flusher:
             return
         self._queue.status.check_usable()
         last_lsn = self._engine.last_lsn
-        self._queue.expect(lsn - last_lsn)
+        self._queue.linger.expect(lsn - last_lsn)
         if self._sync_due is not None and lsn <= last_lsn:
             # Written, and to be synced some time.
             self._sync_due = self._sync_scope.deadline = trio.current_time()
@@ -177,7 +177,7 @@ class Flusher:
             else:
                 return True
             self._at_once = False
-            self._queue.crowded_since = None
+            self._queue.backlog.crowded_since = None
             if self._sync_due is None:
                 return await self._receive()
             received = False
@@ -199,10 +199,10 @@ class Flusher:
         queue = self._queue
         if self._flush_interval and self._durability == "sync":
             awaited = self._watermark.lowest - self._engine.last_lsn
-            await queue.linger(self._flush_interval, awaited)
+            await queue.linger.unwaited(self._flush_interval, awaited)
         if self._delay is not None:
             await self._wait_siblings(self._delay)
-        if queue.blocked or self._pressed:
+        if queue.admission.blocked or self._pressed:
             self._note_pressure()
         batch = self.in_flight = queue.take(at_once=self._at_once)
         while batch.entries:
@@ -216,14 +216,14 @@ class Flusher:
     async def _wait_siblings(self, delay: Delay) -> None:
         seconds = delay.seconds
         if seconds:
-            await self._queue.wait_siblings(seconds, delay.siblings)
+            await self._queue.linger.for_siblings(seconds, delay.siblings)
         self._taken_at = trio.current_time()
 
     def _note_pressure(self) -> None:
         """Say once where writers have been waiting for room for a while, and once where they
         no longer do: a queue that is full for an instant is how it should be."""
         queue, now = self._queue, trio.current_time()
-        blocked = queue.blocked
+        blocked = queue.admission.blocked
         if not blocked:
             if self._pressure_told:
                 seconds = now - self._pressed_since
@@ -244,8 +244,8 @@ class Flusher:
                 self._engine.name,
                 f"writers wait for room in the queue, {blocked} at the moment",
                 tasks=blocked,
-                records=queue.records_waiting,
-                bytes=queue.bytes_waiting,
+                records=queue.backlog.records,
+                bytes=queue.backlog.bytes,
             )
 
     async def _write(self, batch: Batch) -> None:
@@ -282,7 +282,7 @@ class Flusher:
             self._watermark.reached(engine.durable_lsn)
         if self._delay is not None:
             now = trio.current_time()
-            waiting, seconds = self._queue.entries_waiting, now - self._taken_at
+            waiting, seconds = self._queue.backlog.entries, now - self._taken_at
             self._delay.written(now, len(batch.entries), waiting, seconds)
         self._queue.acknowledge(batch, last_lsn + 1)
         self.in_flight = None
@@ -347,13 +347,14 @@ class Flusher:
             closing = queue.status.state is State.CLOSING
             queue.refuse(error, batch)
             if closing:
-                if batch.entries or queue.records_waiting:
+                if batch.entries or queue.backlog.records:
                     self.in_flight = None
                     raise OSError(*_errno_of(error)) from error
                 queue.status.state = State.CLOSING
                 return
-            await queue.wait_wants_space(FULL_RETRY_SECONDS)
-            if queue.status.state is State.CLOSING and not (batch.entries or queue.records_waiting):
+            with trio.move_on_after(FULL_RETRY_SECONDS):
+                await queue.wants_space.wait()
+            if queue.status.state is State.CLOSING and not (batch.entries or queue.backlog.records):
                 return
             try:
                 await self._engine.make_room()

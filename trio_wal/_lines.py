@@ -73,7 +73,7 @@ class Lines:
         return WriterStatistics(
             name=str(line.name),
             priority="high" if line.high else "normal",
-            max_queue_size=min(line.max_queue_size, self._queue.max_queue_size),
+            max_queue_size=min(line.max_queue_size, self._queue.admission.max_queue_size),
             max_queue_bytes=min(line.max_queue_bytes, self.max_queue_bytes),
             records_waiting=line.records,
             bytes_waiting=line.bytes,

@@ -244,9 +244,9 @@ class Log:
 
     def statistics(self) -> WalStatistics:
         queue, flusher, tail = self._queue, self._flusher, self.engine.tail
-        queue.note_peaks()
-        counters, engine = queue.counters, self.engine.statistics()
-        records, waiting, bound = queue.records_waiting, queue.bytes_waiting, queue.max_queue_size
+        backlog, engine = queue.backlog, self.engine.statistics()
+        records, waiting = backlog.note_peaks()
+        bound, blocked = queue.admission.max_queue_size, queue.admission.blocked
         return WalStatistics(
             records_waiting=records,
             bytes_waiting=waiting,
@@ -255,14 +255,14 @@ class Log:
             queue_utilization=min(
                 1.0, max(records / bound, waiting / self._options.max_queue_bytes)
             ),
-            peak_records_waiting=counters.peak_records_waiting,
-            peak_bytes_waiting=counters.peak_bytes_waiting,
-            tasks_waiting_send=queue.blocked,
-            tasks_waiting_durable=queue.tasks_waiting() + flusher.waiting,
-            backpressure_waits=queue.waits.count + queue.blocked,
+            peak_records_waiting=backlog.peak_records,
+            peak_bytes_waiting=backlog.peak_bytes,
+            tasks_waiting_send=blocked,
+            tasks_waiting_durable=backlog.tasks + flusher.waiting,
+            backpressure_waits=queue.waits.count + blocked,
             backpressure_seconds=queue.waits.seconds_total,
             backpressure_seconds_histogram=queue.waits.histogram(),
-            rejected=counters.rejected,
+            rejected=queue.rejected,
             writers=self.lines.statistics(),
             consumers=self.consumers(),
             records_appended=flusher.counters.records_appended,
@@ -286,7 +286,7 @@ class Log:
 
     def reasons(self) -> tuple[HealthReason | None, ...]:
         """Why it does not fare well."""
-        crowded = self._queue.crowded_seconds()
+        crowded = self._queue.backlog.crowded_seconds()
         return log_reasons(self.statistics(), self.status.failure, crowded)
 
     # -- writing --
@@ -320,7 +320,7 @@ class Log:
         if (
             self.status.state is State.OPEN
             and self._flusher.in_flight is None
-            and not queue.records_waiting
+            and not queue.backlog.records
             and engine.durable_lsn == engine.last_lsn
         ):
             await trio.lowlevel.checkpoint()
@@ -429,7 +429,7 @@ class Log:
                 self._queue.fail(exc, None, "unknown", "unknown")
             finally:
                 if not self._forked:
-                    self._queue.closed()
+                    self.status.end()
                     self._closed.set()
 
     async def _finish(self) -> None:

@@ -48,6 +48,11 @@ class Status:
         self.state = state
         self.refuses = True
 
+    def end(self) -> None:
+        """Nothing of the log runs any more."""
+        if self.state is not State.FAILED:
+            self.stop(State.CLOSED)
+
     def check_open(self, outcome: Outcome = "not written") -> None:
         """Raises `trio.ClosedResourceError` or `LogFailedError` where nothing is accepted."""
         if self.state is State.FAILED:

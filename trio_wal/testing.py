@@ -211,6 +211,9 @@ class _Folder:
 class MemoryFiles:
     """Files and directories in memory, with crashes, errors and stalls; see the module.
 
+    So many methods because it is a whole machine: one for each system call that the package makes,
+    and those by which a test breaks, holds, looks into and crashes it.
+
     Args:
       seed: of the UUIDs and salts that logs take from here.
       epoch_us: where the clock stands at trio time 0 (outside of trio: where it stands);

@@ -112,7 +112,7 @@ MUTANTS: Final = (
         "        if batch.taken or (self.owner", "        if (self.owner",
     ),
     mutant(
-        "a withdrawn record leaves a gap in the numbers", "_queue", WHOLE,
+        "a withdrawn record leaves a gap in the numbers", "_backlog", WHOLE,
         "        batch.extra -= records - 1\n        batch.mixed = True\n        if batch.barrier",
         "        batch.extra -= records - 1\n        if batch.barrier",
     ),
@@ -269,7 +269,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "who leaves a line does not let in the next", "_queue", LINES,
-        "        self._admission.refresh(blocked.line)\n        if self.owner",
+        "        self.admission.refresh(blocked.line)\n        if self.owner",
         "        if self.owner",
     ),
     mutant(
@@ -1093,13 +1093,13 @@ MUTANTS: Final = (
         "    if seconds < CROWDED_SECONDS:\n", "    if not seconds:\n",
     ),
     mutant(
-        "a queue that is full batch after batch begins anew with each", "_queue", FIGURES,
-        "        if not self._admission.is_crowded(waiting, size):\n            self.crowded_since",
+        "a queue that is full batch after batch begins anew with each", "_backlog", FIGURES,
+        "        if not self._admission.is_crowded(records, size):\n            self.crowded_since",
         "        if True:\n            self.crowded_since",
     ),
     mutant(
         "a queue that was full once has been so ever since", "_flusher", FIGURES,
-        "            self._queue.crowded_since = None\n", "",
+        "            self._queue.backlog.crowded_since = None\n", "",
     ),
     mutant(
         "checkpoints that pass again are called failing", "_checkpoint", FIGURES,
