@@ -768,6 +768,8 @@ def test_every_method_of_trios_is_there_with_its_parameters(name: str) -> None:
             continue
         value = getattr(ours, member)
         assert (getattr(value, "__doc__", None) or "").strip(), member
+        inner = value.fget if isinstance(value, property) else value
+        assert inner.__module__ == "trio_wal.asyncio", member
         if inspect.isfunction(vars(trios)[member]) and member != "run":
             given = list(inspect.signature(value).parameters.values())
             wanted = list(inspect.signature(vars(trios)[member]).parameters.values())

@@ -160,6 +160,8 @@ ORDER: dict[int, list[str]] = {
         "otel",
         "_repair",
         "_facade_log",
+        "_facade_reading",
+        "_facade_transaction",
         "_facade_database",
         "asyncio",
         "__init__",
