@@ -124,6 +124,7 @@ ORDER: dict[int, list[str]] = {
         "_consumers",
         "_consumer",
         "_wal",
+        "_watchsource",
         "_reader",
         "_restore",
     ],
