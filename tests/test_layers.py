@@ -166,6 +166,7 @@ ORDER: dict[int, list[str]] = {
         "_facade_database",
         "asyncio",
         "__init__",
+        "_memorydisk",
         "testing",
         "_admin",
         "_cli",
