@@ -119,6 +119,7 @@ ORDER: dict[int, list[str]] = {
         "_natscas",
         "_natscheck",
         "nats",
+        "_remotelog",
         "_log",
         "_writer",
         "_consumers",

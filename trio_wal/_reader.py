@@ -21,11 +21,11 @@ from ._exports import NoPublicConstructor, constructor, publish
 from ._files import Files, close_quietly
 from ._identity import Bookmark
 from ._park import end_forked, require_trio
+from ._remotelog import refuse_options, remote_log
 from ._stream import RecordStream, new_record_stream
 from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_path
-from ._wal import refuse_options, remote_log
 from ._watchsource import WatchSource
 from ._worker import Blocking
 
