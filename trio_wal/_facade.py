@@ -227,7 +227,6 @@ class Entered(Facade[S]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._entered()
         self._forget()
         await self._way().close(self._leave, exc_type, exc, traceback)
 
