@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,36 @@ def test_a_context_manager_is_for_one_use(files: MemoryFiles) -> None:
             async with stream:
                 with pytest.raises(RuntimeError, match="for one use"):
                     await stream.__aenter__()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("block", "first"),
+    [
+        ("transaction", r"enter the transaction first: async with db\.transaction\(\)$"),
+        ("snapshot", r"enter the snapshot first: async with db\.snapshot\(\) as snap$"),
+        ("stream", r"enter the stream first: async with db\.stream\(\) as pairs$"),
+        ("changes", r"enter the stream first: async with$"),
+    ],
+)
+def test_a_block_of_a_database_is_entered_once_and_before_it_is_used(
+    block: str, first: str, files: MemoryFiles
+) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(LOG, files=files) as db:
+            made = getattr(db, block)()
+            use = made.__anext__ if hasattr(made, "__anext__") else partial(made.get, b"key")
+            with pytest.raises(RuntimeError, match=first):
+                await use()
+            with pytest.raises(RuntimeError, match=first):
+                await made.__aexit__(None, None, None)
+            async with made as entered:
+                assert entered is made
+                with pytest.raises(RuntimeError, match=r"^a [a-z]+ is for one use$"):
+                    await made.__aenter__()
+            with pytest.raises(RuntimeError, match=r"^a [a-z]+ is for one use$"):
+                await made.__aenter__()
 
     run(main)
 
@@ -768,6 +799,8 @@ def test_every_method_of_trios_is_there_with_its_parameters(name: str) -> None:
             continue
         value = getattr(ours, member)
         assert (getattr(value, "__doc__", None) or "").strip(), member
+        inner = value.fget if isinstance(value, property) else value
+        assert inner.__module__ == "trio_wal.asyncio", member
         if inspect.isfunction(vars(trios)[member]) and member != "run":
             given = list(inspect.signature(value).parameters.values())
             wanted = list(inspect.signature(vars(trios)[member]).parameters.values())

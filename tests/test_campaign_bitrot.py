@@ -11,7 +11,7 @@ from campaigns import __main__ as campaigns, bitrot
 from campaigns._ways import OWNER, READER, WAYS
 from campaigns.bitrot import HARMLESS, OFFLINE, READ, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
 
-from trio_wal import _reader
+from trio_wal import _watchsource
 from trio_wal._disk import (
     chain as _chain,
     cursor as _cursor,
@@ -130,12 +130,12 @@ def test_a_checksum_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPat
 
 def test_a_reader_that_takes_damage_for_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the log's files, and of nothing else, is proof of loss made."""
-    sound = _reader.judge_end
+    sound = _watchsource.judge_end
 
     def judge_end(*arguments: Any, **more: Any) -> _walk.End:
         return attrs.evolve(sound(*arguments, **more), loss=None)
 
-    monkeypatch.setattr(_reader, "judge_end", judge_end)
+    monkeypatch.setattr(_watchsource, "judge_end", judge_end)
     bits = range(0, bitrot.subject("log, closed").bits(), 201)
     answer = bitrot.run_task(bitrot.Task("ways", "log, closed", READER, bits))
     assert answer.rows["ways", "log, closed", READER][SILENT] > 5

@@ -67,8 +67,8 @@ assert _stream.Reading.epoch_changed
 _stream.Reading.epoch_changed = lambda self: None
 """,
     "what looks damaged is believed at once": """
-from trio_wal import _stream, _reader
-_stream.SAME_DAMAGE_TIMES = _reader.SAME_DAMAGE_TIMES = 1
+from trio_wal import _stream, _watchsource
+_stream.SAME_DAMAGE_TIMES = _watchsource.SAME_DAMAGE_TIMES = 1
 first = _stream.Reading.__init__
 def init(self, *args, **more):
     first(self, *args, **more)
@@ -84,12 +84,12 @@ def chunk(self, stop):
 _cursor.Cursor.chunk = chunk
 """,
     "readers stand still": """
-from trio_wal import _reader
-whole = _reader.WatchSource._judge
+from trio_wal import _watchsource
+whole = _watchsource.WatchSource._judge
 def judge(self, seen, file, word):
     found = whole(self, seen, file, word)
-    return _reader.attrs.evolve(found, durable_lsn=min(found.durable_lsn, 5))
-_reader.WatchSource._judge = judge
+    return _watchsource.attrs.evolve(found, durable_lsn=min(found.durable_lsn, 5))
+_watchsource.WatchSource._judge = judge
 """,
 }
 RUN = """

@@ -35,7 +35,7 @@ from trio_wal import (
 from trio_wal._engine import Tail
 from trio_wal._follower import Follower
 from trio_wal._identity import branch, epoch_of
-from trio_wal._reader import WatchSource
+from trio_wal._watchsource import WatchSource
 from trio_wal.testing import MemoryFiles
 
 

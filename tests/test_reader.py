@@ -32,9 +32,9 @@ from trio_wal._disk.frame import BLOCK, DATA_OFFSET, FRAME_HEADER_SIZE, crc32c
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._engine import Record
 from trio_wal._log import LogSource
-from trio_wal._reader import POLL_SECONDS
 from trio_wal._system.files import OsFiles
 from trio_wal._util import KiB
+from trio_wal._watchsource import POLL_SECONDS
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 

@@ -29,8 +29,8 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
 from trio_wal._files import Word
-from trio_wal._reader import WatchSource
 from trio_wal._system.files import OsFiles
+from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
@@ -736,7 +736,7 @@ async def test_a_tail_that_recovery_copies_away_is_no_damage(
     """The owner was killed and opens the log again, while a stream is about to read its end."""
     files = log_of(6, close=False, segment_size=1 << 20)
     step = Step(files)
-    target: Any = {"locate": WatchSource, "look_at": trio_wal._reader, "chunk": Cursor}[moment]
+    target: Any = {"locate": WatchSource, "look_at": trio_wal._watchsource, "chunk": Cursor}[moment]
     original = getattr(target, moment)
 
     def first_the_owner(*args: Any) -> Any:
@@ -831,8 +831,8 @@ async def test_a_change_of_the_files_wakes_a_follower(
     """Not a clock: with a watch, nobody looks at the files in between."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 3600.0)
-    monkeypatch.setattr(trio_wal._reader, "POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(trio_wal._watchsource, "POLL_SECONDS", 3600.0)
     async with (
         trio_wal.open_wal(tmp_path / "log", segment_size=TINY) as wal,
         trio_wal.open_reader(tmp_path / "log") as reader,
@@ -864,7 +864,7 @@ async def test_what_came_before_the_watch_is_told_to_all_who_wait(
     """One task makes the watch and looks; who waits meanwhile hears of what that look finds."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 3600.0)
     log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
     source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
     source.look()
@@ -968,7 +968,7 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
     monkeypatch.setattr(trio_wal._system.watch, "_IN_CHANGES", 0x400)  # only that it is unlinked
-    monkeypatch.setattr(trio_wal._reader, "WATCHED_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.05)
     async with (
         trio_wal.open_wal(tmp_path / "log") as wal,
         trio_wal.open_reader(tmp_path / "log") as reader,

@@ -45,9 +45,10 @@ from trio_wal._disk.scan import FrameScanner, footer_index, payloads, read_point
 from trio_wal._disk.segment import FIRST_CAPACITY, ActiveSegment, capacity_for, encode
 from trio_wal._disk.spares import PAUSE_SHARE, PAUSES
 from trio_wal._engine import Moved
+from trio_wal._memorydisk import Inode
 from trio_wal._system.files import OsFiles
 from trio_wal._util import KiB, MiB
-from trio_wal.testing import SECTOR, MemoryFile, MemoryFiles, _Inode
+from trio_wal.testing import SECTOR, MemoryFile, MemoryFiles
 
 SPARE = "spare-"
 
@@ -396,7 +397,7 @@ class InPlace:
         self.syncs: list[bool] = []
         self.written: dict[object, set[int]] = {}
         self.settled: dict[object, set[int]] = {}
-        write, resize, sync = MemoryFile.pwrite, _Inode.resize, MemoryFile.sync
+        write, resize, sync = MemoryFile.pwrite, Inode.resize, MemoryFile.sync
 
         def watched_write(file: MemoryFile, pieces: Any, offset: int) -> None:
             write(file, pieces, offset)
@@ -404,7 +405,7 @@ class InPlace:
             there = self.written.setdefault(file._inode, set())
             there.update(range(offset // SECTOR, -(-end // SECTOR)))
 
-        def watched_resize(inode: _Inode, size: int) -> None:
+        def watched_resize(inode: Inode, size: int) -> None:
             resize(inode, size)
             for known in (self.written, self.settled):
                 known[inode] = {at for at in known.get(inode, ()) if at * SECTOR < size}
@@ -424,7 +425,7 @@ class InPlace:
             return count * SECTOR
 
         monkeypatch.setattr(MemoryFile, "pwrite", watched_write)
-        monkeypatch.setattr(_Inode, "resize", watched_resize)
+        monkeypatch.setattr(Inode, "resize", watched_resize)
         monkeypatch.setattr(MemoryFile, "sync", watched_sync)
         monkeypatch.setattr(MemoryFile, "written_bytes", written_bytes)
 

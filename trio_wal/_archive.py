@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any, Final, Protocol, cast, final
 from uuid import UUID
@@ -21,7 +21,7 @@ import attrs
 
 from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from ._exports import publish
-from ._files import Directory, Files, close_quietly
+from ._files import Directory, File, Files, close_quietly
 from ._identity import History, Parting
 from ._system.files import OsFiles
 from ._util import KiB, MiB, check_path
@@ -198,12 +198,34 @@ def _unlink_quietly(directory: Directory, name: str) -> None:
 def _pieces(directory: Directory, name: str) -> Iterator[bytes]:
     file = directory.open(name)
     try:
-        offset = 0
-        while piece := file.pread(CHUNK_BYTES, offset):
-            yield piece
-            offset += len(piece)
+        yield from pieces_of(file)
     finally:
         file.close()
+
+
+def pieces_of(file: File, tick: Callable[[], None] = lambda: None) -> Iterator[bytes]:
+    """All of a file; ``tick`` is called before a piece is given."""
+    offset = 0
+    while piece := file.pread(CHUNK_BYTES, offset):
+        tick()
+        yield piece
+        offset += len(piece)
+
+
+def write_pieces(
+    file: File, content: Iterable[bytes], size_max: int, tick: Callable[[int], None]
+) -> tuple[int, str]:
+    """Write into an empty file, until it is larger than ``size_max``; returns its size, and its
+    SHA-256 in hex."""
+    digest, size = hashlib.sha256(), 0
+    for piece in content:
+        digest.update(piece)
+        file.pwrite([piece], size)
+        size += len(piece)
+        tick(len(piece))
+        if size > size_max:
+            break
+    return size, digest.hexdigest()
 
 
 def get_small(archive: Archive, name: str, size_max: int) -> bytes:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import CHUNK_BYTES, Archive, encode_manifest, put_identity
+from ._archive import Archive, encode_manifest, pieces_of, put_identity
 from ._archived import (
     PassingFile,
     SegmentKey,
@@ -79,7 +79,7 @@ def put_segment(
     """
     file = source.open_segment(info.header)
     try:
-        found = PassingFile(file.path, _pieces(file, tick))
+        found = PassingFile(file.path, pieces_of(file, tick))
         frames = read_sealed(found)
         digest, seal = found.finish(), frames.seal
         assert seal is not None
@@ -103,7 +103,7 @@ def put_segment(
             size=found.size,
             digest=digest,
         )
-        archive.put(manifest.data, _unchanged(file.path, _pieces(file, tick), digest))
+        archive.put(manifest.data, _unchanged(file.path, pieces_of(file, tick), digest))
     finally:
         close_quietly(file)
     if source.cuts != cuts:
@@ -121,14 +121,6 @@ def _put_manifest(archive: Archive, manifest: SegmentManifest) -> None:
         same = attrs.evolve(manifest, history=there.history, consumers=there.consumers)
         if attrs.evolve(there, digest=manifest.digest, size=manifest.size) != same:
             raise
-
-
-def _pieces(file: File, tick: Callable[[], None]) -> Iterator[bytes]:
-    offset = 0
-    while piece := file.pread(CHUNK_BYTES, offset):
-        tick()
-        yield piece
-        offset += len(piece)
 
 
 def _unchanged(path: str, pieces: Iterable[bytes], digest: str) -> Iterator[bytes]:

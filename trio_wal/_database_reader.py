@@ -28,7 +28,6 @@ from ._identity import Bookmark
 from ._operations import check_key, check_range
 from ._pairs import PairStream
 from ._park import end_forked, require_trio
-from ._reader import WatchSource
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._statistics import DatabaseReaderStatistics
 from ._stores import stores_of
@@ -36,6 +35,7 @@ from ._stream import new_record_stream
 from ._system.files import OsFiles
 from ._text import printable
 from ._util import check_bool, check_int, check_path
+from ._watchsource import WatchSource
 from ._worker import Blocking
 
 D = TypeVar("D")

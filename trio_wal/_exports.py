@@ -53,7 +53,9 @@ def _say(module: str, value: Any) -> None:
             value.__annotations__ = {name: hints[name] for name in value.__annotations__}
     value.__module__ = module
     if isinstance(value, type):
-        for part in list(vars(value).values()):
+        # Also those that it has of a base class, which nobody is told of.
+        bases = [base for base in value.__mro__ if base.__module__.startswith("trio_wal._")]
+        for part in [part for cls in (value, *bases) for part in vars(cls).values()]:
             inner = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
             if isinstance(inner, types.FunctionType):
                 inner.__module__ = module

@@ -6,24 +6,51 @@ Law: as `_portal`, knows no log and no database; nothing of trio's is touched bu
 from __future__ import annotations
 
 import inspect
+import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeVar, final
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    final,
+)
 
 from ._identity import Bookmark
-from ._portal import Portal
+from ._portal import Line, Portal
 from ._util import MiB
 
 if TYPE_CHECKING:
     # Only checkers need it; Python has it from 3.11 on.
     from typing_extensions import Self
 
+
+class _Open(Protocol):
+    @property
+    def path(self) -> str: ...
+    @property
+    def uuid(self) -> uuid.UUID: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def durable_lsn(self) -> int: ...
+    async def aclose(self) -> None: ...
+
+
 F = TypeVar("F")
+L = TypeVar("L", bound=_Open)
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S")
 T = TypeVar("T")
 
 AHEAD_ITEMS: Final = 1000
@@ -112,37 +139,87 @@ class Block(AbstractAsyncContextManager[F], Generic[F]):
         await self._portal.close(self._manager.__aexit__, exc_type, exc, traceback)
 
 
-class Stream(AbstractAsyncContextManager["Stream[T]"], AsyncIterator[T], Generic[T]):
-    """A stream of trio's: items are fetched many at a time and given one at a time.
+class Facade(ABC, Generic[S]):
+    """Stands for an object of trio's, which is used in trio's thread only."""
 
-    Nothing is lost where a fetch is cancelled: what it got is given by the next call.
-    """
+    _portal: Portal
+
+    def _way(self) -> Portal | Line:
+        """To trio's thread."""
+        return self._portal
+
+    @abstractmethod
+    def _entered(self) -> S:
+        """What it stands for."""
+
+
+class Held(Facade[S]):
+    """For one that is open and stays what it is."""
+
+    def __init__(self, portal: Portal, trios: S) -> None:
+        self._portal = portal
+        self._trios: Final = trios
+
+    def _entered(self) -> S:
+        return self._trios
+
+
+class Opened(Held[L]):
+    """What the ``open_*()`` give, all of them."""
+
+    @property
+    def path(self) -> str:
+        """The directory, absolute; the address of a replicated log."""
+        return self._trios.path
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Made with the log or database, kept for ever, also by its copies and backups."""
+        return self._trios.uuid
+
+    async def epoch(self) -> int:
+        """The property ``epoch`` under trio: which of the histories this is."""
+        return await self._portal.call_sync(lambda: self._trios.epoch)
+
+    async def durable_lsn(self) -> int:
+        """The property ``durable_lsn`` under trio: all up to this LSN is durable."""
+        return await self._portal.call_sync(lambda: self._trios.durable_lsn)
+
+    async def aclose(self) -> None:
+        """As ``aclose`` under trio; leaving the block does it, and ends the thread."""
+        await self._portal.close(self._trios.aclose)
+
+
+class Entered(Facade[S]):
+    """For one whose block is entered and left in trio's thread."""
+
+    _what: ClassVar = "stream"
+    _how: ClassVar = ""
+    """For messages: how it is entered."""
 
     def __init__(self, portal: Portal, begin: Callable[[], Any]) -> None:
         """
         Args:
-          begin: makes the stream of trio's, in trio's thread.
+          begin: makes the object of trio's, in trio's thread.
         """
         self._portal = portal
         self._begin = begin
-        self._stream: Any = None
-        self._batches: AsyncIterator[list[T]] | None = None
-        self._ready: list[Any] = []
-        """The newest stands first.  Filled in trio's thread, while a fetch is waited for."""
-        self._fetched: Bookmark | None = None
-        """The stream's place behind all that is ready."""
+        self._trios: S | None = None
 
     async def _enter(self) -> None:
-        stream = self._begin()
-        await stream.__aenter__()
-        self._fetched = stream.bookmark
-        self._stream = stream
+        trios = self._begin()
+        await trios.__aenter__()
+        self._trios = trios
 
     async def __aenter__(self) -> Self:
-        if self._stream is not None:
-            raise RuntimeError("a stream is for one use")
-        await self._portal.call(self._enter)
+        if self._trios is not None:
+            raise RuntimeError(f"a {self._what} is for one use")
+        await self._way().call(self._enter)
         return self
+
+    async def _leave(self, *exc_info: Any) -> None:
+        trios: Any = self._entered()
+        await trios.__aexit__(*exc_info)
 
     async def __aexit__(
         self,
@@ -150,13 +227,38 @@ class Stream(AbstractAsyncContextManager["Stream[T]"], AsyncIterator[T], Generic
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._ready.clear()
-        await self._portal.close(self._stream.__aexit__, exc_type, exc, traceback)
+        self._forget()
+        await self._way().close(self._leave, exc_type, exc, traceback)
 
-    def _entered(self) -> Any:
-        if self._stream is None:
-            raise RuntimeError("enter the stream first: async with")
-        return self._stream
+    def _forget(self) -> None:
+        """What was fetched and not given."""
+
+    def _entered(self) -> S:
+        if self._trios is None:
+            raise RuntimeError(f"enter the {self._what} first: async with{self._how}")
+        return self._trios
+
+
+class Stream(Entered[Any], AbstractAsyncContextManager["Stream[T]"], AsyncIterator[T], Generic[T]):
+    """A stream of trio's: items are fetched many at a time and given one at a time.
+
+    Nothing is lost where a fetch is cancelled: what it got is given by the next call.
+    """
+
+    def __init__(self, portal: Portal, begin: Callable[[], Any]) -> None:
+        super().__init__(portal, begin)
+        self._batches: AsyncIterator[list[T]] | None = None
+        self._ready: list[Any] = []
+        """The newest stands first.  Filled in trio's thread, while a fetch is waited for."""
+        self._fetched: Bookmark | None = None
+        """The stream's place behind all that is ready."""
+
+    async def _enter(self) -> None:
+        await super()._enter()
+        self._fetched = self._entered().bookmark
+
+    def _forget(self) -> None:
+        self._ready.clear()
 
     @property
     def bookmark(self) -> Bookmark:
@@ -171,7 +273,7 @@ class Stream(AbstractAsyncContextManager["Stream[T]"], AsyncIterator[T], Generic
         items = await batches.__anext__()
         items.reverse()
         self._ready[:0] = items
-        self._fetched = self._stream.bookmark
+        self._fetched = self._entered().bookmark
 
     def __aiter__(self) -> Self:
         return self
@@ -219,6 +321,7 @@ class _Lists(AsyncIterator[list[T]], Generic[T]):
 
 @final
 class PairStream(
+    Entered[Any],
     AbstractAsyncContextManager["PairStream"],
     AsyncIterator[tuple[bytes, bytes]],
 ):
@@ -228,37 +331,20 @@ class PairStream(
     mebibyte, are fetched at once.
     """
 
+    _how = " db.stream() as pairs"
+
     def __init__(self, portal: Portal, begin: Callable[[], Any]) -> None:
-        self._portal = portal
-        self._begin = begin
-        self._pairs: Any = None
+        super().__init__(portal, begin)
         self._ready: deque[tuple[bytes, bytes]] = deque()
         """Filled in trio's thread, while a fetch is waited for."""
 
-    async def _enter(self) -> None:
-        pairs = self._begin()
-        await pairs.__aenter__()
-        self._pairs = pairs
-
-    async def __aenter__(self) -> PairStream:
-        if self._pairs is not None:
-            raise RuntimeError("a stream is for one use")
-        await self._portal.call(self._enter)
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def _forget(self) -> None:
         self._ready.clear()
-        await self._portal.close(self._pairs.__aexit__, exc_type, exc, traceback)
 
     async def _fetch(self) -> None:
         # Into what the stream keeps: cancelled, nothing is lost.
         size = 0
-        async for key, value in self._pairs:
+        async for key, value in self._entered():
             self._ready.append((key, value))
             size += len(key) + len(value)
             if len(self._ready) >= AHEAD_ITEMS or size >= AHEAD_BYTES:
@@ -268,9 +354,8 @@ class PairStream(
         return self
 
     async def __anext__(self) -> tuple[bytes, bytes]:
-        if self._pairs is None:
-            raise RuntimeError("enter the stream first: async with db.stream() as pairs")
         if not self._ready:
+            self._entered()
             await self._portal.call(self._fetch)
             if not self._ready:
                 raise StopAsyncIteration

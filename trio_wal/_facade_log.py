@@ -6,7 +6,6 @@ stands there.  What is different stands here.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -15,10 +14,9 @@ from typing import Literal, TypeVar, cast, final
 from . import _consumer, _reader, _wal, _writer
 from ._engine import Record, RecoveryReport
 from ._exports import NoPublicConstructor, constructor
-from ._facade import Block, Stream
+from ._facade import Block, Held, Opened, Stream
 from ._health import Health
 from ._identity import Bookmark
-from ._portal import Portal
 from ._statistics import WalStatistics, WriterStatistics
 
 T = TypeVar("T")
@@ -65,52 +63,44 @@ new_consumer = constructor(Consumer)
 
 
 @final
-class Writer(metaclass=NoPublicConstructor):
+class Writer(Held[_writer.Writer], metaclass=NoPublicConstructor):
     """A named share of a log's queue; as `trio_wal.Writer`."""
-
-    def __init__(self, portal: Portal, writer: _writer.Writer) -> None:
-        self._portal = portal
-        self._writer = writer
 
     async def append(self, data: bytes) -> int:
         """As `trio_wal.Writer.append`."""
-        return await self._portal.call(self._writer.append, data)
+        return await self._portal.call(self._trios.append, data)
 
     async def append_many(self, records: Iterable[bytes]) -> range:
         """As `trio_wal.Writer.append_many`; the iterable is consumed at once."""
-        return await self._portal.call(self._writer.append_many, copied(records))
+        return await self._portal.call(self._trios.append_many, copied(records))
 
     async def send(self, data: bytes) -> None:
         """As `trio_wal.Writer.send`."""
-        await self._portal.call(self._writer.send, data)
+        await self._portal.call(self._trios.send, data)
 
     async def send_nowait(self, data: bytes) -> None:
         """As `trio_wal.Writer.send_nowait`: it waits for trio's thread, and never for room."""
-        await self._portal.call_sync(self._writer.send_nowait, data)
+        await self._portal.call_sync(self._trios.send_nowait, data)
 
     async def flush(self) -> int:
         """As `trio_wal.Writer.flush`."""
-        return await self._portal.call(self._writer.flush)
+        return await self._portal.call(self._trios.flush)
 
     async def statistics(self) -> WriterStatistics:
         """As `trio_wal.Writer.statistics`."""
-        return await self._portal.call_sync(self._writer.statistics)
+        return await self._portal.call_sync(self._trios.statistics)
 
 
 new_writer = constructor(Writer)
 
 
 @final
-class WriteAheadLog(metaclass=NoPublicConstructor):
+class WriteAheadLog(Opened[_wal.WriteAheadLog], metaclass=NoPublicConstructor):
     """An open log, for the tasks of one asyncio event loop.
 
     Its methods are those of `trio_wal.WriteAheadLog`, with the same promises.  All are
     coroutines, also those that there are sync: they run in trio's thread.
     """
-
-    def __init__(self, portal: Portal, wal: _wal.WriteAheadLog) -> None:
-        self._portal = portal
-        self._wal = wal
 
     # -- writing --
 
@@ -123,28 +113,28 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         A record whose batch is already being written is waited for, and the call returns its
         LSN; the cancellation is delivered where the task waits next.
         """
-        return await self._portal.call(self._wal.append, data)
+        return await self._portal.call(self._trios.append, data)
 
     async def append_many(self, records: Iterable[bytes]) -> range:
         """As `trio_wal.WriteAheadLog.append_many`; the iterable is consumed at once."""
-        return await self._portal.call(self._wal.append_many, copied(records))
+        return await self._portal.call(self._trios.append_many, copied(records))
 
     async def send(self, data: bytes) -> None:
         """As `trio_wal.WriteAheadLog.send`."""
-        await self._portal.call(self._wal.send, data)
+        await self._portal.call(self._trios.send, data)
 
     async def send_nowait(self, data: bytes) -> None:
         """As `trio_wal.WriteAheadLog.send_nowait`: it waits for trio's thread, and never for room
         in the queue."""
-        await self._portal.call_sync(self._wal.send_nowait, data)
+        await self._portal.call_sync(self._trios.send_nowait, data)
 
     async def flush(self) -> int:
         """As `trio_wal.WriteAheadLog.flush`."""
-        return await self._portal.call(self._wal.flush)
+        return await self._portal.call(self._trios.flush)
 
     async def wait_durable(self, lsn: int) -> None:
         """As `trio_wal.WriteAheadLog.wait_durable`."""
-        await self._portal.call(self._wal.wait_durable, lsn)
+        await self._portal.call(self._trios.wait_durable, lsn)
 
     def writer(
         self,
@@ -156,7 +146,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     ) -> AbstractAsyncContextManager[Writer]:
         """As `trio_wal.WriteAheadLog.writer`; errors are raised on entering."""
         begin = partial(
-            self._wal.writer,
+            self._trios.writer,
             name,
             max_queue_size=max_queue_size,
             max_queue_bytes=max_queue_bytes,
@@ -168,82 +158,60 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
     def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """As `trio_wal.WriteAheadLog.read`; errors are raised on entering."""
-        return new_record_stream(self._portal, partial(self._wal.read, start, stop))
+        return new_record_stream(self._portal, partial(self._trios.read, start, stop))
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """As `trio_wal.WriteAheadLog.follow`; errors are raised on entering."""
-        return new_record_stream(self._portal, partial(self._wal.follow, start))
+        return new_record_stream(self._portal, partial(self._trios.follow, start))
 
     def consumer(self, name: str, *, start: int | Bookmark | None = None) -> Consumer:
         """As `trio_wal.WriteAheadLog.consumer`; errors are raised on entering."""
-        return new_consumer(self._portal, partial(self._wal.consumer, name, start=start))
+        return new_consumer(self._portal, partial(self._trios.consumer, name, start=start))
 
     async def drop_consumer(self, name: str) -> None:
         """As `trio_wal.WriteAheadLog.drop_consumer`."""
-        await self._portal.call(self._wal.drop_consumer, name)
+        await self._portal.call(self._trios.drop_consumer, name)
 
     # -- segments --
 
     async def rotate(self) -> int:
         """As `trio_wal.WriteAheadLog.rotate`."""
-        return await self._portal.call(self._wal.rotate)
+        return await self._portal.call(self._trios.rotate)
 
     async def truncate_before(self, lsn: int) -> None:
         """As `trio_wal.WriteAheadLog.truncate_before`."""
-        await self._portal.call(self._wal.truncate_before, lsn)
+        await self._portal.call(self._trios.truncate_before, lsn)
 
     async def truncate_after(self, lsn: int) -> None:
         """As `trio_wal.WriteAheadLog.truncate_after`."""
-        await self._portal.call(self._wal.truncate_after, lsn)
+        await self._portal.call(self._trios.truncate_after, lsn)
 
     # -- what it is --
 
     @property
-    def path(self) -> str:
-        """The log's directory, absolute; the address of a replicated log."""
-        return self._wal.path
-
-    @property
-    def uuid(self) -> uuid.UUID:
-        """Made with the log, kept for ever, also by its copies."""
-        return self._wal.uuid
-
-    @property
     def recovery(self) -> RecoveryReport:
         """What this open found and did."""
-        return self._wal.recovery
-
-    async def epoch(self) -> int:
-        """`trio_wal.WriteAheadLog.epoch`."""
-        return await self._portal.call_sync(lambda: self._wal.epoch)
+        return self._trios.recovery
 
     async def bookmark(self) -> Bookmark:
         """`trio_wal.WriteAheadLog.bookmark`."""
-        return await self._portal.call_sync(lambda: self._wal.bookmark)
+        return await self._portal.call_sync(lambda: self._trios.bookmark)
 
     async def first_lsn(self) -> int:
         """`trio_wal.WriteAheadLog.first_lsn`."""
-        return await self._portal.call_sync(lambda: self._wal.first_lsn)
+        return await self._portal.call_sync(lambda: self._trios.first_lsn)
 
     async def last_lsn(self) -> int:
         """`trio_wal.WriteAheadLog.last_lsn`."""
-        return await self._portal.call_sync(lambda: self._wal.last_lsn)
-
-    async def durable_lsn(self) -> int:
-        """`trio_wal.WriteAheadLog.durable_lsn`."""
-        return await self._portal.call_sync(lambda: self._wal.durable_lsn)
+        return await self._portal.call_sync(lambda: self._trios.last_lsn)
 
     async def statistics(self) -> WalStatistics:
         """As `trio_wal.WriteAheadLog.statistics`."""
-        return await self._portal.call_sync(self._wal.statistics)
+        return await self._portal.call_sync(self._trios.statistics)
 
     async def health(self) -> Health:
         """As `trio_wal.WriteAheadLog.health`."""
-        return await self._portal.call_sync(self._wal.health)
-
-    async def aclose(self) -> None:
-        """As `trio_wal.WriteAheadLog.aclose`; leaving the block does it, and ends the thread."""
-        await self._portal.close(self._wal.aclose)
+        return await self._portal.call_sync(self._trios.health)
 
     def __repr__(self) -> str:
         return f"<trio_wal.asyncio.WriteAheadLog {self.path!r}>"
@@ -253,53 +221,27 @@ new_wal = constructor(WriteAheadLog)
 
 
 @final
-class LogReader(metaclass=NoPublicConstructor):
+class LogReader(Opened[_reader.LogReader], metaclass=NoPublicConstructor):
     """A look at a log without owning it; as `trio_wal.LogReader`.
 
     What is a property there is a coroutine here: files are looked at, in trio's thread.
     """
 
-    def __init__(self, portal: Portal, reader: _reader.LogReader) -> None:
-        self._portal = portal
-        self._reader = reader
-
-    @property
-    def path(self) -> str:
-        """The log's directory."""
-        return self._reader.path
-
-    @property
-    def uuid(self) -> uuid.UUID:
-        """The log's, and that of its copies."""
-        return self._reader.uuid
-
-    async def epoch(self) -> int:
-        """`trio_wal.LogReader.epoch`."""
-        return await self._portal.call_sync(lambda: self._reader.epoch)
-
     async def bookmark(self) -> Bookmark:
         """`trio_wal.LogReader.bookmark`."""
-        return await self._portal.call_sync(lambda: self._reader.bookmark)
+        return await self._portal.call_sync(lambda: self._trios.bookmark)
 
     async def first_lsn(self) -> int:
         """`trio_wal.LogReader.first_lsn`."""
-        return await self._portal.call_sync(lambda: self._reader.first_lsn)
-
-    async def durable_lsn(self) -> int:
-        """`trio_wal.LogReader.durable_lsn`."""
-        return await self._portal.call_sync(lambda: self._reader.durable_lsn)
+        return await self._portal.call_sync(lambda: self._trios.first_lsn)
 
     def read(self, start: int | Bookmark | None = None, stop: int | None = None) -> RecordStream:
         """As `trio_wal.LogReader.read`."""
-        return new_record_stream(self._portal, partial(self._reader.read, start, stop))
+        return new_record_stream(self._portal, partial(self._trios.read, start, stop))
 
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """As `trio_wal.LogReader.follow`."""
-        return new_record_stream(self._portal, partial(self._reader.follow, start))
-
-    async def aclose(self) -> None:
-        """As `trio_wal.LogReader.aclose`; leaving the block does it, and ends the thread."""
-        await self._portal.close(self._reader.aclose)
+        return new_record_stream(self._portal, partial(self._trios.follow, start))
 
 
 new_log_reader = constructor(LogReader)

@@ -32,12 +32,12 @@ from ._exceptions import (
 )
 from ._identity import Bookmark, common_lsn
 from ._mvcc import Versions
-from ._reader import WatchSource
 from ._replay import replay_live
 from ._statistics import ConsumerStatistics
 from ._store_files import damaged, data_file, misfit
 from ._stream import RecordStream, new_record_stream
 from ._util import MiB
+from ._watchsource import WatchSource
 from ._watermark import Watermark
 
 CHECK_BYTES: Final = 4 * MiB

@@ -36,13 +36,13 @@ from ._local import VERIFY_BYTES, LocalEngine, LocalOptions, SyncIn, check_local
 from ._log import RESERVE, TARGET_LATENCY, Log, LogOptions, OpenLog, check_log_options
 from ._park import require_trio
 from ._remote import OpenRemoteDatabase, RemoteOptions, check_remote_options
+from ._remotelog import check_remote, check_remote_log, refuse_options
 from ._replica import OpenReplica, Replica
 from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
 from ._util import MiB, check_bool, check_int, check_one_of, check_path
-from ._wal import check_remote, check_remote_log, refuse_options
 from ._worker import Blocking
 
 VerifyStore = Literal["auto", "child", "none"]

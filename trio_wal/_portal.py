@@ -128,7 +128,7 @@ class Line:
     async def call_sync(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.call(_run_sync, partial(function, *args, **kwargs))
 
-    async def end(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
+    async def close(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
         """The last call, behind one that is being made."""
         return await self._portal.call_in(self, function, *args, last=True)
 

@@ -35,11 +35,11 @@ from ._exceptions import CorruptLogError, UnsupportedOperationError, WrongDirect
 from ._exports import publish
 from ._files import Directory, Files, close_quietly
 from ._park import require_trio
+from ._remotelog import remote_log
 from ._store_files import data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
 from ._util import MiB, check_bool, check_one_of, check_path
-from ._wal import remote_log
 from ._worker import Blocking
 
 ASIDE: Final = "before-repair"

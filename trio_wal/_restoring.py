@@ -12,12 +12,12 @@ segment of the copy is ever taken for the one that it was made of.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from datetime import datetime
 
 import attrs
 
+from ._archive import write_pieces
 from ._archived import Frames, read_frames, read_header
 from ._disk import scan
 from ._disk.chain import LOG_NAME, STORE_NAME
@@ -248,15 +248,8 @@ def _write(directory: Directory, piece: Piece, tick: Tick) -> str:
     name = told.segment_file
     file = directory.open(name, create=True)
     try:
-        digest, size = hashlib.sha256(), 0
-        for content in piece.content():
-            digest.update(content)
-            file.pwrite([content], size)
-            size += len(content)
-            tick(len(content))
-            if size > told.size:
-                break
-        if size != told.size or (piece.checked and digest.hexdigest() != told.digest):
+        size, digest = write_pieces(file, piece.content(), told.size, tick)
+        if size != told.size or (piece.checked and digest != told.digest):
             raise CorruptLogError(told.data if piece.checked else piece.name, 0, _NOT_WHOLE)
     finally:
         file.close()

@@ -19,15 +19,16 @@ from uuid import UUID
 import attrs
 
 from ._archive import (
-    CHUNK_BYTES,
     Archive,
     encode_manifest,
     history_as_json,
     history_of_json,
+    pieces_of,
     read_manifest,
+    write_pieces,
 )
 from ._exceptions import CorruptLogError
-from ._files import File, Files
+from ._files import Files
 from ._identity import History, epoch_of
 from ._store_files import DATA_NAME
 
@@ -102,12 +103,12 @@ def put_snapshot(
         file = directory.open(DATA_NAME)
         try:
             digest, size = hashlib.sha256(), 0
-            for piece in _pieces(file, tick):
+            for piece in pieces_of(file, tick):
                 digest.update(piece)
                 size += len(piece)
             text = digest.hexdigest()
             data = f"{name.removesuffix('.json')}-{text[:16]}.mdb"
-            kept.put(data, _pieces(file, tick))
+            kept.put(data, pieces_of(file, tick))
         finally:
             file.close()
     finally:
@@ -119,14 +120,6 @@ def put_snapshot(
         # Another was faster.
         return _own_manifest(kept, name, uuid)
     return manifest
-
-
-def _pieces(file: File, tick: Callable[[], None]) -> Iterator[bytes]:
-    offset = 0
-    while piece := file.pread(CHUNK_BYTES, offset):
-        tick()
-        yield piece
-        offset += len(piece)
 
 
 def newest_snapshot(kept: Archive, uuid: UUID) -> Manifest | None:
@@ -217,15 +210,8 @@ def write_store(
     try:
         file = directory.open(DATA_NAME, create=True)
         try:
-            digest, size = hashlib.sha256(), 0
-            for piece in content:
-                digest.update(piece)
-                file.pwrite([piece], size)
-                size += len(piece)
-                tick(len(piece))
-                if size > manifest.size:
-                    break
-            if (size, digest.hexdigest()) != (manifest.size, manifest.digest):
+            written = write_pieces(file, content, manifest.size, tick)
+            if written != (manifest.size, manifest.digest):
                 reason = "what is kept is not what the manifest of the snapshot names"
                 raise CorruptLogError(manifest.data, 0, reason)
             file.sync()

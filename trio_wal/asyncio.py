@@ -13,17 +13,7 @@ from typing import Any
 from . import _exports
 from ._database_reader import open_database_reader as _open_database_reader
 from ._facade import Opening, PairStream as PairStream, takes
-from ._facade_database import (
-    CommitStream as CommitStream,
-    Database as Database,
-    DatabaseConsumer as DatabaseConsumer,
-    DatabaseReader as DatabaseReader,
-    DatabaseWriter as DatabaseWriter,
-    Snapshot as Snapshot,
-    Transaction as Transaction,
-    new_database as _new_database,
-    new_database_reader as _new_database_reader,
-)
+from ._facade_database import Database as Database, new_database as _new_database
 from ._facade_log import (
     Consumer as Consumer,
     LogReader as LogReader,
@@ -32,6 +22,17 @@ from ._facade_log import (
     Writer as Writer,
     new_log_reader as _new_log_reader,
     new_wal as _new_wal,
+)
+from ._facade_reading import (
+    CommitStream as CommitStream,
+    DatabaseReader as DatabaseReader,
+    Snapshot as Snapshot,
+    new_database_reader as _new_database_reader,
+)
+from ._facade_transaction import (
+    DatabaseConsumer as DatabaseConsumer,
+    DatabaseWriter as DatabaseWriter,
+    Transaction as Transaction,
 )
 from ._opening import open_database as _open_database
 from ._reader import open_reader as _open_reader

@@ -25,7 +25,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal, final
 
 import attrs
@@ -35,11 +35,9 @@ from . import _exports
 from ._base import Progress, ReadTransaction, StoreCheckLevel, StoreState
 from ._exceptions import LogLockedError
 from ._files import NO_WORD, Watch, Word
-from ._order import SortedKeys
+from ._memorydisk import SECTOR, Change, Folder, Inode, MemoryRead, StoreImage
 from ._util import KiB
 
-SECTOR: Final = 512
-"""What a disk writes whole or not at all, or tears: the unit of damage."""
 FREED_FILES: Final = 8
 FREED_BYTES: Final = 64 * KiB
 """Of so many deleted files the beginning may show up in sectors that were not synced."""
@@ -59,152 +57,6 @@ class _Fault:
     skip: int
     times: float
     written: int
-
-
-@attrs.define(eq=False)
-class _Inode:
-    """One file: what programs see, and what is on the disk.
-
-    Either is immutable `bytes` once crash images share it, and becomes a `bytearray` of its
-    own again when it is written to.
-    """
-
-    data: bytes | bytearray = b""
-    disk: bytes | bytearray = b""
-    dirty: set[int] = attrs.Factory(set[int])
-
-    def _writable(self) -> bytearray:
-        data = self.data
-        if not isinstance(data, bytearray):
-            data = self.data = bytearray(data)
-        return data
-
-    def write(self, data: bytes, offset: int) -> None:
-        mine = self._writable()
-        end = offset + len(data)
-        if end > len(mine):
-            mine.extend(bytes(end - len(mine)))
-        mine[offset:end] = data
-        self.dirty.update(range(offset // SECTOR, -(-end // SECTOR)))
-
-    def resize(self, size: int) -> None:
-        mine = self._writable()
-        have = len(mine)
-        if size < have:
-            del mine[size:]
-        else:
-            mine.extend(bytes(size - have))
-        self.dirty.update(range(min(size, have) // SECTOR, -(-max(size, have) // SECTOR)))
-
-    def sync(self) -> None:
-        data, disk = self.data, self.disk
-        size = len(data)
-        if len(self.dirty) * SECTOR >= max(size, len(disk), 1):
-            # All of it: as a new file's.
-            self.disk = bytes(data)
-            self.dirty.clear()
-        elif self.dirty or len(disk) != size:
-            if not isinstance(disk, bytearray):
-                disk = self.disk = bytearray(disk)
-            del disk[size:]
-            disk.extend(bytes(size - len(disk)))
-            for sector in self.dirty:
-                start = sector * SECTOR
-                disk[start : start + SECTOR] = data[start : start + SECTOR]
-            del disk[size:]
-            self.dirty.clear()
-
-    def flip(self, bit: int) -> None:
-        """On the disk and in the cache."""
-        self.disk, self.data = (
-            _flipped(data, bit) if bit // 8 < len(data) else data for data in (self.disk, self.data)
-        )
-
-    def share(self) -> None:
-        """From here on crash images may hold what this file does."""
-        self.data = bytes(self.data)
-        self.disk = bytes(self.disk)
-
-    def after_power_loss(self, rng: random.Random, freed: Sequence[bytes]) -> _Inode:
-        """The disk, with each sector that was not synced lost, kept, torn, garbage, or what
-        a deleted file has left there."""
-        self.share()
-        size = rng.choice((len(self.disk), len(self.data)))
-        # Few crashes damage every sector in its own way: often all share one fate.
-        fates = rng.choice(_FATES)
-        disk = bytearray(self.disk[:size])
-        disk.extend(bytes(size - len(disk)))
-        for sector in sorted(self.dirty):
-            start = sector * SECTOR
-            new = bytes(self.data[start : start + SECTOR]).ljust(SECTOR, b"\0")
-            old = bytes(disk[start : start + SECTOR]).ljust(SECTOR, b"\0")
-            fate = rng.choice(fates)
-            if new == old or fate == "lost":
-                continue
-            if fate == "torn":
-                cut = rng.randrange(SECTOR)
-                new = new[:cut] + old[cut:]
-            elif fate == "garbage":
-                new = rng.randbytes(SECTOR)
-            elif fate == "stale":
-                left = rng.choice(freed) if freed else b""
-                at = start if rng.random() < 0.5 else rng.randrange(0, len(left) + 1, SECTOR)
-                new = left[at : at + SECTOR].ljust(SECTOR, b"\0")
-            disk[start : start + SECTOR] = new[: max(0, min(SECTOR, size - start))]
-        left_over = bytes(disk)
-        return _Inode(left_over, left_over)
-
-    def copy(self) -> _Inode:
-        self.share()
-        return _Inode(self.data, self.disk, self.dirty.copy())
-
-
-_FATES: Final = (
-    ("lost",),
-    ("kept",),
-    ("lost", "kept"),
-    ("lost", "kept", "torn", "garbage", "stale"),
-)
-
-
-def _flipped(data: bytes | bytearray, bit: int) -> bytes:
-    at = bit // 8
-    return b"".join((data[:at], bytes((data[at] ^ 1 << bit % 8,)), data[at + 1 :]))
-
-
-@attrs.frozen(eq=False)
-class _Change:
-    """One change of a directory's names: ``old`` becomes ``new`` (None: is created; is gone)."""
-
-    old: str | None
-    new: str | None
-    inode: _Inode | None = None
-
-    def apply(self, names: dict[str, _Inode]) -> None:
-        inode = self.inode if self.old is None else names.pop(self.old, None)
-        if self.new is not None and inode is not None:
-            names[self.new] = inode
-
-
-@attrs.define(eq=False)
-class _Folder:
-    """One directory: its names now, on the disk, and what is not yet synced, in order."""
-
-    names: dict[str, _Inode] = attrs.Factory(dict[str, _Inode])
-    disk: dict[str, _Inode] = attrs.Factory(dict[str, _Inode])
-    pending: list[_Change] = attrs.Factory(list[_Change])
-    owner: object = None
-    published: Word = NO_WORD
-    words: list[Word] = attrs.Factory(lambda: [NO_WORD])
-    """All that were published: any of them may be on the disk, for none is synced."""
-
-    def change(self, change: _Change) -> None:
-        change.apply(self.names)
-        self.pending.append(change)
-
-    def sync(self) -> None:
-        self.disk = dict(self.names)
-        self.pending.clear()
 
 
 @final
@@ -227,8 +79,8 @@ class MemoryFiles:
         self._random: random.Random | None = None
         """Made when it is asked for: of most crash images it never is."""
         self._epoch_us = epoch_us
-        self._folders: dict[str, _Folder] = {}
-        self._stores: dict[str, _StoreImage] = {}
+        self._folders: dict[str, Folder] = {}
+        self._stores: dict[str, StoreImage] = {}
         self._freed: deque[bytes] = deque(maxlen=FREED_FILES)
         self._faults: list[_Fault] = []
         self._held: trio.Event | None = None
@@ -314,20 +166,20 @@ class MemoryFiles:
 
     def _kill(self, after: MemoryFiles) -> None:
         """The kernel lives on: what was not synced still is not."""
-        images: dict[_Inode, _Inode] = {}
+        images: dict[Inode, Inode] = {}
 
-        def image(inode: _Inode) -> _Inode:
+        def image(inode: Inode) -> Inode:
             found = images.get(inode)
             if found is None:
                 found = images[inode] = inode.copy()
             return found
 
         for path, folder in self._folders.items():
-            after._folders[path] = _Folder(
+            after._folders[path] = Folder(
                 {name: image(inode) for name, inode in folder.names.items()},
                 {name: image(inode) for name, inode in folder.disk.items()},
                 [
-                    _Change(change.old, change.new, image(change.inode)) if change.inode else change
+                    Change(change.old, change.new, image(change.inode)) if change.inode else change
                     for change in folder.pending
                 ],
                 published=folder.published,
@@ -350,9 +202,9 @@ class MemoryFiles:
                     names[name] = inode.after_power_loss(rng, self._freed)
                 else:
                     disk = inode.disk = bytes(disk)
-                    names[name] = _Inode(disk, disk)
+                    names[name] = Inode(disk, disk)
             word = random.Random(seed).choice(folder.words)
-            after._folders[path] = _Folder(names, names.copy(), published=word, words=[word])
+            after._folders[path] = Folder(names, names.copy(), published=word, words=[word])
 
     def names(self, path: str) -> list[str]:
         """The files of a directory."""
@@ -368,8 +220,8 @@ class MemoryFiles:
     def write_file(self, path: str, name: str, data: bytes) -> None:
         """Put a file there, durably, or replace it."""
         content = bytes(data)
-        inode = _Inode(content, content)
-        folder = self._folders.setdefault(path, _Folder())
+        inode = Inode(content, content)
+        folder = self._folders.setdefault(path, Folder())
         folder.names[name] = inode
         folder.disk[name] = inode
 
@@ -381,7 +233,7 @@ class MemoryFiles:
         """Rot: invert one bit, on the disk and in the cache."""
         self._folder(path).names[name].flip(bit)
 
-    def _folder(self, path: str) -> _Folder:
+    def _folder(self, path: str) -> Folder:
         try:
             return self._folders[path]
         except KeyError:
@@ -429,7 +281,7 @@ class MemoryFiles:
         self._begin("open", path)
         made: tuple[str, ...] = ()
         if create and path not in self._folders:
-            self._folders[path] = _Folder()
+            self._folders[path] = Folder()
             made = (path,)
         return MemoryDirectory(self, path, self._folder(path), made)
 
@@ -478,7 +330,7 @@ class MemoryFiles:
         pass
 
     def open_store(self, path: str, map_size: int) -> MemoryStore:
-        store = self._stores.setdefault(path, _StoreImage())
+        store = self._stores.setdefault(path, StoreImage())
         return MemoryStore(self, path, store)
 
     def open_store_reader(self, path: str) -> MemoryStoreReader:
@@ -504,62 +356,17 @@ class MemoryFiles:
         return any(name.startswith(f"{path}/") for name in (*self._folders, *self._stores))
 
 
-@attrs.define(eq=False)
-class _StoreImage:
-    """A database's store: what is durable of it."""
-
-    items: dict[bytes, bytes] = attrs.Factory(dict[bytes, bytes])
-    state: StoreState | None = None
-
-    def copy(self) -> _StoreImage:
-        return _StoreImage(self.items.copy(), self.state)
-
-
-class _MemoryRead:
-    """A store at one moment."""
-
-    def __init__(self, items: dict[bytes, bytes]) -> None:
-        self._items = items
-        self._order: SortedKeys | None = None
-
-    def get(self, key: bytes) -> bytes | None:
-        return self._items.get(key)
-
-    def items(
-        self, start: bytes | None, stop: bytes | None, reverse: bool
-    ) -> Iterator[tuple[bytes, bytes]]:
-        if self._order is None:
-            self._order = SortedKeys(self._items)
-        for key in self._order.between(start, stop, reverse=reverse):
-            yield key, self._items[key]
-
-    def explain(self, exc: BaseException) -> None:
-        pass
-
-    def neighbours(self, key: bytes) -> tuple[bytes | None, bool, bytes | None]:
-        before = next(self.items(None, key, True), None)
-        after = next(self.items(key + b"\0", None, False), None)
-        return (
-            None if before is None else before[0],
-            key in self._items,
-            None if after is None else after[0],
-        )
-
-    def close(self) -> None:
-        pass
-
-
 @final
 class MemoryStore:
     """Stands in for LMDB: a piece of a checkpoint is there whole, and durable, or not at all."""
 
-    def __init__(self, files: MemoryFiles, path: str, image: _StoreImage) -> None:
+    def __init__(self, files: MemoryFiles, path: str, image: StoreImage) -> None:
         self.path = path
         self._files = files
         self._image = image
 
     def read(self) -> ReadTransaction:
-        return _MemoryRead(self._image.items)
+        return MemoryRead(self._image.items)
 
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState | None) -> None:
         self._files._begin("store", self.path)
@@ -598,12 +405,12 @@ class MemoryStoreReader:
         self._files = files
         self._path = path
 
-    def _image(self) -> _StoreImage:
-        return self._files._stores.get(self._path) or _StoreImage()
+    def _image(self) -> StoreImage:
+        return self._files._stores.get(self._path) or StoreImage()
 
     def read(self) -> tuple[ReadTransaction, StoreState | None]:
         image = self._image()
-        return _MemoryRead(image.items), image.state
+        return MemoryRead(image.items), image.state
 
     def size(self) -> int:
         return sum(map(len, self._image().items.values()))
@@ -616,7 +423,7 @@ class MemoryStoreReader:
 class MemoryFile:
     """An open file of `MemoryFiles`."""
 
-    def __init__(self, files: MemoryFiles, path: str, inode: _Inode) -> None:
+    def __init__(self, files: MemoryFiles, path: str, inode: Inode) -> None:
         self.path = path
         self._files = files
         self._inode = inode
@@ -683,7 +490,7 @@ class MemoryDirectory:
     """An open directory of `MemoryFiles`."""
 
     def __init__(
-        self, files: MemoryFiles, path: str, folder: _Folder, made: tuple[str, ...] = ()
+        self, files: MemoryFiles, path: str, folder: Folder, made: tuple[str, ...] = ()
     ) -> None:
         self.path = path
         self.made: tuple[str, ...] = made
@@ -700,8 +507,8 @@ class MemoryDirectory:
         if create:
             if inode is not None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-            inode = _Inode()
-            self._folder.change(_Change(None, name, inode))
+            inode = Inode()
+            self._folder.change(Change(None, name, inode))
             self._files._done("open", path)
         elif inode is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -713,7 +520,7 @@ class MemoryDirectory:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), old)
         if old != new and new in self._folder.names:
             self._files.free_bytes += len(self._folder.names[new].data)
-        self._folder.change(_Change(old, new))
+        self._folder.change(Change(old, new))
         self._files._done("rename", f"{self.path}/{new}")
 
     def rename_new(self, old: str, new: str) -> None:
@@ -730,7 +537,7 @@ class MemoryDirectory:
         self._files.free_bytes += len(data)
         if len(data) > SECTOR:
             self._files._freed.append(bytes(data[:FREED_BYTES]))
-        self._folder.change(_Change(name, None))
+        self._folder.change(Change(name, None))
         self._files._done("unlink", f"{self.path}/{name}")
 
     def sync(self) -> None:

@@ -34,7 +34,7 @@ from trio_wal import (
     KeepAll,
     Record,
     UnsupportedFormatError,
-    _reader,
+    _watchsource,
 )
 from trio_wal._cli.dump import _Bounds, _dump, pieces, transaction_pieces
 from trio_wal._cli.inspect import _look
@@ -319,4 +319,4 @@ WRITERS: Final = (OWNER,)
 
 def quick() -> AbstractContextManager[Any]:
     """Nobody writes here: what looks wrong need not be given time."""
-    return mock.patch.object(_reader, "RETRY_SECONDS", 0)
+    return mock.patch.object(_watchsource, "RETRY_SECONDS", 0)

@@ -817,12 +817,12 @@ MUTANTS: Final = (
     ),
     # -- who reads --
     mutant(
-        "readers take damage for the end", "_reader", "bitrot:ways/reader",
+        "readers take damage for the end", "_watchsource", "bitrot:ways/reader",
         "elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):",
         "elif False:",
     ),
     mutant(
-        "readers do not take the owner's word as proof", "_reader", "bitrot:ways/reader",
+        "readers do not take the owner's word as proof", "_watchsource", "bitrot:ways/reader",
         "                told_lsn=proof,\n", "                told_lsn=0,\n",
     ),
     mutant(
@@ -840,16 +840,16 @@ MUTANTS: Final = (
         "        except KeyError:\n            # Fallen",
     ),
     mutant(
-        "readers pass over what is wrong with the chain", "_reader", "bitrot:files/reader",
+        "readers pass over what is wrong with the chain", "_watchsource", "bitrot:files/reader",
         "            chain_damage=damage,\n", "            chain_damage=None,\n",
     ),
     mutant(
-        "readers go on in another log", "_reader", "bitrot:files/open reader",
+        "readers go on in another log", "_watchsource", "bitrot:files/open reader",
         "            if not meta.live or meta.log_uuid != known.log_uuid:\n",
         "            if False:\n",
     ),
     mutant(
-        "readers do not look again at what was wrong", "_reader", "bitrot:files/open reader",
+        "readers do not look again at what was wrong", "_watchsource", "bitrot:files/open reader",
         "        if seen.segments and same and seen.chain_damage is None:\n",
         "        if seen.segments and same:\n",
     ),
@@ -868,12 +868,12 @@ MUTANTS: Final = (
         "                if found.header != header:\n", "                if False:\n",
     ),
     mutant(
-        "the watermark in a frame says nothing", "_reader", "bitrot:ways/reader, no word",
+        "the watermark in a frame says nothing", "_watchsource", "bitrot:ways/reader, no word",
         "        watermark = max(tail.watermark, scanner.position.durable_lsn)\n",
         "        watermark = tail.watermark\n",
     ),
     mutant(
-        "a pointer says nothing of what is before its frame", "_reader",
+        "a pointer says nothing of what is before its frame", "_watchsource",
         "bitrot:ways/reader, no word",
         "            told = max(told, last.pointer.last_lsn)\n", "            pass\n",
     ),
@@ -883,23 +883,23 @@ MUTANTS: Final = (
         "            skip = max(0, self.next_lsn - frame.first_lsn - 1)\n",
     ),
     mutant(
-        "what is written is taken for durable", "_reader", READERS,
+        "what is written is taken for durable", "_watchsource", READERS,
         "max(seen.durable_lsn, tail.watermark, min(told, end.next_lsn - 1), proven)",
         "max(end.next_lsn - 1, proven)",
     ),
     mutant(
-        "what a cut leaves is durable only by the owner's word", "_reader", READERS,
+        "what a cut leaves is durable only by the owner's word", "_watchsource", READERS,
         "        told = max(word.told_lsn(meta.epoch), begun_lsn(meta))\n",
         "        told = word.told_lsn(meta.epoch)\n",
         "        proof = proven_lsn(word, meta)\n",
         "        proof = 0 if word.epoch is None else word.told_lsn(meta.epoch)\n",
     ),
     mutant(
-        "the owner's word counts in any history", "_reader", READERS,
+        "the owner's word counts in any history", "_watchsource", READERS,
         "max(word.told_lsn(meta.epoch), begun_lsn(meta))", "max(word.durable_lsn, begun_lsn(meta))",
     ),
     mutant(
-        "what looks wrong is believed at the first look", "_reader", READERS,
+        "what looks wrong is believed at the first look", "_watchsource", READERS,
         "                stands = doubt == believed and self._fingerprint() == print_before\n",
         "                stands = True\n",
     ),

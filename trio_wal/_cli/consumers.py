@@ -9,9 +9,9 @@ import attrs
 
 from trio_wal._database_reader import open_database_reader
 from trio_wal._disk.placesfile import read_places
-from trio_wal._reader import WatchSource
 from trio_wal._statistics import ConsumerStatistics
 from trio_wal._system.files import OsFiles
+from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
 
 from . import _servers

@@ -27,12 +27,12 @@ from trio_wal._engine import Tail
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._identity import epoch_of
 from trio_wal._places import Place as ConsumerPlace
-from trio_wal._reader import WatchSource
 from trio_wal._replicated import open_remote_source
 from trio_wal._statistics import ConsumerStatistics
 from trio_wal._system.files import OsFiles
 from trio_wal._text import printable
 from trio_wal._util import KiB, MiB
+from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
 
 from . import _servers
