@@ -16,6 +16,7 @@ from struct import Struct
 from typing import Final, final
 
 import attrs
+import msgspec
 
 from ._identity import EPOCH_MAX, Bookmark
 
@@ -59,8 +60,7 @@ class Place:
 
 
 @final
-@attrs.frozen
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """What becomes of one consumer's place."""
 
     bookmark: Bookmark | None

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 import attrs
+from msgspec.structs import replace
 
 from ._archived import Frames, read_frames, read_header
 from ._disk import scan
@@ -170,7 +171,7 @@ def _begin_segment(directory: Directory, header: SegmentHeader, end: _End) -> No
     body = encode(end.records, header.features)
     active = new_segment(directory, header, capacity_for(body.stored_length, FIRST_CAPACITY))
     try:
-        active.position = attrs.evolve(active.position, time_us=end.time_us)
+        active.position = replace(active.position, time_us=end.time_us)
         if end.records:
             active.write(body, header.first_lsn - 1, end.time_us)
         active.sync()

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Final, Literal, final
 
 import attrs
+import msgspec
 
 from ._exports import publish
 
@@ -144,8 +145,7 @@ class ConsumerStatistics:
     before this open, when their segment was begun; 0 where there are none."""
 
 
-@attrs.frozen(kw_only=True)
-class ReplicationStatistics:
+class ReplicationStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What only a replicated log has; `WalStatistics` says what it means."""
 
     position: int
@@ -157,8 +157,7 @@ class ReplicationStatistics:
     assume_synced: bool
 
 
-@attrs.frozen(kw_only=True)
-class ArchiveStatistics:
+class ArchiveStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What only a log with an archive has; `WalStatistics` says what it means."""
 
     archived_lsn: int
@@ -168,8 +167,7 @@ class ArchiveStatistics:
     archive_error: str | None
 
 
-@attrs.frozen
-class EngineStatistics:
+class EngineStatistics(msgspec.Struct, frozen=True):
     """What an engine knows that its log does not; `WalStatistics` says what it means."""
 
     syncs: SyncTimes

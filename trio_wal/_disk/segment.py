@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import attrs
+import msgspec
 
 from trio_wal import _codec
 from trio_wal._files import Directory, File
@@ -46,8 +47,7 @@ SPARE_PREFIX: Final = "spare-"
 NEW_NAME: Final = "segment.tmp"
 
 
-@attrs.frozen
-class SegmentInfo:
+class SegmentInfo(msgspec.Struct, frozen=True):
     """A sealed segment, as the rest of the log needs to know it."""
 
     header: SegmentHeader
@@ -88,8 +88,7 @@ class Extent:
         return self.end.next_lsn - self.header.first_lsn
 
 
-@attrs.frozen
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """Records encoded, and compressed where the log is."""
 
     pieces: list[bytes]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-import attrs
+import msgspec
 
 from trio_wal._files import Word
 
@@ -83,8 +83,7 @@ def begun_lsn(meta: Meta) -> int:
 # -- where the log ends -----------------------------------------------------------------
 
 
-@attrs.frozen
-class Loss:
+class Loss(msgspec.Struct, frozen=True):
     """Proof that more was durable than there is."""
 
     finding: Finding
@@ -94,8 +93,7 @@ class Loss:
     """Whether it is this segment that has lost it, and not the one after it."""
 
 
-@attrs.frozen
-class End:
+class End(msgspec.Struct, frozen=True):
     """What `judge_end` says of the place at which a scan of the last segment ended."""
 
     loss: Loss | None
