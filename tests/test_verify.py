@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 from campaigns import _forge
@@ -349,7 +348,7 @@ def test_a_frame_that_goes_back_in_time_is_a_finding() -> None:
     files = one_segment(2, close=False)
     (name,) = segments(files)
     last = frames(files, name)[-1]
-    forged = encode_frame_header(attrs.evolve(last, time_us=1), header_of(files, name).seed)
+    forged = encode_frame_header(replace(last, time_us=1), header_of(files, name).seed)
     change(files, name, last.offset, forged)
     (finding,) = check(files).findings
     assert finding.reason == "the frame's time is before that of the frame before it"

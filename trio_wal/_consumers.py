@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NoReturn, Protocol, final
 
-import attrs
+import msgspec
 import trio
 from trio.lowlevel import enable_ki_protection
 
@@ -59,11 +59,10 @@ class Keeper(Protocol):
         ...
 
 
-@attrs.define(eq=False)
-class _Group:
+class _Group(msgspec.Struct, eq=False):
     """Moves that become durable by one write."""
 
-    moves: dict[str, Move] = attrs.Factory(dict[str, Move])
+    moves: dict[str, Move] = {}
     done: bool = False
     error: Exception | None = None
 

@@ -32,7 +32,6 @@ from collections.abc import Callable, Generator, Iterable
 from itertools import count
 from typing import Any, Final, Protocol
 
-import attrs
 import trio
 from trio.lowlevel import (
     Abort,
@@ -53,13 +52,15 @@ from ._statistics import Times
 from ._text import printable
 
 
-@attrs.define
 class Counters:
     """Running totals; `WalStatistics` says what they mean."""
 
-    peak_records_waiting: int = 0
-    peak_bytes_waiting: int = 0
-    rejected: int = 0
+    __slots__ = ("peak_bytes_waiting", "peak_records_waiting", "rejected")
+
+    def __init__(self) -> None:
+        self.peak_records_waiting: int = 0
+        self.peak_bytes_waiting: int = 0
+        self.rejected: int = 0
 
 
 class Claim:

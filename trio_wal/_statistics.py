@@ -28,13 +28,15 @@ Histogram = tuple[tuple[float, int], ...]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-@attrs.define(eq=False)
 class Times:
     """How long something took, each time: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+    __slots__ = ("_buckets", "count", "seconds_total")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self._buckets = [0] * (len(HISTOGRAM_BOUNDS) + 1)
 
     def note(self, seconds: float) -> None:
         """Once more."""
@@ -46,15 +48,17 @@ class Times:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
-@attrs.define
 class SyncTimes:
     """How long syncs took: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    seconds_max: float = 0.0
-    _last_us: int | None = None
-    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+    __slots__ = ("_buckets", "_last_us", "count", "seconds_max", "seconds_total")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self.seconds_max: float = 0.0
+        self._last_us: int | None = None
+        self._buckets = [0] * (len(HISTOGRAM_BOUNDS) + 1)
 
     def note(self, seconds: float, now_us: int) -> None:
         """One more, which has just returned; ``now_us`` counts from 1970."""
@@ -75,14 +79,16 @@ class SyncTimes:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
-@attrs.define
 class LoopWrites:
     """What was written and synced in the event loop: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    seconds_max: float = 0.0
-    slow: int = 0
+    __slots__ = ("count", "seconds_max", "seconds_total", "slow")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self.seconds_max: float = 0.0
+        self.slow: int = 0
 
     def note(self, seconds: float, *, slow: bool) -> None:
         self.count += 1

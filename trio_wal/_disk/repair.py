@@ -11,7 +11,7 @@ bytes again: an acknowledged frame is never written over before its copy is dura
 
 from __future__ import annotations
 
-import attrs
+import msgspec
 from msgspec.structs import replace
 
 from trio_wal._engine import RecoveryReport
@@ -83,8 +83,7 @@ def reserve_meta(directory: Directory, size: int) -> None:
         file.close()
 
 
-@attrs.define
-class OpenLog:
+class OpenLog(msgspec.Struct, eq=False):
     """What `repair` hands over: the log's end, ready for the next frame."""
 
     meta: Meta
