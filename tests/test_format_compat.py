@@ -23,9 +23,9 @@ from test_golden import V1, digest
 
 import trio_wal
 from trio_wal import UnsupportedFormatError
-from trio_wal._archive import encode_manifest
 from trio_wal._disk.chain import read_meta
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, crc32c, feature_names
+from trio_wal._manifest import encode_manifest
 from trio_wal._system.files import OsFiles
 
 DATABASES = V1.parent / "v1_databases"

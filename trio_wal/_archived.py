@@ -21,12 +21,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import (
-    Archive,
-    history_as_json,
-    history_of_json,
-    read_manifest,
-)
+from ._archive import Archive
 from ._disk import scan
 from ._disk.frame import (
     BLOCK,
@@ -45,6 +40,7 @@ from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.window import Read
 from ._exceptions import CorruptLogError
 from ._identity import History, common_lsn, epoch_of
+from ._manifest import history_as_json, history_of_json, read_manifest
 
 _STEM: Final = r"(\d{20})-(\d{20})-([0-9a-f]{16})-([0-9a-f]{32})"
 _MANIFEST: Final = re.compile(rf"{_STEM}\.json", re.ASCII)

@@ -17,6 +17,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._changes import CommitStream, new_commit_stream
 from ._copying import copy_database
+from ._database_statistics import DatabaseReaderStatistics
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
@@ -30,7 +31,6 @@ from ._pairs import PairStream
 from ._park import end_forked, require_trio
 from ._reader import WatchSource
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._statistics import DatabaseReaderStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._system.files import OsFiles

@@ -35,6 +35,7 @@ from . import (
 )
 from ._archive import Archive
 from ._changes import Commit
+from ._database_statistics import DatabaseReaderStatistics, DatabaseStatistics
 from ._engine import RecoveryReport
 from ._exceptions import TransactionConflict
 from ._exports import NoPublicConstructor, constructor
@@ -43,7 +44,7 @@ from ._facade_log import WriteAheadLog, new_wal
 from ._health import Health
 from ._identity import Bookmark
 from ._portal import Line, Portal
-from ._statistics import DatabaseReaderStatistics, DatabaseStatistics, WriterStatistics
+from ._statistics import WriterStatistics
 from ._util import check_int
 
 if TYPE_CHECKING:

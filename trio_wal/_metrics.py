@@ -25,16 +25,9 @@ from typing import Any, Final, final
 import attrs
 
 from . import _health, _statistics
+from ._database_statistics import DatabaseReaderStatistics, DatabaseStatistics, ReplicaStatistics
 from ._health import Health
-from ._statistics import (
-    ConsumerStatistics,
-    DatabaseReaderStatistics,
-    DatabaseStatistics,
-    Histogram,
-    ReplicaStatistics,
-    WalStatistics,
-    WriterStatistics,
-)
+from ._statistics import ConsumerStatistics, Histogram, WalStatistics, WriterStatistics
 
 
 class Kind(enum.Enum):

@@ -18,17 +18,11 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import (
-    CHUNK_BYTES,
-    Archive,
-    encode_manifest,
-    history_as_json,
-    history_of_json,
-    read_manifest,
-)
+from ._archive import CHUNK_BYTES, Archive
 from ._exceptions import CorruptLogError
 from ._files import File, Files
 from ._identity import History, epoch_of
+from ._manifest import encode_manifest, history_as_json, history_of_json, read_manifest
 from ._store_files import DATA_NAME
 
 SNAPSHOTS: Final = "snapshots"
