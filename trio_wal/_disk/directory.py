@@ -370,7 +370,7 @@ class LogDirectory:
         spare = self.spares.take(body.stored_length)
         try:
             spare.file.pwrite([header.encode()], 0)
-            new = ActiveSegment(spare.file, Extent(header, spare.capacity))
+            new = ActiveSegment(spare.file, Extent.empty(header, spare.capacity))
             new.position = replace(new.position, time_us=position.time_us)
             if records:
                 new.write(body, position.next_lsn - 1, position.time_us)

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-import attrs
 import msgspec
 from msgspec.structs import replace
 
@@ -140,7 +139,7 @@ def _start_for(
     length = mark.offset - DATA_OFFSET
     cost = 0 if footer is None else _cost(length, footer.records, footer.frames)
     if footer is None or cost <= budget:
-        return Extent(segment.header, segment.size)
+        return Extent.empty(segment.header, segment.size)
     first = mark.offset - int(length * budget / cost) if budget > 0 else mark.offset
     places = ((lsn, at) for lsn, at in footer.index if first <= at < mark.offset)
     place = next(places, None)
@@ -150,11 +149,11 @@ def _start_for(
 def _from_place(file: File, segment: FoundSegment, place: tuple[int, int]) -> Extent:
     """The segment up to a frame that an index tells of; up to its first one, if none is there."""
     lsn, offset = place
-    whole = Extent(segment.header, segment.size)
+    whole = Extent.empty(segment.header, segment.size)
     frame = scan.frame_at(file.pread, segment.header, offset)
     if frame is None or frame.first_lsn != lsn:
         return whole
-    return attrs.evolve(whole, end=place_before(frame))
+    return replace(whole, end=place_before(frame))
 
 
 def _cost(length: int, records: int, frames: int) -> int:
@@ -341,7 +340,7 @@ def _after_close(
 ) -> tuple[Extent, Position | None, Walk | None]:
     """Where to begin with the last segment: (the place, where the records before it end, if
     not there, and the check of what is just before it)."""
-    whole = Extent(last.header, last.size)
+    whole = Extent.empty(last.header, last.size)
     close = _find_close(file, last)
     if close is None:
         return whole, None, None
@@ -356,7 +355,7 @@ def _after_close(
     if from_here is not None:
         checked = Walk(file, last, refuse, from_here)
         checked.check_up_to(frame)
-    return attrs.evolve(whole, end=end, frames=footer.frames, index=footer.index), data_end, checked
+    return replace(whole, end=end, frames=footer.frames, index=footer.index), data_end, checked
 
 
 def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:

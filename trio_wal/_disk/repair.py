@@ -248,7 +248,7 @@ def new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> A
             database = bool(header.features & FEATURE_DATABASE)
             raise LogFullError(directory.path, capacity, database=database) from exc
         raise
-    return ActiveSegment(file, Extent(header, capacity), written=zeroed)
+    return ActiveSegment(file, Extent.empty(header, capacity), written=zeroed)
 
 
 def begin_segment(directory: Directory, header: SegmentHeader, offset: int) -> Truncation:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import attrs
 import msgspec
 
 from trio_wal import _codec
@@ -65,23 +64,23 @@ class SegmentInfo(msgspec.Struct, frozen=True):
         return self.header.first_lsn
 
 
-def _start_of_segment(extent: Extent) -> Position:
-    return start_of(extent.header)
-
-
-@attrs.frozen
-class Extent:
+class Extent(msgspec.Struct, frozen=True):
     """A segment up to a place: what a frame written there must fit, and what a footer counts."""
 
     header: SegmentHeader
     capacity: int
     """Bytes of the file."""
-    end: Position = attrs.field(default=attrs.Factory(_start_of_segment, takes_self=True))
-    """The place; the first frame's, if it is not said."""
+    end: Position
+    """The place."""
     frames: int = 0
     """Data frames before it."""
     index: tuple[tuple[int, int], ...] = ()
     """(first LSN, offset) of some of them."""
+
+    @classmethod
+    def empty(cls, header: SegmentHeader, capacity: int) -> Extent:
+        """Up to the place of the first frame."""
+        return cls(header, capacity, start_of(header))
 
     @property
     def records(self) -> int:
@@ -277,7 +276,7 @@ def create_segment(
     file.sync()
     directory.rename(old_name, header.name)
     directory.sync()
-    return ActiveSegment(file, Extent(header, capacity), settled=zeroed)
+    return ActiveSegment(file, Extent.empty(header, capacity), settled=zeroed)
 
 
 __all__ = [

@@ -175,7 +175,7 @@ class Walk:
         self._file = file
         self._segment = segment
         self._report = report
-        begin = Extent(segment.header, segment.size) if start is None else start
+        begin = Extent.empty(segment.header, segment.size) if start is None else start
         self.start: Position = begin.end
         self.end: Position = begin.end
         """After the last frame that was taken."""
