@@ -269,7 +269,7 @@ def test_records_that_retention_dropped_are_asked_for_in_vain(
     assert cli("dump", long_log, "--from", 1) == 3
     assert cli.out == ""
     assert cli.err == (
-        f"trio-wal: LSN 1 is truncated: the log now starts at LSN {first}; read from there\n"
+        f"trio-wal: LSN 1 has been truncated: the log now starts at LSN {first}; read from there\n"
     )
     assert dumped(cli, long_log)[0]["lsn"] == first
 

@@ -698,7 +698,7 @@ async def test_a_stream_is_entered_once_and_before_it_is_iterated() -> None:
             pass
         with pytest.raises(trio.ClosedResourceError, match=r"^this stream of records is closed$"):
             await records.__anext__()
-        with pytest.raises(RuntimeError, match=r"^a stream of records is for one use$"):
+        with pytest.raises(RuntimeError, match=r"^a stream of records can be used only once$"):
             async with records:
                 pass
 

@@ -687,7 +687,7 @@ WRONG: list[tuple[type[Exception], dict[str, Any], str]] = [
     (TypeError, {"name": 3}, r"^name must be a str, not int$"),
     (TypeError, {"name": None}, r"^name must be a str, not NoneType$"),
     (ValueError, {"name": ""}, r"^name must not be empty$"),
-    (ValueError, {"name": "used"}, r"^name must not be used twice: there is a writer 'used'$"),
+    (ValueError, {"name": "used"}, r"^name must be unique: there is already a writer 'used'$"),
     (TypeError, {"priority": 1}, r"^priority must be a str, not int$"),
     (ValueError, {"priority": "urgent"}, r"^priority must be one of 'normal', 'high', not 'urg"),
     (TypeError, {"max_queue_size": "1"}, r"^max_queue_size must be an int, not str$"),

@@ -158,9 +158,9 @@ def read_segment_manifest(archive: Archive, name: str) -> SegmentManifest:
             **_numbers(fields),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise CorruptLogError(name, 0, f"this is no manifest of a segment: {exc!r}") from exc
+        raise CorruptLogError(name, 0, f"this is not a manifest of a segment: {exc!r}") from exc
     if found.name.manifest != name:
-        raise CorruptLogError(name, 0, "the manifest stands under the name of another one")
+        raise CorruptLogError(name, 0, "the manifest is stored under the name of another one")
     if unknown := found.features & ~FEATURES_KNOWN:
         raise unknown_features(unknown).of(name)
     return found

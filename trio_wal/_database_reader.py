@@ -291,7 +291,9 @@ class _OpenDatabaseReader(AbstractAsyncContextManager[DatabaseReader]):
     @enable_ki_protection
     async def __aenter__(self) -> DatabaseReader:
         if self._reader is not None:
-            raise RuntimeError("open_database_reader() gives a context manager for one use")
+            raise RuntimeError(
+                "open_database_reader() gives a context manager that can be used only once"
+            )
         require_trio("open_database_reader")
         files, path = self._files, self._path
         blocking = Blocking(threaded=files.threaded)

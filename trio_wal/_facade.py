@@ -62,7 +62,7 @@ class Opening(AbstractAsyncContextManager[F], Generic[F]):
 
     async def __aenter__(self) -> F:
         if self._portal is not None:
-            raise RuntimeError(f"{self._name}() gives a context manager for one use")
+            raise RuntimeError(f"{self._name}() gives a context manager that can be used only once")
         portal = self._portal = Portal(self._manager, self._name)
         return self._make(portal, await portal.open())
 
@@ -99,7 +99,7 @@ class Block(AbstractAsyncContextManager[F], Generic[F]):
 
     async def __aenter__(self) -> F:
         if self._manager is not None:
-            raise RuntimeError("this context manager is for one use")
+            raise RuntimeError("this context manager can be used only once")
         return self._make(self._portal, await self._portal.call(self._enter))
 
     async def __aexit__(
@@ -140,7 +140,7 @@ class Stream(AbstractAsyncContextManager["Stream[T]"], AsyncIterator[T], Generic
 
     async def __aenter__(self) -> Self:
         if self._stream is not None:
-            raise RuntimeError("a stream is for one use")
+            raise RuntimeError("a stream can be used only once")
         await self._portal.call(self._enter)
         return self
 
@@ -242,7 +242,7 @@ class PairStream(
 
     async def __aenter__(self) -> PairStream:
         if self._pairs is not None:
-            raise RuntimeError("a stream is for one use")
+            raise RuntimeError("a stream can be used only once")
         await self._portal.call(self._enter)
         return self
 

@@ -115,7 +115,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
 
     async def __aenter__(self) -> Transaction:
         if self._tx is not None:
-            raise RuntimeError("a transaction is for one use")
+            raise RuntimeError("a transaction can be used only once")
         await self._line.call(self._enter)
         return self
 
@@ -275,7 +275,7 @@ class Snapshot(AbstractAsyncContextManager["Snapshot"], metaclass=NoPublicConstr
 
     async def __aenter__(self) -> Snapshot:
         if self._snapshot is not None:
-            raise RuntimeError("a snapshot is for one use")
+            raise RuntimeError("a snapshot can be used only once")
         await self._portal.call_sync(self._enter)
         return self
 

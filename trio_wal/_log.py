@@ -499,7 +499,9 @@ class OpenLog:
         """Open the log and start its tasks.  It is abandoned when it is left, unless
         `Log.hand_out` was called."""
         if self._entered:
-            raise RuntimeError(f"{self._caller}() gives a context manager for one use")
+            raise RuntimeError(
+                f"{self._caller}() gives a context manager that can be used only once"
+            )
         require_trio(self._caller)
         self._entered = True
         engine = await self._open_engine()

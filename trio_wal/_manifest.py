@@ -67,7 +67,7 @@ def read_manifest(archive: Archive, name: str, kind: str) -> dict[str, Any]:
         fields = dict(json.loads(get_small(archive, name, MANIFEST_BYTES_MAX)))
         checksum = fields.pop("checksum")
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise CorruptLogError(name, 0, f"this is no manifest of {kind}: {exc!r}") from exc
+        raise CorruptLogError(name, 0, f"this is not a manifest of {kind}: {exc!r}") from exc
     if checksum != _checksum(fields):
         raise CorruptLogError(name, 0, f"checksum of the manifest of {kind} does not match")
     return fields

@@ -469,7 +469,7 @@ class OpenReplica(AbstractAsyncContextManager[Replica]):
     @enable_ki_protection
     async def __aenter__(self) -> Replica:
         if self._replica is not None:
-            raise RuntimeError("open_replica() gives a context manager for one use")
+            raise RuntimeError("open_replica() gives a context manager that can be used only once")
         require_trio("open_replica")
         options, files = self._options, self._files
         blocking = Blocking(threaded=files.threaded)

@@ -165,9 +165,9 @@ def read_snapshot(kept: Archive, name: str) -> Manifest:
             digest=str(content["digest"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise CorruptLogError(name, 0, f"this is no manifest of a snapshot: {exc!r}") from exc
+        raise CorruptLogError(name, 0, f"this is not a manifest of a snapshot: {exc!r}") from exc
     if found.name != name:
-        raise CorruptLogError(name, 0, "the manifest stands under the name of another one")
+        raise CorruptLogError(name, 0, "the manifest is stored under the name of another one")
     return found
 
 

@@ -242,7 +242,7 @@ class OpenWriter(AbstractAsyncContextManager[W], Generic[W]):
     @enable_ki_protection
     async def __aenter__(self) -> W:
         if self._line is not None:
-            raise RuntimeError("writer() gives a context manager for one use")
+            raise RuntimeError("writer() gives a context manager that can be used only once")
         self._log.lines.check_run()
         await trio.lowlevel.checkpoint()
         options = self._options

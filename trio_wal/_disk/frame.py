@@ -263,7 +263,7 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
     if features & ~FEATURES_KNOWN:
         raise unknown_features(features & ~FEATURES_KNOWN)
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
-        raise FrameError("the segment header declares another layout than version 1 has")
+        raise FrameError("the segment header declares a different layout from version 1")
     if max(number, first_lsn) > START_MAX:
         raise FrameError(f"the segment header has the number {number} and LSN {first_lsn}")
     return SegmentHeader(
