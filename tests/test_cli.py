@@ -715,7 +715,7 @@ def test_damage_is_a_finding_after_what_is_whole(
     if command == "dump":
         assert [json.loads(line)["lsn"] for line in cli.out.splitlines()] == list(range(1, first))
         assert cli.err == (
-            f"trio-wal: {damaged}: at offset 0: {why}; nothing was modified, "
+            f"trio-wal: {damaged}: at offset 0: {why}; nothing was modified; "
             "'trio-wal verify' lists every finding\n"
         )
     else:

@@ -207,7 +207,7 @@ async def refuse_opening(opening: Any, message: str) -> None:
     with pytest.raises(UnsupportedFormatError) as caught:
         async with opening:
             pytest.fail("opened")
-    assert str(caught.value).startswith(f"{message}; nothing was modified, open it with ")
+    assert str(caught.value).startswith(f"{message}; nothing was modified; open it with ")
 
 
 def untouched(path: Path, doing: Callable[[], object]) -> None:

@@ -130,7 +130,7 @@ def test_roots_process_refuses_another_users_directory(tmp_path: Path, open_it: 
     with pytest.raises(
         UntrustedDirectoryError,
         match=rf"^{tmp_path}/here: it belongs to user {NOBODY}, and this process runs as user 0; "
-        "run as that user, or 'chown 0' the directory and its files, or open it with trust_",
+        "run as that user, or run 'chown 0' on the directory and its files, or open it with trust_",
     ):
         opens(open_it, tmp_path / "here")
     opens(open_it, tmp_path / "here", trust_directory=True)

@@ -736,7 +736,9 @@ async def test_a_name_may_be_taken_between_the_call_and_the_block(files: MemoryF
     async with open_memory(files) as wal:
         late = wal.writer("w")
         async with wal.writer("w"):
-            with pytest.raises(ValueError, match=r"^name must not be used twice"):
+            with pytest.raises(
+                ValueError, match=r"^name must be unique: there is already a writer"
+            ):
                 await late.__aenter__()
         # That was no use of it.
         async with late as w:
