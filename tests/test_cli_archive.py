@@ -100,7 +100,7 @@ def test_every_problem_is_a_finding(cli: CommandLine, log: Path) -> None:
     lines = cli.out.splitlines()
     assert any(line.startswith(f"{data[3].name}: ") for line in lines)
     assert f"{data[6].name}: the object that a manifest names is missing" in lines
-    assert any(line.startswith(f"{manifests[8].name}: this is no manifest") for line in lines)
+    assert any(line.startswith(f"{manifests[8].name}: this is not a manifest") for line in lines)
     assert any("what comes after LSN 3 is missing" in line for line in lines)
     assert lines[-2].startswith("4 findings; whole: ")
     assert lines[-1].startswith("it can be restored to LSN 1 to 3, ")

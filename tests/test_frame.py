@@ -284,7 +284,7 @@ def test_numbers_that_leave_no_room_for_what_follows_are_refused(number: int) ->
 
 
 def test_a_header_of_another_layout_is_refused() -> None:
-    with pytest.raises(FrameError, match=r"^the segment header declares another layout"):
+    with pytest.raises(FrameError, match=r"^the segment header declares a different layout"):
         decode_segment_header(resealed(SEGMENT.encode(), 10, (64).to_bytes(2, "little")))
 
 

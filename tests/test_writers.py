@@ -743,7 +743,7 @@ async def test_a_name_may_be_taken_between_the_call_and_the_block(files: MemoryF
         # That was no use of it.
         async with late as w:
             await w.append(b"x")
-        with pytest.raises(RuntimeError, match="one use"):
+        with pytest.raises(RuntimeError, match="can be used only once"):
             await late.__aenter__()
 
 
