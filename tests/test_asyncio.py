@@ -277,13 +277,13 @@ def test_a_context_manager_is_for_one_use(files: MemoryFiles) -> None:
     async def main() -> None:
         opening = trio_wal.asyncio.open_wal(LOG, files=files)
         async with opening as wal:
-            with pytest.raises(RuntimeError, match="for one use"):
+            with pytest.raises(RuntimeError, match="can be used only once"):
                 await opening.__aenter__()
             stream = wal.read()
             with pytest.raises(RuntimeError, match="enter the stream first"):
                 await stream.__anext__()
             async with stream:
-                with pytest.raises(RuntimeError, match="for one use"):
+                with pytest.raises(RuntimeError, match="can be used only once"):
                     await stream.__aenter__()
 
     run(main)
@@ -311,9 +311,9 @@ def test_a_block_of_a_database_is_entered_once_and_before_it_is_used(
                 await made.__aexit__(None, None, None)
             async with made as entered:
                 assert entered is made
-                with pytest.raises(RuntimeError, match=r"^a [a-z]+ is for one use$"):
+                with pytest.raises(RuntimeError, match=r"^a [a-z]+ can be used only once$"):
                     await made.__aenter__()
-            with pytest.raises(RuntimeError, match=r"^a [a-z]+ is for one use$"):
+            with pytest.raises(RuntimeError, match=r"^a [a-z]+ can be used only once$"):
                 await made.__aenter__()
 
     run(main)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import attrs
 import pytest
 from campaigns import __main__ as campaigns, bitrot
 from campaigns._ways import OWNER, READER, WAYS
 from campaigns.bitrot import HARMLESS, OFFLINE, READ, REFUSED, SHORT, SILENT, SMALL, TORN, run_case
+from msgspec.structs import replace
 
 from trio_wal import _watchsource
 from trio_wal._disk import (
@@ -133,7 +133,7 @@ def test_a_reader_that_takes_damage_for_the_end_is_found(monkeypatch: pytest.Mon
     sound = _watchsource.judge_end
 
     def judge_end(*arguments: Any, **more: Any) -> _walk.End:
-        return attrs.evolve(sound(*arguments, **more), loss=None)
+        return replace(sound(*arguments, **more), loss=None)
 
     monkeypatch.setattr(_watchsource, "judge_end", judge_end)
     bits = range(0, bitrot.subject("log, closed").bits(), 201)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from campaigns import (
     __main__ as campaigns,
@@ -24,6 +23,7 @@ from campaigns import (
 from campaigns._images import fingerprint
 from campaigns._simulator import Failure, Result, Simulation, replay, run_points
 from campaigns._workloads import WORKLOADS
+from msgspec.structs import replace
 
 from trio_wal import _log, _mvcc, _readset
 from trio_wal._disk import directory as _directory, opening as _opening, recovery as _recovery
@@ -166,7 +166,7 @@ def _acknowledged_early(patch: pytest.MonkeyPatch) -> None:
 def _tail_not_copied(patch: pytest.MonkeyPatch) -> None:
     def examine(*args: Any, **kwargs: Any) -> Any:
         plan = original(*args, **kwargs)
-        return attrs.evolve(plan, copy_from=None)
+        return replace(plan, copy_from=None)
 
     original = _recovery.examine
     patch.setattr(_opening, "examine", examine)

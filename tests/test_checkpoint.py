@@ -595,7 +595,8 @@ async def test_retention_keeps_more_of_the_log_for_changes(
         else:
             assert first > kept_from
             with pytest.raises(
-                LsnTruncatedError, match=rf"^LSN 1 is truncated: the log now starts at LSN {first};"
+                LsnTruncatedError,
+                match=rf"^LSN 1 has been truncated: the log now starts at LSN {first};",
             ) as caught:
                 await commits_of(db, 1)
             assert (caught.value.first_lsn, caught.value.lsn) == (first, 1)

@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 from command_line import (
@@ -32,6 +31,7 @@ from command_line import (
     segment_files,
     start,
 )
+from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
@@ -269,7 +269,7 @@ def test_records_that_retention_dropped_are_asked_for_in_vain(
     assert cli("dump", long_log, "--from", 1) == 3
     assert cli.out == ""
     assert cli.err == (
-        f"trio-wal: LSN 1 is truncated: the log now starts at LSN {first}; read from there\n"
+        f"trio-wal: LSN 1 has been truncated: the log now starts at LSN {first}; read from there\n"
     )
     assert dumped(cli, long_log)[0]["lsn"] == first
 
@@ -388,11 +388,11 @@ def test_inspect_fits_80_columns_though_its_numbers_are_large(
     (segment,) = segment_files(path)
     meta = decode_meta((path / META_NAME).read_bytes())
     header = decode_segment_header(segment.read_bytes())
-    header = attrs.evolve(header, number=1_234_567, first_lsn=12_345_678_901)
+    header = replace(header, number=1_234_567, first_lsn=12_345_678_901)
     moved = path / segment_name(header.first_lsn)
     moved.write_bytes(header.encode() + segment.read_bytes()[BLOCK:])
     segment.unlink()
-    meta = attrs.evolve(meta, base_number=header.number, base_lsn=header.first_lsn)
+    meta = replace(meta, base_number=header.number, base_lsn=header.first_lsn)
     (path / META_NAME).write_bytes(meta.encode())
     assert cli("inspect", path) == 0
     columns, row = cli.out.splitlines()[-2:]
@@ -481,7 +481,7 @@ def test_a_log_whose_creation_was_cut_short_can_be_looked_at(
     cli: CommandLine, tmp_path: Path
 ) -> None:
     path = make_log(tmp_path / "log")
-    meta = attrs.evolve(decode_meta((path / META_NAME).read_bytes()), live=False)
+    meta = replace(decode_meta((path / META_NAME).read_bytes()), live=False)
     (path / META_NAME).write_bytes(meta.encode())
     assert cli.json("inspect", path)["segments"] == []
     assert dumped(cli, path) == []
@@ -494,7 +494,7 @@ def test_inspect_shows_a_segment_of_an_impossible_time(cli: CommandLine, tmp_pat
     (segment,) = segment_files(path)
     data = segment.read_bytes()
     for time_us, year in ((-1, "1970-01-01"), (2**62, "9999-12-31")):
-        header = attrs.evolve(decode_segment_header(data), created_us=time_us)
+        header = replace(decode_segment_header(data), created_us=time_us)
         segment.write_bytes(header.encode() + data[BLOCK:])
         # The frames do not follow this header: that is damage, and the segment is shown.
         assert cli("inspect", path, "--json") == 1
@@ -715,7 +715,7 @@ def test_damage_is_a_finding_after_what_is_whole(
     if command == "dump":
         assert [json.loads(line)["lsn"] for line in cli.out.splitlines()] == list(range(1, first))
         assert cli.err == (
-            f"trio-wal: {damaged}: at offset 0: {why}; nothing was modified, "
+            f"trio-wal: {damaged}: at offset 0: {why}; nothing was modified; "
             "'trio-wal verify' lists every finding\n"
         )
     else:

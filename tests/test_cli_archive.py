@@ -100,13 +100,13 @@ def test_every_problem_is_a_finding(cli: CommandLine, log: Path) -> None:
     lines = cli.out.splitlines()
     assert any(line.startswith(f"{data[3].name}: ") for line in lines)
     assert f"{data[6].name}: the object that a manifest names is missing" in lines
-    assert any(line.startswith(f"{manifests[8].name}: this is no manifest") for line in lines)
+    assert any(line.startswith(f"{manifests[8].name}: this is not a manifest") for line in lines)
     assert any("what comes after LSN 3 is missing" in line for line in lines)
     assert lines[-2].startswith("4 findings; whole: ")
     assert lines[-1].startswith("it can be restored to LSN 1 to 3, ")
     assert cli("archive", "verify", archive, "--json") == 1
     assert cli("archive", "list", archive) == 1
-    assert f"{manifests[8].name}: this is no manifest of a segment" in cli.err
+    assert f"{manifests[8].name}: this is not a manifest of a segment" in cli.err
 
 
 @pytest.mark.parametrize("command", ["list", "verify"])
@@ -144,7 +144,7 @@ def test_a_dry_run_makes_nothing(cli: CommandLine, log: Path) -> None:
 def test_a_place_that_is_not_there_is_a_finding(cli: CommandLine, log: Path) -> None:
     before = everything(log)
     assert cli("restore", log / "archive", log / "made", "--to-lsn", 13) == 1
-    assert "the log ends at LSN 12; nothing was made, it can be restored to LSN 1 to 12" in cli.err
+    assert "the log ends at LSN 12; nothing was made; it can be restored to LSN 1 to 12" in cli.err
     assert cli.out == ""
     assert everything(log) == before
 
@@ -169,7 +169,7 @@ def test_a_wrong_place_is_a_usage_error(
 
 def test_what_cannot_be_is_one_line(cli: CommandLine, log: Path) -> None:
     assert cli("restore", log / "archive", log / "log") == 3
-    assert cli.err == f"trio-wal: {log / 'log'}: the destination of a restore exists\n"
+    assert cli.err == f"trio-wal: {log / 'log'}: the destination of the restore already exists\n"
     assert cli("restore", log / "nowhere", log / "made") == 3
     assert cli("restore", log, log / "made") == 3
     assert not (log / "made").exists()

@@ -85,4 +85,4 @@ def test_what_is_no_url_of_a_log_is_a_usage_error(
     command: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*command, "nats://host:4222"]) == 2
-    assert "ends with its name" in capfd.readouterr().err
+    assert "must end with the log's name" in capfd.readouterr().err

@@ -163,7 +163,7 @@ def test_an_error_says_where_the_damage_is(number: int) -> None:
     assert (error.path, error.offset) == (f"/log/{name}", offset)
     assert error.reason.startswith("checksum of the frame body does not match")
     assert str(error) == (
-        f"/log/{name}: at offset {offset}: {error.reason}; nothing was modified, "
+        f"/log/{name}: at offset {offset}: {error.reason}; nothing was modified; "
         "'trio-wal verify' lists every finding"
     )
 

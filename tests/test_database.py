@@ -695,7 +695,7 @@ async def test_only_transactions_write_the_log(home: Home) -> None:
         ]
         for call in calls:
             with pytest.raises(
-                TypeError, match=r"^this log belongs to a database, whose transactions write it$"
+                TypeError, match=r"^this log belongs to a database, whose transactions write to it$"
             ):
                 await call()
         # What does not write is there for all.
@@ -872,7 +872,7 @@ async def test_a_backup_does_not_replace_anything(tmp_path: Path) -> None:
         before = {name: hash_tree(tmp_path / name) for name in ("directory", "copy")}
         for name in ("directory", "file", "link", "copy", "db"):
             with pytest.raises(
-                FileExistsError, match=rf"the destination of a backup exists: '.*{name}'$"
+                FileExistsError, match=rf"the destination of the backup already exists: '.*{name}'$"
             ):
                 await db.backup(tmp_path / name)
         assert before == {name: hash_tree(tmp_path / name) for name in ("directory", "copy")}
@@ -886,7 +886,9 @@ async def test_a_backup_in_memory_does_not_replace_anything_either(files: Memory
         await db.backup("/copy")
         await db.put(b"a", b"2")
         for path in ("/copy", DB):
-            with pytest.raises(FileExistsError, match=r"the destination of a backup exists"):
+            with pytest.raises(
+                FileExistsError, match=r"the destination of the backup already exists"
+            ):
                 await db.backup(path)
     async with open_memory_database(files, "/copy") as copy:
         await check_content(copy, {b"a": b"1"})
@@ -991,7 +993,9 @@ async def test_what_is_planted_where_a_backup_goes_is_not_used(
     async with home.open() as db:
         await db.put(b"a", b"1")
         monkeypatch.setattr(db._core._files, "finish_directory", plant)
-        with pytest.raises(FileExistsError, match=r"the destination of a backup exists: '.*copy'$"):
+        with pytest.raises(
+            FileExistsError, match=r"the destination of the backup already exists: '.*copy'$"
+        ):
             await db.backup(copy)
     assert sorted(os.listdir(tmp_path)) == ["copy", "db", "elsewhere"]
     assert os.listdir(tmp_path / "elsewhere") == []
@@ -1177,7 +1181,7 @@ async def test_a_snapshot_keeps_nothing_before_it_is_entered_and_says_so(
             assert entered is snap
             assert (snap.lsn, snap.get(b"k")) == (2, b"2")
             assert db.statistics().open_readers == 1
-        with pytest.raises(RuntimeError, match=r"^a snapshot is for one use$"), snap:
+        with pytest.raises(RuntimeError, match=r"^a snapshot can be used only once$"), snap:
             pass
         for use in uses[:2]:
             with pytest.raises(trio.ClosedResourceError, match=r"^this snapshot is closed$"):

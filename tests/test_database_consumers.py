@@ -124,7 +124,9 @@ async def test_whose_block_was_left_acknowledges_nothing(
             await tx.__aenter__()
             tx.put(b"x", b"1")
             consumer.acknowledge_in(tx, item)
-        with pytest.raises(trio.ClosedResourceError, match="the block of consumer 'a' was left"):
+        with pytest.raises(
+            trio.ClosedResourceError, match="consumer 'a' is closed: its block was left"
+        ):
             await tx.commit()
         assert db.get(b"x") is None
         assert place(db) == 0

@@ -370,7 +370,7 @@ async def refuse(path: Path, message: str, error: type[E] = CorruptLogError) -> 
 
 REBUILD = (
     "; where the log still starts at LSN 1, moving the store away lets open_database rebuild "
-    "it from the log, otherwise restore a backup; nothing was modified, "
+    "it from the log, otherwise restore a backup; nothing was modified; "
 )
 
 

@@ -287,7 +287,7 @@ async def test_leaving_the_block_and_closing_the_database_end_the_line(
 async def test_bad_input_is_refused_by_name_before_anything_changes(files: MemoryFiles) -> None:
     async with open_memory_database(files, max_queue_size=10) as db, db.writer("w") as w:
         for arguments, message in (
-            ({"name": "w"}, r"^name must not be used twice"),
+            ({"name": "w"}, r"^name must be unique: there is already a writer"),
             ({"priority": "low"}, r"^priority must be one of"),
             ({"max_queue_size": 0}, r"^max_queue_size must be at least 1"),
             ({"max_queue_size": 11}, r"^max_queue_size must be at most the queue's"),

@@ -176,7 +176,9 @@ async def test_a_conflict_with_another_task_carries_no_such_hint() -> None:
 
         error = await _conflict(db, change)
         assert not error.own
-        assert str(error).endswith(", read by this transaction, was changed by another commit")
+        assert str(error).endswith(
+            ", read by this transaction, was changed by another commit; run it again"
+        )
 
 
 async def test_a_put_that_was_withdrawn_is_not_what_the_transaction_conflicts_with() -> None:

@@ -446,7 +446,7 @@ async def fill(wal: trio_wal.WriteAheadLog, files: MemoryFiles) -> trio_wal.LogF
 
 
 FULL = (
-    rf"^{LOG}: no space for a segment of \d+ bytes; nothing was accepted, "
+    rf"^{LOG}: no space for a segment of \d+ bytes; nothing was accepted; "
     r"free disk space or call truncate_before\(\), then try again$"
 )
 

@@ -23,9 +23,9 @@ from test_golden import V1, digest
 
 import trio_wal
 from trio_wal import UnsupportedFormatError
-from trio_wal._archive import encode_manifest
 from trio_wal._disk.chain import read_meta
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, crc32c, feature_names
+from trio_wal._manifest import encode_manifest
 from trio_wal._system.files import OsFiles
 
 DATABASES = V1.parent / "v1_databases"
@@ -207,7 +207,7 @@ async def refuse_opening(opening: Any, message: str) -> None:
     with pytest.raises(UnsupportedFormatError) as caught:
         async with opening:
             pytest.fail("opened")
-    assert str(caught.value).startswith(f"{message}; nothing was modified, open it with ")
+    assert str(caught.value).startswith(f"{message}; nothing was modified; open it with ")
 
 
 def untouched(path: Path, doing: Callable[[], object]) -> None:

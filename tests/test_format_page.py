@@ -185,7 +185,7 @@ def test_the_code_writes_the_example() -> None:
     header = SegmentHeader(UUID, 1, 1, SALT, 1_700_000_000_000_000, 0)
     file.pwrite([header.encode()], 0)
     file.allocate(len(SEGMENT))
-    active = ActiveSegment(file, Extent(header, len(SEGMENT)))
+    active = ActiveSegment(file, Extent.empty(header, len(SEGMENT)))
     active.write(encode([b"hello", b"trio"]), 0, 1_700_000_000_250_000)
     active.mark_closed()
     assert files.read_file("/log", "segment") == SEGMENT

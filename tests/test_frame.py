@@ -13,9 +13,9 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-import attrs
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from msgspec.structs import replace
 
 from trio_wal import _codec
 from trio_wal._disk.frame import (
@@ -276,15 +276,15 @@ def test_a_feature_that_is_not_known_is_unsupported_and_not_damage(
 def test_numbers_that_leave_no_room_for_what_follows_are_refused(number: int) -> None:
     for changes in ({"number": number}, {"first_lsn": number}):
         with pytest.raises(FrameError, match=r"^the segment header has the number \d+ and LSN"):
-            decode_segment_header(attrs.evolve(SEGMENT, **changes).encode())
+            decode_segment_header(replace(SEGMENT, **changes).encode())
     for changes in ({"base_number": number}, {"base_lsn": number}):
-        meta = attrs.evolve(Meta(bytes(16), 1, 1), **changes)
+        meta = replace(Meta(bytes(16), 1, 1), **changes)
         with pytest.raises(FrameError, match=r"^log\.meta has the number \d+ and LSN"):
             decode_meta(meta.encode())
 
 
 def test_a_header_of_another_layout_is_refused() -> None:
-    with pytest.raises(FrameError, match=r"^the segment header declares another layout"):
+    with pytest.raises(FrameError, match=r"^the segment header declares a different layout"):
         decode_segment_header(resealed(SEGMENT.encode(), 10, (64).to_bytes(2, "little")))
 
 
@@ -303,7 +303,7 @@ def test_a_frame_header_is_read_as_it_was_written(header: FrameHeader, seed: int
     data = encode_frame_header(header, seed)
     assert len(data) == FRAME_HEADER_SIZE
     decoded = decode_frame_header(data, header.offset, seed)
-    assert decoded == attrs.evolve(header, crc=int.from_bytes(data[4:8], "little"))
+    assert decoded == replace(header, crc=int.from_bytes(data[4:8], "little"))
     assert decoded.next_lsn == header.first_lsn + header.count
     assert decoded.end % BLOCK == 0
     assert decoded.end - header.offset >= FRAME_HEADER_SIZE + header.stored_length
@@ -321,11 +321,11 @@ def test_a_frame_is_valid_only_where_it_was_written() -> None:
     data = encode_frame_header(FRAME, SEGMENT.seed)
     assert decode_frame_header(data, FRAME.offset, SEGMENT.seed) is not None
     assert decode_frame_header(data, FRAME.offset + BLOCK, SEGMENT.seed) is None
-    salted = attrs.evolve(SEGMENT, salt=bytes(16))
+    salted = replace(SEGMENT, salt=bytes(16))
     assert decode_frame_header(data, FRAME.offset, salted.seed) is None, "another incarnation"
     unsalted = encode_frame_header(FRAME, 0)
     assert decode_frame_header(unsalted, FRAME.offset, SEGMENT.seed) is None, "no salt at all"
-    renumbered = attrs.evolve(SEGMENT, number=4)
+    renumbered = replace(SEGMENT, number=4)
     assert decode_frame_header(data, FRAME.offset, renumbered.seed) is None, "another segment"
 
 
@@ -377,7 +377,7 @@ def test_a_footer_that_is_longer_than_any_writers_has_no_valid_header(
     kind: Kind, field: int
 ) -> None:
     """Its length is not believed, and nothing is read, or taken memory for."""
-    fields = bytearray(encode_frame_header(attrs.evolve(FRAME, kind=kind, count=0), SEGMENT.seed))
+    fields = bytearray(encode_frame_header(replace(FRAME, kind=kind, count=0), SEGMENT.seed))
     for length, valid in ((FOOTER_BYTES_MAX, True), (FOOTER_BYTES_MAX + 1, False)):
         fields[40:48] = bytes(8)
         fields[field : field + 4] = length.to_bytes(4, "little")

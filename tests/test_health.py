@@ -15,6 +15,7 @@ import trio
 from cas import CasServers, MemoryLog, open_wal_on_cas
 from databases import open_memory_database
 from helpers import Call, open_memory, open_tasks
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
@@ -186,10 +187,10 @@ async def test_a_replicated_log_tells_of_replicas_and_of_servers_that_settle_not
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers = CasServers()
-    now = attrs.evolve(servers.description(), replicas_current=2)
+    now = replace(servers.description(), replicas_current=2)
     async with open_wal_on_cas(servers) as wal:
         assert codes(wal.health()) == []
-        monkeypatch.setattr(servers, "description", lambda: attrs.evolve(now, last=servers.last))
+        monkeypatch.setattr(servers, "description", lambda: replace(now, last=servers.last))
         await trio.sleep(30)
         health = wal.health()
         assert codes(health) == ["replicas_behind"]

@@ -235,7 +235,7 @@ async def test_copies_of_one_log_part_with_different_epochs() -> None:
         assert caught.value.parted_after is None
         assert str(caught.value) == (
             f"/log: {one} is not in the history of this log; the log does not know that epoch: "
-            "begin anew with what it holds"
+            "start over with what it holds"
         )
 
 
@@ -342,7 +342,7 @@ async def test_a_bookmark_of_records_that_are_gone_is_refused_at_once(
     assert (error.first_lsn, error.lsn) == (4, lsn)
     assert str(error) == (
         f"/log: {lsn}@0 is not in the history of this log; the two are the same up to LSN 3: "
-        "go back to there, or begin anew"
+        "go back to there, or start over"
     )
 
 

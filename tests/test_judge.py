@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from logs import (
     LOG,
@@ -18,6 +17,7 @@ from logs import (
     open_log,
     segments,
 )
+from msgspec.structs import replace
 
 import trio_wal
 from trio_wal import CorruptLogError
@@ -169,7 +169,7 @@ async def test_a_copy_that_was_not_opened_yet_is_not_held_to_the_word_of_its_ori
     files = make_log([b"a"], close=True)
     meta = read_meta(files.open_directory(LOG))
     assert meta is not None
-    files.write_file(LOG, META_NAME, attrs.evolve(meta, copied=True).encode())
+    files.write_file(LOG, META_NAME, replace(meta, copied=True).encode())
     set_word(files, Word(900, 0))
     async with trio_wal.open_reader(LOG, files=files) as reader, reader.read() as records:
         assert [record.data async for record in records] == [b"a"]

@@ -98,7 +98,7 @@ def test_a_metric_says_in_a_sentence_what_it_is(group: Group, metric: Metric) ->
 @pytest.mark.parametrize(("group", "metric"), EXPORTED, ids=NAMES)
 def test_kinds_fit_types(group: Group, metric: Metric) -> None:
     (hint,) = [field.type for field in attrs.fields(metric.of) if field.name == metric.field]
-    shown = str(getattr(hint, "__name__", hint))
+    shown = hint.__name__ if isinstance(hint, type) else str(hint)
     if metric.kind is Kind.HISTOGRAM:
         sums = {m.field: m for m in group.metrics}
         assert sums[metric.sum_field].kind is Kind.SUM

@@ -109,9 +109,9 @@ def test_a_url_names_a_log() -> None:
 @pytest.mark.parametrize(
     ("url", "match"),
     [
-        ("nats://host:4222", "ends with its name"),
-        ("nats://me:secret@host:4222", "ends with its name"),
-        ("http://host/orders", "begins with 'nats://'"),
+        ("nats://host:4222", "must end with the log's name"),
+        ("nats://me:secret@host:4222", "must end with the log's name"),
+        ("http://host/orders", "must begin with 'nats://'"),
         ("nats://host:4222/a b", "^name must be 1 to 64"),
         ("nats://host:4222/" + "a" * 65, "^name must be 1 to 64"),
         ("nats://host:99999/orders", "^servers: Port out of range"),
@@ -230,7 +230,7 @@ async def test_one_server_is_taken_where_one_copy_is_asked_for(single: Cluster) 
         assert await wal.append(b"record") == 1
         assert wal.statistics().replicas == 1
         assert wal.statistics().assume_synced is False
-    with refused(nats.UnsuitableServersError, "has 1 replicas, asked are 3"):
+    with refused(nats.UnsuitableServersError, "has 1 replicas, but 3 were asked for"):
         await attempt(log_on(single, "one", replicas=3, assume_synced=True))
 
 
@@ -305,7 +305,7 @@ async def test_what_a_server_says_of_itself_is_looked_at(
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"metadata": {}}, "is none of trio-wal's"),
+        ({"metadata": {}}, "was not created by trio-wal"),
         ({"storage": "memory"}, "has storage = 'memory'"),
         ({"max_age": 3600_000_000_000}, "has max_age"),
         ({"max_msgs": 5}, "has max_msgs"),

@@ -139,8 +139,8 @@ def test_a_wrong_argument_is_named_before_anything_is_created(
         (None, TypeError, "path must be a str or os.PathLike, not NoneType"),
         (17, TypeError, "path must be a str or os.PathLike, not int"),
         (b"log", TypeError, "path must be a str or os.PathLike of str, not bytes"),
-        ("", ValueError, "path must be a path, not ''"),
-        ("a\0b", ValueError, "path must be a path, not 'a\\x00b'"),
+        ("", ValueError, "path must be a non-empty path without NUL characters, not ''"),
+        ("a\0b", ValueError, "path must be a non-empty path without NUL characters, not 'a\\x00b'"),
     ],
 )
 def test_a_wrong_path_is_refused(path: Any, error: type[Exception], message: str) -> None:

@@ -107,7 +107,7 @@ async def test_entering_and_the_end_are_checkpoints_and_cancelling_loses_no_pair
         await stream.__aexit__(None, None, None)
         with pytest.raises(trio.ClosedResourceError, match="this stream of pairs is closed"):
             await stream.__anext__()
-        with pytest.raises(RuntimeError, match="one use"):
+        with pytest.raises(RuntimeError, match="can be used only once"):
             await stream.__aenter__()
 
 

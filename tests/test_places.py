@@ -97,7 +97,7 @@ def test_bad_places_are_refused() -> None:
 
 
 def test_every_changed_bit_of_the_file_is_found() -> None:
-    data = encode_file(UUID, {"a": Place(3, 7), "b": Place(0, 0)})
+    data = encode_file(UUID, {"a": Place(3, 7, 3), "b": Place(0, 0, 0)})
     for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -117,10 +117,10 @@ def test_the_longest_places_there_are_can_be_read_back() -> None:
 
 
 def test_a_place_moves_forward_only_and_only_where_there_is_one() -> None:
-    known = Places({"a": Place(5, 0)})
+    known = Places({"a": Place(5, 0, 5)})
     assert known.moved({"a": Move(Bookmark(5, 0)), "b": Move(Bookmark(1, 0))}) == {}
-    assert known.moved({"a": Move(Bookmark(6, 0))}) == {"a": Place(6, 0)}
-    assert known.moved({"a": Move(Bookmark(2, 0), begins=True)}) == {"a": Place(2, 0)}
+    assert known.moved({"a": Move(Bookmark(6, 0))}) == {"a": Place(6, 0, 6)}
+    assert known.moved({"a": Move(Bookmark(2, 0), begins=True)}) == {"a": Place(2, 0, 2)}
     assert known.moved({"a": Move(None), "b": Move(None)}) == {"a": None}
     assert known.now == {}
 
@@ -193,7 +193,7 @@ def replayed(
 
 def test_many_acknowledgements_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_places, "LSNS_NOTED_MAX", 16)
-    known = CommitPlaces({"slow": Place(0, 0)}, 0, 0)
+    known = CommitPlaces({"slow": Place(0, 0, 0)}, 0, 0)
     move: Any = {"quick": Move(Bookmark(0, 0), begins=True)}
     for lsn in range(2, 4002, 2):
         known.record(lsn, move, alone=True)

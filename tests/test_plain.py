@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import attrs
 import pytest
 from campaigns import plain as campaign
 from campaigns.mutants import MUTANTS, PLAIN, Mutant, Task, judge_one
 from hypothesis import given, settings, strategies as st
 from logs import LOG, make_log, segments
+from msgspec.structs import replace
 
 from trio_wal import _codec
 from trio_wal._disk import plain as _plain, walk, window as _window
@@ -111,10 +111,10 @@ def test_blocks_that_were_swapped_are_judged_by_both_alike() -> None:
 
 def test_frames_of_another_salt_or_chain_are_judged_by_both_alike() -> None:
     for header in (
-        attrs.evolve(HEADER, salt=bytes(16)),
-        attrs.evolve(HEADER, number=HEADER.number + 1),
-        attrs.evolve(HEADER, first_lsn=2),
-        attrs.evolve(HEADER, previous=1),
+        replace(HEADER, salt=bytes(16)),
+        replace(HEADER, number=HEADER.number + 1),
+        replace(HEADER, first_lsn=2),
+        replace(HEADER, previous=1),
     ):
         compare(DATA, header)
 
@@ -156,7 +156,7 @@ def test_a_log_that_is_never_synced_is_plain() -> None:
     """Its frames call nothing durable, not even what stands before their segment."""
     maker = campaign.Maker(random.Random(1))
     maker.next_lsn += 100
-    header = attrs.evolve(maker.made.header, first_lsn=maker.next_lsn)
+    header = replace(maker.made.header, first_lsn=maker.next_lsn)
     maker.made.header, maker.previous = header, header.digest
     for durable_lsn in (0, 0, 7, 3):
         maker.data(1, b"".join(encode_body([b"record"])), durable_lsn=durable_lsn)

@@ -179,7 +179,7 @@ async def test_what_has_no_statistics_of_its_own_is_refused(files: MemoryFiles) 
 
 async def test_objects_are_added_where_they_are_opened(files: MemoryFiles) -> None:
     async with open_memory(files) as wal:
-        with pytest.raises(RuntimeError, match="by a task of the trio run that has opened them"):
+        with pytest.raises(RuntimeError, match="by a task of the trio run that opened them"):
             await trio.to_thread.run_sync(WalCollector, wal)
 
 

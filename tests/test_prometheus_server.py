@@ -21,11 +21,11 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 from cas import CasServers, MemoryLog, open_wal_on_cas
 from helpers import Call
+from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
@@ -188,8 +188,8 @@ class Program:
 
     async def _servers(self) -> None:
         servers = CasServers(seed=2)
-        now = attrs.evolve(servers.description(), replicas_current=2)
-        vars(servers)["description"] = lambda: attrs.evolve(now, last=servers.last)
+        now = replace(servers.description(), replicas_current=2)
+        vars(servers)["description"] = lambda: replace(now, last=servers.last)
         wal = await self._stack.enter_async_context(open_wal_on_cas(servers))
         self.collector.add(wal, name="two of three")
         silent, patient = CasServers(seed=3), ReplicatedOptions(unavailable_after=3600.0)

@@ -152,7 +152,9 @@ async def test_reading_below_the_first_record_says_where_the_log_starts(look: An
     async with look(files) as log:
         for open_stream in (log.read, log.follow):
             for start in (1, 0, 4):
-                with pytest.raises(LsnTruncatedError, match=r"^LSN \d is truncated: ") as caught:
+                with pytest.raises(
+                    LsnTruncatedError, match=r"^LSN \d has been truncated: "
+                ) as caught:
                     async with open_stream(start):
                         raise AssertionError("it was opened")
                 assert (caught.value.first_lsn, caught.value.lsn) == (5, max(start, 1))
@@ -698,7 +700,7 @@ async def test_a_stream_is_entered_once_and_before_it_is_iterated() -> None:
             pass
         with pytest.raises(trio.ClosedResourceError, match=r"^this stream of records is closed$"):
             await records.__anext__()
-        with pytest.raises(RuntimeError, match=r"^a stream of records is for one use$"):
+        with pytest.raises(RuntimeError, match=r"^a stream of records can be used only once$"):
             async with records:
                 pass
 
@@ -1093,7 +1095,8 @@ async def test_an_opener_is_for_one_use(again: Any) -> None:
     async with opener:
         pass
     with pytest.raises(
-        RuntimeError, match=r"^open_(reader|wal)\(\) gives a context manager for one"
+        RuntimeError,
+        match=r"^open_(reader|wal)\(\) gives a context manager that can be used only once$",
     ):
         async with opener:
             pass

@@ -17,6 +17,7 @@ import attrs
 import pytest
 import trio
 from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
@@ -432,7 +433,7 @@ async def test_a_segment_that_is_replaced_when_others_go_is_damage(
             await records.__anext__()
         data = bytearray(files.read_file(LOG, names[1]))
         header = trio_wal._disk.frame.decode_segment_header(bytes(data))
-        data[:BLOCK] = attrs.evolve(header, salt=bytes(16)).encode()
+        data[:BLOCK] = replace(header, salt=bytes(16)).encode()
         files.write_file(LOG, names[1], bytes(data))
         for name in names[2:]:
             files.remove_file(LOG, name)

@@ -31,6 +31,7 @@ from logs import (
     records_of,
     segments,
 )
+from msgspec.structs import replace
 
 import trio_wal
 from trio_wal import CorruptLogError, RecoveryReport
@@ -570,7 +571,7 @@ def test_a_log_is_created_in_a_directory_that_holds_nothing_of_weight(name: str)
 def decided(files: MemoryFiles, cut: Truncation) -> None:
     meta = read_meta(files.open_directory(LOG))
     assert meta is not None
-    files.write_file(LOG, "log.meta", attrs.evolve(meta, truncation=cut).encode())
+    files.write_file(LOG, "log.meta", replace(meta, truncation=cut).encode())
 
 
 def test_a_cut_that_was_decided_needs_its_new_segment() -> None:

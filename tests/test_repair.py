@@ -16,6 +16,7 @@ import attrs
 import pytest
 import trio
 from logs import LOG, Records, append, content, copy_of, make_log, open_log, segments
+from msgspec.structs import replace
 
 import trio_wal
 from trio_wal import RepairReport
@@ -176,7 +177,7 @@ def bad_meta(files: MemoryFiles) -> None:
 
 def never_in_use(files: MemoryFiles) -> None:
     meta = decode_meta(files.read_file(LOG, META_NAME))
-    files.write_file(LOG, META_NAME, attrs.evolve(meta, live=False).encode())
+    files.write_file(LOG, META_NAME, replace(meta, live=False).encode())
 
 
 def nothing_readable(files: MemoryFiles) -> None:

@@ -11,6 +11,7 @@ import pytest
 import trio
 from cas import CasServers, Faults, MemoryCas, open_wal_on_cas, source_on
 from helpers import Call, read_all
+from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
@@ -382,13 +383,13 @@ async def test_damage_is_told_and_nothing_after_it_is_given(
     if what == "data":
         data = bytearray(entry.data)
         data[-1] ^= 1
-        servers.entries[place] = attrs.evolve(entry, data=bytes(data))
+        servers.entries[place] = replace(entry, data=bytes(data))
     elif what == "uuid":
-        servers.entries[place] = attrs.evolve(entry, ident=entry.ident[:-1] + "x")
+        servers.entries[place] = replace(entry, ident=entry.ident[:-1] + "x")
     elif what == "foreign":
-        servers.entries[place] = attrs.evolve(entry, ident="")
+        servers.entries[place] = replace(entry, ident="")
     else:
-        servers.entries[place] = attrs.evolve(servers.entries[place + 1], position=entry.position)
+        servers.entries[place] = replace(servers.entries[place + 1], position=entry.position)
     found: list[int] = []
 
     async def read() -> None:

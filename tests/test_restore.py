@@ -412,7 +412,7 @@ async def test_a_source_that_is_none(archived: Archived) -> None:
     files.open_directory("/empty", create=True)
     with pytest.raises(trio_wal.WrongDirectoryError, match=r"no archive, or one that has nothing"):
         await trio_wal.restore("/empty", RESTORED, files=files)
-    with pytest.raises(FileExistsError, match=r"the destination of a restore exists"):
+    with pytest.raises(FileExistsError, match=r"the destination of the restore already exists"):
         await trio_wal.restore(ARCHIVE, LOG, files=files)
     with pytest.raises(FileExistsError):
         await trio_wal.restore(ARCHIVE, LOG, files=files, dry_run=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 from logs import LOG, append, make_log, open_log, segments
+from msgspec.structs import astuple, replace
 
 from trio_wal._disk import scan as _scan, window as _window
 from trio_wal._disk.frame import (
@@ -70,7 +70,7 @@ def test_the_frames_come_in_order_with_their_records() -> None:
     scanner = scan(DATA)
     assert [frame.offset for frame, _ in scanner] == OFFSETS
     assert scanner.reason == ""
-    assert attrs.astuple(scanner.position)[:2] == (END, 7)
+    assert astuple(scanner.position)[:2] == (END, 7)
     assert records_of(scan(DATA)) == BATCHES
 
 
@@ -133,7 +133,7 @@ def forged(**changes: object) -> bytes:
     """The second frame with other fields, and checksums that fit."""
     frame = decode_frame_header(DATA[4608:], 4608, HEADER.seed)
     assert frame is not None
-    head = encode_frame_header(attrs.evolve(frame, **changes), HEADER.seed)
+    head = encode_frame_header(replace(frame, **changes), HEADER.seed)
     return changed(DATA, 4608, head)
 
 
@@ -193,7 +193,7 @@ def test_a_walk_reads_little_at_first_and_then_more() -> None:
 
 
 def test_a_frame_of_another_incarnation_of_the_segment_is_not_taken() -> None:
-    salted = attrs.evolve(HEADER, salt=bytes(16))
+    salted = replace(HEADER, salt=bytes(16))
     data = changed(DATA, 0, salted.encode())
     scanner = FrameScanner(reader(data), salted, start_of(salted))
     assert list(scanner) == []
@@ -389,7 +389,7 @@ def test_forged_frames_with_good_checksums_are_refused_in_one_way(
             position.previous,
             0,
         )
-        head = encode_frame_header(attrs.evolve(frame, **fields), HEADER.seed)
+        head = encode_frame_header(replace(frame, **fields), HEADER.seed)
         data += (head + body).ljust(frame.end - frame.offset, b"\0")
         position = Position(frame.end, frame.next_lsn, int.from_bytes(head[4:8], "little"))
     scanner = scan(bytes(data))
@@ -425,7 +425,7 @@ def data_frame(body: bytes, count: int, **changes: object) -> FrameHeader:
     frame = FrameHeader(
         Kind.DATA, 4096, 1, 0, 0, count, Codec.NONE, len(body), len(body), crc32c(body), 0, 0
     )
-    return attrs.evolve(frame, **changes)
+    return replace(frame, **changes)
 
 
 @pytest.mark.parametrize(

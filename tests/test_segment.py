@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from logs import (
     LOG,
@@ -26,6 +25,7 @@ from logs import (
     records_of,
     segments,
 )
+from msgspec.structs import replace
 
 from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
 from trio_wal._disk.directory import LogDirectory
@@ -850,7 +850,7 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
     def pauses(done: float, used: float) -> list[float]:
         waits.clear()
         here = log.active.position
-        log.active.position = attrs.evolve(here, offset=int(used * log.active.capacity))
+        log.active.position = replace(here, offset=int(used * log.active.capacity))
         log.spares._pause(done, 0.5)
         log.active.position = here
         return list(waits)

@@ -230,7 +230,7 @@ sys.exit("lmdb" in sys.modules)
 
 HOW_TO_GO_ON = (
     "; where the log still starts at LSN 1, moving the store away lets open_database rebuild "
-    "it from the log, otherwise restore a backup; nothing was modified, "
+    "it from the log, otherwise restore a backup; nothing was modified; "
 )
 
 

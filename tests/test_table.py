@@ -171,7 +171,7 @@ async def test_changes_say_what_they_did_to_a_table(files: MemoryFiles) -> None:
         assert [JOBS.decode(each) for each in first.operations] == [((1, "a"), Job("x")), None]
         assert [JOBS.decode(each) for each in second.operations] == [((1, "a"), None)]
         assert JOBS.decode_key(second.operations[0].key) == (1, "a")
-        with pytest.raises(TableDecodeError, match="it begins otherwise"):
+        with pytest.raises(TableDecodeError, match="it begins differently"):
             JOBS.decode_key(b"elsewhere")
 
 
@@ -182,7 +182,7 @@ async def test_what_does_not_decode_names_table_and_key(files: MemoryFiles) -> N
         with pytest.raises(TableDecodeError, match=r"table 'jobs', key \(1, 'a'\): ") as caught:
             JOBS.get(db, (1, "a"))
         assert (caught.value.table, caught.value.key) == ("jobs", (1, "a"))
-        with pytest.raises(TableDecodeError, match="no key of the table") as caught:
+        with pytest.raises(TableDecodeError, match="this is not a key of the table") as caught:
             list(JOBS.scan(db))
         assert caught.value.key == strange
         async with db.transaction() as tx:
@@ -205,7 +205,7 @@ async def test_what_does_not_decode_names_table_and_key(files: MemoryFiles) -> N
         ({"name": ""}, ValueError, "name must have 1 to 255 characters, not 0"),
         ({"name": "x" * 256}, ValueError, "name must have 1 to 255 characters, not 256"),
         ({"name": "\U0010ffff" * 128}, ValueError, "name has 514 bytes"),
-        ({"name": "a\0b"}, ValueError, "name must have no NUL"),
+        ({"name": "a\0b"}, ValueError, "name must not contain a NUL character"),
         ({"name": "\ud800"}, ValueError, "name has half of a surrogate pair"),
         ({"name": b"x"}, TypeError, "name must be a str, not bytes"),
         ({"key": float}, TypeError, "key must be int, str"),

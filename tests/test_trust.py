@@ -69,12 +69,15 @@ def test_a_directory_that_others_may_write_is_refused(
     before = tree(path)
     path.chmod(mode)
     message = (
-        f"{path}: other users may write it (mode {mode:04o}); 'chmod go-w' the directory, "
-        "or open it with trust_directory=True"
+        f"{path}: other users may write to it (mode {mode:04o}); run 'chmod go-w' on the "
+        "directory, or open it with trust_directory=True"
     )
     with pytest.raises(UntrustedDirectoryError, match=f"^{re.escape(message)}$") as caught:
         opens(open_it, path)
-    assert (caught.value.path, caught.value.remedy) == (str(path), "'chmod go-w' the directory")
+    assert (caught.value.path, caught.value.remedy) == (
+        str(path),
+        "run 'chmod go-w' on the directory",
+    )
     assert tree(path) == before
     opens(open_it, path, trust_directory=True)
     path.chmod(mode & ~0o022)
@@ -127,7 +130,7 @@ def test_roots_process_refuses_another_users_directory(tmp_path: Path, open_it: 
     with pytest.raises(
         UntrustedDirectoryError,
         match=rf"^{tmp_path}/here: it belongs to user {NOBODY}, and this process runs as user 0; "
-        "run as that user, or 'chown 0' the directory and its files, or open it with trust_",
+        "run as that user, or run 'chown 0' on the directory and its files, or open it with trust_",
     ):
         opens(open_it, tmp_path / "here")
     opens(open_it, tmp_path / "here", trust_directory=True)
@@ -177,9 +180,9 @@ def public() -> Iterator[Path]:
     ("owner", "mode", "said"),
     [
         (NOBODY, 0o700, "opened 1"),
-        (0, 0o777, "UntrustedDirectoryError other users may write it (mode 0777)"),
+        (0, 0o777, "UntrustedDirectoryError other users may write to it (mode 0777)"),
         (1, 0o777, "UntrustedDirectoryError it belongs to user 1, and this process runs as user"),
-        (NOBODY, 0o730, "UntrustedDirectoryError other users may write it (mode 0730)"),
+        (NOBODY, 0o730, "UntrustedDirectoryError other users may write to it (mode 0730)"),
     ],
 )
 def test_a_plain_user_opens_only_his_own(public: Path, owner: int, mode: int, said: str) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import trio
 from campaigns import _forge
 from databases import hash_tree
 from helpers import until
 from logs import LOG, append, copy_of, make_log, open_log, segments
+from msgspec.structs import replace
 
 import trio_wal
 from trio_wal import _admin
@@ -106,7 +106,7 @@ def flip(files: MemoryFiles, name: str, offset: int) -> None:
 
 
 def change_meta(files: MemoryFiles, **changes: Any) -> Meta:
-    meta = attrs.evolve(decode_meta(files.read_file(LOG, META_NAME)), **changes)
+    meta = replace(decode_meta(files.read_file(LOG, META_NAME)), **changes)
     files.write_file(LOG, META_NAME, meta.encode())
     return meta
 
@@ -348,7 +348,7 @@ def test_a_frame_that_goes_back_in_time_is_a_finding() -> None:
     files = one_segment(2, close=False)
     (name,) = segments(files)
     last = frames(files, name)[-1]
-    forged = encode_frame_header(attrs.evolve(last, time_us=1), header_of(files, name).seed)
+    forged = encode_frame_header(replace(last, time_us=1), header_of(files, name).seed)
     change(files, name, last.offset, forged)
     (finding,) = check(files).findings
     assert finding.reason == "the frame's time is before that of the frame before it"
@@ -549,7 +549,7 @@ def test_a_damaged_segment_header_is_one_finding(place: int) -> None:
 def test_a_segment_from_the_future_is_a_finding() -> None:
     files = ten_batches()
     name = segments(files)[2]
-    header = attrs.evolve(header_of(files, name), features=1 << 30)
+    header = replace(header_of(files, name), features=1 << 30)
     change(files, name, 0, header.encode())
     (finding,) = check(files).findings
     assert finding.reason == f"feature set {1 << 30} (bit 30) is not supported"
@@ -911,7 +911,7 @@ def test_segments_are_looked_up_in_order_and_not_one_by_one() -> None:
     files = ten_batches()
     listing = list_log(files.open_directory(LOG))
     many = tuple(map(Counted, range(10**4, 2 * 10**4)))
-    chain = attrs.evolve(listing.chain, unreadable=many)
+    chain = replace(listing.chain, unreadable=many)
     segment = chain.find(1)
     assert segment is not None
     assert not chain.until(segment).is_last

@@ -516,7 +516,10 @@ async def test_open_wal_is_for_one_use(files: MemoryFiles) -> None:
     manager = open_memory(files)
     async with manager:
         pass
-    with pytest.raises(RuntimeError, match=r"^open_wal\(\) gives a context manager for one use$"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^open_wal\(\) gives a context manager that can be used only once$",
+    ):
         await manager.__aenter__()
 
 
@@ -594,7 +597,7 @@ async def test_truncate_before_checks_its_argument(files: MemoryFiles) -> None:
     async with open_memory(files) as wal:
         await wal.append_many([b"x"] * 5)
         with pytest.raises(
-            ValueError, match=r"^lsn must be at most 6, behind the last record, not 7"
+            ValueError, match=r"^lsn must be at most 6, right after the last record, not 7"
         ):
             await wal.truncate_before(7)
         with pytest.raises(ValueError, match=r"^lsn must be at least 1, not 0$"):
@@ -649,7 +652,9 @@ async def test_truncate_after_meets_truncate_before(disk: Disk) -> None:
         await wal.truncate_before(lsns[-1])
         first = wal.first_lsn
         assert first > 1
-        match = rf"^lsn must be at least {first - 1}, before the first record, not {first - 2}$"
+        match = (
+            rf"^lsn must be at least {first - 1}, right before the first record, not {first - 2}$"
+        )
         with pytest.raises(ValueError, match=match):
             await wal.truncate_after(first - 2)
         await wal.truncate_after(first - 1)

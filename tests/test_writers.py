@@ -687,7 +687,7 @@ WRONG: list[tuple[type[Exception], dict[str, Any], str]] = [
     (TypeError, {"name": 3}, r"^name must be a str, not int$"),
     (TypeError, {"name": None}, r"^name must be a str, not NoneType$"),
     (ValueError, {"name": ""}, r"^name must not be empty$"),
-    (ValueError, {"name": "used"}, r"^name must not be used twice: there is a writer 'used'$"),
+    (ValueError, {"name": "used"}, r"^name must be unique: there is already a writer 'used'$"),
     (TypeError, {"priority": 1}, r"^priority must be a str, not int$"),
     (ValueError, {"priority": "urgent"}, r"^priority must be one of 'normal', 'high', not 'urg"),
     (TypeError, {"max_queue_size": "1"}, r"^max_queue_size must be an int, not str$"),
@@ -736,12 +736,14 @@ async def test_a_name_may_be_taken_between_the_call_and_the_block(files: MemoryF
     async with open_memory(files) as wal:
         late = wal.writer("w")
         async with wal.writer("w"):
-            with pytest.raises(ValueError, match=r"^name must not be used twice"):
+            with pytest.raises(
+                ValueError, match=r"^name must be unique: there is already a writer"
+            ):
                 await late.__aenter__()
         # That was no use of it.
         async with late as w:
             await w.append(b"x")
-        with pytest.raises(RuntimeError, match="one use"):
+        with pytest.raises(RuntimeError, match="can be used only once"):
             await late.__aenter__()
 
 

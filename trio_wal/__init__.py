@@ -22,6 +22,11 @@ if _typing.TYPE_CHECKING:
         DatabaseReader as DatabaseReader,
         open_database_reader as open_database_reader,
     )
+    from ._database_statistics import (
+        DatabaseReaderStatistics as DatabaseReaderStatistics,
+        DatabaseStatistics as DatabaseStatistics,
+        ReplicaStatistics as ReplicaStatistics,
+    )
     from ._database_writer import DatabaseWriter as DatabaseWriter
     from ._engine import Record as Record, RecoveryReport as RecoveryReport
     from ._exceptions import (
@@ -71,9 +76,6 @@ if _typing.TYPE_CHECKING:
     from ._snapshot import Snapshot as Snapshot
     from ._statistics import (
         ConsumerStatistics as ConsumerStatistics,
-        DatabaseReaderStatistics as DatabaseReaderStatistics,
-        DatabaseStatistics as DatabaseStatistics,
-        ReplicaStatistics as ReplicaStatistics,
         WalStatistics as WalStatistics,
         WriterStatistics as WriterStatistics,
     )
@@ -93,6 +95,7 @@ _NAMES = {
     "_database": "Database",
     "_database_consumer": "DatabaseConsumer",
     "_database_reader": "DatabaseReader open_database_reader",
+    "_database_statistics": "DatabaseReaderStatistics DatabaseStatistics ReplicaStatistics",
     "_database_writer": "DatabaseWriter",
     "_engine": "Record RecoveryReport",
     "_exceptions": (
@@ -118,10 +121,7 @@ _NAMES = {
     "_restore": "RestoreReport restore",
     "_retention": "KeepAll KeepBytes KeepFor KeepSegments Retention",
     "_snapshot": "Snapshot",
-    "_statistics": (
-        "ConsumerStatistics DatabaseReaderStatistics DatabaseStatistics "
-        "ReplicaStatistics WalStatistics WriterStatistics "
-    ),
+    "_statistics": "ConsumerStatistics WalStatistics WriterStatistics",
     "_stream": "RecordStream",
     "_table": "Readable Table",
     "_transaction": "Transaction",

@@ -21,12 +21,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import (
-    Archive,
-    history_as_json,
-    history_of_json,
-    read_manifest,
-)
+from ._archive import Archive
 from ._disk import scan
 from ._disk.frame import (
     BLOCK,
@@ -45,6 +40,7 @@ from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.window import Read
 from ._exceptions import CorruptLogError
 from ._identity import History, common_lsn, epoch_of
+from ._manifest import history_as_json, history_of_json, read_manifest
 
 _STEM: Final = r"(\d{20})-(\d{20})-([0-9a-f]{16})-([0-9a-f]{32})"
 _MANIFEST: Final = re.compile(rf"{_STEM}\.json", re.ASCII)
@@ -162,9 +158,9 @@ def read_segment_manifest(archive: Archive, name: str) -> SegmentManifest:
             **_numbers(fields),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise CorruptLogError(name, 0, f"this is no manifest of a segment: {exc!r}") from exc
+        raise CorruptLogError(name, 0, f"this is not a manifest of a segment: {exc!r}") from exc
     if found.name.manifest != name:
-        raise CorruptLogError(name, 0, "the manifest stands under the name of another one")
+        raise CorruptLogError(name, 0, "the manifest is stored under the name of another one")
     if unknown := found.features & ~FEATURES_KNOWN:
         raise unknown_features(unknown).of(name)
     return found

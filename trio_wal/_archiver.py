@@ -19,7 +19,7 @@ from uuid import UUID
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._archive import Archive, Identity, probe, read_identity
+from ._archive import Archive
 from ._archived import SegmentKey, SegmentName, pruned_before
 from ._archiving import begin_archive, key_of, put_segment
 from ._disk.directory import LogDirectory
@@ -28,6 +28,7 @@ from ._disk.segment import SegmentInfo
 from ._engine import Forked, Moved
 from ._events import tell
 from ._exceptions import UnsupportedFormatError, WrongDirectoryError
+from ._manifest import Identity, probe, read_identity
 from ._statistics import ArchiveStatistics
 from ._worker import Blocking
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import Archive, encode_manifest, pieces_of, put_identity
+from ._archive import Archive, pieces_of
 from ._archived import (
     PassingFile,
     SegmentKey,
@@ -29,6 +29,7 @@ from ._disk.segment import SegmentInfo
 from ._engine import Moved
 from ._exceptions import CorruptLogError
 from ._files import File, close_quietly
+from ._manifest import encode_manifest, put_identity
 
 
 class SegmentSource(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeAlias, final
 
-import attrs
+import msgspec
 from trio.lowlevel import Task, reschedule
 
 from ._exceptions import (
@@ -23,8 +23,7 @@ from ._park import WOKEN
 
 
 @final
-@attrs.define(eq=False)
-class Unit:
+class Unit(msgspec.Struct, eq=False):
     """The records of one ``append_many``."""
 
     records: Sequence[bytes]
@@ -32,14 +31,14 @@ class Unit:
 
 
 @final
-@attrs.define(eq=False)
 class Flush:
     """No record: done when all before it is durable."""
 
+    __slots__ = ()
+
 
 @final
-@attrs.define(eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """No record: done when all before it is durable and ``run`` has returned, between two
     writes."""
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 from uuid import UUID
 
-import attrs
+import msgspec
 
 from ._exports import publish
 from ._util import MiB
@@ -27,8 +27,7 @@ whoever reads it."""
 # -- values -----------------------------------------------------------------------------
 
 
-@attrs.frozen
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One message of the log."""
 
     position: int
@@ -37,8 +36,7 @@ class Entry:
     data: bytes
 
 
-@attrs.frozen(kw_only=True)
-class Description:
+class Description(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a log and its servers, at one moment; as old as the answer."""
 
     uuid: UUID

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NoReturn, Protocol, final
 
-import attrs
+import msgspec
 import trio
 from trio.lowlevel import enable_ki_protection
 
@@ -59,11 +59,10 @@ class Keeper(Protocol):
         ...
 
 
-@attrs.define(eq=False)
-class _Group:
+class _Group(msgspec.Struct, eq=False):
     """Moves that become durable by one write."""
 
-    moves: dict[str, Move] = attrs.Factory(dict[str, Move])
+    moves: dict[str, Move] = {}
     done: bool = False
     error: Exception | None = None
 
@@ -240,7 +239,7 @@ class Session:
         """Raises what `WriteAheadLog.consumer` says."""
         consumers, name = self._consumers, self.name
         if self._stream is not None or self._left:
-            raise RuntimeError("a consumer's block is for one use: call consumer() again")
+            raise RuntimeError("a consumer's block can be used only once: call consumer() again")
         require_trio("log.consumer")
         await trio.lowlevel.checkpoint()
         consumers.log.status.check_usable()
@@ -285,7 +284,8 @@ class Session:
             try:
                 if len(keeper.places.now.keys() | consumers.in_use) > CONSUMERS_MAX:
                     raise ValueError(
-                        f"name must be one of at most {CONSUMERS_MAX} consumers: drop another one"
+                        f"name must be that of an existing consumer: there are already "
+                        f"{CONSUMERS_MAX}; drop one first"
                     )
                 begin = stream.bookmark
                 log.hold(consumer_hold(self.name), begin.lsn + 1, log.consumer_hold_bytes)
@@ -320,7 +320,7 @@ class Session:
     def check_open(self) -> None:
         """Raises where nobody is in the block."""
         if self._left:
-            raise trio.ClosedResourceError(f"the block of consumer {self.name!r} was left")
+            raise trio.ClosedResourceError(f"consumer {self.name!r} is closed: its block was left")
         if self._stream is None:
             raise RuntimeError("enter the consumer first: async with log.consumer() as consumer")
 
@@ -343,7 +343,7 @@ class Session:
         bookmark = stream.bookmark
         if lsn > bookmark.lsn:
             raise ValueError(
-                f"item must be one that this consumer has given: it has given no LSN over "
+                f"item must be one that this consumer gave: it gave nothing after LSN "
                 f"{bookmark.lsn}, and this is {lsn}"
             )
         return Bookmark(lsn, bookmark.epoch)

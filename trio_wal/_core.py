@@ -12,7 +12,7 @@ from typing import Final, final
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._archive import Archive, put_identity
+from ._archive import Archive
 from ._base import Store, StoreState
 from ._checkpoint import Checkpointer
 from ._consumers import Consumers
@@ -22,6 +22,7 @@ from ._events import tell
 from ._exceptions import CorruptLogError, LogFailedError, LogFullError
 from ._files import Files
 from ._log import Log
+from ._manifest import put_identity
 from ._mvcc import Versions
 from ._replay import replay_live
 from ._snapshots import SNAPSHOTS, put_snapshot

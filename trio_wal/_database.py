@@ -24,6 +24,7 @@ from ._changes import CommitStream, changed_in_log, new_commit_stream
 from ._consumers import Session, check_start
 from ._core import Core
 from ._database_consumer import DatabaseConsumer, new_database_consumer
+from ._database_statistics import DatabaseStatistics
 from ._database_writer import DatabaseWriter, open_database_writer
 from ._engine import RecoveryReport
 from ._exceptions import LogDivergedError
@@ -42,7 +43,6 @@ from ._pairs import PairStream
 from ._park import no_trio, require_trio
 from ._places import check_consumer_name
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._statistics import DatabaseStatistics
 from ._text import printable
 from ._transaction import Transaction, new_transaction, run_transaction
 from ._util import check_bytes, check_int, check_path

@@ -17,6 +17,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._changes import CommitStream, new_commit_stream
 from ._copying import copy_database
+from ._database_statistics import DatabaseReaderStatistics
 from ._disk.chain import LOG_NAME, META_NAME, STORE_NAME, neither
 from ._engine import Forked
 from ._exceptions import WrongDirectoryError
@@ -29,7 +30,6 @@ from ._operations import check_key, check_range
 from ._pairs import PairStream
 from ._park import end_forked, require_trio
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
-from ._statistics import DatabaseReaderStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._system.files import OsFiles
@@ -291,7 +291,9 @@ class _OpenDatabaseReader(AbstractAsyncContextManager[DatabaseReader]):
     @enable_ki_protection
     async def __aenter__(self) -> DatabaseReader:
         if self._reader is not None:
-            raise RuntimeError("open_database_reader() gives a context manager for one use")
+            raise RuntimeError(
+                "open_database_reader() gives a context manager that can be used only once"
+            )
         require_trio("open_database_reader")
         files, path = self._files, self._path
         blocking = Blocking(threaded=files.threaded)

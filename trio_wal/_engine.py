@@ -96,8 +96,7 @@ class RecoveryReport:
 
 
 @final
-@attrs.frozen
-class Tail:
+class Tail(msgspec.Struct, frozen=True):
     """Where a log begins and ends, at one moment."""
 
     first_lsn: int

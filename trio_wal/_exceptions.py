@@ -44,7 +44,7 @@ class CorruptLogError(WalError):
     def __str__(self) -> str:
         return printable(
             f"{self.path}: at offset {self.offset}: {self.reason}; "
-            "nothing was modified, 'trio-wal verify' lists every finding"
+            "nothing was modified; 'trio-wal verify' lists every finding"
         )
 
 
@@ -109,7 +109,8 @@ class UnsupportedFormatError(WalError):
     def __str__(self) -> str:
         return printable(
             f"{self.path}: {self.what} is not supported; "
-            "nothing was modified, open it with the trio-wal that wrote it or a newer one"
+            "nothing was modified; open it with the version of trio-wal that wrote it, "
+            "or a newer one"
         )
 
 
@@ -218,7 +219,7 @@ class LogFullError(WalError):
         truncate = "" if self.database else " or call truncate_before()"
         return printable(
             f"{self.path}: no space for a segment of {self.needed} bytes; nothing was "
-            f"accepted, free disk space{truncate}, then try again"
+            f"accepted; free disk space{truncate}, then try again"
         )
 
     def again(self) -> LogFullError:
@@ -262,8 +263,10 @@ class LsnTruncatedError(WalError, LookupError):
         self.lsn = lsn
 
     def __str__(self) -> str:
-        asked = "the records asked for are" if self.lsn is None else f"LSN {self.lsn} is"
-        return f"{asked} truncated: the log now starts at LSN {self.first_lsn}; read from there"
+        asked = "the records asked for have" if self.lsn is None else f"LSN {self.lsn} has"
+        return (
+            f"{asked} been truncated: the log now starts at LSN {self.first_lsn}; read from there"
+        )
 
 
 class LogDivergedError(LsnTruncatedError):
@@ -295,11 +298,11 @@ class LogDivergedError(LsnTruncatedError):
 
     def __str__(self) -> str:
         if self.parted_after is None:
-            common = "the log does not know that epoch: begin anew with what it holds"
+            common = "the log does not know that epoch: start over with what it holds"
         else:
             common = (
                 f"the two are the same up to LSN {self.parted_after}: go back to there, "
-                "or begin anew"
+                "or start over"
             )
         return printable(
             f"{self.path}: {self.bookmark} is not in the history of this log; {common}"
@@ -369,7 +372,7 @@ class LogFencedError(LogFailedError):
     def __str__(self) -> str:
         return printable(
             f"{self.path}: {self.owner} has taken this log over, with epoch {self.epoch}; the "
-            "records of this call were not written, open the log again to take it back"
+            "records of this call were not written; open the log again to take it back"
         )
 
 
@@ -483,7 +486,7 @@ class RestoreGapError(WalError):
             return printable(f"{self.path}: {self.reason}; nothing was made")
         when = "" if self.last_time is None else f" ({self.last_time.isoformat()})"
         return printable(
-            f"{self.path}: {self.reason}; nothing was made, it can be restored to "
+            f"{self.path}: {self.reason}; nothing was made; it can be restored to "
             f"LSN {self.first_lsn} to {self.last_lsn}{when}"
         )
 
@@ -511,7 +514,10 @@ class TransactionConflict(WalError):
                 "db.delete() in its own block, which is another commit; "
                 "use tx.put() or tx.delete() there"
             )
-        return f"key {self.key!r}, read by this transaction, was changed by another commit"
+        return (
+            f"key {self.key!r}, read by this transaction, was changed by another commit; "
+            "run it again"
+        )
 
 
 class KeyExistsError(WalError):

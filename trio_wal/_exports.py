@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import types
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
@@ -43,10 +43,16 @@ def publish(*things: type | types.FunctionType | Callable[..., object]) -> None:
         _say("trio_wal", thing)
 
 
+def _annotations(cls: type) -> Iterable[object]:
+    """Those that stand there already: Python 3.14 finds the others when it is asked for them."""
+    found: Mapping[str, object] = vars(cls).get("__annotations__", {})
+    return found.values()
+
+
 def _say(module: str, value: Any) -> None:
     if not value.__module__.startswith("trio_wal."):
         return
-    if isinstance(value, type) and "__annotations__" in vars(value):
+    if isinstance(value, type) and any(isinstance(of, str) for of in _annotations(value)):
         # What they name is known where the class was written, and not in the public module.
         with contextlib.suppress(NameError):
             hints = get_type_hints(value, include_extras=True)

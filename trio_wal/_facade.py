@@ -89,7 +89,7 @@ class Opening(AbstractAsyncContextManager[F], Generic[F]):
 
     async def __aenter__(self) -> F:
         if self._portal is not None:
-            raise RuntimeError(f"{self._name}() gives a context manager for one use")
+            raise RuntimeError(f"{self._name}() gives a context manager that can be used only once")
         portal = self._portal = Portal(self._manager, self._name)
         return self._make(portal, await portal.open())
 
@@ -126,7 +126,7 @@ class Block(AbstractAsyncContextManager[F], Generic[F]):
 
     async def __aenter__(self) -> F:
         if self._manager is not None:
-            raise RuntimeError("this context manager is for one use")
+            raise RuntimeError("this context manager can be used only once")
         return self._make(self._portal, await self._portal.call(self._enter))
 
     async def __aexit__(
@@ -213,7 +213,7 @@ class Entered(Facade[S]):
 
     async def __aenter__(self) -> Self:
         if self._trios is not None:
-            raise RuntimeError(f"a {self._what} is for one use")
+            raise RuntimeError(f"a {self._what} can be used only once")
         await self._way().call(self._enter)
         return self
 

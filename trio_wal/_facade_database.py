@@ -12,6 +12,7 @@ from typing import Literal, final
 
 from . import _database
 from ._archive import Archive
+from ._database_statistics import DatabaseStatistics
 from ._engine import RecoveryReport
 from ._exports import NoPublicConstructor, constructor
 from ._facade import Block
@@ -25,7 +26,6 @@ from ._facade_transaction import (
     new_database_writer,
 )
 from ._identity import Bookmark
-from ._statistics import DatabaseStatistics
 
 
 @final

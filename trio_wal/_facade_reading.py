@@ -23,12 +23,12 @@ from typing import (
 
 from . import _database, _database_reader, _snapshot
 from ._changes import Commit
+from ._database_statistics import DatabaseReaderStatistics
 from ._exports import NoPublicConstructor, constructor
 from ._facade import Entered, Facade, Opened, PairStream, Stream
 from ._health import Health
 from ._identity import Bookmark
 from ._portal import Portal
-from ._statistics import DatabaseReaderStatistics
 
 if TYPE_CHECKING:
     from ._table import Readable

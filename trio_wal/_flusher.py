@@ -17,7 +17,6 @@ import logging
 import weakref
 from typing import Final, Literal
 
-import attrs
 import trio
 
 from ._batch import Batch, Job
@@ -45,12 +44,14 @@ PRESSURE_SECONDS: Final = 1.0
 """Writers that wait for room without a pause for so long are worth a line in the log."""
 
 
-@attrs.define
 class FlushCounters:
     """Running totals; `WalStatistics` says what they mean."""
 
-    records_appended: int = 0
-    bytes_appended: int = 0
+    __slots__ = ("bytes_appended", "records_appended")
+
+    def __init__(self) -> None:
+        self.records_appended: int = 0
+        self.bytes_appended: int = 0
 
 
 class Flusher:

@@ -15,6 +15,7 @@ import re
 from typing import Any, Final, final
 
 import attrs
+import msgspec
 
 from ._exports import publish
 from ._util import check_int
@@ -67,8 +68,7 @@ class Bookmark:
         return cls(int(match[1]), int(match[2], 16))
 
 
-@attrs.frozen
-class Parting:
+class Parting(msgspec.Struct, frozen=True):
     """The beginning of an epoch."""
 
     epoch: int

@@ -41,7 +41,7 @@ class Lines:
     def check_name(self, name: str) -> None:
         """Raises `ValueError` where a writer of this name is open."""
         if name in self._open:
-            raise ValueError(f"name must not be used twice: there is a writer {name!r}")
+            raise ValueError(f"name must be unique: there is already a writer {name!r}")
 
     def check(self, line: Line) -> None:
         """Raises `trio.ClosedResourceError` after the end of the line, and `RuntimeError` in

@@ -17,7 +17,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Final, Literal, final
 from uuid import UUID
 
-import attrs
+import msgspec
 import trio
 from trio.lowlevel import enable_ki_protection
 
@@ -134,8 +134,7 @@ class DirectoryLocator:
 # -- the engine ---------------------------------------------------------------------------
 
 
-@attrs.frozen(kw_only=True)
-class LocalOptions:
+class LocalOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a log in a directory is opened; `open_wal` says what each means."""
 
     path: str

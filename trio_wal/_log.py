@@ -14,7 +14,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Literal, final
 
 import attrs
+import msgspec
 import trio
+from msgspec.structs import asdict
 from trio.lowlevel import enable_ki_protection
 
 from ._admission import Line
@@ -48,8 +50,7 @@ RESERVE: Final = 0.1
 RESERVE_MAX: Final = 0.9
 
 
-@attrs.frozen(kw_only=True)
-class LogOptions:
+class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a log is run, wherever its bytes are; `open_wal` says what each means."""
 
     max_queue_size: float
@@ -118,12 +119,12 @@ def _in_loop(loop: LoopWrites | None) -> dict[str, Any]:
 
 def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
     """The fields of `WalStatistics` that only a replicated log has."""
-    return {} if found is None else attrs.asdict(found)
+    return {} if found is None else asdict(found)
 
 
 def _archived(found: ArchiveStatistics | None) -> dict[str, Any]:
     """The fields of `WalStatistics` that only a log with an archive has."""
-    return {} if found is None else attrs.asdict(found)
+    return {} if found is None else asdict(found)
 
 
 def _check_delay(commit_delay: float | Literal["auto"]) -> float | Literal["auto"]:
@@ -498,7 +499,9 @@ class OpenLog:
         """Open the log and start its tasks.  It is abandoned when it is left, unless
         `Log.hand_out` was called."""
         if self._entered:
-            raise RuntimeError(f"{self._caller}() gives a context manager for one use")
+            raise RuntimeError(
+                f"{self._caller}() gives a context manager that can be used only once"
+            )
         require_trio(self._caller)
         self._entered = True
         engine = await self._open_engine()

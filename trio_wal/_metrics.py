@@ -24,17 +24,10 @@ from typing import Any, Final, final
 
 import attrs
 
-from . import _health, _statistics
+from . import _database_statistics, _health, _statistics
+from ._database_statistics import DatabaseReaderStatistics, DatabaseStatistics, ReplicaStatistics
 from ._health import Health
-from ._statistics import (
-    ConsumerStatistics,
-    DatabaseReaderStatistics,
-    DatabaseStatistics,
-    Histogram,
-    ReplicaStatistics,
-    WalStatistics,
-    WriterStatistics,
-)
+from ._statistics import ConsumerStatistics, Histogram, WalStatistics, WriterStatistics
 
 
 class Kind(enum.Enum):
@@ -341,7 +334,7 @@ def metrics() -> Iterator[tuple[Group, Metric]]:
 @cache
 def docstrings(of: type) -> Mapping[str, str]:
     """What stands under each field of a class; nothing where there is no source to read."""
-    for module in (_statistics, _health, sys.modules[__name__]):
+    for module in (_statistics, _database_statistics, _health, sys.modules[__name__]):
         for node in _source_of(module).body:
             if isinstance(node, ast.ClassDef) and node.name == of.__name__:
                 return dict(_texts(node))

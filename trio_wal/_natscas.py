@@ -255,7 +255,7 @@ class Connection:
             del self._inboxes[token]
         status = (answers[-1].headers or {}).get("Status")
         if status == "503":
-            raise Unsure("no server takes that: the stream has no leader")
+            raise Unsure("no server accepts that: the stream has no leader")
         return answers
 
     async def ask_one(
@@ -325,7 +325,7 @@ class NatsCas:
         except ApiError as exc:
             raise _append_error(exc, after) from exc
         except (KeyError, TypeError, ValueError) as exc:
-            raise Unsure(f"an answer that is none: {answer.data[:200]!r}") from exc
+            raise Unsure(f"an answer that cannot be understood: {answer.data[:200]!r}") from exc
 
     async def _append_batch(
         self, pieces: Sequence[bytes], headers: dict[str, str], ident: str, seconds: float
@@ -522,7 +522,7 @@ def _checked(data: bytes) -> Any:
         content = json.loads(data)
         error = content.get("error")
     except (ValueError, AttributeError) as exc:
-        raise Unsure(f"an answer that is none: {data[:200]!r}") from exc
+        raise Unsure(f"an answer that cannot be understood: {data[:200]!r}") from exc
     if error is not None:
         raise ApiError(int(error.get("err_code", 0)), str(error.get("description", "")))
     return content

@@ -199,11 +199,11 @@ class Opening:
             info = await cas.info()
         except ApiError as exc:
             raise self._refuse(
-                f"the servers do not make the stream: {exc}",
+                f"the servers refused to create the stream: {exc}",
                 "check JetStream, its limits, and how many servers there are",
             ) from exc
         if info is None:
-            raise Unsure("the stream has just been made, and is not there")
+            raise Unsure("the stream was just created, but it is not there")
         return info
 
     async def _create(self) -> None:
@@ -261,7 +261,7 @@ class Opening:
             return uuid.UUID(str(text))
         except ValueError:
             raise self._refuse(
-                f"the stream {config.get('name')!r} is none of trio-wal's",
+                f"the stream {config.get('name')!r} was not created by trio-wal",
                 "choose another name for the log, or another account",
             ) from None
 
@@ -279,7 +279,7 @@ class Opening:
         replicas = int(config.get("num_replicas", 1))
         if replicas < log.replicas:
             raise self._refuse(
-                f"the stream {stream!r} has {replicas} replicas, asked are {log.replicas}",
+                f"the stream {stream!r} has {replicas} replicas, but {log.replicas} were asked for",
                 f"'nats stream edit --replicas {log.replicas} {stream}', or say "
                 f"replicas={replicas} where that is enough",
             )

@@ -52,7 +52,7 @@ class PairStream(
     @enable_ki_protection
     async def __aenter__(self) -> PairStream:
         if self._pairs is not None or self._closed:
-            raise RuntimeError("a stream of pairs is for one use")
+            raise RuntimeError("a stream of pairs can be used only once")
         require_trio("db.stream")
         await trio.lowlevel.checkpoint()
         try:

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from struct import Struct
 from typing import Final, final
 
-import attrs
+import msgspec
+from msgspec.structs import replace
 
 from ._identity import EPOCH_MAX, Bookmark
 
@@ -42,14 +43,13 @@ class PlacesError(ValueError):
 
 
 @final
-@attrs.frozen
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Up to where a consumer has acknowledged."""
 
     lsn: int
     """The last record that it is done with; 0: none."""
     epoch: int
-    reach: int = attrs.field(default=attrs.Factory(lambda self: self.lsn, takes_self=True))
+    reach: int
     """What comes after ``lsn``, up to here, is nothing but acknowledgements: nothing that the
     consumer has yet to see."""
 
@@ -59,8 +59,7 @@ class Place:
 
 
 @final
-@attrs.frozen
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """What becomes of one consumer's place."""
 
     bookmark: Bookmark | None
@@ -207,7 +206,7 @@ class Places:
                 if self.now.pop(name, None) is not None:
                     changed[name] = None
             elif move.begins or (old is not None and place.lsn > old.lsn):
-                changed[name] = self.now[name] = Place(place.lsn, place.epoch)
+                changed[name] = self.now[name] = Place(place.lsn, place.epoch, place.lsn)
         return changed
 
     def lag(self, place: Place, durable_lsn: int) -> int:
@@ -270,7 +269,7 @@ class CommitPlaces(Places):
         self._acknowledged_lsn = lsn
         for name, place in self.now.items():
             if place.reach == lsn - 1 or (name in changed and self.commit_lsn <= place.lsn):
-                changed[name] = self.now[name] = attrs.evolve(place, reach=max(lsn, place.lsn))
+                changed[name] = self.now[name] = replace(place, reach=max(lsn, place.lsn))
         self._note(lsn)
         return changed
 

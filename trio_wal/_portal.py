@@ -118,7 +118,7 @@ class Line:
           trio.BusyResourceError: a call of the line is being made.
         """
         if self._busy:
-            raise trio.BusyResourceError("another task is in this transaction")
+            raise trio.BusyResourceError("another task is using this transaction")
         self._busy = True
         try:
             return await self._portal.call_in(self, function, *args)
@@ -279,7 +279,9 @@ class Portal:
 
     def _check_usable(self) -> None:
         if self._forked:
-            raise trio.ClosedResourceError("what the parent process has opened is closed here")
+            raise trio.ClosedResourceError(
+                "a log or database that the parent process opened cannot be used in a forked child"
+            )
         if running_loop(self._name) is not self._loop:
             raise RuntimeError(
                 f"this was opened by another event loop: use it there, or {self._name}() here"

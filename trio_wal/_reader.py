@@ -159,7 +159,7 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
 
     async def __aenter__(self) -> LogReader:
         if self._reader is not None:
-            raise RuntimeError("open_reader() gives a context manager for one use")
+            raise RuntimeError("open_reader() gives a context manager that can be used only once")
         require_trio("open_reader")
         blocking = Blocking(threaded=self._files.threaded)
         directory = await blocking(self._files.open_directory, self._path)
@@ -196,7 +196,7 @@ class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
     @enable_ki_protection
     async def __aenter__(self) -> LogReader:
         if self._reader is not None:
-            raise RuntimeError("open_reader() gives a context manager for one use")
+            raise RuntimeError("open_reader() gives a context manager that can be used only once")
         require_trio("open_reader")
         # With all that it is made of, of which a log in a directory has no need.
         from ._replicated import open_remote_source

@@ -13,6 +13,7 @@ from typing import Final, Literal, final
 
 import attrs
 import trio
+from msgspec.structs import replace
 from trio.lowlevel import enable_ki_protection
 
 from ._base import StoreState
@@ -293,8 +294,8 @@ class Repair:
         if state is not None and not (found.has_meta or found.pieces):
             # Nothing of the log says whose it is; the store does.
             features = FEATURE_DATABASE
-            known = attrs.evolve(found.meta, log_uuid=state.log_uuid, features=features)
-            found = attrs.evolve(found, meta=attrs.evolve(known, consumers=True))
+            known = replace(found.meta, log_uuid=state.log_uuid, features=features)
+            found = attrs.evolve(found, meta=replace(known, consumers=True))
         salvage = decide(found, needed_lsn=1 if state is None else state.lsn + 1)
         whole_end = found.pieces[-1].last_lsn if found.pieces else found.meta.base_lsn - 1
         wrong: str | None = None

@@ -20,6 +20,7 @@ from ._base import StoreState
 from ._changes import CommitStream, new_commit_stream
 from ._checkpoint import Checkpointer
 from ._database import Database
+from ._database_statistics import ReplicaStatistics
 from ._engine import Forked
 from ._exceptions import CorruptLogError, LogDivergedError
 from ._exports import NoPublicConstructor, constructor, publish
@@ -35,7 +36,6 @@ from ._replay import replay_live
 from ._replicated import open_remote_source
 from ._snapshot import Snapshot, new_snapshot, scan_once, stream_once
 from ._state import State, Status
-from ._statistics import ReplicaStatistics
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._streamlog import StreamSource
@@ -469,7 +469,7 @@ class OpenReplica(AbstractAsyncContextManager[Replica]):
     @enable_ki_protection
     async def __aenter__(self) -> Replica:
         if self._replica is not None:
-            raise RuntimeError("open_replica() gives a context manager for one use")
+            raise RuntimeError("open_replica() gives a context manager that can be used only once")
         require_trio("open_replica")
         options, files = self._options, self._files
         blocking = Blocking(threaded=files.threaded)

@@ -249,7 +249,7 @@ class ReplicatedEngine:
         raise UnsupportedOperationError(
             self.name,
             "truncate_after",
-            "what a majority of the servers has made durable is not taken back",
+            "what a majority of the servers has made durable cannot be undone",
         )
 
     # -- beside the writing: marks --
@@ -382,7 +382,9 @@ class ReplicatedEngine:
 
     async def keep_places(self, places: Mapping[str, Place]) -> None:
         raise UnsupportedOperationError(
-            self.name, "consumer", "servers keep no places of a log's consumers, but a database's"
+            self.name,
+            "consumer",
+            "servers keep the places of a database's consumers, but not of a log's",
         )
 
     async def admit_consumers(self) -> None:

@@ -15,6 +15,7 @@ from typing import Final, NoReturn, Protocol, final
 from uuid import UUID
 
 import attrs
+from msgspec.structs import replace
 
 from ._archived import Frames, SegmentManifest, read_frames, read_header, segment_name_of
 from ._disk.frame import FEATURE_DATABASE, FrameHeader, to_datetime
@@ -231,7 +232,7 @@ class _Planner:
             uuid=self._uuid,
             # An epoch that began after the place agrees with those before it up to there, too.
             history=tuple(
-                attrs.evolve(parting, after_lsn=min(parting.after_lsn, reached))
+                replace(parting, after_lsn=min(parting.after_lsn, reached))
                 for parting in self._history
             ),
             database=self._database,

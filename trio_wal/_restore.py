@@ -165,7 +165,7 @@ def _restore(
     check: Callable[[], None],
 ) -> RestoreReport:
     if files.exists(dest):
-        raise FileExistsError(errno.EEXIST, "the destination of a restore exists", dest)
+        raise FileExistsError(errno.EEXIST, "the destination of the restore already exists", dest)
     with opened_sources(files, source, tail) as there:
         plan = make_plan(there, target)
         done, total = 0, plan.bytes

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from datetime import datetime
 
 import attrs
+from msgspec.structs import replace
 
-from ._archive import write_pieces
 from ._archived import Frames, read_frames, read_header
 from ._disk import scan
 from ._disk.chain import LOG_NAME, STORE_NAME
@@ -34,6 +34,7 @@ from ._disk.segment import (
 )
 from ._exceptions import CorruptLogError
 from ._files import Directory, Files, close_quietly
+from ._manifest import write_pieces
 from ._restorable import Piece, RestorePlan
 from ._snapshots import write_store
 from ._stores import stores_of
@@ -170,7 +171,7 @@ def _begin_segment(directory: Directory, header: SegmentHeader, end: _End) -> No
     body = encode(end.records, header.features)
     active = new_segment(directory, header, capacity_for(body.stored_length, FIRST_CAPACITY))
     try:
-        active.position = attrs.evolve(active.position, time_us=end.time_us)
+        active.position = replace(active.position, time_us=end.time_us)
         if end.records:
             active.write(body, header.first_lsn - 1, end.time_us)
         active.sync()

@@ -114,43 +114,34 @@ class KeepBytes(Retention):
         return 0
 
 
-@final
 @attrs.frozen
-class _Both(Retention):
+class _Pair(Retention):
     first: Retention
     second: Retention
+
+    def next_change_us(self, sealed: Sequence[Sealed]) -> int | None:
+        times = [policy.next_change_us(sealed) for policy in self._policies]
+        return min((time for time in times if time is not None), default=None)
+
+    @property
+    def _policies(self) -> tuple[Retention, Retention]:
+        return self.first, self.second
+
+
+@final
+class _Both(_Pair):
+    __slots__ = ()
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
         return max(policy.droppable(sealed, active_bytes, now_us) for policy in self._policies)
 
-    def next_change_us(self, sealed: Sequence[Sealed]) -> int | None:
-        return _earliest(self._policies, sealed)
-
-    @property
-    def _policies(self) -> tuple[Retention, Retention]:
-        return self.first, self.second
-
 
 @final
-@attrs.frozen
-class _Either(Retention):
-    first: Retention
-    second: Retention
+class _Either(_Pair):
+    __slots__ = ()
 
     def droppable(self, sealed: Sequence[Sealed], active_bytes: int, now_us: int) -> int:
         return min(policy.droppable(sealed, active_bytes, now_us) for policy in self._policies)
-
-    def next_change_us(self, sealed: Sequence[Sealed]) -> int | None:
-        return _earliest(self._policies, sealed)
-
-    @property
-    def _policies(self) -> tuple[Retention, Retention]:
-        return self.first, self.second
-
-
-def _earliest(policies: Sequence[Retention], sealed: Sequence[Sealed]) -> int | None:
-    times = [policy.next_change_us(sealed) for policy in policies]
-    return min((time for time in times if time is not None), default=None)
 
 
 publish(KeepAll, KeepBytes, KeepFor, KeepSegments, Retention)

@@ -89,7 +89,7 @@ class Sampler:
             token = trio.lowlevel.current_trio_token()
         except RuntimeError:
             raise RuntimeError(
-                "objects must be added by a task of the trio run that has opened them"
+                "objects must be added by a task of the trio run that opened them"
             ) from None
         subject = _Subject(observed.path if name is None else name, observed, token)
         subject.look()

@@ -42,7 +42,7 @@ class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor
     @enable_ki_protection
     def __enter__(self) -> Snapshot:
         if self._entered:
-            raise RuntimeError("a snapshot is for one use")
+            raise RuntimeError("a snapshot can be used only once")
         # Here, not when it was made: without the block nobody would let go of what it keeps.
         self._pin = Pin(self._versions)
         self._lsn, self._epoch = self._pin.lsn, self._versions.epoch

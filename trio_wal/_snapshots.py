@@ -18,18 +18,17 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import (
-    Archive,
-    encode_manifest,
-    history_as_json,
-    history_of_json,
-    pieces_of,
-    read_manifest,
-    write_pieces,
-)
+from ._archive import Archive, pieces_of
 from ._exceptions import CorruptLogError
 from ._files import Files
 from ._identity import History, epoch_of
+from ._manifest import (
+    encode_manifest,
+    history_as_json,
+    history_of_json,
+    read_manifest,
+    write_pieces,
+)
 from ._store_files import DATA_NAME
 
 SNAPSHOTS: Final = "snapshots"
@@ -164,9 +163,9 @@ def read_snapshot(kept: Archive, name: str) -> Manifest:
             digest=str(content["digest"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise CorruptLogError(name, 0, f"this is no manifest of a snapshot: {exc!r}") from exc
+        raise CorruptLogError(name, 0, f"this is not a manifest of a snapshot: {exc!r}") from exc
     if found.name != name:
-        raise CorruptLogError(name, 0, "the manifest stands under the name of another one")
+        raise CorruptLogError(name, 0, "the manifest is stored under the name of another one")
     return found
 
 

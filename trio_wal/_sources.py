@@ -13,7 +13,7 @@ from uuid import UUID
 
 import attrs
 
-from ._archive import CHUNK_BYTES, Archive, DirectoryArchive, read_identity
+from ._archive import CHUNK_BYTES, Archive, DirectoryArchive
 from ._archived import (
     PassingFile,
     SegmentManifest,
@@ -37,6 +37,7 @@ from ._disk.walk import begun_lsn, check_last
 from ._disk.window import Read
 from ._exceptions import CorruptLogError, WrongDirectoryError
 from ._files import Directory, Files, close_quietly
+from ._manifest import read_identity
 from ._restorable import Base, Piece, Restorable, Tail
 from ._snapshots import Manifest, is_manifest, read_snapshot
 from ._store_files import DATA_NAME

@@ -3,8 +3,6 @@
 Law: values only; nothing here looks anything up.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Final, Literal, final
 
 import attrs
+import msgspec
 
 from ._exports import publish
 
@@ -27,13 +26,15 @@ Histogram = tuple[tuple[float, int], ...]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-@attrs.define(eq=False)
 class Times:
     """How long something took, each time: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+    __slots__ = ("_buckets", "count", "seconds_total")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self._buckets = [0] * (len(HISTOGRAM_BOUNDS) + 1)
 
     def note(self, seconds: float) -> None:
         """Once more."""
@@ -45,15 +46,17 @@ class Times:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
-@attrs.define
 class SyncTimes:
     """How long syncs took: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    seconds_max: float = 0.0
-    _last_us: int | None = None
-    _buckets: list[int] = attrs.Factory(lambda: [0] * (len(HISTOGRAM_BOUNDS) + 1))
+    __slots__ = ("_buckets", "_last_us", "count", "seconds_max", "seconds_total")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self.seconds_max: float = 0.0
+        self._last_us: int | None = None
+        self._buckets = [0] * (len(HISTOGRAM_BOUNDS) + 1)
 
     def note(self, seconds: float, now_us: int) -> None:
         """One more, which has just returned; ``now_us`` counts from 1970."""
@@ -74,14 +77,16 @@ class SyncTimes:
         return tuple(zip((*HISTOGRAM_BOUNDS, math.inf), self._buckets, strict=True))
 
 
-@attrs.define
 class LoopWrites:
     """What was written and synced in the event loop: running totals."""
 
-    count: int = 0
-    seconds_total: float = 0.0
-    seconds_max: float = 0.0
-    slow: int = 0
+    __slots__ = ("count", "seconds_max", "seconds_total", "slow")
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self.seconds_total: float = 0.0
+        self.seconds_max: float = 0.0
+        self.slow: int = 0
 
     def note(self, seconds: float, *, slow: bool) -> None:
         self.count += 1
@@ -144,8 +149,7 @@ class ConsumerStatistics:
     before this open, when their segment was begun; 0 where there are none."""
 
 
-@attrs.frozen(kw_only=True)
-class ReplicationStatistics:
+class ReplicationStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What only a replicated log has; `WalStatistics` says what it means."""
 
     position: int
@@ -157,8 +161,7 @@ class ReplicationStatistics:
     assume_synced: bool
 
 
-@attrs.frozen(kw_only=True)
-class ArchiveStatistics:
+class ArchiveStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What only a log with an archive has; `WalStatistics` says what it means."""
 
     archived_lsn: int
@@ -168,8 +171,7 @@ class ArchiveStatistics:
     archive_error: str | None
 
 
-@attrs.frozen
-class EngineStatistics:
+class EngineStatistics(msgspec.Struct, frozen=True):
     """What an engine knows that its log does not; `WalStatistics` says what it means."""
 
     syncs: SyncTimes
@@ -323,91 +325,4 @@ class WalStatistics:
     """What the last try came to; None where it passed."""
 
 
-@final
-@attrs.frozen(kw_only=True)
-class DatabaseStatistics:
-    """A look at the database at one moment; what `Database.statistics` returns."""
-
-    wal: WalStatistics
-    """Of the log in front."""
-    consumers: Mapping[str, ConsumerStatistics]
-    """All that there are, by name, in use or not; also in ``wal``."""
-    transactions: int
-    """Transactions with writes that became durable in this session."""
-    conflicts: int
-    """Commits refused with `TransactionConflict`."""
-    pending: int
-    """Commits on their way to the disk."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    memtable_bytes: int
-    """Memory of the keys and values that are newer than the store, estimated."""
-    tasks_waiting_checkpoint: int
-    """Tasks that wait to begin a transaction because checkpoints have fallen behind."""
-    open_readers: int
-    """Snapshots and transactions that hold a view."""
-    checkpoint_lsn: int
-    """Up to here the store holds everything."""
-    checkpoints: int
-    """Checkpoints of this session."""
-    checkpoint_seconds_last: float
-    """How long the last checkpoint wrote."""
-    store_keys: int
-    """Keys in the store."""
-    store_bytes: int
-    """Size of the store's file."""
-
-
-@final
-@attrs.frozen(kw_only=True)
-class DatabaseReaderStatistics:
-    """A look at a reader at one moment; what `DatabaseReader.statistics` returns."""
-
-    durable_lsn: int
-    """The newest transaction that is seen by the reader."""
-    checkpoint_lsn: int
-    """Up to here the store that is read has everything."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    memtable_bytes: int
-    """Memory of the keys and values that are newer than the store, estimated."""
-    open_readers: int
-    """Snapshots and streams that hold a view."""
-    store_bytes: int
-    """Size of the store's file."""
-    consumers: Mapping[str, ConsumerStatistics]
-    """All that the database has, by name."""
-    following: bool
-    """Whether the reader follows the log; False: something was found that cannot be read, which
-    every call tells."""
-
-
-@final
-@attrs.frozen(kw_only=True)
-class ReplicaStatistics:
-    """A look at a replica at one moment; what `Replica.statistics` returns."""
-
-    lsn: int
-    """The newest transaction that the replica shows."""
-    known_lsn: int
-    """The newest transaction that the log is known to have."""
-    lag_seconds: float
-    """For how long the replica has been behind the log; 0 where it is not."""
-    transactions: int
-    """Transactions that the replica has applied in this session."""
-    checkpoint_lsn: int
-    """Up to here its store holds everything."""
-    memtable_keys: int
-    """Keys with a newer value than the store has."""
-    open_readers: int
-    """Snapshots that hold a view."""
-
-
-publish(
-    ConsumerStatistics,
-    DatabaseReaderStatistics,
-    DatabaseStatistics,
-    ReplicaStatistics,
-    WalStatistics,
-    WriterStatistics,
-)
+publish(ConsumerStatistics, WalStatistics, WriterStatistics)

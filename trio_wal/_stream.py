@@ -288,7 +288,7 @@ class RecordStream(
 
     async def __aenter__(self) -> RecordStream:
         if self._reading is not None:
-            raise RuntimeError("a stream of records is for one use")
+            raise RuntimeError("a stream of records can be used only once")
         require_trio("log.follow" if self._follow else "log.read")
         await trio.lowlevel.checkpoint()
         source = self._source

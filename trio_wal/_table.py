@@ -104,7 +104,7 @@ class Table(Generic[K, V]):
                 f"name must have 1 to {NAME_CHARACTERS_MAX} characters, not {len(name)}"
             )
         if "\0" in name:
-            raise ValueError(f"name must have no NUL in it: {name!r}")
+            raise ValueError(f"name must not contain a NUL character: {name!r}")
         self._name = name
         self._prefix = encode_text(name, "name")
         if len(self._prefix) >= KEY_BYTES_MAX:
@@ -209,11 +209,15 @@ class Table(Generic[K, V]):
           TableDecodeError: it is no key of the table.
         """
         if not data.startswith(self._prefix):
-            raise TableDecodeError(self._name, data, "no key of the table: it begins otherwise")
+            raise TableDecodeError(
+                self._name, data, "this is not a key of the table: it begins differently"
+            )
         try:
             return cast("K", self._codec.decode(data, len(self._prefix)))
         except KeyFormatError as exc:
-            raise TableDecodeError(self._name, data, f"no key of the table: {exc}") from exc
+            raise TableDecodeError(
+                self._name, data, f"this is not a key of the table: {exc}"
+            ) from exc
 
     def decode(self, operation: Operation) -> tuple[K, V | None] | None:
         """What a transaction did to the table: key and new value, or None for the value where it

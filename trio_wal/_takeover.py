@@ -15,6 +15,7 @@ from typing import Final
 
 import attrs
 import trio
+from msgspec.structs import replace
 
 from ._caslog import CasLog, Conflict, Denied, Description, Full, Gone, Unsure
 from ._exceptions import CorruptLogError, LogFencedError, LogFullError, LogUnavailableError
@@ -62,7 +63,7 @@ async def take_over(
     first, first_lsn = await find_first(log, found.first, end)
     return Taken(
         log=log,
-        found=attrs.evolve(found, first=first),
+        found=replace(found, first=first),
         epoch=epoch,
         writer=writer,
         end=end,

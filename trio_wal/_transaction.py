@@ -81,7 +81,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
 
     async def __aenter__(self) -> Transaction:
         if self._task is not None:
-            raise RuntimeError("a transaction is for one use")
+            raise RuntimeError("a transaction can be used only once")
         versions = self._versions
         if versions.checkpointing and versions.behind():
             await versions.wait_for_room()
@@ -124,7 +124,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         if self._task is not current_task():
             if self._task is None:
                 raise RuntimeError("enter the transaction first: async with db.transaction()")
-            raise trio.BusyResourceError("another task is in this transaction")
+            raise trio.BusyResourceError("another task is using this transaction")
 
     # -- reading --
 

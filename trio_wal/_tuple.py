@@ -218,7 +218,7 @@ class _Datetime:
             )
         since = value - EPOCH
         if not _FIRST <= since <= _LAST:
-            raise ValueError(f"{where} is no time of the calendar in UTC, as which it is kept")
+            raise ValueError(f"{where} is stored in UTC, where it is outside the range of datetime")
         return b"\x40" + (since // _MICROSECOND + _SIGN).to_bytes(8, "big")
 
     def decode(self, data: bytes, at: int) -> tuple[datetime, int]:
@@ -228,7 +228,7 @@ class _Datetime:
         try:
             return EPOCH + timedelta(microseconds=microseconds), at + 9
         except OverflowError:
-            raise KeyFormatError(f"no time of the calendar at byte {at}") from None
+            raise KeyFormatError(f"no valid date and time at byte {at}") from None
 
 
 @final
@@ -324,7 +324,7 @@ def _element(kind: Any, where: str) -> Element:
 def _elements(kind: Any, where: str) -> Elements:
     parts = get_args(kind)
     if not parts:
-        raise TypeError(f"{where} must say of what the tuple is, as tuple[int, str]")
+        raise TypeError(f"{where} must say what the tuple contains, for example tuple[int, str]")
     if len(parts) == 2 and parts[1] is Ellipsis:
         return Elements([_element(parts[0], f"{where}[...]")], repeated=True)
     return Elements(
@@ -349,7 +349,7 @@ class KeyCodec:
         while hasattr(kind, "__supertype__"):
             kind = kind.__supertype__
         if kind is tuple:
-            raise TypeError("key must say of what the tuple is, as tuple[int, str]")
+            raise TypeError("key must say what the tuple contains, for example tuple[int, str]")
         self._elements = _elements(kind, "key") if get_origin(kind) is tuple else None
         self._single = None if self._elements is not None else _element(kind, "key")
         self.int_only: bool = kind is int

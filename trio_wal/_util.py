@@ -101,7 +101,7 @@ def check_path(path: str | PathLike[str]) -> str:
     if not isinstance(text, str):
         raise TypeError(f"path must be a str or os.PathLike of str, not {type(text).__name__}")
     if not text or "\0" in text:
-        raise ValueError(f"path must be a path, not {text!r}")
+        raise ValueError(f"path must be a non-empty path without NUL characters, not {text!r}")
     return text
 
 

@@ -113,7 +113,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
     def _check_not_owned(self) -> None:
         if self._owned:
-            raise TypeError("this log belongs to a database, whose transactions write it")
+            raise TypeError("this log belongs to a database, whose transactions write to it")
 
     @enable_ki_protection
     async def append_many(self, records: Iterable[bytes]) -> range:
@@ -402,7 +402,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             await log.flush()
         behind = log.engine.last_lsn + 1
         if lsn > behind:
-            raise ValueError(f"lsn must be at most {behind}, behind the last record, not {lsn}")
+            raise ValueError(
+                f"lsn must be at most {behind}, right after the last record, not {lsn}"
+            )
         if lsn == behind:
             await log.run_job(log.engine.rotate)
         log.status.check_open()
@@ -428,7 +430,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         require_trio("log.truncate_after")
         if lsn < self.first_lsn - 1:
             raise ValueError(
-                f"lsn must be at least {self.first_lsn - 1}, before the first record, not {lsn}"
+                f"lsn must be at least {self.first_lsn - 1}, right before the first record, "
+                f"not {lsn}"
             )
         await self._log.run_job(partial(self._log.engine.truncate_after, lsn))
 

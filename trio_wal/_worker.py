@@ -49,7 +49,7 @@ def no_thread_is_oserror() -> Generator[None, None, None]:
         if str(exc) != "can't start new thread":
             raise
         raise OSError(
-            errno.EAGAIN, "no thread can be started: see the limits on processes"
+            errno.EAGAIN, "no thread can be started: check the limits on processes"
         ) from exc
 
 

@@ -13,7 +13,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Final, Generic, Literal, TypeVar, final
 
-import attrs
+import msgspec
 import trio
 from trio.lowlevel import current_task, enable_ki_protection
 
@@ -35,8 +35,7 @@ between: the event loop is not held up for longer than a few milliseconds."""
 # -- what users pass ----------------------------------------------------------------
 
 
-@attrs.frozen(kw_only=True)
-class LineOptions:
+class LineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The checked arguments of ``writer()``."""
 
     name: str
@@ -243,7 +242,7 @@ class OpenWriter(AbstractAsyncContextManager[W], Generic[W]):
     @enable_ki_protection
     async def __aenter__(self) -> W:
         if self._line is not None:
-            raise RuntimeError("writer() gives a context manager for one use")
+            raise RuntimeError("writer() gives a context manager that can be used only once")
         self._log.lines.check_run()
         await trio.lowlevel.checkpoint()
         options = self._options

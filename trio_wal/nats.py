@@ -67,7 +67,7 @@ def _check_server(server: str) -> None:
     if parts.username is not None or parts.password is not None:
         raise ValueError("servers must not carry a password: use user= and password=")
     if parts.path.strip("/") or parts.query:
-        raise ValueError(f"servers must end with the port, not {server!r}")
+        raise ValueError(f"servers must include the port, as in 'nats://host:4222', not {server!r}")
 
 
 def _without_password(url: str) -> str:
@@ -245,13 +245,14 @@ def _parse(url: str) -> Log:
     shown = _without_password(url)
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES:
-        raise ValueError(f"a log's URL begins with 'nats://', not as {shown!r} does")
+        raise ValueError(f"a log's URL must begin with 'nats://', not {shown!r}")
     location, _, query = rest.partition("?")
     hosts, _, name = location.partition("/")
     credentials, at, hosts = hosts.rpartition("@")
     if not name:
         raise ValueError(
-            f"a log's URL ends with its name, as 'nats://host:4222/orders', not {shown!r}"
+            f"a log's URL must end with the log's name, as in 'nats://host:4222/orders', "
+            f"not {shown!r}"
         )
     options: dict[str, Any] = {}
     if at:

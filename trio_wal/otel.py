@@ -163,7 +163,7 @@ def instrument(
 
     Raises:
       TypeError: one of them is something else.
-      RuntimeError: not called by a task of the trio run that has opened them.
+      RuntimeError: not called by a task of the trio run that opened them.
     """
     sampler = Sampler(objects)
     provider = get_meter_provider() if meter_provider is None else meter_provider

@@ -59,7 +59,7 @@ class WalCollector(Collector):
 
     Raises:
       TypeError: one of them is something else.
-      RuntimeError: not called by a task of the trio run that has opened them.
+      RuntimeError: not called by a task of the trio run that opened them.
     """
 
     def __init__(self, *objects: Observed) -> None:

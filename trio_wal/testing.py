@@ -287,14 +287,18 @@ class MemoryFiles:
 
     def begin_directory(self, path: str) -> str:
         if self.exists(path):
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+            raise FileExistsError(
+                errno.EEXIST, "the destination of the backup already exists", path
+            )
         # What a crash has left there has another random part in its name on a disk.
         self.discard_directory(f"{path}.tmp")
         return f"{path}.tmp"
 
     def finish_directory(self, temporary: str, path: str) -> None:
         if self.exists(path):
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+            raise FileExistsError(
+                errno.EEXIST, "the destination of the backup already exists", path
+            )
         for kept in (self._folders, self._stores):
             for name in [name for name in kept if f"{name}/".startswith(f"{temporary}/")]:
                 kept[path + name.removeprefix(temporary)] = kept.pop(name)  # type: ignore[assignment]

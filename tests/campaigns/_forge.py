@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import attrs
 from logs import LOG, append, make_log, open_log
+from msgspec.structs import replace
 
 from trio_wal._disk.chain import META_NAME, TRUNCATE_NAME
 from trio_wal._disk.frame import (
@@ -130,7 +131,7 @@ class Log:
         previous = self.segments[0].header.previous if self.segments else 0
         for segment in self.segments:
             if segment.follows:
-                segment.header = attrs.evolve(segment.header, previous=previous)
+                segment.header = replace(segment.header, previous=previous)
             contents[segment.name], crc = _encode_segment(segment)
             if segment.name != TRUNCATE_NAME:
                 previous = crc
@@ -167,7 +168,7 @@ def _encode_segment(segment: Segment) -> tuple[bytes, int]:
             following = crc
         if pointer is not None and segment.points_to == place:
             kind: Any = frame.kind
-            pointer = attrs.evolve(
+            pointer = replace(
                 pointer,
                 kind=kind,
                 offset=len(data),
@@ -300,7 +301,7 @@ def mutated(rng: random.Random) -> tuple[Contents, bool]:
 
 
 def _with(values: Any, field: str, value: int) -> Any:
-    return attrs.evolve(values, **{field: value})
+    return replace(values, **{field: value})
 
 
 def _a_segment(log: Log, rng: random.Random) -> Segment | None:
@@ -332,15 +333,15 @@ def _shift_lsns(log: Log, rng: random.Random) -> None:
     """The same log, somewhere else among the numbers: all of it fits."""
     shift = hostile(rng, "first_lsn", 0)
     cut = log.meta.truncation
-    log.meta = attrs.evolve(
+    log.meta = replace(
         log.meta,
         base_lsn=(log.meta.base_lsn + shift) % (1 << 64),
-        truncation=cut and attrs.evolve(cut, first_lsn=(cut.first_lsn + shift) % (1 << 64)),
+        truncation=cut and replace(cut, first_lsn=(cut.first_lsn + shift) % (1 << 64)),
     )
     for segment in log.segments:
         named = segment.name == segment.header.name
         lsn = (segment.header.first_lsn + shift) % (1 << 64)
-        segment.header = attrs.evolve(segment.header, first_lsn=lsn)
+        segment.header = replace(segment.header, first_lsn=lsn)
         segment.name = segment.header.name if named else segment.name
         for frame in segment.frames:
             frame.first_lsn = (frame.first_lsn + shift) % (1 << 64)
@@ -349,10 +350,10 @@ def _shift_lsns(log: Log, rng: random.Random) -> None:
 
 def _shift_numbers(log: Log, rng: random.Random) -> None:
     shift = hostile(rng, "number", 0)
-    log.meta = attrs.evolve(log.meta, base_number=(log.meta.base_number + shift) % (1 << 64))
+    log.meta = replace(log.meta, base_number=(log.meta.base_number + shift) % (1 << 64))
     for segment in log.segments:
         number = (segment.header.number + shift) % (1 << 64)
-        segment.header = attrs.evolve(segment.header, number=number)
+        segment.header = replace(segment.header, number=number)
 
 
 def _change_frame(log: Log, rng: random.Random) -> None:
@@ -425,7 +426,7 @@ def _bomb(log: Log, rng: random.Random) -> None:
     if rng.random() < 0.2 and frame.body:
         place = rng.randrange(len(frame.body))
         frame.body = frame.body[:place] + rng.randbytes(1) + frame.body[place + 1 :]
-    log.meta = attrs.evolve(log.meta, features=log.meta.features | FEATURE_ZSTD)
+    log.meta = replace(log.meta, features=log.meta.features | FEATURE_ZSTD)
 
 
 def _change_transaction(log: Log, rng: random.Random) -> None:
@@ -462,7 +463,7 @@ def _change_pointer(log: Log, rng: random.Random) -> None:
     if field == "points":
         segment.points_to = rng.randrange(len(segment.frames) + 1)
     elif field == "kind":
-        pointer = attrs.evolve(pointer, kind=rng.choice(list(Kind)))
+        pointer = replace(pointer, kind=rng.choice(list(Kind)))
     else:
         pointer = _with(pointer, field, hostile(rng, field, getattr(pointer, field)))
         segment.points_to = None
@@ -475,11 +476,11 @@ def _change_meta(log: Log, rng: random.Random) -> None:
         ("base_number", "base_lsn", "features", "live", "uuid", "cut", "cut", "uncut")
     )
     if field == "live":
-        log.meta = attrs.evolve(meta, live=not meta.live)
+        log.meta = replace(meta, live=not meta.live)
     elif field == "uuid":
-        log.meta = attrs.evolve(meta, log_uuid=rng.choice((bytes(16), rng.randbytes(16))))
+        log.meta = replace(meta, log_uuid=rng.choice((bytes(16), rng.randbytes(16))))
     elif field == "uncut":
-        log.meta = attrs.evolve(meta, truncation=None)
+        log.meta = replace(meta, truncation=None)
     elif field == "cut":
         salts = [segment.header.salt for segment in log.segments]
         cut = meta.truncation or Truncation(
@@ -491,7 +492,7 @@ def _change_meta(log: Log, rng: random.Random) -> None:
         )
         name = rng.choice(("keep_number", "offset", "previous", "first_lsn"))
         value = hostile(rng, name, getattr(cut, name))
-        log.meta = attrs.evolve(meta, truncation=_with(cut, name, value))
+        log.meta = replace(meta, truncation=_with(cut, name, value))
     else:
         value = hostile(rng, field, getattr(meta, field))
         if field == "features" and rng.random() < 0.8:
@@ -546,7 +547,7 @@ def _move_segments(log: Log, rng: random.Random) -> None:
         name = rng.choice((TRUNCATE_NAME, segment_name(rng.randrange(20)), *NAMES))
         log.segments.append(attrs.evolve(segment, name=name))
     elif choice == 3:
-        header = attrs.evolve(segment.header, salt=rng.randbytes(16))
+        header = replace(segment.header, salt=rng.randbytes(16))
         log.segments.append(attrs.evolve(segment, name=TRUNCATE_NAME, header=header))
     else:
         other = rng.choice(log.segments)

@@ -30,6 +30,7 @@ import trio
 import trio.testing
 from databases import DB, after as after_commits, check_content, commits_of, open_memory_database
 from logs import LOG, TINY, append, copy_of, make_log, open_log
+from msgspec.structs import replace
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
 from trio_wal._disk.chain import META_NAME, read_meta
@@ -727,7 +728,7 @@ def file_damages(subject: Subject) -> Iterator[Damage]:
     gone: dict[str, bytes | None] = dict.fromkeys(contents)
     yield Damage("another log", {**gone, **anew}, (), must_refuse=True, only=(OPEN,))
     meta = decode_meta(anew[META_NAME])
-    empty = attrs.evolve(meta, live=False).encode()
+    empty = replace(meta, live=False).encode()
     yield Damage("a log made anew", {**gone, META_NAME: empty}, (), must_refuse=True, only=(OPEN,))
 
 

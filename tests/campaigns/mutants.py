@@ -137,7 +137,7 @@ MUTANTS: Final = (
     mutant(
         "no epoch begins where a repair has lost records", "_disk/salvage", REPAIR,
         "        history = branch(meta.history, salvage.last_lsn, files.random_bytes(4))\n"
-        "        decided = attrs.evolve(decided, history=history)\n",
+        "        decided = replace(decided, history=history)\n",
         "        pass\n",
     ),
     mutant(
@@ -483,8 +483,8 @@ MUTANTS: Final = (
     mutant(
         "the clock goes back over an empty segment", "_disk/repair",
         "errors:recovery of truncations",
-        "        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))\n",
-        "        active.position = attrs.evolve(here, time_us=0)\n",
+        "        active.position = replace(here, time_us=max(here.time_us, time_us))\n",
+        "        active.position = replace(here, time_us=0)\n",
     ),
     # -- damage --
     mutant(

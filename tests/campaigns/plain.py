@@ -19,6 +19,7 @@ from typing import Final
 from unittest import mock
 
 import attrs
+from msgspec.structs import astuple
 
 from trio_wal import _codec
 from trio_wal._disk import plain, scan, walk, window
@@ -353,7 +354,7 @@ def by_scanner(file: Bytes, found: FoundSegment, until: FrameHeader | None, step
         data_end,
         index,
         [
-            (frame.next_lsn, number, attrs.astuple(before))
+            (frame.next_lsn, number, astuple(before))
             for frame, number, before in met
             if frame.next_lsn - 1 > proven
         ],

@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Final
 
 import attrs
+import msgspec
+from msgspec.structs import replace
 
 from trio_wal._exceptions import (
     CorruptLogError,
@@ -59,8 +61,7 @@ STORE_NAME: Final = "store"
 """What a database's directory holds: its log, and LMDB's files."""
 
 
-@attrs.frozen
-class FoundSegment:
+class FoundSegment(msgspec.Struct, frozen=True):
     """A segment file of the chain, as its header and pointer describe it."""
 
     header: SegmentHeader
@@ -189,8 +190,7 @@ def look_at(file: File, name: str) -> FoundSegment:
         raise CorruptLogError(file.path, 0, str(exc)) from exc
 
 
-@attrs.frozen
-class Until:
+class Until(msgspec.Struct, frozen=True):
     """What comes after a segment, and so how it must end."""
 
     following: SegmentHeader | None
@@ -201,8 +201,7 @@ class Until:
     a truncation was, or is, at it."""
 
 
-@attrs.frozen
-class Chain:
+class Chain(msgspec.Struct, frozen=True):
     """A log's segments, by number."""
 
     segments: list[FoundSegment]
@@ -450,12 +449,11 @@ def check_joins(
             whole = index if odd else index - 1
         report(Finding(path, offset, reason))
         beyond = [*segments[whole:], *chain.beyond]
-        return attrs.evolve(chain, segments=segments[:whole], beyond=beyond)
+        return replace(chain, segments=segments[:whole], beyond=beyond)
     return chain
 
 
-@attrs.frozen
-class _Break:
+class _Break(msgspec.Struct, frozen=True):
     """Where a segment ends that does not come to the next one."""
 
     offset: int

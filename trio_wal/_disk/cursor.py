@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import repeat
 from typing import Final, Protocol
 
-import attrs
+import msgspec
 
 from trio_wal._engine import Moved, Record
 from trio_wal._exceptions import CorruptLogError
@@ -31,8 +31,7 @@ class Ended(Moved):
     """The segment that should have a record ends before it, and no other is known to have it."""
 
 
-@attrs.frozen
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where to start reading an LSN."""
 
     header: SegmentHeader

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import attrs
+import msgspec
+from msgspec.structs import replace
 
 from trio_wal._exceptions import CorruptLogError
 from trio_wal._files import Directory, File
@@ -23,8 +24,7 @@ from .segment import ActiveSegment, Extent, SegmentInfo
 from .walk import Walk
 
 
-@attrs.frozen
-class Cut:
+class Cut(msgspec.Struct, frozen=True):
     """Where the log will end."""
 
     keep: Extent | None
@@ -58,7 +58,7 @@ def find_cut(
             if frame.next_lsn > lsn + 1:
                 if frame.first_lsn <= lsn:
                     records = _payloads(file, frame, body)[: lsn + 1 - frame.first_lsn]
-                    position = attrs.evolve(position, time_us=frame.time_us)
+                    position = replace(position, time_us=frame.time_us)
                 break
             frames += bool(frame.count)
             position = scanner.position
@@ -69,12 +69,12 @@ def find_cut(
     if position.next_lsn > header.first_lsn:
         return Cut(Extent(header, capacity, position, frames), position, records)
     # Nothing of this segment stays: the new one takes its place in the chain.
-    previous = attrs.evolve(position, previous=header.previous)
+    previous = replace(position, previous=header.previous)
     if not sealed:
         return Cut(None, previous, records)
     keep = _whole_extent(directory, sealed[-1], header)
     time_us = max(keep.end.time_us, position.time_us)
-    return Cut(keep, attrs.evolve(keep.end, time_us=time_us), records)
+    return Cut(keep, replace(keep.end, time_us=time_us), records)
 
 
 def _whole_extent(directory: Directory, info: SegmentInfo, following: SegmentHeader) -> Extent:

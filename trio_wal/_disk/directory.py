@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Final
 
 import attrs
+from msgspec.structs import replace
 
 from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import (
@@ -234,7 +235,7 @@ class LogDirectory:
         except BaseException:
             close_quietly(spare.file)
             raise
-        active.position = attrs.evolve(active.position, time_us=old.position.time_us)
+        active.position = replace(active.position, time_us=old.position.time_us)
         finished: list[SegmentInfo] = []
         try:
             if replaces:
@@ -296,7 +297,7 @@ class LogDirectory:
             now, active = self.shape()
             following = [segment for segment in now if segment.first_lsn >= dropped[-1].next_lsn]
             first = following[0].header if following else active.header
-            meta = attrs.evolve(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
+            meta = replace(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
             self.meta.write(meta)
             with self._shape:
                 self.meta.says = meta
@@ -369,8 +370,8 @@ class LogDirectory:
         spare = self.spares.take(body.stored_length)
         try:
             spare.file.pwrite([header.encode()], 0)
-            new = ActiveSegment(spare.file, Extent(header, spare.capacity))
-            new.position = attrs.evolve(new.position, time_us=position.time_us)
+            new = ActiveSegment(spare.file, Extent.empty(header, spare.capacity))
+            new.position = replace(new.position, time_us=position.time_us)
             if records:
                 new.write(body, position.next_lsn - 1, position.time_us)
             spare.file.sync()
@@ -380,7 +381,7 @@ class LogDirectory:
             decided = Truncation(
                 header.salt, keep_number, position.offset, position.previous, header.first_lsn
             )
-            meta = attrs.evolve(says, truncation=decided, history=history)
+            meta = replace(says, truncation=decided, history=history)
             try:
                 self.meta.write(meta)
             except LogFullError:

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import accumulate, pairwise
 from typing import Final, cast
 
-import attrs
+import msgspec
 
 with warnings.catch_warnings():
     # Said below.
@@ -158,8 +158,7 @@ def segment_name_lsn(name: str) -> int | None:
     return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
-@attrs.frozen
-class SegmentHeader:
+class SegmentHeader(msgspec.Struct, frozen=True):
     log_uuid: bytes
     number: int
     first_lsn: int
@@ -264,7 +263,7 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
     if features & ~FEATURES_KNOWN:
         raise unknown_features(features & ~FEATURES_KNOWN)
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
-        raise FrameError("the segment header declares another layout than version 1 has")
+        raise FrameError("the segment header declares a different layout from version 1")
     if max(number, first_lsn) > START_MAX:
         raise FrameError(f"the segment header has the number {number} and LSN {first_lsn}")
     return SegmentHeader(
@@ -282,8 +281,7 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
 # -- frames -----------------------------------------------------------------------
 
 
-@attrs.frozen
-class FrameHeader:
+class FrameHeader(msgspec.Struct, frozen=True):
     kind: Kind
     offset: int
     first_lsn: int
@@ -466,8 +464,7 @@ def _table_slices(body: bytes, count: int) -> Iterator[tuple[int, ...]]:
         yield struct.unpack_from(f"<{min(_TABLE_SLICE, count - at)}I", body, 4 * at)
 
 
-@attrs.frozen
-class Footer:
+class Footer(msgspec.Struct, frozen=True):
     """Body of a SEAL or CLOSE frame."""
 
     records: int
@@ -500,8 +497,7 @@ def decode_footer(body: bytes) -> Footer:
 # -- pointer ----------------------------------------------------------------------
 
 
-@attrs.frozen
-class Pointer:
+class Pointer(msgspec.Struct, frozen=True):
     """Second block of a segment: where its SEAL or last CLOSE frame is.
 
     Only a hint that saves scanning; zeros or a wrong checksum mean that there is none.
@@ -534,8 +530,7 @@ def decode_pointer(data: bytes, seed: int) -> Pointer | None:
 # -- log.meta ---------------------------------------------------------------------
 
 
-@attrs.frozen
-class Truncation:
+class Truncation(msgspec.Struct, frozen=True):
     """A ``truncate_after`` that was decided and must be carried out.
 
     Segments above ``keep_number`` are dropped but for the one with ``salt``, the new
@@ -551,8 +546,7 @@ class Truncation:
     """First LSN of the new last segment."""
 
 
-@attrs.frozen
-class Meta:
+class Meta(msgspec.Struct, frozen=True):
     """``log.meta``: which segment is the log's first, so that a missing one is noticed."""
 
     log_uuid: bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 
-import attrs
+from msgspec.structs import replace
 
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import NO_SPACE, Directory
@@ -53,7 +53,7 @@ class MetaFile:
         """
         with self.deciding:
             if not self.says.consumers:
-                meta = attrs.evolve(self.says, consumers=True)
+                meta = replace(self.says, consumers=True)
                 self.write(meta)
                 self.says = meta
                 self.reserve()

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-import attrs
+import msgspec
+from msgspec.structs import replace
 
 from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
 from trio_wal._files import Directory, File
@@ -58,8 +59,7 @@ _RECORD_COST: Final = 64
 """What checking one more frame, or record, costs, as bytes: about 12 us, or 25 ns, at 2-3 GB/s."""
 
 
-@attrs.frozen
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """What `repair` will do, and what is known when it is done."""
 
     meta: Meta | None
@@ -139,7 +139,7 @@ def _start_for(
     length = mark.offset - DATA_OFFSET
     cost = 0 if footer is None else _cost(length, footer.records, footer.frames)
     if footer is None or cost <= budget:
-        return Extent(segment.header, segment.size)
+        return Extent.empty(segment.header, segment.size)
     first = mark.offset - int(length * budget / cost) if budget > 0 else mark.offset
     places = ((lsn, at) for lsn, at in footer.index if first <= at < mark.offset)
     place = next(places, None)
@@ -149,11 +149,11 @@ def _start_for(
 def _from_place(file: File, segment: FoundSegment, place: tuple[int, int]) -> Extent:
     """The segment up to a frame that an index tells of; up to its first one, if none is there."""
     lsn, offset = place
-    whole = Extent(segment.header, segment.size)
+    whole = Extent.empty(segment.header, segment.size)
     frame = scan.frame_at(file.pread, segment.header, offset)
     if frame is None or frame.first_lsn != lsn:
         return whole
-    return attrs.evolve(whole, end=place_before(frame))
+    return replace(whole, end=place_before(frame))
 
 
 def _cost(length: int, records: int, frames: int) -> int:
@@ -196,7 +196,7 @@ def examine(
     told_lsn = 0 if meta.copied else directory.published().told_lsn(meta.epoch)
     chain = list_chain(directory, meta, refuse, names=names)
     plan = _examine_chain(directory, meta, chain, verify_bytes)
-    return attrs.evolve(plan, told_lsn=told_lsn)
+    return replace(plan, told_lsn=told_lsn)
 
 
 def _examine_chain(
@@ -231,7 +231,7 @@ def _examine_chain(
             seal_previous = walk.extent()
         else:
             sealed.append(info)
-    return attrs.evolve(
+    return replace(
         tail,
         meta=meta,
         leftovers=tuple(chain.leftovers),
@@ -340,7 +340,7 @@ def _after_close(
 ) -> tuple[Extent, Position | None, Walk | None]:
     """Where to begin with the last segment: (the place, where the records before it end, if
     not there, and the check of what is just before it)."""
-    whole = Extent(last.header, last.size)
+    whole = Extent.empty(last.header, last.size)
     close = _find_close(file, last)
     if close is None:
         return whole, None, None
@@ -350,12 +350,12 @@ def _after_close(
         return whole, None, None
     # Too long to check all of it: go on behind the CLOSE frame.
     end = Position(frame.end, frame.first_lsn, frame.crc, frame.durable_lsn, frame.time_us)
-    data_end = attrs.evolve(end, offset=frame.offset, previous=frame.previous)
+    data_end = replace(end, offset=frame.offset, previous=frame.previous)
     checked = None
     if from_here is not None:
         checked = Walk(file, last, refuse, from_here)
         checked.check_up_to(frame)
-    return attrs.evolve(whole, end=end, frames=footer.frames, index=footer.index), data_end, checked
+    return replace(whole, end=end, frames=footer.frames, index=footer.index), data_end, checked
 
 
 def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
@@ -391,7 +391,7 @@ def check_records(directory: Directory, plan: Plan, lsn: int) -> Plan:
             walk.check_up_to(following)
         finally:
             file.close()
-        plan = attrs.evolve(
+        plan = replace(
             plan,
             records_replayed=plan.records_replayed + plan.verified_lsn - walk.start.next_lsn,
             bytes_scanned=plan.bytes_scanned + walk.length,

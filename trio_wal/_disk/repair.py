@@ -11,7 +11,8 @@ bytes again: an acknowledged frame is never written over before its copy is dura
 
 from __future__ import annotations
 
-import attrs
+import msgspec
+from msgspec.structs import replace
 
 from trio_wal._engine import RecoveryReport
 from trio_wal._exceptions import LogFullError
@@ -82,8 +83,7 @@ def reserve_meta(directory: Directory, size: int) -> None:
         file.close()
 
 
-@attrs.define
-class OpenLog:
+class OpenLog(msgspec.Struct, eq=False):
     """What `repair` hands over: the log's end, ready for the next frame."""
 
     meta: Meta
@@ -122,18 +122,18 @@ def repair(
         sealed = _mend_chain(directory, plan)
         if meta.truncation is not None:
             # Before a tail is copied: the copy has another salt than the one decided on.
-            meta = attrs.evolve(meta, truncation=None)
+            meta = replace(meta, truncation=None)
             write_meta(directory, meta, reserved=meta_reserved)
         active = _reopen(files, directory, plan, sealed, segment_size)
         # A segment without frames does not know what time the log had reached.
         time_us = max((s.last_time_us for s in sealed), default=0)
         here = active.position
-        active.position = attrs.evolve(here, time_us=max(here.time_us, time_us))
+        active.position = replace(here, time_us=max(here.time_us, time_us))
         if meta.copied or plan.lost_lsn:
             # Only now that all before is durable, as an epoch promises.  A copy's original may have
             # gone on, and other copies may, too; and what is lost has been given to others.
             history = branch(meta.history, here.next_lsn - 1, files.random_bytes(4))
-            meta = attrs.evolve(meta, history=history, copied=False)
+            meta = replace(meta, history=history, copied=False)
             write_meta(directory, meta)
     report = RecoveryReport(
         first_lsn=meta.base_lsn,
@@ -159,7 +159,7 @@ def uncreate(directory: Directory, before: frozenset[str], *, created: bool) -> 
     if created:
         meta = read_meta(directory)
         if meta is not None and meta.live:
-            write_meta(directory, attrs.evolve(meta, live=False))
+            write_meta(directory, replace(meta, live=False))
     for name in directory.names():
         if name not in before and (
             is_temporary(name)
@@ -219,7 +219,7 @@ def _create(
         active.sync()
         directory.rename(NEW_NAME, header.name)
         directory.sync()
-        meta = attrs.evolve(meta, live=True)
+        meta = replace(meta, live=True)
         write_meta(directory, meta)
     except BaseException:
         close_quietly(active.file)
@@ -248,7 +248,7 @@ def new_segment(directory: Directory, header: SegmentHeader, capacity: int) -> A
             database = bool(header.features & FEATURE_DATABASE)
             raise LogFullError(directory.path, capacity, database=database) from exc
         raise
-    return ActiveSegment(file, Extent(header, capacity), written=zeroed)
+    return ActiveSegment(file, Extent.empty(header, capacity), written=zeroed)
 
 
 def begin_segment(directory: Directory, header: SegmentHeader, offset: int) -> Truncation:
@@ -341,7 +341,7 @@ def _copy_tail(
     start = before.end
     # Without a record before the copy the old segment goes: its name is the new one's.
     replaces = start.next_lsn == last.header.first_lsn
-    header = attrs.evolve(
+    header = replace(
         last.header,
         number=last.number if replaces else last.number + 1,
         first_lsn=start.next_lsn,

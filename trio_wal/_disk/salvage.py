@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal
 
 import attrs
+from msgspec.structs import replace
 
 from trio_wal._exceptions import CorruptLogError, UnsupportedFormatError
 from trio_wal._files import Directory, File, Files, close_quietly
@@ -261,7 +262,7 @@ def _made_up(directory: Directory) -> Meta:
     _check_identity(directory, meta)
     history = forgotten(directory.published().epoch or 0)
     consumers = bool(meta.features & FEATURE_DATABASE)
-    return attrs.evolve(meta, history=history, consumers=consumers)
+    return replace(meta, history=history, consumers=consumers)
 
 
 def _check_identity(directory: Directory, meta: Meta) -> None:
@@ -332,7 +333,7 @@ def _decided_end(meta: Meta, segment: FoundSegment) -> Until | None:
     cut = meta.truncation
     if cut is None or segment.number != cut.keep_number:
         return None
-    following = attrs.evolve(
+    following = replace(
         segment.header,
         number=segment.number + 1,
         first_lsn=cut.first_lsn,
@@ -564,11 +565,11 @@ def _free_name(directory: Directory) -> str:
 def _write_decision(files: Files, directory: Directory, salvage: Salvage) -> None:
     meta, kept = salvage.survey.meta, salvage.kept
     first_number = kept[0].segment.number if kept else _free_number(salvage)
-    decided = attrs.evolve(meta, base_number=first_number, base_lsn=salvage.first_lsn, live=True)
+    decided = replace(meta, base_number=first_number, base_lsn=salvage.first_lsn, live=True)
     survey = salvage.survey
     if salvage.cuts or not survey.has_meta or survey.known_lsn > salvage.last_lsn:
         history = branch(meta.history, salvage.last_lsn, files.random_bytes(4))
-        decided = attrs.evolve(decided, history=history)
+        decided = replace(decided, history=history)
     if not salvage.cuts:
         if decided != meta:
             write_meta(directory, decided)
@@ -585,7 +586,7 @@ def _write_decision(files: Files, directory: Directory, salvage: Salvage) -> Non
         meta.features,
     )
     truncation = begin_segment(directory, header, 0 if place is None else place.offset)
-    write_meta(directory, attrs.evolve(decided, truncation=truncation))
+    write_meta(directory, replace(decided, truncation=truncation))
 
 
 def _free_number(salvage: Salvage) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import attrs
+import msgspec
 
 from trio_wal import _codec
 from trio_wal._util import KiB, MiB, align_up
@@ -49,8 +49,7 @@ allocator does not give back and take anew."""
 _ZEROS: Final = bytes(SKIM_WINDOW)
 
 
-@attrs.frozen
-class Position:
+class Position(msgspec.Struct, frozen=True):
     """Between two frames: everything that the next frame must fit."""
 
     offset: int
@@ -235,8 +234,7 @@ def read_footer(read: Read, frame: FrameHeader) -> Footer | None:
 # -- the tail ---------------------------------------------------------------------
 
 
-@attrs.frozen
-class Tail:
+class Tail(msgspec.Struct, frozen=True):
     """What stands behind the last valid frame."""
 
     torn_end: int

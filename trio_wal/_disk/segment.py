@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import attrs
+import msgspec
 
 from trio_wal import _codec
 from trio_wal._files import Directory, File
@@ -46,8 +46,7 @@ SPARE_PREFIX: Final = "spare-"
 NEW_NAME: Final = "segment.tmp"
 
 
-@attrs.frozen
-class SegmentInfo:
+class SegmentInfo(msgspec.Struct, frozen=True):
     """A sealed segment, as the rest of the log needs to know it."""
 
     header: SegmentHeader
@@ -65,31 +64,30 @@ class SegmentInfo:
         return self.header.first_lsn
 
 
-def _start_of_segment(extent: Extent) -> Position:
-    return start_of(extent.header)
-
-
-@attrs.frozen
-class Extent:
+class Extent(msgspec.Struct, frozen=True):
     """A segment up to a place: what a frame written there must fit, and what a footer counts."""
 
     header: SegmentHeader
     capacity: int
     """Bytes of the file."""
-    end: Position = attrs.field(default=attrs.Factory(_start_of_segment, takes_self=True))
-    """The place; the first frame's, if it is not said."""
+    end: Position
+    """The place."""
     frames: int = 0
     """Data frames before it."""
     index: tuple[tuple[int, int], ...] = ()
     """(first LSN, offset) of some of them."""
+
+    @classmethod
+    def empty(cls, header: SegmentHeader, capacity: int) -> Extent:
+        """Up to the place of the first frame."""
+        return cls(header, capacity, start_of(header))
 
     @property
     def records(self) -> int:
         return self.end.next_lsn - self.header.first_lsn
 
 
-@attrs.frozen
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """Records encoded, and compressed where the log is."""
 
     pieces: list[bytes]
@@ -278,7 +276,7 @@ def create_segment(
     file.sync()
     directory.rename(old_name, header.name)
     directory.sync()
-    return ActiveSegment(file, Extent(header, capacity), settled=zeroed)
+    return ActiveSegment(file, Extent.empty(header, capacity), settled=zeroed)
 
 
 __all__ = [

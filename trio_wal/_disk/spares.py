@@ -13,7 +13,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Final
 
-import attrs
+import msgspec
 
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import NO_SPACE, Directory, File, close_quietly
@@ -45,8 +45,7 @@ ZERO_FRAMES_BELOW: Final = 32 * KiB
 needs no block allocation): it pays while the mean frame is smaller than this."""
 
 
-@attrs.define(eq=False)
-class Spare:
+class Spare(msgspec.Struct, eq=False):
     """A file that reads as zeros, to become the next segment."""
 
     name: str

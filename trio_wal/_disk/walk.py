@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-import attrs
+import msgspec
 
 from trio_wal._files import Word
 
@@ -83,8 +83,7 @@ def begun_lsn(meta: Meta) -> int:
 # -- where the log ends -----------------------------------------------------------------
 
 
-@attrs.frozen
-class Loss:
+class Loss(msgspec.Struct, frozen=True):
     """Proof that more was durable than there is."""
 
     finding: Finding
@@ -94,8 +93,7 @@ class Loss:
     """Whether it is this segment that has lost it, and not the one after it."""
 
 
-@attrs.frozen
-class End:
+class End(msgspec.Struct, frozen=True):
     """What `judge_end` says of the place at which a scan of the last segment ended."""
 
     loss: Loss | None
@@ -177,7 +175,7 @@ class Walk:
         self._file = file
         self._segment = segment
         self._report = report
-        begin = Extent(segment.header, segment.size) if start is None else start
+        begin = Extent.empty(segment.header, segment.size) if start is None else start
         self.start: Position = begin.end
         self.end: Position = begin.end
         """After the last frame that was taken."""

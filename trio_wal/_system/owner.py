@@ -49,12 +49,14 @@ def check_trusted(path: str, status: os.stat_result) -> None:
             raise UntrustedDirectoryError(
                 path,
                 f"it belongs to user {status.st_uid}, and this process runs as user {me}",
-                f"run as that user, or 'chown {me}' the directory and its files",
+                f"run as that user, or run 'chown {me}' on the directory and its files",
             )
         if status.st_mode & 0o022:
             mode = stat.S_IMODE(status.st_mode)
             raise UntrustedDirectoryError(
-                path, f"other users may write it (mode {mode:04o})", "'chmod go-w' the directory"
+                path,
+                f"other users may write to it (mode {mode:04o})",
+                "run 'chmod go-w' on the directory",
             )
 
 

@@ -107,7 +107,7 @@ def no_directory(
 def begin_directory(path: str) -> str:
     """As `Files.begin_directory`."""
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "the destination of a backup exists", path)
+        raise FileExistsError(errno.EEXIST, "the destination of the backup already exists", path)
     whole = os.path.abspath(path)
     make_directory(os.path.dirname(whole))
     while True:
@@ -137,11 +137,15 @@ def move_aside(path: str, dest: str) -> None:
     try:
         if sys.platform != "win32" and os.path.lexists(dest):
             # An empty directory would be replaced.
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", dest)
+            raise FileExistsError(
+                errno.EEXIST, "the destination of the backup already exists", dest
+            )
         os.rename(path, dest)
     except OSError as exc:
         if exc.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(errno.EEXIST, "the destination of a backup exists", dest) from exc
+            raise FileExistsError(
+                errno.EEXIST, "the destination of the backup already exists", dest
+            ) from exc
         raise
     sync_by_path(os.path.dirname(os.path.abspath(dest)))
 
