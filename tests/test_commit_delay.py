@@ -6,12 +6,14 @@ import heapq
 import math
 import random
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import trio
 from helpers import Call, open_memory, open_tasks, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
+from virtual_disks import Appenders
 
 import trio_wal
 from trio_wal._local import LocalEngine
@@ -213,7 +215,7 @@ THINK: dict[str, Callable[[float], Callable[[random.Random], float]]] = {
 def test_auto_is_about_as_good_as_the_best(name: str, tasks: int, sync: float) -> None:
     think, seconds = THINK[name](sync), 1500 * sync
     fixed = [throughput(tasks, sync, think, share * sync, seconds) for share in (0, 0.1, 0.3, 1)]
-    auto = throughput(tasks, sync, think, AutoDelay(), seconds)
+    auto = throughput(tasks, sync, think, AutoDelay(timer=0.0), seconds)
     assert auto >= 0.9 * max(fixed), (fixed, auto)
 
 
@@ -226,6 +228,56 @@ def test_trials_cost_little_where_a_timer_is_longer_than_a_sync(
     think = THINK[name](sync)
     without = throughput(tasks, sync, think, 0.0, 5)
     assert throughput(tasks, sync, think, AutoDelay(), 5, 0.001) >= 0.95 * without
+
+
+@pytest.mark.parametrize("loop", [0.0, 5e-6, 20e-6, 40e-6])
+@pytest.mark.parametrize("sync", [0.0001, 0.001, 0.005, 0.020])
+def test_what_perf_measures_of_the_delay_holds_in_virtual_time(sync: float, loop: float) -> None:
+    """The requirement is 0.95 of the better of none and the best fixed delay, at each of 32 points,
+    with as much time to learn as perf gives."""
+    warm_up, seconds = max(0.3, 150 * sync), max(0.7, 40 * sync)
+    # On a loop that costs nothing a thousand tasks of a fast disk are nothing but more of the same.
+    crowds = (1, 16, 128, 1024) if loop else (1, 16, 128)
+    for tasks, think in product(crowds, (0.0, sync / 4 if sync > 0.002 else 0.002)):
+
+        def rate(delay: AutoDelay | float, tasks: int = tasks, think: float = think) -> float:
+            appenders = Appenders(tasks, sync, think, loop=loop, noise=0.05, timer=0.001)
+            return appenders.rate(delay, warm_up, seconds)
+
+        better = max(rate(share * sync) for share in (0.0, 0.25, 0.5, 1.0))
+        assert rate(AutoDelay()) >= 0.97 * better, (tasks, think)
+
+
+@pytest.mark.parametrize("seconds", [0.0001, 0.0009])
+def test_where_a_round_is_shorter_than_a_timer_nothing_is_tried(seconds: float) -> None:
+    delay, now = AutoDelay(), 0.0
+    for _ in range(5000):
+        now += 2 * seconds
+        delay.written(now, 8, 8, seconds)
+        assert delay.seconds == 0
+
+
+def test_no_delay_is_tried_that_a_timer_makes_longer() -> None:
+    delay, now = AutoDelay(), 0.0
+    tried = set()
+    for _ in range(5000):
+        tried.add(delay.seconds)
+        now += 0.0015
+        delay.written(now, 8, 8, 0.0012)
+    assert len(tried) > 2
+    assert all(not seconds or seconds >= 0.001 for seconds in tried)
+
+
+def test_a_delay_ends_when_the_disk_has_become_faster_than_a_timer() -> None:
+    delay = AutoDelay()
+    throughput(64, 0.005, THINK["a little"](0.005), delay, 5)
+    assert delay.seconds > 0
+    now = 5.1
+    # As long as the average of the rounds needs, and an epoch or two.
+    for _ in range(32):
+        now += 0.0002
+        delay.written(now, 8, 8, 0.0001)
+    assert delay.seconds == 0
 
 
 def test_it_learns_that_a_delay_doubles_the_throughput_of_two_halves() -> None:

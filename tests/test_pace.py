@@ -13,6 +13,7 @@ import pytest
 import trio
 from helpers import open_memory, open_tasks
 from trio.testing import MockClock
+from virtual_disks import Noise, follow
 
 import trio_wal
 from trio_wal._local import LocalEngine
@@ -152,6 +153,30 @@ def test_it_settles_when_the_disk_changes_ten_times_and_back(
         for _ in range(20):
             disk.run(0.05)
             assert goal / 2 <= disk.wait <= 2 * goal
+
+
+@pytest.mark.parametrize("noise", [Noise(), Noise(0.1, 0.1), Noise(0.03, 0.3), Noise(0.2, 0.2)])
+@pytest.mark.parametrize("each", [3e-6, 12e-6, 25e-6])
+@pytest.mark.parametrize("syncs", [(0.001, 0.010, 0.001), (0.0005, 0.005, 0.0005)])
+def test_what_perf_measures_of_the_bound_holds_in_virtual_time(
+    syncs: tuple[float, ...], each: float, noise: Noise
+) -> None:
+    """The requirement is two seconds; a target of as long as a sync is the hardest there is."""
+    for seed in range(12):
+        found = follow(AutoBound(TARGET), list(syncs), each, noise, seed)
+        assert max(found.settled) <= 1.5, (seed, found)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("sync", [0.020, 0.050])
+def test_where_the_target_is_out_of_reach_records_are_a_share_of_the_round_for_good(
+    sync: float, noise: float
+) -> None:
+    """A bound that sank would save no time and cost all of the throughput."""
+    each = 12e-6
+    for seed in range(5):
+        found = follow(AutoBound(TARGET), [sync], each, Noise(0.03, noise), seed, 30.0)
+        assert 0.08 * sync <= each * found.records[0] <= 0.8 * sync
 
 
 def test_on_a_disk_that_is_too_slow_for_the_target_it_keeps_the_throughput() -> None:

@@ -18,24 +18,28 @@ AUTO_RECORDS_START: Final = 64
 """What it begins with: few, because nobody knows yet what a record costs."""
 STEP_MAX: Final = 2.0
 """The bound changes by at most this factor in a round."""
-FIXED_MAX: Final = 1.5
-"""Where a round without records takes so long that the target cannot be met: the records may
-make it longer by half.  Fewer would cost throughput and save little time."""
+RECORDS_NEAR: Final = 0.2
+RECORDS_FAR: Final = 0.5
+"""Where a round without records takes as long as the target, which can then not be met, the records
+may make it longer by a fifth; where it takes 2.5 times as long or more, by half.  Fewer would cost
+throughput and save little time; with more, noise makes the wait twice the target now and then."""
 SMOOTHING: Final = 1 / 8
-OUTLIER: Final = 4.0
-"""A round that is so many times longer than usual counts as one of this length: it may have
+LATE: Final = 1.5
+"""A round that is so many times longer than expected counts as one of this length: it may have
 been a stall.  If the disk has become slower, the next rounds will say so."""
 STRANGE: Final = 2.0
 STRANGERS_MAX: Final = 3
 """After so many rounds in a row that are so many times longer or shorter than expected, what was
 learned is forgotten."""
-CLOSE: Final = 1.25
+CLOSE: Final = 1.1
 """A wait that is so close to what it should be is left as it is."""
 PACES: Final = 5
 """The bound goes by the median of so many rounds: one that was held up by another program says
 nothing of the disk."""
 SPREAD_MIN: Final = 0.02
 """Rounds whose records differ by less say nothing of what a record costs."""
+LAST_ROUNDS: Final = 16
+"""So many are remembered as they were."""
 
 
 @final
@@ -43,7 +47,9 @@ class RoundCosts:
     """What a round of write and sync costs: so much by itself, and so much for each record.
 
     A line of least squares through the last rounds, the older the lighter.  Until rounds of
-    different sizes were seen all of it is taken for what the records cost.
+    different sizes were seen all of it is taken for what the records cost.  The line goes up with
+    each round that was held up; so what a round costs by itself is never more than what the lower
+    quartile of the last rounds leaves for it.
     """
 
     def __init__(self) -> None:
@@ -54,13 +60,19 @@ class RoundCosts:
         """For one more record."""
         self._variance = 0.0
         self._covariance = 0.0
+        self._last: Final[deque[tuple[int, float]]] = deque(maxlen=LAST_ROUNDS)
+        """Records and seconds."""
         self._strangers = 0
         """Rounds, the last ones, that were quite different from what was to be expected."""
 
     @property
     def fixed_seconds(self) -> float:
         """Of a round without records."""
-        return max(0.0, self.seconds - self.record_seconds * self.records)
+        line = self.seconds - self.record_seconds * self.records
+        if self._last:
+            alone = sorted(took - self.record_seconds * n for n, took in self._last)
+            line = min(line, alone[len(alone) // 4])
+        return max(0.0, line)
 
     def note(self, records: int, seconds: float) -> None:
         """A round that had work from its beginning to its end."""
@@ -73,9 +85,11 @@ class RoundCosts:
             self.record_seconds = seconds / records
             self._variance = self._covariance = 0.0
             self._strangers = 0
+            self._last.clear()
             return
+        self._last.append((records, seconds))
         more_records = records - self.records
-        more_seconds = min(seconds, OUTLIER * self.seconds) - self.seconds
+        more_seconds = min(seconds, LATE * max(expected, self.seconds)) - self.seconds
         keep = 1 - SMOOTHING
         self.records += SMOOTHING * more_records
         self.seconds += SMOOTHING * more_seconds
@@ -132,13 +146,19 @@ class AutoBound:
             return False
         self._paces.append(seconds / flushed)
         wait = waiting * _median(self._paces)
-        goal = max(self.target_latency, FIXED_MAX * self._costs.fixed_seconds)
+        goal = self._goal()
         if goal / CLOSE <= wait <= goal * CLOSE:
             return False
         step = min(max(math.sqrt(goal / wait), 1 / STEP_MAX), STEP_MAX)
         bound = min(max(round(self.records * step), AUTO_RECORDS_MIN), AUTO_RECORDS_MAX)
         changed, self.records = bound != self.records, bound
         return changed
+
+    def _goal(self) -> float:
+        """The wait to be reached, in seconds: the target, or what is possible."""
+        fixed = self._costs.fixed_seconds
+        share = min(RECORDS_NEAR * fixed / self.target_latency, RECORDS_FAR)
+        return max(self.target_latency, fixed * (1 + share))
 
 
 # -- how long a batch may wait for siblings -----------------------------------------
@@ -182,6 +202,10 @@ class FixedDelay:
         pass
 
 
+OUTLIER: Final = 4.0
+"""As `LATE`, for the length of a round; there are more of those that are only late."""
+TIMER: Final = 0.001
+"""No timer is sure to wake trio earlier than that: epoll and Windows count in milliseconds."""
 EPOCH_ROUNDS: Final = 8
 """A choice is tried for so many rounds at a time."""
 HOPELESS_ROUNDS: Final = 3
@@ -202,9 +226,8 @@ PAUSE_MIN: Final = 2.0
 PAUSE_MAX: Final = 32.0
 PAUSE_GROWTH: Final = 1.5
 """Epochs of the best choice between two trials of others."""
-LOSS_MAX: Final = 0.02
-"""Of the time, that trials may cost.  On a fast disk a trial is dear whatever is learned from it:
-no timer of Linux wakes trio before the next millisecond, which is ten syncs of 0.1 ms."""
+LOSS_MAX: Final = 0.01
+"""Of the time, that trials may cost."""
 CROWD_FORGET: Final = 15 / 16
 """What the largest crowd counts for after one more round."""
 
@@ -239,7 +262,9 @@ class Choice:
         return self.is_clearly_better(other)
 
     def is_clearly_better(self, other: Choice) -> bool:
-        noise = math.sqrt(self.variance / self.tries + other.variance / other.tries)
+        # Two rates may be close by chance: the larger variance is nearer to the truth.
+        variance = max(self.variance, other.variance)
+        noise = math.sqrt(variance / self.tries + variance / other.tries)
         return self.rate > GAIN_MIN * other.rate and self.rate - other.rate > NOISE * noise
 
 
@@ -248,10 +273,13 @@ class AutoDelay:
     """Tries delays of several lengths, and uses the one with which most entries are written.
 
     A batch waits only until as many entries are in it as there were at a time of late, in
-    flight and waiting: so it costs nothing where everybody is there already.
+    flight and waiting: so it costs nothing where everybody is there already.  Where a round is
+    shorter than a timer nothing is tried, and nowhere a delay that is: it would become longer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timer: float = TIMER) -> None:
+        self._timer: Final = timer
+        """The shortest delay there is, in seconds."""
         self._choices: Final[list[Choice]] = [Choice(share) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
         self._best: Choice = self._choices[0]
         self._now: Choice = self._best
@@ -312,12 +340,10 @@ class AutoDelay:
                 self._pause = PAUSE_MIN
             now.note(rate)
             self._epochs += 1
-            if paid and self._epochs >= self._pause:
-                self._epochs = 0
-                self._now = self._choices[self._next]
-                if self._now is best:
-                    self._skip()
-                    self._now = self._choices[self._next]
+            if self._round_seconds < self._timer:
+                self._best = self._now = self._choices[0]
+            elif paid and self._epochs >= self._pause:
+                self._try_another()
             return
         now.note(rate)
         if now.beats(best):
@@ -330,6 +356,16 @@ class AutoDelay:
             self._skip()
             self._pause = min(PAUSE_GROWTH * self._pause, PAUSE_MAX)
         self._now = self._best
+
+    def _try_another(self) -> None:
+        for _ in self._choices:
+            choice = self._choices[self._next]
+            delay = choice.share * self._round_seconds
+            if choice is not self._best and (not delay or delay >= self._timer):
+                self._epochs = 0
+                self._now = choice
+                return
+            self._skip()
 
     def _skip(self) -> None:
         self._next = (self._next + 1) % len(self._choices)
