@@ -103,9 +103,9 @@ class Database(metaclass=NoPublicConstructor):
         """Call ``fn(tx, *args)`` in a transaction and commit; again on a conflict.
 
         Args:
-          fn: a function or an async function; called anew for every try, so it should
+          fn: a function or an async function; called again for every try, so it should
               have no other effects.
-          retries: how often it is tried again before `TransactionConflict` is let through.
+          retries: how many more times to try before `TransactionConflict` is raised.
 
         Returns what ``fn`` returned in the try that was committed.
         """
@@ -283,7 +283,7 @@ class Database(metaclass=NoPublicConstructor):
 
         Args:
           start: the first key; None: from the beginning.
-          stop: the key behind the last; None: to the end.
+          stop: the key to stop before; None: to the end.
           prefix: instead of the two: all keys that start with this.
           reverse: from the last to the first.
           limit: so many at most.
@@ -412,8 +412,8 @@ class Database(metaclass=NoPublicConstructor):
                     send_mails(commit.operations)
                     await consumer.acknowledge(commit)
 
-        It gives commits from behind what its last user has acknowledged, whenever that was, and
-        in which process.  Its first use makes it, durably, before anything is given.  From then
+        It continues after the last commit that was acknowledged, whenever that was, and in
+        whichever process.  Its first use makes it, durably, before anything is given.  From then
         on the log keeps what comes after its place, unless that takes more than
         ``consumer_hold_bytes``; `drop_consumer` ends that.  Places belong to the database: its
         backups have them as of their LSN.
@@ -455,8 +455,8 @@ class Database(metaclass=NoPublicConstructor):
     async def checkpoint(self) -> int:
         """Move everything committed into the store; returns the LSN that it covers.
 
-        Runs beside the writers, and by itself every ``checkpoint_bytes`` of log.  A crash
-        or cancellation on the way loses nothing.
+        Writers go on meanwhile.  It also runs by itself after every ``checkpoint_bytes`` of log.
+        A crash or cancellation on the way loses nothing.
 
         Raises:
           LogFullError: LMDB's map is full, and cannot grow because a snapshot, or a
@@ -474,7 +474,7 @@ class Database(metaclass=NoPublicConstructor):
         It is made under another name next to ``dest`` (with a random part and ``.tmp`` at its
         end) and renamed when it is durable.  So ``dest`` is there whole or not at all, and what
         failed can be tried again.  Once the copy has begun it is finished even if the caller is
-        cancelled.  A killed process leaves the other name behind, which may be deleted.
+        cancelled.  A process that is killed leaves the other name there; it may be deleted.
 
         Deleted keys and values are not copied.
 

@@ -214,8 +214,8 @@ class DatabaseReader(metaclass=NoPublicConstructor):
         """Write a copy of the state that is seen here, which `open_database` opens.
 
         The owner need not know of it.  As `Database.backup` it is made under another name next
-        to ``dest`` and renamed when it is durable; every key is written anew, which takes some
-        5 times as long.  Cancelled, nothing of it is left.
+        to ``dest`` and renamed when it is durable; every key is written one by one, which takes
+        about 5 times as long.  If it is cancelled, nothing of it is left.
 
         Args:
           dest: a directory that does not exist yet.

@@ -64,7 +64,7 @@ class Health:
 
     status: Literal["ok", "degraded", "failed"]
     """How it fares, in one word: ``"ok"``; ``"degraded"``: it works, or will again without being
-    opened anew; ``"failed"``: it does not."""
+    reopened; ``"failed"``: it does not."""
     reasons: tuple[HealthReason, ...]
     """Why it is not ``"ok"``; none where it is."""
 

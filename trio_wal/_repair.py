@@ -86,7 +86,7 @@ class RepairReport:
     files: tuple[str, ...]
     """The log's files that are changed or dropped, by name."""
     consumers_lost: bool
-    """Whether the places of the log's consumers are gone: each begins anew."""
+    """Whether the places of the log's consumers are gone: each one starts over."""
     store: Literal["none", "kept", "rebuilt"]
     """What becomes of a database's store: ``"rebuilt"``, from the log, by the next open; ``"none"``
     of a log."""

@@ -106,7 +106,7 @@ async def restore(
 
     What it makes is opened by `open_database` or `open_wal`, and begins a new epoch then: it and
     what it is a copy of may give the same LSN to different records from there on.  It may go on
-    with the same archive.  Of a log's consumers the places are not there: they begin anew.
+    with the same archive.  The places of a log's consumers are not restored: they start over.
 
     It is made under another name next to ``dest`` and renamed when it is durable.  Cancelled, it
     ends at the next mebibyte, and nothing of it is left.

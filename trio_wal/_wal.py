@@ -215,13 +215,13 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
             async with wal.writer("audit", max_queue_size=100) as audit:
                 await audit.append(b"alice logged in")
 
-        At most so many of *its* records wait; whoever finds its share full waits in its own line
-        and delays nobody else.  Where the queue is full the lines with waiting tasks take turns,
-        as many records for each; the log's own methods are one line.  Within a line it is first
-        come, first served.
+        At most ``max_queue_size`` of *its* records wait.  A task that finds this share full waits
+        in the writer's own line and delays no other line.  While the queue is full, the lines
+        with waiting tasks take turns, the same number of records each; the log's own methods
+        share one line.  Within a line, first come, first served.
 
         Leaving the block does not wait: what was accepted becomes durable all the same, and
-        whoever still stands in the line gets `trio.ClosedResourceError`.
+        tasks that are still waiting in the line get `trio.ClosedResourceError`.
 
         Args:
           name: for `WalStatistics.writers`; free again after the block.
@@ -263,7 +263,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
         Args:
           start: the first LSN, or a bookmark to continue after; None: the oldest record.
-          stop: the LSN behind the last; None: up to what is durable on entering.
+          stop: the LSN to stop before; None: up to what is durable on entering.
 
         Raises, on entering or iterating:
           LsnTruncatedError: ``start`` is below `first_lsn`, or retention overtook the reader.
@@ -298,7 +298,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
                     send_mail(record.data)
                     await consumer.acknowledge(record)
 
-        It gives records from behind what its last user has acknowledged, whenever that was.
+        It continues after the last record that was acknowledged, whenever that was.
         Its first use makes it, durably, before anything is given.  From then on no segment is
         dropped that holds records after its place, by retention or by `truncate_before`, unless
         that takes more than ``consumer_hold_bytes``; `drop_consumer` ends that.
@@ -644,8 +644,8 @@ def open_wal(
 
     A replicated log takes neither ``compression``, ``verify_bytes``, ``trust_directory``,
     ``sync_in``, ``archive`` nor ``files``, and of ``durability`` only ``"sync"``; ``segment_size``
-    is how much of it `KeepSegments` counts as one.  To open it takes it over: whoever had it open
-    gets `LogFencedError` from the next write on.
+    is how much of it `KeepSegments` counts as one.  Opening it takes it over: a previous owner
+    gets `LogFencedError` from its next write on.
 
     Raises, when called:
       TypeError, ValueError: an argument is wrong; the message names it.

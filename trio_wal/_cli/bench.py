@@ -71,7 +71,7 @@ async def bench(
         bool, Parameter(negative=(), help="Propose settings for four aims, and try them.")
     ] = False,
     seconds: Annotated[float, Parameter(help="How long each measurement takes.")] = 1.0,
-    record_size: Annotated[int, Parameter(help="Bytes of a record in the trials.")] = 100,
+    record_size: Annotated[int, Parameter(help="Size of a record in the trials, in bytes.")] = 100,
     json: Json = False,
 ) -> int:
     """Measure how long this disk takes to make bytes durable, and how fast it writes.

@@ -29,8 +29,8 @@ def repair(
         bool,
         Parameter(
             negative=(),
-            help="Set a database's store aside, unseen, and rebuild it from the log: for one that "
-            "says it is a newer trio-wal's and never was.",
+            help="Set a database's store aside without reading it, and rebuild it from the log: "
+            "for a damaged store that claims to be of a newer trio-wal.",
         ),
     ] = False,
     json: Json = False,
@@ -40,7 +40,7 @@ def repair(
     Copies every file that it changes or drops into a directory `before-repair-1` (or a higher
     number) next to them, cuts the log before its first damage, and begins a new epoch there.
     A database loses nothing that its store has. A damaged store is set aside, and rebuilt from
-    the log if the log goes back to the beginning. Nobody may have it open.
+    the log if the log goes back to the beginning. No process may have it open.
 
     Exits with 1 if there is damage and `--accept-loss` was not given.
 

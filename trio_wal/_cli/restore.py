@@ -18,7 +18,7 @@ from ._output import ExitCode, Json, UsageError, complain, count, progress_bar, 
 async def restore(
     source: Annotated[
         Path,
-        Parameter(name="SRC", help="An archive, a backup that nobody has opened yet, or a log."),
+        Parameter(name="SRC", help="An archive, a backup that was never opened, or a log."),
     ],
     dest: Annotated[Path, Parameter(name="DEST", help="A directory that does not exist yet.")],
     /,
@@ -33,7 +33,9 @@ async def restore(
     ] = None,
     epoch: Annotated[
         str | None,
-        Parameter(help="Of an older history, in hexadecimal digits: see trio-wal archive list."),
+        Parameter(
+            help="An older history's epoch, in hexadecimal digits: see trio-wal archive list."
+        ),
     ] = None,
     tail: Annotated[
         Path | None,

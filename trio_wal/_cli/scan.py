@@ -25,11 +25,14 @@ async def scan(
     *,
     prefix: Annotated[Bound, Parameter(help="Only keys that begin with this.")] = None,
     start: Annotated[Bound, Parameter(help="The first key to print.")] = None,
-    stop: Annotated[Bound, Parameter(help="The first key that is no longer printed.")] = None,
+    stop: Annotated[Bound, Parameter(help="The key to stop before.")] = None,
     hex_: Annotated[
         bool,
         Parameter(
-            name="--hex", negative=(), show_default=False, help="These are hexadecimal digits."
+            name="--hex",
+            negative=(),
+            show_default=False,
+            help="Keys are given as hexadecimal digits.",
         ),
     ] = False,
     keys: Annotated[
