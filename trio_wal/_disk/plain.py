@@ -153,7 +153,8 @@ class _Bodies:
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self._count = self._stored = 0
+        self._count: int = 0
+        self._stored: int = 0
         """Records and bytes of the last one."""
         self._table = b""
         """The table of lengths that it has if they are equal; b"" where they cannot be."""
