@@ -186,7 +186,7 @@ class Database(metaclass=NoPublicConstructor):
           TypeError, ValueError: a key is not 1 to 511 bytes, a value neither bytes nor None.
           RecordTooLargeError: together they are over ``max_record_size``.
         """
-        if not isinstance(mapping, Mapping):
+        if mapping.__class__ is not dict and not isinstance(mapping, Mapping):
             raise TypeError(f"mapping must be a mapping, not {type(mapping).__name__}")
         size = 1
         writes: Writes = {}
