@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,16 +18,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trio_wal._system import files as _files
 
+def apart(
+    function: Callable[..., dict[str, Any]], *arguments: Any, package: str | None = None
+) -> dict[str, Any]:
+    """What the function returns, called with these arguments in a new process.
 
-def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What the function returns, called with these arguments in a new process."""
+    Args:
+      package: the directory of another checkout, whose package it finds.
+    """
     command = [
         *(sys.executable, __file__, function.__module__, function.__name__),
         json.dumps(arguments),
     ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    env = None if package is None else {**os.environ, "PYTHONPATH": package}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -51,6 +57,8 @@ class Stall:
     """Have every sync of this process wait as long as it is told to."""
 
     def __init__(self) -> None:
+        from trio_wal._system import files as _files
+
         self._moves = threading.Event()
         self._moves.set()
         real = _files.OsFile.sync

@@ -27,6 +27,10 @@ from harness import Comparison, Contender, Setting, compare
 from report import Report, Requirement, number, table
 
 import trio_wal
+from trio_wal._disk.chain import read_segment
+from trio_wal._disk.finding import refuse
+from trio_wal._disk.walk import Walk
+from trio_wal._system.files import OsFiles
 
 RECORDS: Final = 1_000_000
 RECORD_BYTES: Final = 100
@@ -46,6 +50,9 @@ CHECKED: Final = {
 }
 """What a scan is compared with; whether those segments come from the disk."""
 CRASHED: Final = "scan, after a crash"
+WALK: Final = "the walk alone"
+"""Over the same frames, without what an open does beside it: repair, two syncs, zeros behind the
+end."""
 
 WRITER: Final = """\
 import os, sys, trio, trio_wal
@@ -83,6 +90,7 @@ def _million(setting: Setting, report: Report) -> None:
                 [
                     Contender("scan, after a clean close", partial(_scan, log, RECORDS, math.inf)),
                     Contender(CRASHED, partial(_scan_crashed, crashed, RECORDS, math.inf)),
+                    Contender(WALK, partial(_walk, log, RECORDS)),
                     Contender("ordinary open", partial(_scan, log, RECORDS, None)),
                     Contender("read", partial(_read, log)),
                     Contender("the files alone", partial(_bytes, log, scanned, checksum=False)),
@@ -123,6 +131,13 @@ def _require(batch: int, found: Comparison, report: Report) -> None:
                 unit="/s",
             )
         )
+    report.require(
+        f"walk to read + checksum {batch}",
+        f"the walk of a recovery scan alone, {batch:,} a frame, to reading and checksumming",
+        SCAN_NEEDED[batch],
+        found.ratio(WALK, "read + checksum"),
+        at_most=False,
+    )
     for name, disk in CHECKED.items():
         where = "where recovery reads them" if disk else "from the page cache"
         report.requirements.append(
@@ -206,6 +221,23 @@ def _scan(path: Path, records: int, verify_bytes: float | None) -> dict[str, flo
         "seconds": seconds,
         "recovery seconds": report.seconds,
     }
+
+
+def _walk(path: Path, records: int) -> dict[str, float]:
+    directory = OsFiles().open_directory(str(path))
+    segments = [read_segment(directory, file.name) for file in sorted(path.glob("wal-*.log"))]
+    met = 0
+    start = perf_counter()
+    for segment in segments:
+        file = directory.open(segment.file_name)
+        walk = Walk(file, segment, refuse)
+        walk.follow(None)
+        met += walk.records
+        file.close()
+    seconds = perf_counter() - start
+    directory.close()
+    assert met == records
+    return {"records per second": records / seconds, "seconds": seconds}
 
 
 def _scan_crashed(crashed: Path, records: int, verify_bytes: float | None) -> dict[str, float]:

@@ -231,6 +231,21 @@ def _require(report: Report, found: dict[str, list[Tail]]) -> None:
         [tail.p99 / tail.median for tail in steady],
         "x",
     )
+    beside = list(zip(found["append: a reader"], steady, strict=True))
+    require(
+        "p99 beside a reader",
+        f"append, {TASKS} tasks, beside a reader at full speed: p99 to undisturbed",
+        3.0,
+        [reader.p99 / alone.p99 for reader, alone in beside],
+        "x",
+    )
+    report.require(
+        "commits beside a reader",
+        "the same: commits, to undisturbed",
+        0.5,
+        Spread.of([reader.commits / alone.commits for reader, alone in beside]),
+        at_most=False,
+    )
     for name, what in (
         ("append: rotation", "slowest append to median, a segment of 1 MiB after the other"),
         ("put: a checkpoint of 20 MB", "slowest put to median, while 20 MB are checkpointed"),

@@ -14,10 +14,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
+import attrs
 import load
 import trio
 from harness import Comparison, Contender, MiB, Setting, Spread, compare
-from peers import ARRANGEMENTS, PEERS, Peer, Sqlite, arrange
+from peers import ARRANGEMENTS, IN_LOOP, IN_THREADS, PEERS, Peer, Sqlite, arrange
 from report import Report, Requirement, number, table
 
 import trio_wal
@@ -28,6 +29,10 @@ KEYS_A_TASK: Final = 500
 DATABASE: Final = "trio_wal"
 PUT: Final = "trio_wal, put()"
 LOG: Final = "log, append"
+LOG_IN_LOOP: Final = "log, append, in the loop"
+WRITE: Final = "trio_wal, write()"
+WRITTEN_TASKS: Final = (1, 128)
+WRITTEN_KEYS: Final = 10
 CEILING: Final = "ceiling"
 BATCH_TASKS: Final = 10
 BATCH_PUTS: Final = 50
@@ -41,6 +46,8 @@ def run(setting: Setting) -> Report:
     report = Report("transactions")
     with setting.scratch() as directory:
         _puts(setting, directory, report)
+    with setting.scratch() as directory:
+        _written(setting, directory, report)
     with setting.scratch() as directory:
         _hot(setting, directory, report)
     with setting.scratch() as directory:
@@ -161,11 +168,25 @@ def _put(path: Path, tasks: int, seconds: float) -> dict[str, float]:
     return _in_database(path, tasks, seconds, step_of)
 
 
-def _log(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
+def _write(path: Path, tasks: int, seconds: float, puts: int) -> dict[str, float]:
+    """The same with the method for a transaction that is a mapping."""
+
+    def step_of(db: trio_wal.Database) -> Step:
+        async def step(task: int, turn: int) -> None:
+            await db.write(_writes(task, turn, puts))
+
+        return step
+
+    return _in_database(path, tasks, seconds, step_of)
+
+
+def _log(
+    path: Path, tasks: int, seconds: float, puts: int, sync_in: trio_wal.SyncIn = "thread"
+) -> dict[str, float]:
     """Appends of the same bytes, without anything that a transaction is."""
 
     async def main() -> dict[str, float]:
-        async with trio_wal.open_wal(path) as wal:
+        async with trio_wal.open_wal(path, sync_in=sync_in) as wal:
 
             async def step(task: int, turn: int) -> None:
                 for value in _writes(task, turn, puts).values():
@@ -214,6 +235,9 @@ def _contenders(
             Contender(LOG, partial(_log, log, tasks, seconds, puts)),
             Contender(CEILING, partial(load.ceiling, tasks, seconds)),
         ]
+        if tasks == 1:
+            trial = partial(_log, directory / "loop", tasks, seconds, puts, "loop")
+            made.append(Contender(LOG_IN_LOOP, trial))
     for kind in PEERS:
         for arrangement in arrangements:
             trial = partial(_peer, directory / "peer", kind, arrangement, tasks, seconds, puts)
@@ -247,8 +271,9 @@ def _puts(setting: Setting, directory: Path, report: Report) -> None:
         ["contender", *(f"{tasks} tasks" for tasks in TASKS)],
     )
     for name in found[1].trials:
-        shown.add_row(name, *(number(found[tasks].median(name)) for tasks in TASKS))
-        cost.add_row(name, *(number(found[tasks].median(name, load.CPU)) for tasks in TASKS))
+        measured = [one if name in one.trials else None for one in found.values()]
+        shown.add_row(name, *(number(one.median(name)) if one else "" for one in measured))
+        cost.add_row(name, *(number(one.median(name, load.CPU)) if one else "" for one in measured))
     report.tables += [shown, cost]
     report.data["puts"] = [
         {
@@ -269,7 +294,7 @@ def _require_puts(found: dict[int, Comparison], report: Report) -> None:
 
     for tasks, of_log, of_database in ((1, 2.0, 1.3), (128, 25.0, 15.0), (1024, 25.0, 15.0)):
         # With one task, collecting by hand makes a transaction of each call too.
-        best = _best(found[tasks], ARRANGEMENTS if tasks == 1 else OWN)
+        best = _best(found[tasks], IN_THREADS if tasks == 1 else OWN)
         require(
             f"append, K={tasks}, to best peer",
             f"append of the log, {tasks} tasks, to the best peer's put ({best})",
@@ -280,6 +305,18 @@ def _require_puts(found: dict[int, Comparison], report: Report) -> None:
             f"one put a transaction, {tasks} tasks, to the best peer ({best})",
             *(of_database, tasks, DATABASE, best),
         )
+    best = _best(found[1], IN_THREADS)
+    require(
+        "append, K=1, to best peer in a thread",
+        f"append of the log, 1 task, to the best peer in a thread ({best})",
+        *(1.0, 1, LOG, best),
+    )
+    best = _best(found[1], (IN_LOOP,))
+    require(
+        "append, K=1, in the loop, to best peer",
+        f'append of the log, 1 task, sync_in="loop", to the best peer called in the loop ({best})',
+        *(0.8, 1, LOG_IN_LOOP, best),
+    )
     best = _best(found[128], ("by hand",))
     require(
         "put, K=128, to best by hand",
@@ -302,6 +339,51 @@ def _require_puts(found: dict[int, Comparison], report: Report) -> None:
             f"put, K={tasks}, to ceiling",
             f"one put a transaction, {tasks} tasks, to the bare ceiling",
             *(0.5, tasks, DATABASE, CEILING),
+        )
+
+
+# -- a mapping as one transaction --------------------------------------------------
+
+
+def _written(setting: Setting, directory: Path, report: Report) -> None:
+    seconds = 0.4 if setting.brief else 1.0
+    shown = table(
+        "put(), and write() of one key and of ten: keys per second (median)",
+        ["contender", *(f"{tasks} tasks" for tasks in WRITTEN_TASKS)],
+    )
+    ten = f"{WRITE}, {WRITTEN_KEYS} keys"
+    found = {
+        tasks: compare(
+            [
+                Contender(PUT, partial(_put, directory / f"put-{tasks}", tasks, seconds)),
+                *(
+                    Contender(name, partial(_write, directory / name, tasks, seconds, keys))
+                    for name, keys in ((WRITE, 1), (ten, WRITTEN_KEYS))
+                ),
+            ],
+            5 if setting.brief else 9,
+        )
+        for tasks in WRITTEN_TASKS
+    }
+    for name, keys in ((PUT, 1), (WRITE, 1), (ten, WRITTEN_KEYS)):
+        shown.add_row(name, *(number(one.median(name) * keys) for one in found.values()))
+    report.tables.append(shown)
+    report.data["written"] = found
+    for tasks, one in found.items():
+        report.require(
+            f"write() of one key, K={tasks}",
+            f"write() of one key, {tasks} task{'s' * (tasks > 1)}, to put()",
+            0.95,
+            one.ratio(WRITE, PUT),
+            at_most=False,
+        )
+        keys_a_put = one.ratio(ten, PUT)
+        report.require(
+            f"write() of {WRITTEN_KEYS} keys, K={tasks}",
+            f"write() of {WRITTEN_KEYS} keys, {tasks} task{'s' * (tasks > 1)}: keys, to put()",
+            3.0,
+            Spread(*(each * WRITTEN_KEYS for each in attrs.astuple(keys_a_put))),
+            at_most=False,
         )
 
 

@@ -164,6 +164,8 @@ class Setting:
     """On a real disk."""
     brief: bool
     """Everything within minutes; else one benchmark at length."""
+    before: str | None = None
+    """A checkout of another commit, to compare with."""
 
     @property
     def mode(self) -> str:

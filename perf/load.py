@@ -34,6 +34,8 @@ CPU: Final = "CPU s a million"
 """Figure of a trial: seconds of CPU for a million of what it counts."""
 QUEUE_SIZE: Final = 10_000
 """The log's own default, and the size of the ceiling's channel if that has room for all."""
+BATCH_BYTES: Final = 8 << 20
+"""The log's own default: no batch is larger."""
 BLOCK: Final = 512
 FRAME_HEADER: Final = 64
 FILE_BYTES: Final = 32 << 20
@@ -158,45 +160,62 @@ async def prepared(wal: trio_wal.WriteAheadLog) -> None:
         await trio.sleep(0.02)
 
 
-def _aged(path: Path, tasks: int) -> None:
-    age(path, [RECORD] * max(AGED_TASKS_MIN, tasks))
+def _aged(path: Path, tasks: int, record: bytes = RECORD) -> None:
+    count = max(AGED_TASKS_MIN, tasks)
+    age(path, [record] * min(count, BATCH_BYTES // len(record)))
 
 
 def log(
-    path: Path, tasks: int, seconds: float, *, max_queue_size: float = QUEUE_SIZE
+    path: Path,
+    tasks: int,
+    seconds: float,
+    *,
+    record: bytes = RECORD,
+    max_queue_size: float = QUEUE_SIZE,
+    sync_in: trio_wal.SyncIn = "thread",
+    retention: trio_wal.Retention | None = None,
 ) -> dict[str, float]:
-    """Durable appends of `RECORD` by this many tasks, in the log at ``path``."""
-    _aged(path, tasks)
-    return trio.run(_log, path, tasks, seconds, max_queue_size)
+    """Durable appends by this many tasks, in the log at ``path``."""
+    _aged(path, tasks, record)
+
+    async def main() -> dict[str, float]:
+        async with trio_wal.open_wal(
+            path, max_queue_size=max_queue_size, sync_in=sync_in, retention=retention
+        ) as wal:
+            return await _log(wal, tasks, seconds, record)
+
+    return trio.run(main)
 
 
-async def _log(path: Path, tasks: int, seconds: float, max_queue_size: float) -> dict[str, float]:
-    async with trio_wal.open_wal(path, max_queue_size=max_queue_size) as wal:
-        window = _Window(seconds, lambda: wal.durable_lsn)
-        before = after = wal.statistics()
+async def _log(
+    wal: trio_wal.WriteAheadLog, tasks: int, seconds: float, record: bytes
+) -> dict[str, float]:
+    window = _Window(seconds, lambda: wal.durable_lsn)
+    before = after = wal.statistics()
 
-        def start() -> None:
-            nonlocal before
-            before = wal.statistics()
+    def start() -> None:
+        nonlocal before
+        before = wal.statistics()
 
-        window.on_start = start
+    window.on_start = start
 
-        async def worker() -> None:
-            while window.open:
-                await wal.append(RECORD)
+    async def worker() -> None:
+        while window.open:
+            await wal.append(record)
 
-        async def keep() -> None:
-            nonlocal after
-            await window.keep(lambda: wal.append(RECORD))
-            after = wal.statistics()
+    async def keep() -> None:
+        nonlocal after
+        await window.keep(lambda: wal.append(record))
+        after = wal.statistics()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep)
-            for _ in range(tasks - 1):
-                nursery.start_soon(worker)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep)
+        for _ in range(tasks - 1):
+            nursery.start_soon(worker)
     syncs = after.batches_synced - before.batches_synced
     return {
         **window.rates,
+        "MB per second": window.rates["per second"] * len(record) / 1e6,
         "records per sync": window.done / syncs,
         "sync us": (after.sync_seconds_total - before.sync_seconds_total) / syncs * 1e6,
     }

@@ -3,8 +3,9 @@
 Law: each peer gets its best arrangement, chosen by measuring all of them: calls through
 one worker thread, through trio's forty, or collected by hand, which is what an expert
 would write: one task takes whatever other tasks have queued and commits it as one
-transaction.  Every commit is synced: SQLite in WAL mode with ``synchronous=FULL``, LMDB
-with its default sync, RocksDB and LevelDB with the sync write option.
+transaction.  Calls in the event loop are held against a log that syncs there, too.  Every
+commit is synced: SQLite in WAL mode with ``synchronous=FULL``, LMDB with its default sync,
+RocksDB and LevelDB with the sync write option.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from typing import Any, Final
 
 import trio
 
-ARRANGEMENTS: Final = ("one thread", "40 threads", "by hand")
+IN_THREADS: Final = ("one thread", "40 threads", "by hand")
+IN_LOOP: Final = "in the loop"
+"""What many programs do: the event loop stands still for each commit."""
+ARRANGEMENTS: Final = (*IN_THREADS, IN_LOOP)
 MAP_SIZE: Final = 1 << 34
 BUSY_SECONDS: Final = 60.0
 
@@ -111,16 +115,21 @@ class Lmdb(Peer):
 
 class Rocks(Peer):
     name = "rocksdict"
+    recycled = 0
+    """So many files of its log are kept, to be written over."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         module: Any = importlib.import_module("rocksdict")
         self._batch: Any = module.WriteBatch
-        self._db: Any = module.Rdict(str(path), module.Options(raw_mode=True))
-        options = module.WriteOptions()
-        options.sync = True
-        self._options = options
-        self._db.set_write_options(options)
+        options = module.Options(raw_mode=True)
+        if self.recycled:
+            options.set_recycle_log_file_num(self.recycled)
+        self._db: Any = module.Rdict(str(path), options)
+        synced = module.WriteOptions()
+        synced.sync = True
+        self._synced: Any = synced
+        self._db.set_write_options(synced)
 
     def commit(self, writes: Writes) -> None:
         if len(writes) == 1:
@@ -130,10 +139,15 @@ class Rocks(Peer):
         batch = self._batch(raw_mode=True)
         for key, value in writes.items():
             batch.put(key, value)
-        self._db.write(batch, self._options)
+        self._db.write(batch, self._synced)
 
     def close(self) -> None:
         self._db.close()
+
+
+class RecycledRocks(Rocks):
+    name = "rocksdict recycled"
+    recycled = 4
 
 
 class Level(Peer):
@@ -152,7 +166,7 @@ class Level(Peer):
         self._db.close()
 
 
-PEERS: Final[tuple[type[Peer], ...]] = (Sqlite, Lmdb, Rocks, Level)
+PEERS: Final[tuple[type[Peer], ...]] = (Sqlite, Lmdb, Rocks, RecycledRocks, Level)
 
 
 class Threads:
@@ -196,7 +210,23 @@ class ByHand:
         await self._done.wait()
 
 
-def arrange(peer: Peer, arrangement: str) -> Threads | ByHand:
+class InLoop:
+    """A commit is one call in the event loop, which goes on to other tasks after it."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def commit(self, writes: Writes) -> None:
+        self._peer.commit(writes)
+        await trio.lowlevel.checkpoint()
+
+
+def arrange(peer: Peer, arrangement: str) -> Threads | ByHand | InLoop:
     if arrangement == "by hand":
         return ByHand(peer)
+    if arrangement == IN_LOOP:
+        return InLoop(peer)
     return Threads(peer, 1 if arrangement == "one thread" else 40)

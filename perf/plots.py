@@ -384,7 +384,7 @@ def _transactions(figure: Any, data: dict[str, Any]) -> None:
     shown = data["puts"]
     tasks = [entry["tasks"] for entry in shown]
     for name in shown[0]["per second"]:
-        rates = [entry["per second"][name]["median"] for entry in shown]
+        rates = [entry["per second"].get(name, {}).get("median") for entry in shown]
         axes.plot(tasks, rates, marker="o", markersize=3, label=name, **_style(name))
     axes.set(
         xscale="log",
@@ -404,6 +404,7 @@ def _style(name: str) -> dict[str, Any]:
         bench_transactions.DATABASE: ("C0", "-", 2.5),
         bench_transactions.PUT: ("C0", "--", 1.5),
         bench_transactions.LOG: ("0.5", "--", 1.5),
+        bench_transactions.LOG_IN_LOOP: ("0.5", "-.", 1.5),
         bench_transactions.CEILING: ("k", ":", 1.0),
     }
     if name in ours:
@@ -411,7 +412,8 @@ def _style(name: str) -> dict[str, Any]:
     else:
         kind, arrangement = name.split(", ")
         color = f"C{1 + [peer.name for peer in peers.PEERS].index(kind)}"
-        line, width = dict(zip(peers.ARRANGEMENTS, (":", "--", "-"), strict=True))[arrangement], 1.0
+        lines = dict(zip(peers.ARRANGEMENTS, (":", "--", "-", "-."), strict=True))
+        line, width = lines[arrangement], 1.0
     return {"color": color, "linestyle": line, "linewidth": width}
 
 

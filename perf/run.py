@@ -2,7 +2,8 @@
 
 Without a name all of them run, briefly, which takes some minutes; a name runs that one at
 length.  "scale" at length writes some 30 GB, takes a quarter of an hour where the disk takes
-200 MB/s for as long, and leaves out what there is no room for.  "replicated" needs a nats-server
+200 MB/s for as long, and leaves out what there is no room for.  "before" needs a checkout of
+another commit (--before) and leaves itself out without one.  "replicated" needs a nats-server
 and leaves itself out where there is none.  Figures and plots go to ``perf/results``.
 
 At the end stands the table of what must be reached, and which ratios have become worse
@@ -30,6 +31,7 @@ NAMES = (
     "backpressure",
     "replicated",
     "operate",
+    "before",
 )
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--dir", help="where the logs go: a directory on a real disk")
     parser.add_argument("--brief", action="store_true", help="briefly, also with a name")
+    parser.add_argument("--before", help="a checkout of another commit, for the benchmark of it")
     parser.add_argument("--plots", help="where the plots go; the default is perf/results")
     parser.add_argument(
         "--store", action="store_true", help="keep the ratios as the ones to compare with"
@@ -54,7 +57,9 @@ def main() -> None:
     import report as found
 
     directory = harness.scratch_directory(arguments.dir)
-    setting = harness.Setting(directory, brief=arguments.brief or not arguments.names)
+    setting = harness.Setting(
+        directory, brief=arguments.brief or not arguments.names, before=arguments.before
+    )
     facts = {**harness.machine(directory), "mode": setting.mode}
     found.console.print(", ".join(f"{name}: {fact}" for name, fact in facts.items()), "\n")
     plots = Path(arguments.plots) if arguments.plots else found.RESULTS

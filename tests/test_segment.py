@@ -615,14 +615,34 @@ def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() 
     assert images
 
 
-def test_files_of_large_frames_are_not_recycled() -> None:
-    """Writing zeros ahead does not pay for them."""
+@pytest.mark.parametrize(("kib", "recycled"), [(31, True), (310, True), (330, False)])
+def test_files_of_large_frames_are_not_recycled(kib: int, recycled: bool) -> None:
+    """Writing zeros ahead does not pay for them, not even over blocks that are there."""
     files = MemoryFiles()
     log = open_log(files)
     for _ in range(3):
-        append(log, bytes(100 * KiB))
+        append(log, bytes(kib * KiB))
     log.drop_before(3)
-    assert spares(files) == []
+    assert len(spares(files)) == recycled
+
+
+@pytest.mark.parametrize(("kib", "pieces"), [(20, 4), (60, 1)])
+def test_zeros_are_written_in_pieces_that_are_small_beside_small_frames_only(
+    kib: int, pieces: int
+) -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=1 * MiB)
+    while not log.sealed():
+        append(log, b"\xff" * (kib * KiB))
+    append(log, bytes(kib * KiB))
+    log.drop_before(log.last_lsn)
+    synced: list[str] = []
+    files.after_operation = lambda operation, path: synced.append(operation)
+    log.prepare_spare()
+    files.after_operation = None
+    assert synced.count("sync") == pieces
+    (spare,) = spares(files)
+    assert not any(files.read_file(LOG, spare))
 
 
 def test_space_taken_by_a_recycled_file_is_given_to_a_larger_segment() -> None:

@@ -186,29 +186,35 @@ class Database(metaclass=NoPublicConstructor):
           TypeError, ValueError: a key is not 1 to 511 bytes, a value neither bytes nor None.
           RecordTooLargeError: together they are over ``max_record_size``.
         """
-        if not isinstance(mapping, Mapping):
+        if mapping.__class__ is not dict and not isinstance(mapping, Mapping):
             raise TypeError(f"mapping must be a mapping, not {type(mapping).__name__}")
         size = 1
         writes: Writes = {}
         for key, value in mapping.items():
-            data = None if value is None else check_bytes("value", value)
-            writes[check_key(key)] = data
+            # The fast path of the checks.
+            data = value if value is None or type(value) is bytes else check_bytes("value", value)
+            known = type(key) is bytes and 0 < len(key) <= KEY_BYTES_MAX
+            writes[key if known else check_key(key)] = data
             size += OPERATION_OVERHEAD + len(key) + (0 if data is None else len(data))
         versions = self._versions
-        check_size(size, versions.max_transaction_bytes)
-        versions.check_open()
-        require_trio("db.write")
+        if size > versions.max_transaction_bytes:
+            check_size(size, versions.max_transaction_bytes)
+        if versions.closed:
+            versions.check_open()
+        try:
+            task = current_task()
+        except RuntimeError:
+            raise no_trio("db.write") from None
         if versions.checkpointing and versions.behind():
             await versions.wait_for_room()
         if not writes:
             await self._check_usable("write")
             return versions.durable_lsn
-        task = current_task()
-        passed = versions.readers.of(task)
-        lsn = await versions.commit(writes, task)
-        if passed is not None:
+        if versions.readers.pins and (passed := versions.readers.of(task)) is not None:
+            lsn = await versions.commit(writes, task)
             passed.changed_past(writes)
-        return lsn
+            return lsn
+        return await versions.commit(writes, task)
 
     def writer(
         self,

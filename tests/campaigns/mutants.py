@@ -498,7 +498,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "the flat loop does not check the checksum of a header", "_disk/plain", PLAIN,
-        "        if extend_crc32c(seed, fields) != crc:", "        if False:",
+        "if extend_crc32c(seed, data[start + _CHECKED : start + FRAME_HEADER_SIZE]) != crc:",
+        "if False:",
     ),
     mutant(
         "the flat loop does not know flags", "_disk/plain", PLAIN,
@@ -570,8 +571,20 @@ MUTANTS: Final = (
     ),
     mutant(
         "the flat loop reads a header beyond the window", "_disk/plain", PLAIN,
-        "        if len(window.data) - start < FRAME_HEADER_SIZE:",
-        "        if len(window.data) < start:",
+        "            if len(data) - start < FRAME_HEADER_SIZE:",
+        "            if len(data) < start:",
+    ),
+    mutant(
+        "the flat loop reads a body beyond the window", "_disk/plain", PLAIN,
+        "            if len(data) - start < size - FRAME_HEADER_SIZE:", "            if False:",
+    ),
+    mutant(
+        "the flat loop takes a window that begins behind it", "_disk/plain", PLAIN,
+        "        if start < 0 or len(data)", "        if len(data)",
+    ),
+    mutant(
+        "the flat loop keeps to its first window", "_disk/plain", PLAIN,
+        "            start = window.have(FRAME_HEADER_SIZE, offset, size)\n", "            pass\n",
     ),
     mutant(
         "the flat loop goes on behind its end", "_disk/plain", PLAIN,

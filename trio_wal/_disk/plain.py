@@ -8,6 +8,7 @@ same result; `tests/test_plain.py` and the campaign ``plain`` hold it to that.
 
 The loop makes no object of a frame.  What it takes of each one is an unpack, two slices, two
 checksums, and two comparisons with what is mostly there: a table of equal lengths, and zeros.
+The window is asked only for what it does not have: a call less for each frame is a twentieth.
 """
 
 from __future__ import annotations
@@ -92,24 +93,25 @@ def follow_plain(
     """
     window, seed = scanner.window, scanner.seed
     bodies = _Bodies(window) if scanner.bodies else None
-    place = begin = scanner.position.fields
-    offset, due, previous, proven, time_us = place
+    offset, due, previous, proven, time_us = place = begin = scanner.position.fields
     size = frames = index_at = 0
     before, unproven = place, deque[Unproven]()
     if tally is not None:
         frames, before, unproven = tally.frames, tally.data_end.fields, tally.unproven
         index_at = tally.index[-1][1] + tally.step if tally.index else 0
     while due < stop_lsn:
-        start = window.have(FRAME_HEADER_SIZE, offset, size)
-        if len(window.data) - start < FRAME_HEADER_SIZE:
-            break
+        data, start = window.data, offset - window.offset
+        if start < 0 or len(data) - start < FRAME_HEADER_SIZE:
+            start = window.have(FRAME_HEADER_SIZE, offset, size)
+            data = window.data
+            if len(data) - start < FRAME_HEADER_SIZE:
+                break
         magic, crc, first, durable, now_us, count, form, stored, raw, body_crc, follows, at = (
-            _unpack(window.data, start)
+            _unpack(data, start)
         )
         if magic != FRAME_MAGIC or form != _PLAIN or at != offset or first != due:
             break
-        fields = window.data[start + _CHECKED : start + FRAME_HEADER_SIZE]
-        if extend_crc32c(seed, fields) != crc:
+        if extend_crc32c(seed, data[start + _CHECKED : start + FRAME_HEADER_SIZE]) != crc:
             break
         if follows != previous or durable >= due:
             break
@@ -147,11 +149,12 @@ def follow_plain(
 class _Bodies:
     """The bodies of one walk's frames."""
 
-    __slots__ = ("_shape", "_table", "_window")
+    __slots__ = ("_count", "_stored", "_table", "_window")
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self._shape = (0, 0)
+        self._count: int = 0
+        self._stored: int = 0
         """Records and bytes of the last one."""
         self._table = b""
         """The table of lengths that it has if they are equal; b"" where they cannot be."""
@@ -161,17 +164,19 @@ class _Bodies:
         window = self._window
         if size > WINDOW or 4 * count > stored:
             return False
+        data, start = window.data, offset - window.offset + FRAME_HEADER_SIZE
         if size <= APART:
-            start = window.have(size, offset, size) + FRAME_HEADER_SIZE
-            data = window.data
+            if len(data) - start < size - FRAME_HEADER_SIZE:
+                start = window.have(size, offset, size) + FRAME_HEADER_SIZE
+                data = window.data
         else:
             start, data = 0, window.apart(stored, offset + FRAME_HEADER_SIZE)
             if len(data) < stored:
                 # Its checksum may be that of what is there.
                 return False
         end = start + stored
-        if (count, stored) != self._shape:
-            self._shape = (count, stored)
+        if count != self._count or stored != self._stored:
+            self._count, self._stored = count, stored
             self._table = equal_table(count, stored)
         if not (self._table and data.startswith(self._table, start)):
             lengths = struct.unpack_from(f"<{count}I", data, start) if len(data) >= end else ()

@@ -17,7 +17,7 @@ import msgspec
 
 from trio_wal._exceptions import LogFullError
 from trio_wal._files import NO_SPACE, Directory, File, close_quietly
-from trio_wal._util import KiB
+from trio_wal._util import KiB, MiB
 
 from .frame import SegmentHeader
 from .segment import (
@@ -30,6 +30,9 @@ from .segment import (
 )
 
 ZERO_CHUNK: Final = 256 * KiB
+LARGE_ZERO_CHUNK: Final = 1 * MiB
+"""Between frames for which it takes as long anyway: a sync for each piece costs as much as the
+zeros."""
 SPARE_RETRY_SECONDS: Final = 1.0
 """After a full disk: not at every commit."""
 PREPARE_FROM: Final = 0.25
@@ -43,6 +46,9 @@ within seconds all the same, and nothing waits in vain."""
 ZERO_FRAMES_BELOW: Final = 32 * KiB
 """Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
 needs no block allocation): it pays while the mean frame is smaller than this."""
+RECYCLE_FRAMES_BELOW: Final = 320 * KiB
+"""Over a dropped segment they cost half of that, because its blocks are there.  Beside frames that
+are larger than this they take from the disk what they give."""
 
 
 class Spare(msgspec.Struct, eq=False):
@@ -211,15 +217,17 @@ class Spares:
     def _zero(self, file: File, start: int, end: int) -> int:
         """Write zeros from ``start`` on; returns how far it came before a rotation asked
         for the file.  What is left of an old file's content is cut off."""
-        zeros = bytes(ZERO_CHUNK)
-        for offset in range(start, end, ZERO_CHUNK):
+        large = self._active().mean_frame_bytes >= ZERO_FRAMES_BELOW
+        chunk = LARGE_ZERO_CHUNK if large else ZERO_CHUNK
+        zeros = bytes(chunk)
+        for offset in range(start, end, chunk):
             if self._hurry:
                 file.truncate(offset)
                 return offset
             started = perf_counter()
             file.pwrite([zeros[: end - offset]], offset)
             file.sync()
-            if offset + ZERO_CHUNK < end:
+            if offset + chunk < end:
                 self._pause(offset / end, perf_counter() - started)
         return end
 
@@ -255,7 +263,7 @@ class Spares:
                 and self.ready is None
                 and not self.preparing
                 and not self._recycled
-                and self._active().mean_frame_bytes < ZERO_FRAMES_BELOW
+                and self._active().mean_frame_bytes < RECYCLE_FRAMES_BELOW
             )
             if recycle:
                 with self._reading:
