@@ -110,9 +110,10 @@ def test_a_close_that_does_not_drain_is_found(monkeypatch: pytest.MonkeyPatch) -
     original = WriteQueue.close
 
     def close(self: WriteQueue) -> None:
-        if self.filling.unwaited == len(self.filling.entries):
-            self.filling.entries.clear()
-            self.filling.unwaited = 0
+        filling = self.backlog.filling
+        if filling.unwaited == len(filling.entries):
+            filling.entries.clear()
+            filling.unwaited = 0
         original(self)
 
     monkeypatch.setattr(WriteQueue, "close", close)
