@@ -678,6 +678,34 @@ def test_a_transaction_left_while_it_is_entered_in_vain_is_left(files: MemoryFil
     run(main)
 
 
+def test_leaving_behind_a_commit_and_cancelled_does_not_cancel_the_commit(
+    files: MemoryFiles,
+) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(DB, files=files) as db:
+            await in_trio(db, files.hold)
+            first = asyncio.create_task(db.put(b"first", b""))
+            await until(db.wal, flying)
+            tx = await db.transaction().__aenter__()
+            await tx.put(b"second", b"")
+            commit = asyncio.create_task(tx.commit())
+            await until(db.wal, lambda statistics: statistics.records_waiting == 1)
+            leaving = asyncio.create_task(tx.__aexit__(None, None, None))
+            # It has come there when what was called after it has.
+            await asyncio.sleep(0)
+            await db.statistics()
+            leaving.cancel()
+            await asyncio.sleep(0)
+            await db.statistics()
+            await in_trio(db, files.release)
+            assert [await first, await commit] == [1, 2]
+            await asyncio.wait([leaving])
+            assert await db.get(b"second") == b""
+            assert (await db.statistics()).open_readers == 0
+
+    run(main)
+
+
 def test_an_acknowledgement_is_part_of_a_transaction(files: MemoryFiles) -> None:
     async def main() -> None:
         async with trio_wal.asyncio.open_database(DB, files=files) as db:

@@ -188,6 +188,9 @@ class _Hand:
     async def _make(self) -> None:
         call = self.call
         assert call is not None
+        if call.withdrawn:
+            # While it waited behind another one.
+            self.scope.cancel()
         try:
             await call.make()
         finally:
@@ -534,7 +537,7 @@ class Portal:
             if call is self._opening:
                 if call.outcome is None:
                     self._entering.cancel()
-            elif call.hand is not None:
+            elif call.hand is not None and call.hand.call is call:
                 call.hand.scope.cancel()
 
     def _hand_for(self, call: Call[Any]) -> _Hand:
