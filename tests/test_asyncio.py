@@ -319,6 +319,24 @@ def test_a_block_of_a_database_is_entered_once_and_before_it_is_used(
     run(main)
 
 
+@pytest.mark.parametrize("block", ["transaction", "snapshot", "stream", "changes"])
+def test_a_block_that_two_tasks_enter_at_a_time_is_entered_by_one(
+    block: str, files: MemoryFiles
+) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(LOG, files=files) as db:
+            made = getattr(db, block)()
+            results = await asyncio.gather(
+                made.__aenter__(), made.__aenter__(), return_exceptions=True
+            )
+            assert [type(result) for result in results] == [type(made), RuntimeError]
+            await made.__aexit__(None, None, None)
+            # Nothing is left of the second.
+            assert (await db.statistics()).open_readers == 0
+
+    run(main)
+
+
 def test_the_exception_of_the_body_passes_through(files: MemoryFiles) -> None:
     async def main() -> None:
         with pytest.raises(ZeroDivisionError):  # noqa: PT012
@@ -599,6 +617,90 @@ def test_a_transaction_serves_one_call_at_a_time(files: MemoryFiles) -> None:
                     await db.put(b"a", b"changed")
                     await tx.put(b"b", b"")
             # Neither has kept a task of trio.
+            assert (await db.statistics()).open_readers == 0
+
+    run(main)
+
+
+async def wrong_before(tx: trio_wal.asyncio.Transaction) -> None:
+    with pytest.raises(RuntimeError, match="enter the transaction first"):
+        await tx.__aexit__(None, None, None)
+    await tx.__aenter__()
+
+
+async def wrong_after(tx: trio_wal.asyncio.Transaction) -> None:
+    async with tx:
+        pass
+
+
+async def wrong_twice(tx: trio_wal.asyncio.Transaction) -> None:
+    await wrong_after(tx)
+    await tx.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("wrong", [wrong_before, wrong_after, wrong_twice])
+def test_a_transaction_used_out_of_its_block_disturbs_nobody(
+    wrong: Callable[[trio_wal.asyncio.Transaction], Awaitable[None]], files: MemoryFiles
+) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(DB, files=files) as db:
+            tx = db.transaction()
+            await wrong(tx)
+            for _ in range(3):
+                # More calls of a turn than there were tasks of trio's before.
+                used, *others = await asyncio.gather(
+                    tx.get(b"a"),
+                    *(db.put(b"%d" % n, b"") for n in range(4)),
+                    return_exceptions=True,
+                )
+                assert all(isinstance(lsn, int) for lsn in others)
+                if wrong is wrong_before:
+                    assert used is None
+                else:
+                    assert isinstance(used, trio.ClosedResourceError)
+            await tx.__aexit__(None, None, None)
+            assert (await db.statistics()).open_readers == 0
+
+    run(main)
+
+
+def test_a_transaction_left_while_it_is_entered_in_vain_is_left(files: MemoryFiles) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(DB, files=files) as db:
+            await db.aclose()
+            tx = db.transaction()
+            entering, leaving = await asyncio.gather(
+                tx.__aenter__(), tx.__aexit__(None, None, None), return_exceptions=True
+            )
+            assert isinstance(entering, trio.ClosedResourceError)
+            assert isinstance(leaving, RuntimeError)
+
+    run(main)
+
+
+def test_leaving_behind_a_commit_and_cancelled_does_not_cancel_the_commit(
+    files: MemoryFiles,
+) -> None:
+    async def main() -> None:
+        async with trio_wal.asyncio.open_database(DB, files=files) as db:
+            await in_trio(db, files.hold)
+            first = asyncio.create_task(db.put(b"first", b""))
+            await until(db.wal, flying)
+            tx = await db.transaction().__aenter__()
+            await tx.put(b"second", b"")
+            commit = asyncio.create_task(tx.commit())
+            await until(db.wal, lambda statistics: statistics.records_waiting == 1)
+            leaving = asyncio.create_task(tx.__aexit__(None, None, None))
+            # It has come there when what was called after it has.
+            await asyncio.sleep(0)
+            await db.statistics()
+            leaving.cancel()
+            await asyncio.sleep(0)
+            await db.statistics()
+            await in_trio(db, files.release)
+            assert [await first, await commit] == [1, 2]
+            await asyncio.wait([leaving])
+            assert await db.get(b"second") == b""
             assert (await db.statistics()).open_readers == 0
 
     run(main)

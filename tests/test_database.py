@@ -1223,6 +1223,34 @@ async def test_a_subclass_of_bytes_is_stored_as_the_bytes_that_it_is(home: Home)
         await check_content(db, {b"put": b"2"})
 
 
+class Liar(bytes):
+    """Says of itself what it is not."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __bytes__(self) -> bytes:
+        return Liar(b"a lie")
+
+
+async def test_what_a_subclass_of_bytes_says_of_itself_is_of_no_account(files: MemoryFiles) -> None:
+    keys = [Liar(bytes([number]) * 400) for number in range(3)]
+    async with trio_wal.open_database("/db", files=files, max_record_size=1000) as db:
+        with pytest.raises(trio_wal.RecordTooLargeError):
+            await db.write(dict.fromkeys(keys))
+        with pytest.raises(trio_wal.RecordTooLargeError):
+            await db.write({b"key": Liar(bytes(1000))})
+        await db.write({Liar(b"written"): Liar(b"1")})
+        await db.put(Liar(b"put"), Liar(b"1"))
+        assert dict(db.scan()) == {b"put": b"1", b"written": b"1"}
+    async with trio_wal.open_wal("/log", files=files, max_record_size=1000) as wal:
+        with pytest.raises(trio_wal.RecordTooLargeError):
+            await wal.append(Liar(bytes(1001)))
+        await wal.append_many([Liar(b"1"), Liar(b"22")])
+        async with wal.read() as records:
+            assert [record.data async for record in records] == [b"1", b"22"]
+
+
 async def test_a_log_stores_a_subclass_of_bytes_as_the_bytes_that_it_is(files: MemoryFiles) -> None:
     async with trio_wal.open_wal("/log", files=files) as wal:
         await wal.append(Text(b"1"))

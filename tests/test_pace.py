@@ -204,6 +204,14 @@ def test_the_time_in_which_nothing_was_there_is_not_a_round() -> None:
     assert bound.records == 64
 
 
+def test_a_round_of_which_no_part_can_be_told_is_none() -> None:
+    bound = AutoBound(TARGET)
+    shortest = math.ulp(0.0)
+    for number in range(10):
+        assert not bound.taken(number * shortest, 64, 64, full=True, at_once=True)
+    assert bound.records == 64
+
+
 @pytest.mark.parametrize(("each", "limit"), [(1.0, AUTO_RECORDS_MIN), (1e-9, AUTO_RECORDS_MAX)])
 def test_it_stays_within_its_limits(each: float, limit: int) -> None:
     disk = Disk(AutoBound(TARGET), 1e-9, each)

@@ -4,15 +4,54 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
 from helpers import Call, open_memory, open_tasks, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import trio_wal
+from trio_wal import _queue
 from trio_wal._queue import WriteQueue
 from trio_wal._state import Status
 from trio_wal.testing import MemoryFiles
+
+
+class NoMemory:
+    def __init__(self, queue: WriteQueue) -> None:
+        raise MemoryError
+
+
+async def no_memory_for(write: Callable[[bytes], Awaitable[Any]]) -> Any:
+    """What a write gives after one for which there was no memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_queue, "Claim", NoMemory)
+        with pytest.raises(MemoryError):
+            await write(b"lost")
+    return await write(b"next")
+
+
+@pytest.mark.parametrize("method", ["append", "append_many"])
+@pytest.mark.parametrize("writer", [False, True])
+async def test_a_record_without_memory_for_its_wait_leaves_nothing(
+    method: str, writer: bool, files: MemoryFiles
+) -> None:
+    async with open_memory(files) as wal, wal.writer("writer") as line:
+        write = getattr(line if writer else wal, method)
+        given = (lambda data: write([data])) if method == "append_many" else write
+        found = await no_memory_for(given)
+        assert found == (range(1, 2) if method == "append_many" else 1)
+        assert (wal.statistics().records_waiting, wal.statistics().bytes_appended) == (0, 4)
+        assert await read_all(wal) == {1: b"next"}
+
+
+async def test_a_commit_without_memory_for_its_wait_is_not_seen(files: MemoryFiles) -> None:
+    async with trio_wal.open_database("/db", files=files) as db:
+        assert await no_memory_for(lambda key: db.put(key, b"")) == 1
+        assert dict(db.scan()) == {b"next": b""}
+
 
 # -- order ------------------------------------------------------------------------
 

@@ -194,8 +194,9 @@ class Database(metaclass=NoPublicConstructor):
             # The fast path of the checks.
             data = value if value is None or type(value) is bytes else check_bytes("value", value)
             known = type(key) is bytes and 0 < len(key) <= KEY_BYTES_MAX
-            writes[key if known else check_key(key)] = data
-            size += OPERATION_OVERHEAD + len(key) + (0 if data is None else len(data))
+            name = key if known else check_key(key)
+            writes[name] = data
+            size += OPERATION_OVERHEAD + len(name) + (0 if data is None else len(data))
         versions = self._versions
         if size > versions.max_transaction_bytes:
             check_size(size, versions.max_transaction_bytes)

@@ -205,6 +205,7 @@ class Entered(Facade[S]):
         self._portal = portal
         self._begin = begin
         self._trios: S | None = None
+        self._entering = False
 
     async def _enter(self) -> None:
         trios = self._begin()
@@ -212,9 +213,13 @@ class Entered(Facade[S]):
         self._trios = trios
 
     async def __aenter__(self) -> Self:
-        if self._trios is not None:
+        if self._trios is not None or self._entering:
             raise RuntimeError(f"a {self._what} can be used only once")
-        await self._way().call(self._enter)
+        self._entering = True
+        try:
+            await self._way().call(self._enter)
+        finally:
+            self._entering = False
         return self
 
     async def _leave(self, *exc_info: Any) -> None:

@@ -138,7 +138,8 @@ class AutoBound:
         """
         seconds, flushed, was_full = now - self._taken_at, self._taken, self._was_full
         self._taken_at, self._taken, self._was_full = now, records, full
-        if not at_once or not flushed or not 0 < seconds < math.inf:
+        # Nor where so little time has passed that a record's part of it is none.
+        if not at_once or not flushed or not 0 < seconds / flushed < math.inf:
             return False
         self._costs.note(flushed, seconds)
         if not (full and was_full):

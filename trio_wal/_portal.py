@@ -111,6 +111,8 @@ class Line:
         """The last call, where it came while another one was being made."""
         self._begun = False
         """Whether a call has come to something."""
+        self._ended = False
+        """Whether it has had its last call, after others."""
 
     async def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
         """
@@ -133,9 +135,14 @@ class Line:
         return await self._portal.call_in(self, function, *args, last=True)
 
     def is_over(self, call: Call[Any]) -> bool:
-        """After a call, in trio's thread; a line whose first call came to nothing is over."""
+        """After a call, in trio's thread: whether its task is free for others.
+
+        A line whose first call came to nothing is over, and may begin once more; what is called
+        after the last call is on its own.
+        """
         self._begun = self._begun or isinstance(call.outcome, outcome.Value)
-        return call.last or not self._begun
+        self._ended = self._ended or (call.last and self._begun)
+        return self._ended or not self._begun
 
 
 async def _run_sync(function: Callable[..., T], *args: object) -> T:  # noqa: ASYNC124
@@ -181,15 +188,22 @@ class _Hand:
     async def _make(self) -> None:
         call = self.call
         assert call is not None
+        if call.withdrawn:
+            # While it waited behind another one.
+            self.scope.cancel()
         try:
             await call.make()
         finally:
             self.call = call.hand = None
             self._portal.answer(call)
-            if call.line is None or call.line.is_over(call):
+            line = call.line
+            over = line is None or line.is_over(call)
+            if line is not None and line.waiting:
+                self.give(line.waiting.pop())
+            elif over:
+                if line is not None:
+                    line.hand = None
                 self._portal.take_back(self)
-            elif call.line.waiting:
-                self.give(call.line.waiting.pop())
 
 
 @final
@@ -523,7 +537,7 @@ class Portal:
             if call is self._opening:
                 if call.outcome is None:
                     self._entering.cancel()
-            elif call.hand is not None:
+            elif call.hand is not None and call.hand.call is call:
                 call.hand.scope.cancel()
 
     def _hand_for(self, call: Call[Any]) -> _Hand:

@@ -70,6 +70,17 @@ class Claim:
         return self._queue.withdraw(self.batch, self.task, self.share)
 
 
+def _new_claim(queue: WriteQueue, task: Task) -> Claim:
+    """Before anything of the task's is in a batch: where there is no memory for it, the entry of a
+    task that does not wait would lend its place to the next one, or have the task woken."""
+    try:
+        return Claim(queue)
+    except BaseException:
+        if queue.owner is not None:
+            queue.owner.withdrawn(task)
+        raise
+
+
 class Owner(Protocol):
     """Whoever writes all records of a log and must know what becomes of each: the database."""
 
@@ -239,12 +250,12 @@ class WriteQueue:
         if place >= batch.records_credit or total > batch.bytes_credit:
             # Apart, because CPython 3.11 compares twice as slowly before a long jump.
             return (yield from self._append_full(record, task))
-        entries[task] = record
-        batch.bytes = total
         if not place:
             self.enqueue(batch)
         claims = self._claims
-        claim = claims.pop() if claims else Claim(self)
+        claim = claims.pop() if claims else _new_claim(self, task)
+        entries[task] = record
+        batch.bytes = total
         claim.batch = batch
         claim.task = task
         if REUSES:
@@ -291,17 +302,17 @@ class WriteQueue:
             or line.blocked
         ):
             return (yield from self.submit(record, line).__await__())
-        entries[task] = record
-        batch.bytes = total
         if not place:
             self.enqueue(batch)
+        claims = self._claims
+        claim = claims.pop() if claims else _new_claim(self, task)
         share = line.share
         if share is None or share.batch is not batch:
             share = line.share_of(batch)
+        entries[task] = record
+        batch.bytes = total
         line.records = mine + 1
         line.bytes = my_bytes
-        claims = self._claims
-        claim = claims.pop() if claims else Claim(self)
         claim.batch = batch
         claim.task = task
         claim.share = share
@@ -335,6 +346,7 @@ class WriteQueue:
             raise line.left()
         task = current_task()
         if self._has_room(item, line):
+            claim = self._claims.pop() if self._claims else _new_claim(self, task)
             if enter is not None:
                 refused: Exception | None = None
                 try:
@@ -342,11 +354,11 @@ class WriteQueue:
                 except Exception as exc:  # noqa: BLE001  (it is raised below)
                     refused = exc
                 if refused is not None:
+                    self._claims.append(claim)
                     await trio.lowlevel.checkpoint()
                     raise refused
             batch = self._put(task, item, line)
             batch.mixed = True
-            claim = self._claims.pop() if self._claims else Claim(self)
             claim.batch = batch
             claim.task = task
             claim.share = (batch.shares or {}).get(line)

@@ -83,13 +83,14 @@ def check_share(name: str, value: object, high: float) -> float:
 def check_bytes(name: str, value: object) -> bytes:
     """``value`` as `bytes`, not as a subclass, which not every encoder takes.
 
-    A mutable buffer is refused: it could change while it waits.
+    A mutable buffer is refused: it could change while it waits.  What a subclass says of itself,
+    of its length for one, is of no account.
     """
     if type(value) is bytes:
         return value
     if not isinstance(value, bytes):
         raise TypeError(f"{name} must be bytes, not {type(value).__name__}")
-    return bytes(value)
+    return bytes(memoryview(value))
 
 
 def check_path(path: str | PathLike[str]) -> str:
