@@ -542,6 +542,8 @@ def _many_records(log: _forge.Log) -> None:
 def _too_many_records(log: _forge.Log) -> None:
     size = 4 * (BATCH_RECORDS_MAX + MiB)
     _bomb(log, [bytes(size)], size, size // 4)
+    # Whatever came behind it would contradict it, before its records are looked at.
+    del log.segments[1:], log.segments[0].frames[1:]
 
 
 def _most_records(log: _forge.Log) -> None:
