@@ -983,6 +983,8 @@ MUTANTS: Final = (
     mutant(
         "a consumer holds what comes after the next record", "_consumers", CONSUMERS,
         "        first = now.reach + 1\n", "        first = now.reach + 2\n",
+        "min(first, stored.reach + 1)", "min(first, stored.reach + 2)",
+        "min(first, began + 1)", "min(first, began + 2)",
     ),
     mutant(
         "a consumer goes on behind what it was given", "_consumers", CONSUMERS,
