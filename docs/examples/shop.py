@@ -74,8 +74,7 @@ async def customer(db: Database, name: str) -> None:
     while True:
         order = Order(name, random.choice(["blue", "red"]), random.randrange(1, 4))
         number = await place(db, order)
-        # In one piece, also where output is not buffered.
-        print(f"confirmed {number}\n", end="", flush=True)
+        print("confirmed", number, flush=True)
 
 
 async def sell(db: Database, customers: int) -> None:
