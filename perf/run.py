@@ -8,7 +8,8 @@ and leaves itself out where there is none.  Figures and plots go to ``perf/resul
 
 At the end stands the table of what must be reached, and which ratios have become worse
 than those in ``perf/ratios.json``, that is than the last run with ``--store`` in the same
-mode.  Timing never fails a run: the exit code says only whether the benchmarks ran.
+mode.  Timing never fails a run: the exit code says only whether the benchmarks ran.  One that
+breaks off is told with its traceback, and the others run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from pathlib import Path
 
 NAMES = (
@@ -65,8 +67,14 @@ def main() -> None:
     plots = Path(arguments.plots) if arguments.plots else found.RESULTS
     harness.touch_memory(directory)
     requirements: list[found.Requirement] = []
+    broken = []
     for name in arguments.names or NAMES:
-        report = importlib.import_module(f"bench_{name}").run(setting)
+        try:
+            report = importlib.import_module(f"bench_{name}").run(setting)
+        except Exception:  # noqa: BLE001  (the others are wanted, whatever it was)
+            traceback.print_exc()
+            broken.append(name)
+            continue
         found.show(report)
         found.save(report, facts)
         drawing.draw(name, plots)
@@ -75,6 +83,8 @@ def main() -> None:
     found.show_regressions(requirements, facts)
     if arguments.store:
         found.store_ratios(requirements, facts)
+    if broken:
+        sys.exit(f"broken off: {', '.join(broken)}")
 
 
 if __name__ == "__main__":

@@ -311,6 +311,59 @@ def test_puts_under_asyncio_are_counted(perf: Import, tmp_path: Path, name: str)
     assert found["cpu_us"] > 0
 
 
+@linux
+def test_each_row_about_readers_and_consumers_is_measured(perf: Import, tmp_path: Path) -> None:
+    readers: Any = perf("bench_readers")
+    trials = [trial for each in readers.CONTENDERS.values() for trial in each.values()]
+    assert len(trials) == 11
+    for trial in trials:
+        found = perf("apart").apart(trial, str(tmp_path / trial.__name__), 0.1)
+        assert found
+        assert all(figure > 0 for figure in found.values()), trial
+
+
+@linux
+def test_a_small_database_is_opened_again_and_again_by_a_reader(
+    perf: Import, tmp_path: Path
+) -> None:
+    apart, readers = perf("apart").apart, perf("bench_readers")
+    apart(readers.large, str(tmp_path / "db"), 100_000)
+    found = apart(readers.opening, str(tmp_path / "db"))
+    assert len(found["open ms"]) == readers.OPENS
+    assert len(found["again ms"]) == 3 * readers.OPENS
+    assert all(figure > 0 for figure in found["open ms"])
+
+
+def test_a_benchmark_that_breaks_off_is_told_and_the_others_run(
+    perf: Import,
+    report: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran: list[str] = []
+
+    def fail(setting: object) -> None:
+        ran.append("append")
+        raise ZeroDivisionError("it broke")
+
+    def succeed(setting: object) -> Any:
+        ran.append("memory")
+        return report.Report("memory")
+
+    monkeypatch.setattr(perf("bench_append"), "run", fail)
+    monkeypatch.setattr(perf("bench_memory"), "run", succeed)
+    monkeypatch.setattr(perf("plots"), "draw", lambda name, directory: None)
+    monkeypatch.setattr(perf("harness"), "touch_memory", lambda directory: None)
+    command = ["run.py", "append", "memory", "--brief", "--dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as told:
+        perf("run").main()
+    assert told.value.code == "broken off: append"
+    assert ran == ["append", "memory"]
+    assert "it broke" in capsys.readouterr().err
+
+
 def test_a_follower_is_timed_from_durable_to_given(perf: Import, tmp_path: Path) -> None:
     found = perf("apart").apart(perf("bench_follow").trial, str(tmp_path / "log"), 0.1)
     assert 0 <= found["median"] <= found["p99"] <= found["slowest"]
