@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from datetime import datetime, timezone
 from typing import Any, cast
 
 import attrs
@@ -15,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from trio_wal import LogFullError, TransactionConflict, _layer, _order
 from trio_wal._base import StoreState
 from trio_wal._checkpoint import Checkpointer
+from trio_wal._engine import Record
 from trio_wal._layer import MANY_BYTES, Layer
 from trio_wal._mvcc import Pin, Versions
 from trio_wal._operations import Writes, decode_transaction, encode_transaction
@@ -527,7 +530,8 @@ def test_those_who_read_need_not_skip_the_keys_of_a_large_commit(home: Home, way
     layer = versions.view.active
     order, _ = layer.level  # what somebody has who reads now
     if way == "replay":
-        versions.replay(2, writes, len(encode_transaction(writes)))
+        record = Record(2, datetime.now(timezone.utc), encode_transaction(writes))
+        versions.replay("log", [record], 0, math.inf, to_checkpoint=False)
     else:
         versions.by_turns = way == "in turn"
         versions.commit(writes, task)

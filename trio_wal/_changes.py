@@ -26,6 +26,7 @@ from ._operations import (
     Writes,
     decode_transaction,
     moves_places,
+    not_a_transaction,
 )
 from ._stream import RecordStream
 from ._watch import Watch
@@ -154,7 +155,7 @@ def decode_record(path: str, lsn: int, data: bytes) -> Writes:
     try:
         return decode_transaction(data)
     except OperationsError as exc:
-        raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
+        raise not_a_transaction(path, lsn, exc) from exc
 
 
 def operations_in(path: str, lsn: int, data: bytes) -> Iterator[tuple[bytes, bytes | None]]:
@@ -162,7 +163,7 @@ def operations_in(path: str, lsn: int, data: bytes) -> Iterator[tuple[bytes, byt
     try:
         yield from _operations.operations_in(data)
     except OperationsError as exc:
-        raise CorruptLogError(path, 0, f"LSN {lsn}: {exc}") from exc
+        raise not_a_transaction(path, lsn, exc) from exc
 
 
 async def changed_in_log(log: Log, watch: Watch, since: int, stop: int) -> int | None:

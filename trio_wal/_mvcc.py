@@ -17,20 +17,35 @@ they are lost, and whoever made them cannot take them back any more.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from time import perf_counter
 from typing import Any, Final, Protocol, final
 
 import trio
 from trio.lowlevel import Task, enable_ki_protection
 
 from ._base import Readable, StoreState
+from ._engine import Record
 from ._exceptions import LogFullError, TransactionConflict
 from ._layer import MANY_BYTES, Layer, Version
 from ._memtable import Memtable, View
-from ._operations import Writes, encode_placed_transaction, encode_transaction
+from ._operations import (
+    PLACED_FORMAT,
+    OperationsError,
+    Writes,
+    decode_transaction,
+    encode_placed_transaction,
+    encode_transaction,
+    moves_in,
+    not_a_transaction,
+)
 from ._places import CommitPlaces, Moves, Place
 from ._text import printable
 from ._watch import Watches
+
+LOOKED_AT_BYTES: Final = 2048
+"""Of commits that are replayed before one looks at the time again: some tens of microseconds."""
 
 
 class LogStatus(Protocol):
@@ -555,27 +570,60 @@ class Versions:
         finally:
             self._burying = False
 
-    def replay(self, lsn: int, writes: Writes, log_bytes: int, moves: Moves | None = None) -> None:
-        """A durable commit of the log's, in the log's order, where nothing is committed.
+    def replay(
+        self, name: str, records: Sequence[Record], at: int, until: float, *, to_checkpoint: bool
+    ) -> int:
+        """Durable commits of the log's, in the log's order, where nothing is committed: from this
+        one on, for some time.  Returns which is the next.
 
         Others may be reading meanwhile, and waiting for it.  `settle_replayed` comes after some of
         them, before another task's turn.
+
+        Args:
+          name: of the log, for messages.
+          until: by `time.perf_counter`; looked at now and then.
+          to_checkpoint: whether to end where a checkpoint is due.
+
+        Raises:
+          CorruptLogError: the next one is none.
         """
-        seq = self.settled_seq = self.last_seq = self.last_seq + 1
         layer = self.view.active
-        if log_bytes >= MANY_BYTES and layer.make_way(writes):
-            self._renew()
-        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):
-            self._renew()
-        layer.last_lsn = lsn
-        layer.log_bytes += log_bytes
-        self.durable_lsn = max(self.durable_lsn, lsn)
-        if moves:
-            self._moved(lsn, moves, layer, alone=not writes)
-        if self.watches.begun:
-            self.watches.settled(lsn, [(seq, writes, layer, log_bytes)])
-        if layer.log_bytes >= self._checkpoint_bytes:
-            self.room.ask()
+        keep_older = bool(self._pins)
+        watches = self.watches if self.watches.begun else None
+        seen_bytes = 0
+        try:
+            for record in islice(records, at, None):
+                lsn, data = record.lsn, record.data
+                writes = decode_transaction(data)
+                moves = moves_in(data) if data[:1] == PLACED_FORMAT else None
+                at += 1
+                size = len(data)
+                seq = self.settled_seq = self.last_seq = self.last_seq + 1
+                if size >= MANY_BYTES and layer.make_way(writes):
+                    self._renew()
+                if layer.add(writes, seq, seq, keep_older):
+                    self._renew()
+                layer.last_lsn = lsn
+                layer.log_bytes += size
+                if moves:
+                    self._moved(lsn, moves, layer, alone=not writes)
+                if watches is not None:
+                    watches.settled(lsn, [(seq, writes, layer, size)])
+                if layer.log_bytes >= self._checkpoint_bytes:
+                    self.room.ask()
+                    if to_checkpoint:
+                        break
+                seen_bytes += size
+                if seen_bytes >= LOOKED_AT_BYTES:
+                    seen_bytes = 0
+                    if perf_counter() >= until:
+                        break
+        except OperationsError as exc:
+            raise not_a_transaction(name, records[at].lsn, exc) from exc
+        finally:
+            # A store that somebody else writes may be further.
+            self.durable_lsn = max(self.durable_lsn, layer.last_lsn)
+        return at
 
     async def settle_replayed(self) -> None:
         """Forget what the replayed commits have replaced.  A checkpoint only where there is much

@@ -16,7 +16,7 @@ import attrs
 import msgspec
 
 from ._disk.frame import FRAME_BODY_MAX
-from ._exceptions import RecordTooLargeError
+from ._exceptions import CorruptLogError, RecordTooLargeError
 from ._exports import publish
 from ._places import Move, Moves, PlacesError, decode_moves, encode_moves
 from ._util import KiB, check_bytes, check_int
@@ -40,8 +40,11 @@ Writes = dict[bytes, "bytes | None"]
 
 COPIED_BYTES: Final = 4 * KiB
 """Up to here."""
-_FEW: Final = frozenset(TRANSACTION_FORMAT + bytes([0x80 | count]) for count in range(16))
-"""With what transactions of up to 15 keys begin."""
+_FEW: Final = {
+    TRANSACTION_FORMAT + bytes([0x80 | count]): 2 + count * _OPERATION_BYTES_MIN
+    for count in range(16)
+}
+"""With what transactions of up to 15 keys begin, and the bytes that such a one has at least."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(dict[bytes, bytes | None])
@@ -58,6 +61,11 @@ class Operation:
 
 class OperationsError(ValueError):
     """The bytes are no transaction."""
+
+
+def not_a_transaction(log: str, lsn: int, exc: OperationsError) -> CorruptLogError:
+    """What whoever reads the log is told of a record that is none."""
+    return CorruptLogError(log, 0, f"LSN {lsn}: {exc}")
 
 
 def encode_transaction(writes: Writes) -> bytes:
@@ -95,10 +103,12 @@ def decode_transaction(record: bytes) -> Writes:
     """Raises `OperationsError`."""
     # Of few keys, which are most transactions, all that is asked for there.
     begin = 1
-    if record[:2] not in _FEW or (record[1] & 0x0F) * _OPERATION_BYTES_MIN > len(record) - 2:
+    size = len(record)
+    least = _FEW.get(record[:2])
+    if least is None or least > size:
         begin, _, _ = _count_operations(record)
     # A view costs more than a copy of what is small.
-    body = record[begin:] if len(record) <= COPIED_BYTES else memoryview(record)[begin:]
+    body = record[begin:] if size <= COPIED_BYTES else memoryview(record)[begin:]
     try:
         writes = _decoder.decode(body)
     except msgspec.MsgspecError as exc:

@@ -11,10 +11,8 @@ from typing import Final
 
 import trio
 
-from ._changes import decode_record
 from ._engine import Record
 from ._mvcc import Versions
-from ._operations import moves_in
 
 TURN_SECONDS: Final = 0.0005
 """For so long commits are replayed without a checkpoint of trio's."""
@@ -35,16 +33,14 @@ async def replay_live(
     Raises:
       CorruptLogError: one of them is none.
     """
-    replay = versions.replay
+    to_checkpoint = checkpoint is not None
+    at = 0
     due = perf_counter() + TURN_SECONDS
-    for record in records:
-        lsn, data = record.lsn, record.data
-        replay(lsn, decode_record(name, lsn, data), len(data), moves_in(data))
+    while at < len(records):
+        at = versions.replay(name, records, at, due, to_checkpoint=to_checkpoint)
+        await versions.settle_replayed()
         if checkpoint is not None and versions.checkpoint_due():
-            await versions.settle_replayed()
             await checkpoint()
         if perf_counter() >= due:
-            await versions.settle_replayed()
             await trio.lowlevel.checkpoint()
             due = perf_counter() + TURN_SECONDS
-    await versions.settle_replayed()

@@ -1004,8 +1004,8 @@ MUTANTS: Final = (
         "        self.places.record(lsn, moves, alone=alone)\n",
     ),
     mutant(
-        "what replay says of consumers is passed over", "_replay", CONSUMERS_DB,
-        "len(data), moves_in(data))", "len(data), None)",
+        "what replay says of consumers is passed over", "_mvcc", CONSUMERS_DB,
+        "moves = moves_in(data) if data[:1] == PLACED_FORMAT else None", "moves = None",
     ),
     mutant(
         "an acknowledgement in a transaction is forgotten", "_transaction", CONSUMERS_DB,
