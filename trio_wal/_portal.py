@@ -6,10 +6,11 @@ waits with a lock held; what both threads touch is said below.
 
 The way there and back is one wake-up for all the calls of a turn of the event loop, and one for
 all the answers of a turn of trio: so the appends of many tasks become one batch, as under trio.
+One callback of the event loop then wakes all of their tasks.
 
-Cancelled: the call is cancelled in trio's thread and its end waited for, so that it means there
-and here the same.  A call that ended otherwise gives what it came to, and the cancellation is
-delivered where the task waits next (`_cancel_again`).
+Cancelled: the call is cancelled in trio's thread, and the task sleeps until its end, so that it
+means there and here the same.  A call that ended otherwise gives what it came to, and the
+cancellation is delivered where the task waits next (`_cancel_again`).
 
 A loop that was closed, or a program that ends, without leaving the block: the log is closed all
 the same, as at the end of a block.
@@ -52,9 +53,9 @@ keep it for ever.  What was acknowledged is durable before."""
 class Call(Awaitable[T], Generic[T]):
     """Something that an asyncio task wants done in trio's thread, and waits for.
 
-    To asyncio it is a Future-like object (`asyncio.isfuture`) for one task, and no `asyncio.Future`:
-    so a whole turn's tasks are woken by one callback of the event loop and not by one for each,
-    and a cancellation comes here (`cancel`) and not to the task.
+    To asyncio it is a Future-like object (`asyncio.isfuture`) that one task waits for, and no
+    `asyncio.Future`: so all tasks of a turn are woken by one callback of the event loop, and
+    whoever cancels the task calls `cancel` here, while the task sleeps on.
     """
 
     __slots__ = (
@@ -81,8 +82,8 @@ class Call(Awaitable[T], Generic[T]):
         function: Callable[..., Awaitable[T]],
         arguments: tuple[object, ...],
         line: Line | None = None,
-        last: bool = False,  # noqa: FBT001, FBT002
-        shielded: bool = False,  # noqa: FBT001, FBT002
+        last: bool = False,
+        shielded: bool = False,
     ) -> None:
         """
         Args:
@@ -150,9 +151,9 @@ class Call(Awaitable[T], Generic[T]):
     def cancel(self, msg: object = None) -> bool:
         """Of the task that waits.  What it means is decided in trio's thread, and told with the
         answer."""
-        self._cancelled = () if msg is None else (msg,)
-        if not self._shielded:
+        if self._cancelled is None and not self._shielded:
             self._portal.withdraw(self)
+        self._cancelled = () if msg is None else (msg,)
         return True
 
     def wake(self) -> None:
@@ -429,11 +430,11 @@ class Portal:
             return
 
     def _deliver(self, calls: list[Call[Any]]) -> None:
-        self._unanswered.difference_update(calls)
         self._answered.extend(calls)
         if len(self._answered) > 1:
             # For the others, where a task that is woken ends the loop's run, or runs it itself.
             self.loop.call_soon(self._wake_all)
+        self._unanswered.difference_update(calls)
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -504,9 +505,10 @@ class Portal:
         for call in self._unanswered:
             if not call.ended:
                 call.error = _closed()
-        self._deliver(list(self._unanswered))
+        # Before a task is woken: it may raise.
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
+        self._deliver(list(self._unanswered))
 
     def _exit(self) -> None:
         """The program ends, and nobody has left the block."""
@@ -592,7 +594,7 @@ class Portal:
                 self.loop.call_soon_threadsafe(self._deliver, answers)
             except RuntimeError:
                 self._leaving.set()
-            # Nothing of theirs is kept until the next turn.
+            # Nothing that they hold is kept until the next turn.
             del answers
 
     def _abort(self, _: RaiseCancelT) -> Abort:
