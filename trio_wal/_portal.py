@@ -59,16 +59,16 @@ class Call(Awaitable[T], Generic[T]):
     """
 
     __slots__ = (
-        "_arguments",
         "_asyncio_future_blocking",
         "_cancelled",
         "_context",
-        "_function",
         "_portal",
         "_shielded",
         "_wake",
+        "arguments",
         "ended",
         "error",
+        "function",
         "hand",
         "last",
         "line",
@@ -92,8 +92,8 @@ class Call(Awaitable[T], Generic[T]):
           shielded: it goes on where the task that waits is cancelled.
         """
         self._portal = portal
-        self._function = function
-        self._arguments = arguments
+        self.function: Final = function
+        self.arguments: Final = arguments
         self._shielded = shielded
         self.line: Final = line
         self.last: Final = last
@@ -168,14 +168,17 @@ class Call(Awaitable[T], Generic[T]):
     async def make(self) -> None:
         """Nothing but trio's cancellation comes out."""
         try:
-            self.value = await self._function(*self._arguments)
-        except trio.Cancelled as exc:
-            self.error = exc if self.withdrawn else _closed()
-            raise
-        except BaseException as exc:  # noqa: BLE001, ASYNC103  (the caller raises it)
-            self.error = exc
+            self.value = await self.function(*self.arguments)
+        except BaseException as exc:  # noqa: ASYNC103  (or the caller raises it)
+            self.fail(exc)
+            if isinstance(exc, trio.Cancelled):
+                raise
         finally:
             self.ended = True
+
+    def fail(self, error: BaseException) -> None:
+        cut = isinstance(error, trio.Cancelled) and not self.withdrawn
+        self.error = _closed() if cut else error
 
 
 @final
@@ -273,8 +276,13 @@ class _Hand:
                     if call.withdrawn:
                         # While it waited behind another one.
                         self.cancel()
+                    # As `Call.make`, without a coroutine for each.
                     try:
-                        await call.make()
+                        call.value = await call.function(*call.arguments)
+                    except BaseException as exc:  # noqa: ASYNC103  (or the caller raises it)
+                        call.fail(exc)
+                        if isinstance(exc, trio.Cancelled):
+                            raise
                     finally:
                         self._finish(call)
             self._scope, self._cancelled = trio.CancelScope(), False
@@ -284,6 +292,7 @@ class _Hand:
         return Abort.SUCCEEDED
 
     def _finish(self, call: Call[Any]) -> None:
+        call.ended = True
         self.call = call.hand = None
         self._portal.answer(call)
         line = call.line
@@ -614,8 +623,10 @@ class Portal:
         if self._finished:
             # `_end` tells them.
             return
+        idle = self._idle
         for call in calls:
-            self._hand_for(call).give(call)
+            hand = idle.pop() if idle and call.line is None else self._hand_for(call)
+            hand.give(call)
         for call in withdrawn:
             call.withdrawn = True
             if call is self._opening:
