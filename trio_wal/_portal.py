@@ -440,14 +440,14 @@ class Portal:
 
     def _deliver(self, calls: list[Call[Any]]) -> None:
         self._answered.extend(calls)
-        if len(self._answered) > 1:
-            # For the others, where a task that is woken ends the loop's run, or runs it itself.
-            self.loop.call_soon(self._wake_all)
         self._unanswered.difference_update(calls)
         self._wake_all()
 
     def _wake_all(self) -> None:
         answered = self._answered
+        if len(answered) > 1:
+            # For the others, where a task that is woken ends the loop's run, or runs it itself.
+            self.loop.call_soon(self._wake_all)
         while answered:
             answered.popleft().wake()
 
