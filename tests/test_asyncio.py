@@ -10,7 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -511,6 +513,172 @@ def test_back_pressure_holds(files: MemoryFiles) -> None:
                 await wal.send_nowait(b"one more")
             await in_trio(wal, files.release)
             assert sorted(await asyncio.gather(*tasks)) == list(range(1, 101))
+
+    run(main)
+
+
+# -- by the turn ----------------------------------------------------------------------
+
+
+def test_an_answer_that_has_come_is_not_lost_to_a_cancellation(files: MemoryFiles) -> None:
+    """By a task that has got its own in the same turn."""
+
+    async def main() -> None:
+        async with trio_wal.asyncio.open_wal(LOG, files=files) as wal:
+            lsns: list[int] = []
+            others: list[asyncio.Task[None]] = []
+
+            async def write(number: int) -> None:
+                lsns.append(await wal.append(b"%d" % number))
+                while others:
+                    if others[-1] is not asyncio.current_task():
+                        others[-1].cancel()
+                    others.pop()
+                await asyncio.sleep(0)
+
+            tasks = [asyncio.create_task(write(number)) for number in range(4)]
+            others.extend(tasks)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert sorted(lsns) == [1, 2, 3, 4]
+            assert [type(result) for result in results].count(asyncio.CancelledError) == 3
+            assert results.count(None) == 1
+
+    run(main)
+
+
+def test_a_task_that_ends_the_run_of_the_loop_keeps_no_answers_from_others(
+    files: MemoryFiles,
+) -> None:
+    loop = asyncio.new_event_loop()
+    opening = trio_wal.asyncio.open_wal(LOG, files=files)
+    wal = loop.run_until_complete(opening.__aenter__())
+    lsns: list[int] = []
+
+    async def write(number: int) -> None:
+        lsns.append(await wal.append(b"%d" % number))
+        if len(lsns) < 3:
+            raise SystemExit
+
+    tasks = [loop.create_task(write(number)) for number in range(4)]
+    for count in (1, 2):
+        with pytest.raises(SystemExit):
+            loop.run_until_complete(asyncio.wait(tasks, timeout=60))
+        assert len(lsns) == count
+    loop.run_until_complete(asyncio.wait(tasks, timeout=60))
+    assert sorted(lsns) == [1, 2, 3, 4]
+    assert [type(task.exception()) for task in tasks].count(SystemExit) == 2
+    loop.run_until_complete(opening.__aexit__(None, None, None))
+    loop.close()
+
+
+def test_a_task_that_ends_the_run_of_the_loop_as_the_block_is_left_keeps_nobody_in_it(
+    files: MemoryFiles,
+) -> None:
+    loop = asyncio.new_event_loop()
+    opening = trio_wal.asyncio.open_database(DB, files=files)
+    db = loop.run_until_complete(opening.__aenter__())
+
+    async def wait() -> None:
+        try:
+            await db.wait_changed(b"key")
+        except trio.ClosedResourceError:
+            # Until it is the end of trio's run that tells.
+            with suppress(trio.ClosedResourceError):
+                while True:
+                    await db.statistics()
+            raise SystemExit from None
+
+    tasks = [loop.create_task(wait()) for _ in range(3)]
+    loop.run_until_complete(db.statistics())
+    leaving = loop.create_task(opening.__aexit__(None, None, None))
+    for _ in tasks:
+        with pytest.raises(SystemExit):
+            loop.run_until_complete(asyncio.wait([*tasks, leaving], timeout=60))
+    loop.run_until_complete(asyncio.wait([*tasks, leaving], timeout=60))
+    assert [type(task.exception()) for task in tasks] == [SystemExit] * 3
+    assert leaving.exception() is None
+    loop.close()
+
+
+def test_a_call_for_which_there_was_no_memory_keeps_no_other_from_its_way(
+    files: MemoryFiles,
+) -> None:
+    async def main() -> None:
+        loop: Any = asyncio.get_running_loop()
+        call_soon = loop.call_soon
+
+        def no_memory(*_: object, **__: object) -> None:
+            loop.call_soon = call_soon
+            raise MemoryError
+
+        async with trio_wal.asyncio.open_wal(LOG, files=files) as wal:
+            loop.call_soon = no_memory
+            with pytest.raises(MemoryError):
+                await wal.append(b"none")
+            task = asyncio.create_task(wal.append(b"one"))
+            done, _ = await asyncio.wait({task}, timeout=60)
+            assert done
+            assert await task == 1
+
+    run(main)
+
+
+def test_what_was_called_with_is_not_kept_until_the_next_call(files: MemoryFiles) -> None:
+    class Thing:
+        pass
+
+    async def main() -> None:
+        async with trio_wal.asyncio.open_wal(LOG, files=files) as wal:
+            thing = Thing()
+            kept = weakref.ref(thing)
+            assert await in_trio(wal, lambda thing: thing, thing) is thing
+            await asyncio.sleep(0)
+            # Whatever is called after it comes after all that is to be done for it.
+            portal: Any = wal._portal
+            heard = threading.Event()
+            portal._token.run_sync_soon(heard.set)
+            assert heard.wait(60)
+            del thing
+            assert kept() is None
+
+    run(main)
+
+
+FACTORIES: dict[str, Any] = {
+    "written in Python": lambda loop, coro, **options: asyncio.tasks._PyTask(  # type: ignore[attr-defined]
+        coro, loop=loop, **options
+    ),
+}
+if sys.version_info >= (3, 12):
+    FACTORIES["eager"] = asyncio.eager_task_factory
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_tasks_of_other_kinds_are_served_alike(factory: str, files: MemoryFiles) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(FACTORIES[factory])
+        async with trio_wal.asyncio.open_wal(LOG, files=files, max_queue_size=20) as wal:
+            lsns = await asyncio.gather(*(wal.append(b"%d" % n) for n in range(20)))
+            assert sorted(lsns) == list(range(1, 21))
+            await in_trio(wal, files.hold)
+            flight = asyncio.create_task(wal.append(b"flying"))
+            await until(wal, flying)
+            queued = asyncio.create_task(wal.append(b"queued"))
+            await until(wal, lambda statistics: statistics.records_waiting == 1)
+            for _ in range(3):
+                flight.cancel()
+            withdrawn = len(wal._portal._withdrawn)
+            queued.cancel("why")
+            await asyncio.wait({queued})
+            await in_trio(wal, files.release)
+            # Whoever cancels in each turn until it comes to pass, as anyio does, says it once.
+            assert withdrawn == 1
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await queued
+            if sys.version_info >= (3, 11):
+                assert caught.value.args == ("why",)
+            assert await flight == 21
+            assert await wal.append(b"next") == 22
 
     run(main)
 

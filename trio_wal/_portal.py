@@ -6,10 +6,11 @@ waits with a lock held; what both threads touch is said below.
 
 The way there and back is one wake-up for all the calls of a turn of the event loop, and one for
 all the answers of a turn of trio: so the appends of many tasks become one batch, as under trio.
+One callback of the event loop then wakes all of their tasks.
 
-Cancelled: the call is cancelled in trio's thread and its end waited for, so that it means there
-and here the same.  A call that ended otherwise gives what it came to, and the cancellation is
-delivered where the task waits next (`_cancel_again`).
+Cancelled: the call is cancelled in trio's thread, and the task sleeps until its end, so that it
+means there and here the same.  A call that ended otherwise gives what it came to, and the
+cancellation is delivered where the task waits next (`_cancel_again`).
 
 A loop that was closed, or a program that ends, without leaving the block: the log is closed all
 the same, as at the end of a block.
@@ -19,9 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextvars
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 from types import TracebackType
@@ -29,9 +32,10 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar, cast, final
 
 import outcome
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import Abort, RaiseCancelT, Task, current_task, reschedule
 
 from ._events import tell
+from ._park import WOKEN, park, request
 from ._system.files import OsFiles
 from ._worker import no_thread_is_oserror
 
@@ -46,56 +50,135 @@ keep it for ever.  What was acknowledged is durable before."""
 
 
 @final
-class Call(Generic[T]):
-    """Something that an asyncio task wants done in trio's thread."""
+class Call(Awaitable[T], Generic[T]):
+    """Something that an asyncio task wants done in trio's thread, and waits for.
+
+    To asyncio it is a Future-like object (`asyncio.isfuture`) that one task waits for, and no
+    `asyncio.Future`: so all tasks of a turn are woken by one callback of the event loop, and
+    whoever cancels the task calls `cancel` here, while the task sleeps on.
+    """
 
     __slots__ = (
-        "_arguments",
-        "_function",
-        "future",
+        "_asyncio_future_blocking",
+        "_cancelled",
+        "_context",
+        "_portal",
+        "_shielded",
+        "_wake",
+        "arguments",
+        "ended",
+        "error",
+        "function",
         "hand",
         "last",
         "line",
-        "outcome",
+        "value",
         "withdrawn",
     )
 
     def __init__(
         self,
+        portal: Portal,
         function: Callable[..., Awaitable[T]],
         arguments: tuple[object, ...],
-        future: asyncio.Future[None],
         line: Line | None = None,
-        *,
         last: bool = False,
+        shielded: bool = False,
     ) -> None:
         """
         Args:
           line: whose task is to make the call; None: any.
           last: of its line.
+          shielded: it goes on where the task that waits is cancelled.
         """
-        self._function = function
-        self._arguments = arguments
-        self.future: asyncio.Future[None] = future
-        """Of asyncio's thread only: done when `outcome` is there to be looked at."""
+        self._portal = portal
+        self.function: Final = function
+        self.arguments: Final = arguments
+        self._shielded = shielded
         self.line: Final = line
         self.last: Final = last
-        self.outcome: outcome.Outcome[T] | None = None
-        """Written in trio's thread, once, before the answer is sent; read after it came."""
+        # -- of asyncio's thread only
+        self._asyncio_future_blocking = True
+        self._wake: Callable[[Call[T]], object] | None = None
+        self._context: contextvars.Context | None = None
+        """In which the task wants that called."""
+        self._cancelled: tuple[object, ...] | None = None
+        """Arguments of the newest `asyncio.CancelledError` that the task was to get."""
+        # -- written in trio's thread, once, before the answer is sent; read after it came
+        self.ended = False
+        self.value: T
+        self.error: BaseException | None = None
+        # -- of trio's thread only
         self.hand: _Hand | None = None
-        """Of trio's thread only: who makes the call."""
+        """Who makes the call."""
         self.withdrawn: bool = False
-        """Of trio's thread only: it is to be cancelled."""
+        """It is to be cancelled."""
+
+    # -- asyncio's thread: what a task asks of a Future-like object ----------------------
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        try:
+            yield self
+        except BaseException:
+            # Nobody waits any more: the loop was closed.
+            self._portal.withdraw(self)
+            raise
+        error, self.error = self.error, None
+        if self._cancelled is not None:
+            if isinstance(error, trio.Cancelled):
+                raise asyncio.CancelledError(*self._cancelled)
+            _cancel_again(self._portal.loop, self._cancelled)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # Its traceback knows this frame.
+                del error
+        return self.value
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._portal.loop
+
+    def add_done_callback(
+        self, wake: Callable[[Call[T]], object], *, context: contextvars.Context
+    ) -> None:
+        self._wake = wake
+        self._context = context
+
+    def result(self) -> None:
+        """It is `__await__` that knows."""
+
+    def cancel(self, msg: object = None) -> bool:
+        """Of the task that waits.  What it means is decided in trio's thread, and told with the
+        answer."""
+        if self._cancelled is None and not self._shielded:
+            self._portal.withdraw(self)
+        self._cancelled = () if msg is None else (msg,)
+        return True
+
+    def wake(self) -> None:
+        """Have the task that waits run until it waits again."""
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            assert self._context is not None
+            self._context.run(wake, self)
+
+    # -- trio's thread -------------------------------------------------------------------
 
     async def make(self) -> None:
-        """In trio's thread.  Nothing but trio's cancellation comes out."""
+        """Nothing but trio's cancellation comes out."""
         try:
-            self.outcome = outcome.Value(await self._function(*self._arguments))
-        except trio.Cancelled as exc:
-            self.outcome = outcome.Error(exc if self.withdrawn else _closed())
-            raise
-        except BaseException as exc:  # noqa: BLE001, ASYNC103  (the caller raises it)
-            self.outcome = outcome.Error(exc)
+            self.value = await self.function(*self.arguments)
+        except BaseException as exc:  # noqa: ASYNC103  (or the caller raises it)
+            self.fail(exc)
+            if isinstance(exc, trio.Cancelled):
+                raise
+        finally:
+            self.ended = True
+
+    def fail(self, error: BaseException) -> None:
+        cut = isinstance(error, trio.Cancelled) and not self.withdrawn
+        self.error = _closed() if cut else error
 
 
 @final
@@ -123,7 +206,7 @@ class Line:
             raise trio.BusyResourceError("another task is using this transaction")
         self._busy = True
         try:
-            return await self._portal.call_in(self, function, *args)
+            return await self._portal.begin(function, args, self)
         finally:
             self._busy = False
 
@@ -132,7 +215,7 @@ class Line:
 
     async def close(self, function: Callable[P, Awaitable[T]], *args: P.args, **_: P.kwargs) -> T:
         """The last call, behind one that is being made."""
-        return await self._portal.call_in(self, function, *args, last=True)
+        return await self._portal.begin(function, args, self, last=True)
 
     def is_over(self, call: Call[Any]) -> bool:
         """After a call, in trio's thread: whether its task is free for others.
@@ -140,7 +223,7 @@ class Line:
         A line whose first call came to nothing is over, and may begin once more; what is called
         after the last call is on its own.
         """
-        self._begun = self._begun or isinstance(call.outcome, outcome.Value)
+        self._begun = self._begun or call.error is None
         self._ended = self._ended or (call.last and self._begun)
         return self._ended or not self._begun
 
@@ -155,10 +238,13 @@ class _Hand:
 
     def __init__(self, portal: Portal) -> None:
         self._portal = portal
-        self._task: Task | None = None
+        self._request = request(self._abort)
+        self._resting: Task | None = None
+        """The task, while it has nothing to do."""
         self.call: Call[Any] | None = None
-        self.scope: trio.CancelScope = trio.CancelScope()
-        """Around the call; a new one only after it was cancelled."""
+        self._scope = trio.CancelScope()
+        """Around the calls; a new one only after it was cancelled."""
+        self._cancelled = False
 
     def give(self, call: Call[Any]) -> None:
         call.hand = self
@@ -167,43 +253,58 @@ class _Hand:
             call.line.waiting.append(call)
             return
         self.call = call
-        if self._task is not None:
-            task, self._task = self._task, None
-            reschedule(task)
+        task = self._resting
+        if task is not None:
+            self._resting = None
+            reschedule(task, WOKEN)
+
+    def cancel(self) -> None:
+        """The call that is being made."""
+        self._cancelled = True
+        self._scope.cancel()
 
     async def run(self) -> None:
+        task = current_task()
         while True:
-            with self.scope:
-                while not self.scope.cancel_called:
-                    if self.call is None:
-                        self._task = current_task()
-                        await wait_task_rescheduled(self._abort)
-                    await self._make()
-            self.scope = trio.CancelScope()
+            with self._scope:
+                while not self._cancelled:
+                    call = self.call
+                    if call is None:
+                        self._resting = task
+                        await park(self._request)
+                        continue
+                    if call.withdrawn:
+                        # While it waited behind another one.
+                        self.cancel()
+                    # As `Call.make`, without a coroutine for each.
+                    try:
+                        call.value = await call.function(*call.arguments)
+                    except BaseException as exc:  # noqa: ASYNC103  (or the caller raises it)
+                        call.fail(exc)
+                        if isinstance(exc, trio.Cancelled):
+                            raise
+                    finally:
+                        self._finish(call)
+            self._scope, self._cancelled = trio.CancelScope(), False
 
     def _abort(self, _: RaiseCancelT) -> Abort:
-        self._task = None
+        self._resting = None
         return Abort.SUCCEEDED
 
-    async def _make(self) -> None:
-        call = self.call
-        assert call is not None
-        if call.withdrawn:
-            # While it waited behind another one.
-            self.scope.cancel()
-        try:
-            await call.make()
-        finally:
-            self.call = call.hand = None
-            self._portal.answer(call)
-            line = call.line
-            over = line is None or line.is_over(call)
-            if line is not None and line.waiting:
-                self.give(line.waiting.pop())
-            elif over:
-                if line is not None:
-                    line.hand = None
-                self._portal.take_back(self)
+    def _finish(self, call: Call[Any]) -> None:
+        call.ended = True
+        self.call = call.hand = None
+        self._portal.answer(call)
+        line = call.line
+        if line is None:
+            self._portal.take_back(self)
+            return
+        over = line.is_over(call)
+        if line.waiting:
+            self.give(line.waiting.pop())
+        elif over:
+            line.hand = None
+            self._portal.take_back(self)
 
 
 @final
@@ -221,7 +322,7 @@ class Portal:
         """
         self._manager = manager
         self._name = name
-        self._loop = running_loop(name)
+        self.loop: Final = running_loop(name)
         # -- of asyncio's thread only
         self._token: trio.lowlevel.TrioToken | None = None
         """None until trio runs."""
@@ -229,6 +330,8 @@ class Portal:
         self._withdrawn: list[Call[Any]] = []
         self._sending = False
         self._unanswered: set[Call[Any]] = set()
+        self._answered: deque[Call[Any]] = deque()
+        """Those whose tasks are still to be woken."""
         self._ended = False
         self._forked = False
         self._thread: threading.Thread | None = None
@@ -251,42 +354,49 @@ class Portal:
 
     def call(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
-    ) -> Coroutine[Any, Any, T]:
-        """What an async function of trio's returns or raises, called in trio's thread.
+    ) -> Call[T]:
+        """What an async function of trio's returns or raises, called in trio's thread; to be
+        awaited at once.
 
         Raises:
           trio.ClosedResourceError: it is closed there, or this is a forked child.
           RuntimeError: called from elsewhere than the event loop.
         """
-        called = partial(function, **kwargs) if kwargs else function
-        return self.call_in(None, called, *args)
+        return self.begin(partial(function, **kwargs) if kwargs else function, args)
 
-    def call_sync(
-        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> Coroutine[Any, Any, T]:
+    def call_sync(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Call[T]:
         """The same for a sync function."""
-        called = partial(function, *args, **kwargs) if kwargs else function
-        return self.call_in(None, _run_sync, called, *(() if kwargs else args))
+        called = partial(function, **kwargs) if kwargs else function
+        return self.begin(_run_sync, (called, *args))
 
     async def close(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         """A call that leaves a block: not cut short, and nothing to do where all is closed."""
         if not (self._forked or self._ended):
-            self._check_usable()
-            call = Call(function, args, self._loop.create_future())
-            self._outbox.append(call)
-            await self._wait(call, shielded=True)
+            await self.begin(function, args, shielded=True)
 
-    async def call_in(
+    def begin(
         self,
-        line: Line | None,
         function: Callable[..., Awaitable[T]],
-        *args: object,
+        args: tuple[object, ...],
+        line: Line | None = None,
+        *,
         last: bool = False,
-    ) -> T:
-        self._check_usable()
-        call = Call(function, args, self._loop.create_future(), line, last=last)
+        shielded: bool = False,
+    ) -> Call[T]:
+        """As `call`; the arguments are those of `Call`."""
+        # The fast path of the check.
+        try:
+            usable = asyncio.get_running_loop() is self.loop and not (self._ended or self._forked)
+        except RuntimeError:
+            usable = False
+        if not usable:
+            self._check_usable()
+        call = Call(self, function, args, line, last, shielded)
+        if not self._sending:
+            self._send_soon()
+        self._unanswered.add(call)
         self._outbox.append(call)
-        return await self._wait(call)
+        return call
 
     def line(self) -> Line:
         return Line(self)
@@ -296,53 +406,24 @@ class Portal:
             raise trio.ClosedResourceError(
                 "a log or database that the parent process opened cannot be used in a forked child"
             )
-        if running_loop(self._name) is not self._loop:
+        if running_loop(self._name) is not self.loop:
             raise RuntimeError(
                 f"this was opened by another event loop: use it there, or {self._name}() here"
             )
         if self._ended:
             raise trio.ClosedResourceError("it is closed: its block was left")
 
-    async def _wait(self, call: Call[T], *, shielded: bool = False) -> T:
-        if not self._sending:
-            self._sending = True
-            self._loop.call_soon(self._send)
-        self._unanswered.add(call)
-        try:
-            await call.future
-        except asyncio.CancelledError as exc:  # noqa: ASYNC103  (or delivered again)
-            return await self._end_cancelled(call, exc, shielded)  # noqa: ASYNC104
-        except GeneratorExit:
-            # Nobody waits any more: the loop was closed.
-            self._withdraw(call)
-            raise
-        assert call.outcome is not None
-        return call.outcome.unwrap()
+    def withdraw(self, call: Call[Any]) -> None:
+        """Have a call cancelled in trio's thread."""
+        if call in self._unanswered and not self.loop.is_closed():
+            if not self._sending:
+                self._send_soon()
+            self._withdrawn.append(call)
 
-    async def _end_cancelled(
-        self, call: Call[T], cancelled: asyncio.CancelledError, shielded: bool
-    ) -> T:
-        """The task that waits was cancelled: what that means is decided in trio's thread."""
-        if not shielded:
-            self._withdraw(call)
-        while call in self._unanswered:
-            call.future = self._loop.create_future()
-            try:
-                await call.future
-            except asyncio.CancelledError as exc:  # noqa: ASYNC103  (raised below)
-                cancelled = exc
-        result = call.outcome
-        assert result is not None
-        if isinstance(result, outcome.Error) and isinstance(result.error, trio.Cancelled):
-            raise cancelled
-        _cancel_again(self._loop, cancelled)
-        return result.unwrap()
-
-    def _withdraw(self, call: Call[Any]) -> None:
-        self._withdrawn.append(call)
-        if not self._sending and not self._loop.is_closed():
-            self._sending = True
-            self._loop.call_soon(self._send)
+    def _send_soon(self) -> None:
+        # In this order: where there is no memory for it, the next call tries again.
+        self.loop.call_soon(self._send)
+        self._sending = True
 
     def _send(self) -> None:
         """All that has come together in this turn."""
@@ -358,11 +439,17 @@ class Portal:
             return
 
     def _deliver(self, calls: list[Call[Any]]) -> None:
-        unanswered = self._unanswered
-        for call in calls:
-            unanswered.discard(call)
-            if not call.future.done():
-                call.future.set_result(None)
+        self._answered.extend(calls)
+        self._unanswered.difference_update(calls)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        answered = self._answered
+        if len(answered) > 1:
+            # For the others, where a task that is woken ends the loop's run, or runs it itself.
+            self.loop.call_soon(self._wake_all)
+        while answered:
+            answered.popleft().wake()
 
     # -- asyncio's thread: beginning and end ------------------------------------------
 
@@ -373,15 +460,16 @@ class Portal:
           OSError: no thread can be started.
         """
         OsFiles().on_fork(self._disown)
-        self._over = self._loop.create_future()
-        self._opening = Call(self._manager.__aenter__, (), self._loop.create_future())
+        self._over = self.loop.create_future()
+        opening = self._opening = Call(self, self._manager.__aenter__, ())
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         with no_thread_is_oserror():
             self._thread.start()
         # A daemon, because a loop that is gone can end no thread; this ends it in time.
         atexit.register(self._exit)
         try:
-            return await self._wait(self._opening)
+            self._unanswered.add(opening)
+            return await opening
         except BaseException:
             await self._join()
             raise
@@ -390,13 +478,14 @@ class Portal:
         """Leave the manager's block; the thread ends.  Neither is cut short by cancellation."""
         if self._forked or self._ended:
             return
-        self._closing = Call(_nothing, (), self._loop.create_future())
+        closing = self._closing = Call(self, _nothing, (), shielded=True)
+        self._unanswered.add(closing)
         self._error = exc
         try:
             with suppress(trio.RunFinishedError):
                 assert self._token is not None
                 self._token.run_sync_soon(self._leaving.set)
-            await self._wait(self._closing, shielded=True)
+            await closing
         finally:
             await self._join()
 
@@ -412,9 +501,9 @@ class Portal:
         # Trio's run has ended: this takes no time.
         self._thread.join()
         if cancelled is not None:
-            _cancel_again(self._loop, cancelled)
+            _cancel_again(self.loop, cancelled.args)
 
-    def _begin(self, token: trio.lowlevel.TrioToken) -> None:
+    def _started(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
         self._send()
 
@@ -423,11 +512,12 @@ class Portal:
         self._ended = True
         atexit.unregister(self._exit)
         for call in self._unanswered:
-            if call.outcome is None:
-                call.outcome = outcome.Error(_closed())
-        self._deliver(list(self._unanswered))
+            if not call.ended:
+                call.error = _closed()
+        # Before a task is woken: it may raise.
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
+        self._deliver(list(self._unanswered))
 
     def _exit(self) -> None:
         """The program ends, and nobody has left the block."""
@@ -452,16 +542,16 @@ class Portal:
         try:
             trio.run(self._main)
         except BaseException as exc:  # noqa: BLE001, ASYNC103  (nobody else is told)
-            if self._opening.outcome is None:
-                self._opening.outcome = outcome.Error(exc)
+            if not self._opening.ended:
+                self._opening.error, self._opening.ended = exc, True
             tell(logging.ERROR, "failed", self._name, f"trio's thread has failed: {exc!r}")
         # RuntimeError: the loop is closed.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._end)
+            self.loop.call_soon_threadsafe(self._end)
 
     async def _main(self) -> None:
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._begin, trio.lowlevel.current_trio_token())
+            self.loop.call_soon_threadsafe(self._started, trio.lowlevel.current_trio_token())
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._carry)
@@ -478,40 +568,43 @@ class Portal:
                 await opening.make()
             finally:
                 self.answer(opening)
-            if isinstance(opening.outcome, outcome.Error):
+            if opening.error is not None:
                 return
             with trio.CancelScope(shield=True):
                 await self._leaving.wait()
             exc = self._error
             leave = self._manager.__aexit__
             result = await outcome.acapture(leave, *_parts(exc))
-            if self._closing is not None:
-                self._closing.outcome = (
-                    result if isinstance(result, outcome.Error) else outcome.Value(None)
-                )
-                self.answer(self._closing)
-            elif isinstance(result, outcome.Error):
-                text = f"closed, because its event loop has ended, with {result.error!r}"
+            error = result.error if isinstance(result, outcome.Error) else None
+            closing = self._closing
+            if closing is not None:
+                closing.value, closing.error, closing.ended = None, error, True
+                self.answer(closing)
+            elif error is not None:
+                text = f"closed, because its event loop has ended, with {error!r}"
                 tell(logging.ERROR, "failed", self._name, text)
 
     async def _watch_loop(self) -> None:
         while True:
-            if self._loop.is_closed():
+            if self.loop.is_closed():
                 self._leaving.set()
                 return
             await trio.sleep(LOOK_SECONDS)
 
     async def _carry(self) -> None:
         """Send the answers that have come together in a turn."""
+        wait = request(self._abort)
         while True:
             if not self._answers:
                 self._porter = current_task()
-                await wait_task_rescheduled(self._abort)
+                await park(wait)
             answers, self._answers = self._answers, []
             try:
-                self._loop.call_soon_threadsafe(self._deliver, answers)
+                self.loop.call_soon_threadsafe(self._deliver, answers)
             except RuntimeError:
                 self._leaving.set()
+            # Nothing that they hold is kept until the next turn.
+            del answers
 
     def _abort(self, _: RaiseCancelT) -> Abort:
         self._porter = None
@@ -521,7 +614,7 @@ class Portal:
         self._answers.append(call)
         if self._porter is not None:
             porter, self._porter = self._porter, None
-            reschedule(porter)
+            reschedule(porter, WOKEN)
 
     def take_back(self, hand: _Hand) -> None:
         self._idle.append(hand)
@@ -530,15 +623,17 @@ class Portal:
         if self._finished:
             # `_end` tells them.
             return
+        idle = self._idle
         for call in calls:
-            self._hand_for(call).give(call)
+            hand = idle.pop() if idle and call.line is None else self._hand_for(call)
+            hand.give(call)
         for call in withdrawn:
             call.withdrawn = True
             if call is self._opening:
-                if call.outcome is None:
+                if not call.ended:
                     self._entering.cancel()
             elif call.hand is not None and call.hand.call is call:
-                call.hand.scope.cancel()
+                call.hand.cancel()
 
     def _hand_for(self, call: Call[Any]) -> _Hand:
         line = call.line
@@ -579,7 +674,7 @@ def running_loop(name: str) -> asyncio.AbstractEventLoop:
         ) from None
 
 
-def _cancel_again(loop: asyncio.AbstractEventLoop, cancelled: asyncio.CancelledError) -> None:
+def _cancel_again(loop: asyncio.AbstractEventLoop, arguments: tuple[object, ...]) -> None:
     """What the current task was asked came too late: it is asked again where it waits next.
 
     Not where it has ended by then, nor where who asked has taken that back, as a time-out does
@@ -595,6 +690,6 @@ def _cancel_again(loop: asyncio.AbstractEventLoop, cancelled: asyncio.CancelledE
         if requests is not None:
             # It is no request more.
             task.uncancel()  # type: ignore[attr-defined,unused-ignore]
-        task.cancel(*cancelled.args)
+        task.cancel(*arguments)
 
     loop.call_soon(again)
