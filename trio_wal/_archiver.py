@@ -98,6 +98,8 @@ class Archiver:
         self._failures = 0
         self._error: str | None = None
         """What the last try came to; None: it passed."""
+        self._alone = False
+        """Whether the next one is put by itself, because that of several has failed."""
         self._cutting = False
         self._due = trio.Event()
         self._ending = trio.Event()
@@ -183,6 +185,7 @@ class Archiver:
             if self._forked:
                 raise
             self._failures += 1
+            self._alone = True
             self._error = f"{type(exc).__name__}: {exc}"
             text = f"{self._archive!r}: what is sealed is not archived, will try again: {exc!r}"
             tell(logging.WARNING, "archive_failed", self._name, text, error=repr(exc))
@@ -215,6 +218,7 @@ class Archiver:
                     raise
                 # They are other segments by now, or none.
                 continue
+            self._alone = False
             self._rest_until = trio.current_time() + self._rest_seconds
             for info in group[:count]:
                 self._there.add(key_of(info))
@@ -264,11 +268,11 @@ class Archiver:
     def _group_size(
         self, missing: list[SegmentInfo], sealed: list[SegmentInfo], there: set[SegmentKey]
     ) -> int:
-        """How many of the first are put together: one, where that has just failed, so that it is
-        the one to blame that waits; and one where the archive has none before it: of those that
-        a crash leaves of a group, the first must be one (see `pruned_before`)."""
+        """How many of the first are put together: one where that has just failed, so that none
+        waits for another's sake; and one where the archive has none before it, because if a crash
+        left others without that, it would be taken for deleted (see `pruned_before`)."""
         before = bisect_left(sealed, missing[0].first_lsn, key=_first_lsn) - 1 if missing else -1
-        if self._error is not None or before < 0 or key_of(sealed[before]) not in there:
+        if self._alone or before < 0 or key_of(sealed[before]) not in there:
             return 1
         sizes = accumulate(info.bytes for info in missing[:GROUP_SEGMENTS_MAX])
         return max(1, sum(size <= GROUP_BYTES_MAX for size in sizes))
