@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import itertools
 import os
 import random
 import shutil
@@ -31,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
@@ -62,8 +61,12 @@ History = list[bytes]
 class Wayward:
     """An archive that fails now and then; it can do no more than it must."""
 
-    def __init__(self, archive: DirectoryArchive, rng: random.Random) -> None:
+    def __init__(
+        self, archive: DirectoryArchive, rng: random.Random, done: Callable[[], None]
+    ) -> None:
         self._archive = archive
+        self._done = done
+        """Called when several things were put at once."""
         self._rng = rng
         self._share = rng.choice((0.1, 0.4))
         """Of the calls fail so many, before anything is done: then more waits for the next one."""
@@ -95,6 +98,8 @@ class WaywardTogether(Wayward):
         put = self._rng.choice((len(objects), len(objects), self._rng.randint(0, len(objects))))
         if put:
             self._archive.put_group(objects[:put])
+        if put > 1:
+            self._done()
         self._fail(0.05 if put == len(objects) else 1)
 
 
@@ -115,6 +120,10 @@ class World:
     image: tuple[MemoryFiles, list[History], int] | None = None
     """What a crash has left."""
     written: int = 0
+    operations: int = 0
+    """On files, in this life."""
+    crash_at: int | None = None
+    """At which of them it crashes."""
 
     def archive(self, files: MemoryFiles | None = None) -> DirectoryArchive:
         return DirectoryArchive(ARCHIVE, files=files or self.files)
@@ -122,12 +131,13 @@ class World:
     # -- one life --
 
     async def live(self) -> None:
-        rng, crash_at = self.rng, self.rng.choice((None, self.rng.randrange(400)))
+        rng, self.crash_at = self.rng, self.rng.choice((None, self.rng.randrange(400)))
         kind: Any = rng.choice(("kill", "power"))
-        seed, numbers = rng.getrandbits(32), itertools.count()
+        seed, self.operations = rng.getrandbits(32), 0
 
         def crash(*_: object) -> None:
-            if next(numbers) == crash_at:
+            self.operations += 1
+            if self.operations == self.crash_at:
                 after = self.files.crash_image(seed, kind)
                 self.image = after, list(self.possible), self.archived
 
@@ -136,7 +146,7 @@ class World:
         async with trio_wal.open_wal(
             LOG,
             files=self.files,
-            archive=rng.choice((Wayward, WaywardTogether))(self.archive(), rng),
+            archive=rng.choice((Wayward, WaywardTogether))(self.archive(), rng, self.crash_soon),
             segment_size=rng.choice((1, 1, 8000)),
             retention=rng.choice((None, KeepSegments(1), KeepSegments(2))),
         ) as wal:
@@ -148,6 +158,11 @@ class World:
         self.files.after_operation = None
         if self.image is not None:
             self.files, self.possible, self.archived = self.image
+
+    def crash_soon(self) -> None:
+        """Several things were put at once: now and then it crashes soon after that."""
+        if self.image is None and self.rng.random() < 0.3:
+            self.crash_at = self.operations + self.rng.randint(1, 12)
 
     async def _call(self, wal: Any) -> None:
         rng = self.rng
