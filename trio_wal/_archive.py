@@ -33,6 +33,9 @@ class Archive(Protocol):
     One archive belongs to one log and its copies.  The methods may block: they are called in
     worker threads, possibly two at a time.  They may raise anything: what they raise while
     segments are archived is logged, and the call is tried again; otherwise the caller gets it.
+
+    One that also has a method ``put_group``, as `DirectoryArchive` has, is called with several
+    objects at once where several segments wait.
     """
 
     def put(self, name: str, content: Iterable[bytes]) -> None:
@@ -129,7 +132,13 @@ class DirectoryArchive:
         """As `put` of one after the other, with fewer syncs: for a journal in which the file system
         notes them all, several files are little more than one.
 
-        On return all are there, whole and durable.  If this raises, some of them may be there.
+        Args:
+          objects: names and contents.
+
+        On return all are there, whole and durable.  If this raises, the first of them may be there.
+
+        Raises:
+          FileExistsError: as `put`.
         """
         directory = self._files.open_directory(self.path, create=True)
         written: list[_Written] = []

@@ -173,4 +173,3 @@ def _put_manifest(archive: Archive, manifest: SegmentManifest) -> None:
         same = attrs.evolve(manifest, history=there.history, consumers=there.consumers)
         if attrs.evolve(there, digest=manifest.digest, size=manifest.size) != same:
             raise
-

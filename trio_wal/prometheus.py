@@ -114,7 +114,7 @@ class WalCollector(Collector):
                     family.samples += _parts(series, value)
                 else:
                     name, whose = series[0]
-                    family.samples.append(_sample((name, whose, value) + _NOTHING))
+                    family.samples.append(_sample((name, whose, value) + _NOTHING))  # noqa: RUF005
         self._series = kept
         return list(families.values())
 
@@ -122,7 +122,8 @@ class WalCollector(Collector):
 _NOTHING: Final = tuple(Sample._field_defaults[name] for name in Sample._fields[3:])
 """What follows a sample's value: when it was taken, an example, and what later versions have."""
 _sample: Final[Callable[[tuple[object, ...]], Sample]] = partial(tuple.__new__, Sample)
-"""As calling the class, whose ``__new__`` is written in Python."""
+"""As calling the class, whose ``__new__`` is written in Python.  A tuple that is put together from
+two is made in half of the time of one that is unpacked into another (RUF005)."""
 
 _Series = tuple[tuple[str, dict[str, str]], ...]
 """Names and labels of the samples of one point: they are the same in every scrape."""
@@ -145,7 +146,7 @@ def _parts(series: _Series, value: Buckets) -> list[Sample]:
     figures = [float(count) for _, count in value.cumulative]
     figures += figures[-1], value.sum
     return [
-        _sample((name, whose, figure) + _NOTHING)
+        _sample((name, whose, figure) + _NOTHING)  # noqa: RUF005
         for (name, whose), figure in zip(series, figures, strict=True)
     ]
 
