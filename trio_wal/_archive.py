@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from typing import Final, Protocol, cast, final
 
-import attrs
+import msgspec
 
 from ._exports import publish
 from ._files import Directory, File, Files, close_quietly
@@ -224,8 +224,7 @@ class DirectoryArchive:
         return f"DirectoryArchive({self.path!r})"
 
 
-@attrs.frozen(eq=False)
-class _Written:
+class _Written(msgspec.Struct, frozen=True, eq=False):
     """An object under another name, not synced yet."""
 
     name: str
