@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -890,3 +891,32 @@ def test_what_a_group_has_let_go_is_in_the_archive_after_any_crash(kind: Any) ->
     assert len(images) > 100
     while images:
         trio.run(_restore_all, *images.pop(), clock=MockClock(autojump_threshold=0))
+
+
+async def test_health_tells_of_an_archive_that_gets_nothing_and_not_of_one_that_gathers(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1) as wal:
+        archiver = wal._log.engine._archiver
+        archiver._rest_seconds = _archiver.REST_SECONDS
+        # It has had nothing to do for long.
+        await trio.sleep(100)
+        lags = []
+        for number in range(400):
+            await wal.append(b"%d" % number)
+            await wal.rotate()
+            await trio.sleep(0.03125)
+            lags.append(wal.statistics().archive_lag_segments)
+            assert not wal.health().reasons
+        assert max(lags) > 3
+        # As if a call did not return.
+        archiver._rest_seconds = math.inf
+        told = []
+        for number in range(10):
+            await wal.append(b"%d" % number)
+            await wal.rotate()
+            await trio.sleep(1)
+            told.append([reason.code for reason in wal.health().reasons])
+        assert told[:3] == [[]] * 3
+        assert told[7:] == [["archive_behind"]] * 3

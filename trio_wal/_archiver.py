@@ -86,6 +86,12 @@ class Archiver:
         self._gone = 0
         """Below this LSN its owner has deleted what it had."""
         self._archived_lsn = directory.first_lsn - 1
+        self._waiting = True
+        """Whether it may lack a segment."""
+        self._clock = trio.lowlevel.current_clock()
+        """Statistics may be asked for after the end of the run."""
+        self._since = trio.current_time()
+        """When it began to, or got one of those that it lacked."""
         self._looked_at: int = directory.cuts
         """`LogDirectory.cuts` when that was found out."""
         self._rest_seconds = REST_SECONDS if threaded else 0.0
@@ -123,12 +129,15 @@ class Archiver:
             archive_lag_bytes=size,
             archive_failures=self._failures,
             archive_error=self._error,
+            stalled_seconds=self._clock.current_time() - self._since if segments else 0.0,
         )
 
     # -- what the engine tells --
 
     def wake(self) -> None:
         """A segment was sealed."""
+        if not self._waiting:
+            self._waiting, self._since = True, trio.current_time()
         self._due.set()
 
     def begin_cut(self) -> None:
@@ -259,6 +268,9 @@ class Archiver:
         missing = [s for s in rest if s.next_lsn > self._gone and key_of(s) not in there]
         first = missing[0].first_lsn if missing else active.header.first_lsn
         if not self._cutting:
+            if first - 1 != self._archived_lsn:
+                self._since = trio.current_time()
+            self._waiting = bool(missing)
             self._archived_lsn, self._looked_at = first - 1, cuts
             self._hold(ARCHIVE_HOLD, first)
         group = missing[: self._group_size(missing, sealed, there)]

@@ -1078,7 +1078,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "buckets are not cumulative", "_metrics", FIGURES,
-        "accumulate(count for _, count in histogram)", "(count for _, count in histogram)",
+        "zip(bounds, accumulate(counts), strict=True)", "zip(bounds, counts, strict=True)",
     ),
     mutant(
         "the sum of a histogram is that of its slowest", "_metrics", FIGURES,
