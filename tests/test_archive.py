@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +28,7 @@ from archives import (
 from trio.testing import MockClock
 
 import trio_wal
-from trio_wal import DirectoryArchive, KeepSegments
+from trio_wal import DirectoryArchive, KeepSegments, _archiver
 from trio_wal._archive import is_same
 from trio_wal._archiver import CLOSE_SECONDS
 from trio_wal._archiving import begin_archive
@@ -650,3 +652,271 @@ async def test_files_of_the_log_that_cannot_be_read_are_tried_again(
         await trio.sleep(5)
         assert wal.statistics().archived_lsn == 6
         assert (wal.statistics().archive_failures or 0) > 0
+
+
+# -- several at once --------------------------------------------------------------------
+
+
+def objects_of(*contents: bytes) -> list[tuple[str, list[bytes]]]:
+    return [
+        (f"{number:020d}-0.wal", [content[:300], content[300:]])
+        for number, content in enumerate(contents, 1)
+    ]
+
+
+def test_what_is_put_together_is_put_as_if_one_by_one(tmp_path: Path) -> None:
+    archive = DirectoryArchive(tmp_path)
+    archive.put("two", [b"2"])
+    archive.put_group([("one", [b"1"]), ("two", [b"2"]), ("one", [b"", b"1"]), ("three", [])])
+    assert sorted(archive.list()) == ["one", "three", "two"]
+    with pytest.raises(FileExistsError) as caught:
+        archive.put_group([("four", [b"4"]), ("two", [b"other"]), ("five", [b"5"])])
+    assert caught.value.filename == str(tmp_path / "two")
+    assert b"".join(archive.get("two")) == b"2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
+    archive.put_group([])
+
+
+@pytest.mark.parametrize("kind", ["power", "kill"])
+def test_what_is_put_together_survives_a_crash_at_any_operation(kind: Any) -> None:
+    contents = b"a" * 700, b"b" * 900, b"c", b"d" * 512
+    whole = {name: b"".join(pieces) for name, pieces in objects_of(*contents)}
+    files = MemoryFiles()
+    archive = archive_in(files)
+    images: list[MemoryFiles] = []
+
+    def crash(*_: object) -> None:
+        images.extend([files.crash_image(len(images) + n, kind) for n in range(9)])
+
+    files.after_operation = crash
+    archive.put_group(objects_of(*contents))
+    lengths = set()
+    for image in images:
+        there = archive_in(image)
+        names = there.list()
+        lengths.add(len(names))
+        # In their order, and none but whole.
+        assert sorted(names) == sorted(whole)[: len(names)]
+        assert all(b"".join(there.get(name)) == whole[name] for name in names)
+        there.put_group(objects_of(*contents))
+        for seed in range(3):
+            assert sorted(archive_in(image.crash_image(seed)).list()) == sorted(whole)
+    # A crash between two renames was among them.
+    assert lengths & {1, 2, 3}
+    for seed in range(9):
+        assert sorted(archive_in(files.crash_image(seed)).list()) == sorted(whole)
+
+
+def test_each_failing_call_of_a_group_leaves_no_temporary_file() -> None:
+    for operation in ("open", "pwrite", "sync", "rename", "sync_dir"):
+        for after in range(6):
+            files = MemoryFiles()
+            archive = archive_in(files)
+            archive.put("other", [b"x"])
+            files.fail(operation, errno.ENOSPC, after=after)
+            with contextlib.suppress(OSError):
+                archive.put_group(objects_of(b"a", b"b", b"c"))
+            assert files.names(ARCHIVE) == archive.list()
+            files.heal()
+            archive.put_group(objects_of(b"a", b"b", b"c"))
+            assert len(archive.list()) == 4
+
+
+async def sealed_log(files: MemoryFiles, count: int) -> None:
+    """So many segments are sealed, and not archived."""
+    async with trio_wal.open_wal(LOG, files=files) as wal:
+        for number in range(count):
+            await wal.append(b"%d" % number + bytes(100))
+            await wal.rotate()
+
+
+class Groups:
+    """An archive that notes what it is given together."""
+
+    def __init__(self, archive: DirectoryArchive) -> None:
+        self._archive = archive
+        self.put, self.list, self.get = archive.put, archive.list, archive.get
+        self.groups: list[list[str]] = []
+        self.fails = 0
+        """So many groups of more than one fail."""
+
+    def put_group(self, objects: Iterable[tuple[str, Iterable[bytes]]]) -> None:
+        objects = list(objects)
+        self.groups.append([name for name, _ in objects])
+        if self.fails and len(objects) > 1:
+            self.fails -= 1
+            raise OSError(errno.ENOSPC, "not so many")
+        self._archive.put_group(objects)
+
+    def sizes(self, suffix: str = ".wal") -> list[int]:
+        return [len(group) for group in self.groups if group[0].endswith(suffix)]
+
+
+async def test_segments_that_wait_are_put_together_and_the_first_of_all_alone(
+    files: MemoryFiles,
+) -> None:
+    await sealed_log(files, 40)
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1) as wal:
+        await settle()
+        assert wal.statistics().archived_lsn == 40
+    assert archive.sizes() == archive.sizes(".json") == [1, 16, 16, 7]
+    # Manifests come when their segments are there.
+    assert [group[0][-4:] for group in archive.groups] == [".wal", "json"] * 4
+
+
+async def test_a_group_costs_few_syncs(files: MemoryFiles) -> None:
+    await sealed_log(files, 16)
+    there = MemoryFiles()
+    archive = DirectoryArchive(ARCHIVE, files=there)
+    async with open_log(files, archive, segment_size=1):
+        await settle()
+    counted = {name: there.operations[name] for name in ("sync", "sync_dir")}
+    # Whose it is, the first one, all others: two objects for each, and their names once.
+    assert counted == {"sync": 1 + 2 * 16, "sync_dir": 1 + 2 + 2}
+
+
+async def test_a_group_is_bounded_by_its_bytes(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await sealed_log(files, 9)
+    size = files.contents(LOG)[files.names(LOG)[3]]
+    monkeypatch.setattr(_archiver, "GROUP_BYTES_MAX", 2 * len(size) + 1)
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1):
+        await settle()
+    assert archive.sizes() == [1, 2, 2, 2, 2]
+    monkeypatch.setattr(_archiver, "GROUP_BYTES_MAX", 1)
+    files = MemoryFiles()
+    await sealed_log(files, 3)
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1):
+        await settle()
+    assert archive.sizes() == [1, 1, 1]
+
+
+async def test_after_a_group_has_failed_one_is_put_by_itself(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    await sealed_log(files, 10)
+    archive = Groups(archive_in(files))
+    archive.fails = 2
+    async with open_log(files, archive, segment_size=1) as wal:
+        await trio.sleep(10)
+        assert wal.statistics().archived_lsn == 10
+        assert wal.statistics().archive_failures == 2
+    assert archive.sizes() == [1, 9, 1, 8, 1, 7]
+
+
+async def test_those_before_a_damaged_one_are_put(files: MemoryFiles, autojump: MockClock) -> None:
+    await sealed_log(files, 10)
+    name = sorted(name for name in files.names(LOG) if name.startswith("wal-"))[5]
+    files.flip_bit(LOG, name, 8 * 4700)
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1, verify_bytes=0) as wal:
+        await trio.sleep(5)
+        found = wal.statistics()
+        assert found.archived_lsn == 5
+        assert "CorruptLogError" in (found.archive_error or "")
+        assert name in (found.archive_error or "")
+    assert [m["last_lsn"] for m in manifests(archive)] == [1, 2, 3, 4, 5]
+
+
+async def test_a_fast_log_gathers_segments_and_a_close_does_not_wait_for_more(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1) as wal:
+        # Files in memory cost no syncs; those of a disk do.
+        wal._log.engine._archiver._rest_seconds = _archiver.REST_SECONDS
+        lags = []
+        for number in range(100):
+            await wal.append(b"%d" % number + bytes(100))
+            await wal.rotate()
+            await trio.sleep(0.03125)
+            lags.append(wal.statistics().archive_lag_segments)
+        # As many as are sealed in that time, and not one more.
+        assert max(lags) == 8
+        assert set(archive.sizes()[2:]) == {8}
+        started = trio.current_time()
+        await wal.append(bytes(100))
+        last = await wal.rotate()
+    assert trio.current_time() == started
+    assert manifests(archive)[-1]["last_lsn"] == last
+
+
+async def test_a_thread_that_archives_gives_way_but_not_when_it_is_behind(
+    files: MemoryFiles,
+) -> None:
+    ways: list[int] = []
+
+    class Slice:
+        def give_way(self) -> None:
+            ways.append(1)
+
+    async with open_log(files, archive_in(files), segment_size=1 << 20) as wal:
+        archiver = wal._log.engine._archiver
+        archiver._slice = Slice()
+        for number in range(50):
+            await wal.append(b"%d" % number)
+        await wal.rotate()
+        await settle()
+        # After each frame.
+        assert len(ways) >= 50
+        archiver._behind = True
+        count = len(ways)
+        archiver._tick()
+        assert len(ways) == count
+
+
+@pytest.mark.parametrize("kind", ["power", "kill"])
+def test_what_a_group_has_let_go_is_in_the_archive_after_any_crash(kind: Any) -> None:
+    async def archive_all() -> None:
+        await sealed_log(files, 7)
+        files.after_operation = crash
+        archive = archive_in(files)
+        async with open_log(files, archive, segment_size=1, retention=KeepSegments(1)) as wal:
+            await settle()
+            told.append(await wal.append(bytes(100)))
+            await wal.rotate()
+            await settle()
+
+    def crash(*_: object) -> None:
+        images.append((files.crash_image(len(images), kind), told[-1]))
+
+    files = MemoryFiles()
+    told = [7]
+    images: list[tuple[MemoryFiles, int]] = []
+    trio.run(archive_all, clock=MockClock(autojump_threshold=0))
+    assert len(images) > 100
+    while images:
+        trio.run(_restore_all, *images.pop(), clock=MockClock(autojump_threshold=0))
+
+
+async def test_health_tells_of_an_archive_that_gets_nothing_and_not_of_one_that_gathers(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = Groups(archive_in(files))
+    async with open_log(files, archive, segment_size=1) as wal:
+        archiver = wal._log.engine._archiver
+        archiver._rest_seconds = _archiver.REST_SECONDS
+        # It has had nothing to do for long.
+        await trio.sleep(100)
+        lags = []
+        for number in range(400):
+            await wal.append(b"%d" % number)
+            await wal.rotate()
+            await trio.sleep(0.03125)
+            lags.append(wal.statistics().archive_lag_segments)
+            assert not wal.health().reasons
+        assert max(lags) > 3
+        # As if a call did not return.
+        archiver._rest_seconds = math.inf
+        told = []
+        for number in range(10):
+            await wal.append(b"%d" % number)
+            await wal.rotate()
+            await trio.sleep(1)
+            told.append([reason.code for reason in wal.health().reasons])
+        assert told[:3] == [[]] * 3
+        assert told[7:] == [["archive_behind"]] * 3

@@ -874,6 +874,20 @@ async def test_a_last_segment_of_64_gib_of_nothing_is_looked_at_at_once(
 # -- what is written ------------------------------------------------------------------------
 
 
+def test_what_is_written_back_early_is_what_was_written(tmp_path: Path) -> None:
+    directory = OsFiles().open_directory(str(tmp_path / "files"), create=True)
+    file = directory.open("file", create=True)
+    pieces = [bytes([number]) * 5_000 for number in range(1, 9)]
+    for number, piece in enumerate(pieces):
+        file.pwrite([piece], 5_000 * number)
+        file.write_back(5_000, 5_000 * number)
+    file.sync()
+    assert file.pread(50_000, 0) == b"".join(pieces)
+    file.close()
+    # A hint: it is the sync that says what has failed.
+    file.write_back(5_000, 0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
 def test_a_file_tells_how_much_of_it_is_written(tmp_path: Path) -> None:
     directory = OsFiles().open_directory(str(tmp_path / "files"), create=True)

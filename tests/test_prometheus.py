@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,18 +21,22 @@ from databases import open_memory_database
 from helpers import open_memory, until
 
 import trio_wal
-from trio_wal import LogFailedError, _sampling
+from trio_wal import DirectoryArchive, LogFailedError, _sampling
 from trio_wal.testing import MemoryFiles
 
 pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.openmetrics import exposition
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
+from trio_wal._metrics import Buckets, Kind, metrics, points
+from trio_wal._sampling import Sampler
 from trio_wal.prometheus import WalCollector
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -163,6 +168,75 @@ async def test_all_kinds_of_objects_stand_beside_one_another(
     assert value(found, "reader_durable_lsn", log="reader") == 1
     assert value(found, "health_reason", log="reader", code="closed") == 1
     assert value(found, "state", log=leader.path, state="closed") == 1
+
+
+class _Plain(Collector):
+    """The same, as the library's documentation has it done."""
+
+    def __init__(self, collector: WalCollector) -> None:
+        self._collector = collector
+
+    def collect(self) -> Iterator[Any]:
+        families: dict[Any, Any] = {}
+        labels_of = {metric: group.labels for group, metric in metrics()}
+        for look in self._collector._sampler.looks():
+            for metric, labels, seen in points(look):
+                names = labels_of[metric] + ((metric.label,) if metric.label else ())
+                kind = {Kind.COUNTER: CounterMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
+                if metric not in families:
+                    made = kind.get(metric.kind, GaugeMetricFamily)
+                    families[metric] = made(metric.name, metric.text, labels=names)
+                if isinstance(seen, Buckets):
+                    buckets = [
+                        ("+Inf" if bound == math.inf else str(bound), count)
+                        for bound, count in seen.cumulative
+                    ]
+                    families[metric].add_metric(labels, buckets, seen.sum)
+                else:
+                    families[metric].add_metric(labels, seen)
+        yield from families.values()
+
+
+async def test_a_scrape_is_to_the_byte_what_the_librarys_own_calls_would_say(
+    files: MemoryFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        open_memory(files) as wal,
+        open_memory_database(MemoryFiles(), "/a db") as db,
+        trio_wal.open_wal(tmp_path / "archived", archive=DirectoryArchive(tmp_path / "x")) as other,
+    ):
+        collector = WalCollector(wal)
+        registry, plain = registry_of(collector), CollectorRegistry()
+        plain.register(_Plain(collector))
+
+        async def check() -> None:
+            looks = Sampler.looks(collector._sampler)
+            # Ages are of each look.
+            monkeypatch.setattr(collector._sampler, "looks", lambda: looks)
+            for exposed in (generate_latest, exposition.generate_latest):
+                # Twice: what is kept of one scrape is what the next one has.
+                texts = [exposed(registry), exposed(plain), exposed(registry)]
+                assert texts[0] == texts[1] == texts[2]
+                assert texts[0].count(b"\n") > 80
+
+        await check()
+        await wal.append_many([b"x"] * 1_234_567)
+        await check()
+        async with wal.writer("one", priority="high") as writer, wal.writer('t"wo\n'):
+            await writer.append(b"x")
+            await check()
+        async with wal.consumer("c\\"):
+            await check()
+        collector.add(db)
+        collector.add(other, name="other")
+        await db.put(b"key", b"value")
+        await check()
+        collector.remove(wal)
+        collector.add(wal, name="another name")
+        await check()
+        collector.remove(db)
+        await check()
+    await check()
 
 
 # -- which objects ----------------------------------------------------------------------

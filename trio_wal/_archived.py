@@ -257,6 +257,7 @@ def read_frames(
     last_lsn: int | None = None,
     skim: bool = True,
     step: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
 ) -> Frames:
     """Follow and check the frames of a segment, to its footer, or to where they end.
 
@@ -267,6 +268,7 @@ def read_frames(
           have torn the footer.
       skim: whether the body of the frame in `Frames.beyond` is of no use.
       step: bytes between two entries of the index.
+      tick: called after each frame; what it raises is raised.
 
     Raises:
       CorruptLogError: what stands after the last frame is neither a frame nor nothing.
@@ -294,6 +296,7 @@ def read_frames(
             first_us = first_us or frame.time_us
             count += 1
         end = scanner.position
+        tick()
     if scanner.reason and end.next_lsn - 1 != last_lsn:
         raise CorruptLogError(path, end.offset, scanner.reason)
     return frames_so_far(None, None)
@@ -326,13 +329,14 @@ def check_archived(path: str, pieces: Iterable[bytes], manifest: SegmentManifest
         raise CorruptLogError(path, 0, "the segment is not the one that its manifest names")
 
 
-def read_sealed(file: PassingFile) -> Frames:
-    """The frames of a segment that must end with a footer.
+def read_sealed(file: PassingFile, tick: Callable[[], None] = lambda: None) -> Frames:
+    """The frames of a segment that must end with a footer; ``tick`` is called after each.
 
     Raises:
       CorruptLogError, UnsupportedFormatError
     """
-    found = read_frames(file.path, file.pread, read_header(file.path, file.pread))
+    header = read_header(file.path, file.pread)
+    found = read_frames(file.path, file.pread, header, tick=tick)
     if found.seal is None:
         raise CorruptLogError(file.path, found.end.offset, "the segment's footer is missing")
     return found

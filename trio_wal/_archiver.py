@@ -8,11 +8,12 @@ costs disk space, because what it does not have yet is held, and is told in the 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Final, final
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive
 from ._archived import SegmentKey, SegmentName, pruned_before
-from ._archiving import begin_archive, key_of, put_segment
+from ._archiving import begin_archive, key_of, put_segments
 from ._disk.directory import LogDirectory
 from ._disk.recovery import Plan
 from ._disk.segment import SegmentInfo
@@ -30,6 +31,8 @@ from ._events import tell
 from ._exceptions import UnsupportedFormatError, WrongDirectoryError
 from ._manifest import Identity, probe, read_identity
 from ._statistics import ArchiveStatistics
+from ._turns import TURNS
+from ._util import MiB
 from ._worker import Blocking
 
 ARCHIVE_HOLD: Final = "archive"
@@ -37,6 +40,13 @@ ARCHIVE_HOLD: Final = "archive"
 RETRY_SECONDS: Final = 1.0
 RETRY_SECONDS_MAX: Final = 60.0
 """Between two tries, twice as long each time up to this."""
+REST_SECONDS: Final = 0.25
+"""From the end of one group to the beginning of the next, so that a fast log's segments gather:
+what a group costs, syncs above all, costs most of it once."""
+GROUP_SEGMENTS_MAX: Final = 16
+GROUP_BYTES_MAX: Final = 16 * MiB
+"""Of segments that are put together; a larger one is put by itself.  Where more than that waits,
+there is no rest."""
 OPEN_SECONDS: Final = 5.0
 """How long an open waits to be told whose archive it is; the task asks again."""
 CLOSE_SECONDS: Final = 5.0
@@ -76,13 +86,26 @@ class Archiver:
         self._gone = 0
         """Below this LSN its owner has deleted what it had."""
         self._archived_lsn = directory.first_lsn - 1
+        self._waiting = True
+        """Whether it may lack a segment."""
+        self._clock = trio.lowlevel.current_clock()
+        """Statistics may be asked for after the end of the run."""
+        self._since = trio.current_time()
+        """When it began to, or got one of those that it lacked."""
         self._looked_at: int = directory.cuts
         """`LogDirectory.cuts` when that was found out."""
+        self._rest_seconds = REST_SECONDS if threaded else 0.0
+        self._rest_until = -math.inf
+        self._slice = TURNS.slice() if threaded else None
+        self._behind = False
+        """Whether more waits than is put together."""
         self._hold = hold
         self._busy = busy
         self._failures = 0
         self._error: str | None = None
         """What the last try came to; None: it passed."""
+        self._alone = False
+        """Whether the next one is put by itself, because that of several has failed."""
         self._cutting = False
         self._due = trio.Event()
         self._ending = trio.Event()
@@ -106,12 +129,15 @@ class Archiver:
             archive_lag_bytes=size,
             archive_failures=self._failures,
             archive_error=self._error,
+            stalled_seconds=self._clock.current_time() - self._since if segments else 0.0,
         )
 
     # -- what the engine tells --
 
     def wake(self) -> None:
         """A segment was sealed."""
+        if not self._waiting:
+            self._waiting, self._since = True, trio.current_time()
         self._due.set()
 
     def begin_cut(self) -> None:
@@ -168,6 +194,7 @@ class Archiver:
             if self._forked:
                 raise
             self._failures += 1
+            self._alone = True
             self._error = f"{type(exc).__name__}: {exc}"
             text = f"{self._archive!r}: what is sealed is not archived, will try again: {exc!r}"
             tell(logging.WARNING, "archive_failed", self._name, text, error=repr(exc))
@@ -185,34 +212,51 @@ class Archiver:
             self._names = await self._blocking(begin_archive, self._archive, log_uuid)
             self._there = {name.key for name in self._names}
             self._looked_at = -1
-        while (info := self._next(self._there)) is not None:
+        while group := self._next(self._there):
+            if await self._rest():
+                # More may have come.
+                continue
             cuts, meta = directory.cuts, directory.meta.says
             try:
                 with self._busy():
-                    await self._blocking(
-                        put_segment, self._archive, directory, info, meta, cuts, self._tick
+                    count = await self._blocking(
+                        put_segments, self._archive, directory, group, meta, cuts, self._tick
                     )
             except (Moved, FileNotFoundError):
                 if directory.cuts == cuts:
                     raise
-                # It is another segment by now, or none.
+                # They are other segments by now, or none.
                 continue
-            self._there.add(key_of(info))
-            tell(
-                logging.DEBUG,
-                "archived",
-                self._name,
-                f"segment {info.header.number}, up to LSN {info.next_lsn - 1}, is archived",
-                segment=info.header.number,
-                last_lsn=info.next_lsn - 1,
-            )
+            self._alone = False
+            self._rest_until = trio.current_time() + self._rest_seconds
+            for info in group[:count]:
+                self._there.add(key_of(info))
+                tell(
+                    logging.DEBUG,
+                    "archived",
+                    self._name,
+                    f"segment {info.header.number}, up to LSN {info.next_lsn - 1}, is archived",
+                    segment=info.header.number,
+                    last_lsn=info.next_lsn - 1,
+                )
+
+    async def _rest(self) -> bool:
+        """Until it is time for the next group; returns whether it was not."""
+        if self._behind or self._ending.is_set() or trio.current_time() >= self._rest_until:
+            return False
+        with trio.move_on_at(self._rest_until):
+            await self._ending.wait()
+        return True
 
     def _tick(self) -> None:
         if self._abandoned.is_set():
             raise _Stopped
+        if self._slice is not None and not self._behind:
+            self._slice.give_way()
 
-    def _next(self, there: set[SegmentKey]) -> SegmentInfo | None:
-        """The oldest segment that the archive has not; it is held."""
+    def _next(self, there: set[SegmentKey]) -> list[SegmentInfo]:
+        """The oldest segments that the archive has not, as many as are put together; they are
+        held."""
         directory, begin = self._directory, 0
         cuts = directory.cuts
         sealed, active = directory.shape()
@@ -221,12 +265,29 @@ class Archiver:
         else:
             self._gone = pruned_before(self._names, directory.history)
         rest = islice(sealed, begin, None)
-        info = next((s for s in rest if s.next_lsn > self._gone and key_of(s) not in there), None)
-        first = active.header.first_lsn if info is None else info.first_lsn
+        missing = [s for s in rest if s.next_lsn > self._gone and key_of(s) not in there]
+        first = missing[0].first_lsn if missing else active.header.first_lsn
         if not self._cutting:
+            if first - 1 != self._archived_lsn:
+                self._since = trio.current_time()
+            self._waiting = bool(missing)
             self._archived_lsn, self._looked_at = first - 1, cuts
             self._hold(ARCHIVE_HOLD, first)
-        return info
+        group = missing[: self._group_size(missing, sealed, there)]
+        self._behind = len(group) < len(missing)
+        return group
+
+    def _group_size(
+        self, missing: list[SegmentInfo], sealed: list[SegmentInfo], there: set[SegmentKey]
+    ) -> int:
+        """How many of the first are put together: one where that has just failed, so that none
+        waits for another's sake; and one where the archive has none before it, because if a crash
+        left others without that, it would be taken for deleted (see `pruned_before`)."""
+        before = bisect_left(sealed, missing[0].first_lsn, key=_first_lsn) - 1 if missing else -1
+        if self._alone or before < 0 or key_of(sealed[before]) not in there:
+            return 1
+        sizes = accumulate(info.bytes for info in missing[:GROUP_SEGMENTS_MAX])
+        return max(1, sum(size <= GROUP_BYTES_MAX for size in sizes))
 
     # -- ending --
 

@@ -1,20 +1,20 @@
-"""Putting the segments of an open log into an `Archive`, one at a time.
+"""Putting the segments of an open log into an `Archive`, several at a time.
 
 Law: blocking; only reads the log.  A segment that changes meanwhile, because the log's end is
 cut, is not put there as what it was not: its digest is taken twice, and a cut that begins before
-the manifest is put makes it anew.
+the manifests are put makes them anew.  These are put when all their segments are there, durably.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 from uuid import UUID
 
 import attrs
 
-from ._archive import Archive, pieces_of
+from ._archive import Archive, pieces_of, put_group
 from ._archived import (
     PassingFile,
     SegmentKey,
@@ -59,76 +59,117 @@ def key_of(info: SegmentInfo) -> SegmentKey:
     return SegmentKey(info.header.salt, info.first_lsn, info.next_lsn - 1)
 
 
-def put_segment(
+def put_segments(
     archive: Archive,
     source: SegmentSource,
-    info: SegmentInfo,
+    infos: Sequence[SegmentInfo],
     meta: Meta,
     cuts: int,
     tick: Callable[[], None],
-) -> None:
-    """Have a sealed segment in the archive.
+) -> int:
+    """Have sealed segments in the archive, one after the other; returns how many of the first.
 
     Args:
-      meta: what the log said of itself when it had this segment.
+      infos: at least one.
+      meta: what the log said of itself when it had these segments.
       cuts: `SegmentSource.cuts` at that time.
-      tick: called between pieces; what it raises ends this.
+      tick: called between pieces, and frames; what it raises ends this.
 
     Raises:
       Moved: the log's end was cut since.
-      CorruptLogError: the segment is damaged; nothing was put.
+      CorruptLogError: the first one is damaged; nothing was put.
     """
+    manifests: list[SegmentManifest] = []
+    for info in infos:
+        try:
+            manifests.append(_read_segment(source, info, meta, cuts, tick))
+        except Exception:
+            if not manifests:
+                raise
+            # Those before it are put.  It is the first one the next time.
+            break
+    put_group(
+        archive,
+        [
+            (manifest.data, _unchanged(source, info.header, manifest.digest, tick))
+            for info, manifest in zip(infos, manifests, strict=False)
+        ],
+    )
+    if source.cuts != cuts:
+        raise Moved(manifests[0].segment_file, "the log's end was cut")
+    _put_manifests(archive, manifests)
+    return len(manifests)
+
+
+def _read_segment(
+    source: SegmentSource, info: SegmentInfo, meta: Meta, cuts: int, tick: Callable[[], None]
+) -> SegmentManifest:
+    """What is to be said of a segment, after a look at all of it."""
     file = source.open_segment(info.header)
     try:
         found = PassingFile(file.path, pieces_of(file, tick))
-        frames = read_sealed(found)
+        frames = read_sealed(found, tick)
         digest, seal = found.finish(), frames.seal
-        assert seal is not None
-        if source.cuts != cuts:
-            raise Moved(file.path, "the log's end was cut")
-        if (frames.header, seal.first_lsn) != (info.header, info.next_lsn):
-            raise CorruptLogError(file.path, 0, "this is another segment than the log's")
-        manifest = SegmentManifest(
-            uuid=UUID(bytes=info.header.log_uuid),
-            number=info.header.number,
-            salt=info.header.salt,
-            first_lsn=info.first_lsn,
-            last_lsn=info.next_lsn - 1,
-            first_time_us=frames.first_time_us or seal.time_us,
-            last_time_us=seal.time_us,
-            previous=info.header.previous,
-            end=seal.previous,
-            features=info.header.features,
-            consumers=meta.consumers,
-            history=meta.history,
-            size=found.size,
-            digest=digest,
-        )
-        archive.put(manifest.data, _unchanged(file.path, pieces_of(file, tick), digest))
     finally:
         close_quietly(file)
+    assert seal is not None
     if source.cuts != cuts:
         raise Moved(file.path, "the log's end was cut")
-    _put_manifest(archive, manifest)
+    if (frames.header, seal.first_lsn) != (info.header, info.next_lsn):
+        raise CorruptLogError(file.path, 0, "this is another segment than the log's")
+    return SegmentManifest(
+        uuid=UUID(bytes=info.header.log_uuid),
+        number=info.header.number,
+        salt=info.header.salt,
+        first_lsn=info.first_lsn,
+        last_lsn=info.next_lsn - 1,
+        first_time_us=frames.first_time_us or seal.time_us,
+        last_time_us=seal.time_us,
+        previous=info.header.previous,
+        end=seal.previous,
+        features=info.header.features,
+        consumers=meta.consumers,
+        history=meta.history,
+        size=found.size,
+        digest=digest,
+    )
+
+
+def _unchanged(
+    source: SegmentSource, header: SegmentHeader, digest: str, tick: Callable[[], None]
+) -> Iterator[bytes]:
+    """The pieces of a segment; an error at their end if they are not what was read before."""
+    file = source.open_segment(header)
+    try:
+        found = hashlib.sha256()
+        for piece in pieces_of(file, tick):
+            found.update(piece)
+            yield piece
+    finally:
+        close_quietly(file)
+    if found.hexdigest() != digest:
+        raise Moved(file.path, "the segment has changed meanwhile")
+
+
+def _put_manifests(archive: Archive, manifests: Sequence[SegmentManifest]) -> None:
+    try:
+        put_group(archive, [(each.name.manifest, [_encoded(each)]) for each in manifests])
+    except FileExistsError:
+        for manifest in manifests:
+            _put_manifest(archive, manifest)
+
+
+def _encoded(manifest: SegmentManifest) -> bytes:
+    return encode_manifest(manifest.as_json())
 
 
 def _put_manifest(archive: Archive, manifest: SegmentManifest) -> None:
     name = manifest.name.manifest
     try:
-        archive.put(name, [encode_manifest(manifest.as_json())])
+        archive.put(name, [_encoded(manifest)])
     except FileExistsError:
         # A copy of this log was faster, and differs in what is of no account here.
         there = read_segment_manifest(archive, name)
         same = attrs.evolve(manifest, history=there.history, consumers=there.consumers)
         if attrs.evolve(there, digest=manifest.digest, size=manifest.size) != same:
             raise
-
-
-def _unchanged(path: str, pieces: Iterable[bytes], digest: str) -> Iterator[bytes]:
-    """The pieces; an error at their end if they are not what was checked."""
-    found = hashlib.sha256()
-    for piece in pieces:
-        found.update(piece)
-        yield piece
-    if found.hexdigest() != digest:
-        raise Moved(path, "the segment has changed meanwhile")

@@ -36,6 +36,11 @@ class File(Protocol):
         """All the pieces one after the other, or an `OSError`."""
         ...
 
+    def write_back(self, length: int, offset: int) -> None:
+        """Begin to write these bytes to the disk, as far as the system can be asked to, and do not
+        wait for it: a later `sync` has less to do.  They will not be read here soon."""
+        ...
+
     def sync(self, *, in_place: bool = False) -> None:
         """On return all that was written is durable, sizes included.
 

@@ -22,7 +22,11 @@ CROWDED_SECONDS: Final = 5.0
 UNSETTLED_SECONDS: Final = 5.0
 """Servers that have not settled a batch for so long have perhaps lost their quorum."""
 ARCHIVE_SEGMENTS_MAX: Final = 3
-"""Sealed segments that an archive that works may lack; more are told."""
+"""Sealed segments that an archive may lack that gets none; of more it is told after
+`ARCHIVE_SECONDS`."""
+ARCHIVE_SECONDS: Final = 5.0
+ARCHIVE_SEGMENTS_FAR: Final = 48
+"""More than an archive lacks that keeps up: three times as many as are put there together."""
 BEHIND_SECONDS: Final = 5.0
 """A replica that is behind for so long is told."""
 
@@ -129,12 +133,18 @@ def unsettled(seconds: float | None) -> HealthReason | None:
     return HealthReason("no_answer", text)
 
 
-def archive_behind(segments: int | None, error: str | None) -> HealthReason | None:
+def archive_behind(
+    segments: int | None, error: str | None, stalled_seconds: float = 0.0
+) -> HealthReason | None:
     """
     Args:
       segments: sealed ones that it has not; None: there is no archive.
+      stalled_seconds: for how long it has got none of them.
     """
-    if segments is None or (error is None and segments <= ARCHIVE_SEGMENTS_MAX):
+    if segments is None:
+        return None
+    stalled = segments > ARCHIVE_SEGMENTS_MAX and stalled_seconds >= ARCHIVE_SECONDS
+    if error is None and not stalled and segments <= ARCHIVE_SEGMENTS_FAR:
         return None
     text = f"the archive lacks {segments} sealed segments, which are kept here until it has them"
     if error is not None:
@@ -143,7 +153,10 @@ def archive_behind(segments: int | None, error: str | None) -> HealthReason | No
 
 
 def log_reasons(
-    statistics: WalStatistics, failure: BaseException | None, crowded_seconds: float
+    statistics: WalStatistics,
+    failure: BaseException | None,
+    crowded_seconds: float,
+    stalled_seconds: float = 0.0,
 ) -> tuple[HealthReason | None, ...]:
     return (
         failed("the log", failure),
@@ -152,7 +165,7 @@ def log_reasons(
         queue_full(crowded_seconds, statistics.queue_utilization),
         replicas_behind(statistics.replicas, statistics.replicas_current),
         unsettled(statistics.unsettled_seconds),
-        archive_behind(statistics.archive_lag_segments, statistics.archive_error),
+        archive_behind(statistics.archive_lag_segments, statistics.archive_error, stalled_seconds),
     )
 
 

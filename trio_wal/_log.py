@@ -124,7 +124,9 @@ def _replicated(found: ReplicationStatistics | None) -> dict[str, Any]:
 
 def _archived(found: ArchiveStatistics | None) -> dict[str, Any]:
     """The fields of `WalStatistics` that only a log with an archive has."""
-    return {} if found is None else asdict(found)
+    fields = {} if found is None else asdict(found)
+    fields.pop("stalled_seconds", None)
+    return fields
 
 
 def _check_delay(commit_delay: float | Literal["auto"]) -> float | Literal["auto"]:
@@ -287,8 +289,9 @@ class Log:
 
     def reasons(self) -> tuple[HealthReason | None, ...]:
         """Why it does not fare well."""
-        crowded = self._queue.backlog.crowded_seconds()
-        return log_reasons(self.statistics(), self.status.failure, crowded)
+        crowded, archive = self._queue.backlog.crowded_seconds(), self.engine.statistics().archive
+        stalled = 0.0 if archive is None else archive.stalled_seconds
+        return log_reasons(self.statistics(), self.status.failure, crowded, stalled)
 
     # -- writing --
 

@@ -437,5 +437,5 @@ def _points(seen: Any, group: Group, labels: Labels) -> Iterator[Point]:
 
 def cumulated(histogram: Histogram) -> tuple[tuple[float, int], ...]:
     """How many took at most as long as each bound says, not only those over the one before."""
-    bounds = (bound for bound, _ in histogram)
-    return tuple(zip(bounds, accumulate(count for _, count in histogram), strict=True))
+    bounds, counts = zip(*histogram, strict=True)
+    return tuple(zip(bounds, accumulate(counts), strict=True))

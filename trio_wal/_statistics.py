@@ -169,6 +169,8 @@ class ArchiveStatistics(msgspec.Struct, frozen=True, kw_only=True):
     archive_lag_bytes: int
     archive_failures: int
     archive_error: str | None
+    stalled_seconds: float
+    """For how long it has got none of what it lacks: not for `WalStatistics`."""
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):

@@ -465,6 +465,9 @@ class MemoryFile:
         self._inode.sync()
         self._files._done("sync", self.path)
 
+    def write_back(self, length: int, offset: int) -> None:
+        pass
+
     def written_bytes(self) -> int:
         return 0
 

@@ -6,7 +6,8 @@ fails now and then, before or after it has done what was asked.  After each life
 
   * archive and log together hold every record that was acknowledged, and no other but what was
     being written; before the log is recovered, and after that;
-  * the archive alone holds a beginning of a history that the log had;
+  * the archive alone holds a beginning of a history that the log had, up to where the log has said
+    that it is archived, at least;
   * of that it can be restored to any LSN, and to any time, exactly; a gap is told;
   * now and then the log is destroyed, and what was restored goes on in its place.
 
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import itertools
 import os
 import random
 import shutil
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
@@ -40,7 +40,7 @@ import trio
 from trio.testing import MockClock
 
 import trio_wal
-from trio_wal import Archive, DirectoryArchive, KeepSegments, Record
+from trio_wal import DirectoryArchive, KeepSegments, Record
 from trio_wal.testing import MemoryFiles
 
 from . import _report
@@ -59,28 +59,48 @@ History = list[bytes]
 
 
 class Wayward:
-    """An archive that fails now and then."""
+    """An archive that fails now and then; it can do no more than it must."""
 
-    def __init__(self, archive: Archive, rng: random.Random) -> None:
+    def __init__(
+        self, archive: DirectoryArchive, rng: random.Random, done: Callable[[], None]
+    ) -> None:
         self._archive = archive
+        self._done = done
+        """Called when several things were put at once."""
         self._rng = rng
+        self._share = rng.choice((0.1, 0.4))
+        """Of the calls fail so many, before anything is done: then more waits for the next one."""
 
     def _fail(self, share: float) -> None:
         if self._rng.random() < share:
             raise OSError(errno.EIO, "the archive fails")
 
     def put(self, name: str, content: Iterable[bytes]) -> None:
-        self._fail(0.1)
+        self._fail(self._share)
         self._archive.put(name, content)
         self._fail(0.05)
 
     def list(self) -> list[str]:
-        self._fail(0.1)
+        self._fail(self._share)
         return self._archive.list()
 
     def get(self, name: str) -> Iterator[bytes]:
         self._fail(0.1)
         return self._archive.get(name)
+
+
+class WaywardTogether(Wayward):
+    """One that puts several at once, and may fail after it has put some of them."""
+
+    def put_group(self, objects: Iterable[tuple[str, Iterable[bytes]]]) -> None:
+        self._fail(self._share)
+        objects = list(objects)
+        put = self._rng.choice((len(objects), len(objects), self._rng.randint(0, len(objects))))
+        if put:
+            self._archive.put_group(objects[:put])
+        if put > 1:
+            self._done()
+        self._fail(0.05 if put == len(objects) else 1)
 
 
 @attrs.define(eq=False)
@@ -93,9 +113,17 @@ class World:
     """What they may be, if it crashes now."""
     past: list[History] = attrs.Factory(list)
     """Histories that the log once had."""
-    image: tuple[MemoryFiles, list[History]] | None = None
+    archived: int = 0
+    """Up to where the log last said that it is archived."""
+    has_cut: bool = False
+    """In this life."""
+    image: tuple[MemoryFiles, list[History], int] | None = None
     """What a crash has left."""
     written: int = 0
+    operations: int = 0
+    """On files, in this life."""
+    crash_at: int | None = None
+    """At which of them it crashes."""
 
     def archive(self, files: MemoryFiles | None = None) -> DirectoryArchive:
         return DirectoryArchive(ARCHIVE, files=files or self.files)
@@ -103,28 +131,38 @@ class World:
     # -- one life --
 
     async def live(self) -> None:
-        rng, crash_at = self.rng, self.rng.choice((None, self.rng.randrange(400)))
+        rng, self.crash_at = self.rng, self.rng.choice((None, self.rng.randrange(400)))
         kind: Any = rng.choice(("kill", "power"))
-        seed, numbers = rng.getrandbits(32), itertools.count()
+        seed, self.operations = rng.getrandbits(32), 0
 
         def crash(*_: object) -> None:
-            if next(numbers) == crash_at:
-                self.image = self.files.crash_image(seed, kind), list(self.possible)
+            self.operations += 1
+            if self.operations == self.crash_at:
+                after = self.files.crash_image(seed, kind)
+                self.image = after, list(self.possible), self.archived
 
-        self.image = None
+        self.image, self.archived, self.has_cut = None, 0, False
         self.files.after_operation = crash
         async with trio_wal.open_wal(
             LOG,
             files=self.files,
-            archive=Wayward(self.archive(), rng),
+            archive=rng.choice((Wayward, WaywardTogether))(self.archive(), rng, self.crash_soon),
             segment_size=rng.choice((1, 1, 8000)),
             retention=rng.choice((None, KeepSegments(1), KeepSegments(2))),
         ) as wal:
             for _ in range(rng.randint(3, CALLS_MAX)):
                 await self._call(wal)
+                said = wal.statistics().archived_lsn
+                # After a cut it may be said of records that are no more, until all is looked at.
+                self.archived = min(self.archived, said) if self.has_cut else said
         self.files.after_operation = None
         if self.image is not None:
-            self.files, self.possible = self.image
+            self.files, self.possible, self.archived = self.image
+
+    def crash_soon(self) -> None:
+        """Several things were put at once: now and then it crashes soon after that."""
+        if self.image is None and self.rng.random() < 0.3:
+            self.crash_at = self.operations + self.rng.randint(1, 12)
 
     async def _call(self, wal: Any) -> None:
         rng = self.rng
@@ -146,6 +184,7 @@ class World:
             after = self.model[:lsn]
             self.possible = [self.model, after]
             self.past.append(self.model)
+            self.archived, self.has_cut = min(self.archived, lsn), True
             try:
                 await wal.truncate_after(lsn)
             except trio_wal.LsnTruncatedError:
@@ -187,8 +226,10 @@ class World:
         except (trio_wal.WrongDirectoryError, FileNotFoundError):
             names = self.files.names(ARCHIVE) if self.files.exists(ARCHIVE) else []
             check(not any(n[0] == "0" and n.endswith(".json") for n in names), "nothing is found")
+            check(self.archived == 0, "what was archived is gone")
             return
         found = [record.data for record in records]
+        check(len(found) >= self.archived, f"{self.archived} were archived, {len(found)} are there")
         known = [self.model, *self.past]
         check(any(found == h[: len(found)] for h in known), "the archive has another history")
         for lsn in self.rng.sample(range(len(found) + 1), min(4, len(found) + 1)):

@@ -1078,7 +1078,7 @@ MUTANTS: Final = (
     ),
     mutant(
         "buckets are not cumulative", "_metrics", FIGURES,
-        "accumulate(count for _, count in histogram)", "(count for _, count in histogram)",
+        "zip(bounds, accumulate(counts), strict=True)", "zip(bounds, counts, strict=True)",
     ),
     mutant(
         "the sum of a histogram is that of its slowest", "_metrics", FIGURES,
@@ -1133,14 +1133,27 @@ MUTANTS: Final = (
     ),
     mutant(
         "a segment that was cut is taken for the one that was archived", "_archiver", ARCHIVE,
-        "key_of(s) not in there), None)",
-        "s.header.salt not in {k.salt for k in there}), None)",
+        "key_of(s) not in there]",
+        "s.header.salt not in {k.salt for k in there}]",
     ),
     mutant(
         "a segment counts as archived before it is put", "_archiver", ARCHIVE,
         "            cuts, meta = directory.cuts, directory.meta.says\n",
         "            cuts, meta = directory.cuts, directory.meta.says\n"
-        "            self._there.add(key_of(info))\n",
+        "            self._there.update(map(key_of, group))\n",
+    ),
+    mutant(
+        "of what is put together only the last is synced", "_archive", ARCHIVE,
+        "            for one in reversed(written):\n                one.file.sync()\n",
+        "            for one in reversed(written):\n"
+        "                if one is written[-1]:\n                    one.file.sync()\n",
+    ),
+    mutant(
+        "a group counts as archived before its directory is synced", "_archive", ARCHIVE,
+        "            while written:\n",
+        "            alone = len(written) < 2\n            while written:\n",
+        "            directory.sync()\n        finally:\n",
+        "            if alone:\n                directory.sync()\n        finally:\n",
     ),
     mutant(
         "what is cut off is not looked at anew", "_archiver", ARCHIVE,
@@ -1154,13 +1167,13 @@ MUTANTS: Final = (
     ),
     mutant(
         "what was put is not synced", "_archive", ARCHIVE,
-        "            file.sync()\n            file.close()\n", "            file.close()\n",
+        "                one.file.sync()\n", "",
     ),
     mutant(
         "the manifest is put before the segment", "_archiving", ARCHIVE,
-        "        archive.put(manifest.data, _unchanged",
-        "        _put_manifest(archive, manifest)\n"
-        "        archive.put(manifest.data, _unchanged",
+        "    put_group(\n        archive,\n        [\n            (manifest.data, ",
+        "    _put_manifests(archive, manifests)\n"
+        "    put_group(\n        archive,\n        [\n            (manifest.data, ",
     ),
     mutant(
         "records of another history are taken", "_archived", ARCHIVE,

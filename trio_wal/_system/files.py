@@ -33,7 +33,14 @@ from .paths import (
     no_directory,
     remove_directories,
 )
-from .sync import check_journal, forget_cached, sync_directory, sync_file, written_bytes
+from .sync import (
+    check_journal,
+    forget_cached,
+    sync_directory,
+    sync_file,
+    write_back,
+    written_bytes,
+)
 from .watch import watch_directory
 
 _IOV_MAX: Final = 1024
@@ -125,6 +132,9 @@ class OsFile:
             if len(pieces) > _IOV_MAX:
                 pieces = [b"".join(pieces)]
             return os.pwritev(self._fd, pieces, offset)
+
+    def write_back(self, length: int, offset: int) -> None:
+        write_back(self._fd, length, offset)
 
     def sync(self, *, in_place: bool = False) -> None:
         sync_file(self._fd)
