@@ -648,14 +648,46 @@ def test_a_watch_tells_of_whatever_changes_in_the_directory(directory: OsDirecto
     file = directory.open("one", create=True)
     assert changed()
     assert not changed()
+    # Nobody may take it for durable yet.
     file.pwrite([b"more"], 0)
-    assert changed()
+    assert not changed()
     directory.rename("one", "two")
+    assert changed()
+    file.close()
     assert changed()
     directory.unlink("two")
     assert changed()
-    file.close()
     watch.close()
+    watch.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_watch_tells_of_what_has_become_durable(directory: OsDirectory) -> None:
+    watch = directory.watch()
+    assert watch is not None
+
+    def changed() -> bool:
+        told = bool(select.select([watch], [], [], 0)[0])
+        watch.drain()
+        return told
+
+    # The lock file comes only now, and another one later.
+    for lsn in (1, 5):
+        directory.sign()
+        assert changed()
+        directory.publish(lsn, 0)
+        assert changed()
+        assert not changed()
+        directory.publish(lsn + 1, 0)
+        assert changed()
+        (Path(directory.path) / "lock").unlink()
+        assert changed()
+    watch.close()
+    directory.sign()
+    watch = directory.watch()
+    assert watch is not None
+    directory.publish(9, 0)
+    assert changed()
     watch.close()
 
 
