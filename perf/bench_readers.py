@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -123,34 +124,84 @@ def watch_and_scan(path: str) -> None:
     trio.run(main)
 
 
-async def _own_cost(path: str, seconds: float, readers: int) -> dict[str, float]:
+def use_as_much(share: str) -> None:
+    """The other process, for comparison: uses as much of a processor, and no database.
+
+    It walks over as many pairs as a reader of the same commits has, in memory of its own.
+    """
+    pairs = {b"key %08d" % n: VALUE for n in range(10_000)}
+    keys = sorted(pairs)
+    started, spent = perf_counter(), process_time()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while True:
+        for first in range(0, len(keys), 100):
+            for key in keys[first : first + 100]:
+                msgspec.msgpack.encode({key: pairs[key]})
+            while process_time() - spent > float(share) * (perf_counter() - started):
+                time.sleep(0.0005)
+
+
+async def _own_cost(db: trio_wal.Database, seconds: float, share: float | None) -> dict[str, float]:
+    """
+    Args:
+      share: of a processor that each of the other processes uses; None: they are readers.
+    """
     done = 0
+    theirs = os.times()
+    others = ("watch_and_scan", db.path) if share is None else ("use_as_much", str(share))
+    with _others(*others, 0 if share == 0 else READERS):
+
+        async def commit(task: int) -> None:
+            nonlocal done
+            while not over.cancel_called:
+                async with db.transaction() as tx:
+                    tx.put(b"task %d" % task, VALUE)
+                done += 1
+
+        began, started = perf_counter(), process_time()
+        with trio.move_on_after(seconds) as over:
+            async with trio.open_nursery() as nursery:
+                for task in range(TASKS):
+                    nursery.start_soon(commit, task)
+        spent, took = process_time() - started, perf_counter() - began
+    ended = os.times()
+    used = ended.children_user + ended.children_system
+    used -= theirs.children_user + theirs.children_system
+    return {
+        "CPU s a million": spent / done * 1e6,
+        "per second": done / took,
+        "others' cores": used / took,
+    }
+
+
+async def _alone(path: str, seconds: float) -> dict[str, float]:
     async with trio_wal.open_database(path) as db:
         await _fill(db, 10_000)
-        with _others("watch_and_scan", path, readers):
+        return await _own_cost(db, seconds * 2, 0)
 
-            async def commit(task: int) -> None:
-                nonlocal done
-                while not over.cancel_called:
-                    async with db.transaction() as tx:
-                        tx.put(b"task %d" % task, VALUE)
-                    done += 1
 
-            started = process_time()
-            with trio.move_on_after(seconds * 2) as over:
-                async with trio.open_nursery() as nursery:
-                    for task in range(TASKS):
-                        nursery.start_soon(commit, task)
-            spent = process_time() - started
-    return {"CPU s a million": spent / done * 1e6, "per second": done / (seconds * 2)}
+async def _beside(path: str, seconds: float, readers: bool) -> dict[str, float]:
+    async with trio_wal.open_database(path) as db:
+        await _fill(db, 10_000)
+        if readers:
+            return await _own_cost(db, seconds * 2, None)
+        # First with readers, which tell how much they use.
+        found = await _own_cost(db, seconds, None)
+        return await _own_cost(db, seconds * 2, found["others' cores"] / READERS)
 
 
 def alone(path: str, seconds: float) -> dict[str, float]:
-    return trio.run(_own_cost, path, seconds, 0)
+    return trio.run(_alone, path, seconds)
 
 
 def beside_readers(path: str, seconds: float) -> dict[str, float]:
-    return trio.run(_own_cost, path, seconds, READERS)
+    return trio.run(_beside, path, seconds, True)
+
+
+def beside_others(path: str, seconds: float) -> dict[str, float]:
+    """What of the price of readers is that of processors that are shared, with whomever."""
+    return trio.run(_beside, path, seconds, False)
 
 
 # -- from durable to visible ----------------------------------------------------------------
@@ -293,12 +344,33 @@ async def _consume(path: str) -> dict[str, float]:
             return {"per second": n / (perf_counter() - started)}
 
 
+async def _consume_in_tasks(path: str) -> dict[str, float]:
+    """The same, but nobody waits for an acknowledgement before it goes on."""
+    async with _commits(path) as db:
+        last = db.durable_lsn
+        async with db.consumer("it", start=1) as consumer:
+            started = perf_counter()
+            n = 0
+            async with trio.open_nursery() as nursery:
+                async for commit in consumer:
+                    n += 1
+                    if not n % ACKNOWLEDGED_TOGETHER:
+                        nursery.start_soon(consumer.acknowledge, commit)
+                    if commit.lsn >= last:
+                        break
+            return {"per second": n / (perf_counter() - started)}
+
+
 def changes(path: str, seconds: float) -> dict[str, float]:
     return trio.run(_read_changes, path)
 
 
 def consumed(path: str, seconds: float) -> dict[str, float]:
     return trio.run(_consume, path)
+
+
+def consumed_in_tasks(path: str, seconds: float) -> dict[str, float]:
+    return trio.run(_consume_in_tasks, path)
 
 
 async def _watched(path: str, seconds: float, watchers: int) -> dict[str, float]:
@@ -489,10 +561,10 @@ def _opening(setting: Setting, report: Report) -> None:
 
 Trial = Callable[[str, float], dict[str, float]]
 CONTENDERS: Final[Mapping[str, Mapping[str, Trial]]] = {
-    "owner": {"alone": alone, "beside readers": beside_readers},
+    "owner": {"alone": alone, "beside readers": beside_readers, "beside others": beside_others},
     "visible": {"visible": visible},
     "get": {"in memory": get_in_memory, "of the store": get_of_store},
-    "consumers": {"changes": changes, "consumer": consumed},
+    "consumers": {"changes": changes, "consumer": consumed, "in tasks": consumed_in_tasks},
     "watchers": {"none": unwatched, "watchers": watched},
     "tables": {"by hand": by_hand, "table": by_table},
 }
@@ -516,6 +588,13 @@ def _show(found: Mapping[str, Comparison], report: Report, rounds: int) -> None:
         f"CPU of a commit, {TASKS} tasks, beside {READERS} readers, to none",
         1.05,
         owner.ratio("beside readers", "alone"),
+        at_most=True,
+    )
+    report.require(
+        "owner beside others",
+        "the same, to beside processes that use as much and no database",
+        1.05,
+        owner.ratio("beside readers", "beside others"),
         at_most=True,
     )
     for share, limit in (("p50", 2.0), ("p99", 20.0)):

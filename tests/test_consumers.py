@@ -26,13 +26,15 @@ from trio_wal import (
     LsnTruncatedError,
     UnsupportedFormatError,
     _consumers,
+    _stream,
 )
-from trio_wal._disk import frame
+from trio_wal._disk import cursor, frame
 from trio_wal._disk.frame import META_SIZE_MAX, decode_meta
 from trio_wal._disk.metafile import MetaFile
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.placesfile import PLACES_VERSION
 from trio_wal._disk.verify import verify
+from trio_wal._local import FileCursor
 from trio_wal.testing import MemoryFiles
 
 TINY = 1
@@ -719,6 +721,158 @@ async def test_cancelled_lists_lose_nothing(kit: Kit) -> None:
 
 
 # -- of a log -----------------------------------------------------------------------------------
+
+
+class Pieces:
+    """What is read of a log, one frame at a time, also where little is left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        """The LSN where each begins."""
+        self.failures = 0
+        """So many of the next ones cannot be read."""
+        self.gate: trio.Event | None = None
+        """What they wait for."""
+        real = FileCursor.chunk
+
+        async def chunk(cursor: FileCursor, lsn: int, stop: int) -> list[trio_wal.Record]:
+            self.asked.append(lsn)
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.failures:
+                self.failures -= 1
+                raise OSError(errno.EIO, "it cannot be read")
+            return await real(cursor, lsn, stop)
+
+        monkeypatch.setattr(FileCursor, "chunk", chunk)
+        monkeypatch.setattr(cursor, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(_stream, "AHEAD_RECORDS_MIN", 1)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
+    return Pieces(monkeypatch)
+
+
+async def test_the_next_piece_is_read_while_an_acknowledgement_waits(
+    kit: Kit, pieces: Pieces
+) -> None:
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 4)
+        async with opened.consumer("a") as consumer, trio.open_nursery() as nursery:
+            (item,) = await take(consumer, 1)
+            assert kit.files is not None
+            kit.files.hold()
+            nursery.start_soon(consumer.acknowledge, item)
+            nursery.start_soon(consumer.acknowledge, item)
+            await wait_all_tasks_blocked()
+            asked, bookmark, before = list(pieces.asked), consumer.bookmark, place(opened)
+            kit.files.release()
+            await wait_all_tasks_blocked()
+            # It is only read: nothing else knows of it.
+            assert (asked, bookmark.lsn) == (lsns[:2], item.lsn)
+            assert before == (0 if kit.kind == "database" else item.lsn)
+            assert place(opened) == item.lsn
+            assert [each.lsn for each in await take(consumer, 1)] == lsns[1:2]
+            assert pieces.asked == lsns[:2]
+            assert [each.lsn for each in await take(consumer, 2)] == lsns[2:]
+        assert await given(opened, "a") == lsns[1:]
+
+
+async def test_where_little_is_left_nothing_is_read_ahead(
+    kit: Kit, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_stream, "AHEAD_RECORDS_MIN", 6)
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 4)
+        async with opened.consumer("a") as consumer:
+            (item,) = await take(consumer, 1)
+            await consumer.acknowledge(item)
+            await wait_all_tasks_blocked()
+            assert pieces.asked == lsns[:1]
+            assert [each.lsn for each in await take(consumer, 3)] == lsns[1:]
+
+
+async def test_what_cannot_be_read_ahead_is_told_to_who_needs_it(kit: Kit, pieces: Pieces) -> None:
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 4)
+        async with opened.consumer("a") as consumer:
+            (item,) = await take(consumer, 1)
+            pieces.failures = 1
+            await consumer.acknowledge(item)
+            await wait_all_tasks_blocked()
+            assert pieces.failures == 0
+            (item,) = await take(consumer, 1)
+            assert (item.lsn, pieces.asked) == (lsns[1], [lsns[0], lsns[1], lsns[1]])
+            pieces.failures = 2
+            await consumer.acknowledge(item)
+            with pytest.raises(OSError, match="it cannot be read"):
+                await take(consumer, 1)
+            assert [each.lsn for each in await take(consumer, 2)] == lsns[2:]
+
+
+async def test_cancelled_while_it_is_read_ahead_nothing_is_lost(kit: Kit, pieces: Pieces) -> None:
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 3)
+        async with opened.consumer("a") as consumer:
+            (item,) = await take(consumer, 1)
+            pieces.gate = trio.Event()
+            await consumer.acknowledge(item)
+            for _ in range(2):
+                with trio.move_on_after(0.01):
+                    await consumer.__anext__()
+            pieces.gate.set()
+            assert pieces.asked == lsns[:2]
+            assert [each.lsn for each in await take(consumer, 2)] == lsns[1:]
+
+
+@pytest.mark.parametrize("when", ["while it is read", "after it was read"])
+async def test_what_was_read_ahead_is_cut(pieces: Pieces, when: str) -> None:
+    async with Kit("log").open() as opened:
+        await Kit("log").add(opened, 3)
+        async with opened.consumer("a") as consumer:
+            (item,) = await take(consumer, 1)
+            if when == "while it is read":
+                pieces.gate = trio.Event()
+            await consumer.acknowledge(item)
+            await wait_all_tasks_blocked()
+            assert pieces.asked == [1, 2]
+            await opened.truncate_after(1)
+            assert await opened.append(b"another") == 2
+            if pieces.gate is not None:
+                pieces.gate.set()
+            assert [each.data for each in await take(consumer, 1)] == [b"another"]
+
+
+async def test_who_leaves_while_it_is_read_ahead(disk_kit: Kit, pieces: Pieces) -> None:
+    """Its task ends with the log, which waits for the thread that reads."""
+    begun, gate = threading.Event(), threading.Event()
+    real = cursor.Cursor.chunk
+
+    def chunk(self: cursor.Cursor, stop: int) -> list[trio_wal.Record]:
+        if pieces.asked[1:]:
+            begun.set()
+            gate.wait(60)
+        return real(self, stop)
+
+    async def use() -> None:
+        async with disk_kit.open() as opened:
+            await disk_kit.add(opened, 3)
+            async with opened.consumer("a") as consumer:
+                await consumer.acknowledge((await take(consumer, 1))[0])
+                await trio.to_thread.run_sync(begun.wait, 60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cursor.Cursor, "chunk", chunk)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use)
+            await trio.to_thread.run_sync(begun.wait, 60)
+            await wait_all_tasks_blocked()
+            gate.set()
+    async with disk_kit.open() as opened:
+        assert place(opened) == 1
+        async with opened.consumer("a") as consumer:
+            assert [each.lsn for each in await take(consumer, 2)] == [2, 3]
 
 
 async def test_what_was_acknowledged_is_cut() -> None:

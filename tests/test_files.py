@@ -37,7 +37,7 @@ from trio_wal._files import NO_WORD, Directory, Word
 from trio_wal._system.files import OsDirectory, OsFile, OsFiles, WeakMethods
 from trio_wal._system.owner import lock_holder
 from trio_wal._system.sync import FOLIO_MAX
-from trio_wal._system.watch import watch_directory
+from trio_wal._system.watch import _watches_in, watch_directory
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -648,14 +648,74 @@ def test_a_watch_tells_of_whatever_changes_in_the_directory(directory: OsDirecto
     file = directory.open("one", create=True)
     assert changed()
     assert not changed()
+    # Nobody may take it for durable yet.
     file.pwrite([b"more"], 0)
-    assert changed()
+    assert not changed()
     directory.rename("one", "two")
+    assert changed()
+    file.close()
     assert changed()
     directory.unlink("two")
     assert changed()
-    file.close()
     watch.close()
+    watch.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_watch_tells_of_what_has_become_durable(directory: OsDirectory) -> None:
+    watch = directory.watch()
+    assert watch is not None
+
+    def changed() -> bool:
+        told = bool(select.select([watch], [], [], 0)[0])
+        watch.drain()
+        return told
+
+    # The lock file comes only now, and another one later.
+    for lsn in (1, 5):
+        directory.sign()
+        assert changed()
+        directory.publish(lsn, 0)
+        assert changed()
+        assert not changed()
+        directory.publish(lsn + 1, 0)
+        assert changed()
+        (Path(directory.path) / "lock").unlink()
+        assert changed()
+    watch.close()
+    directory.sign()
+    watch = directory.watch()
+    assert watch is not None
+    directory.publish(9, 0)
+    assert changed()
+    watch.close()
+
+
+def test_whose_events_they_are_is_read_past_the_names_in_them() -> None:
+    def event(watch: int, name: bytes = b"") -> bytes:
+        return struct.pack("iIII", watch, 0x100, 0, len(name)) + name
+
+    names = struct.pack("iIII", 7, 7, 7, 0)
+    assert _watches_in(b"") == set()
+    assert _watches_in(event(2) + event(1, names * 2) + event(2) + event(-1)) == {1, 2, -1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_after_events_were_lost_the_lock_file_is_looked_for_again(
+    directory: OsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = directory.watch()
+    assert watch is not None
+    directory.sign()
+    while select.select([watch], [], [], 0)[0]:
+        os.read(watch.fileno(), 1 << 16)
+    lost = [struct.pack("iIII", -1, 0x4000, 0, 0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", lambda _fd, _size: lost.pop())
+        watch.drain()
+    assert lost == []
+    directory.publish(1, 0)
+    assert select.select([watch], [], [], 0)[0]
     watch.close()
 
 

@@ -315,9 +315,11 @@ def test_puts_under_asyncio_are_counted(perf: Import, tmp_path: Path, name: str)
 def test_each_row_about_readers_and_consumers_is_measured(perf: Import, tmp_path: Path) -> None:
     readers: Any = perf("bench_readers")
     trials = [trial for each in readers.CONTENDERS.values() for trial in each.values()]
-    assert len(trials) == 11
+    assert len(trials) == 13
     for trial in trials:
         found = perf("apart").apart(trial, str(tmp_path / trial.__name__), 0.1)
+        if trial is readers.alone:
+            assert found.pop("others' cores") == 0
         assert found
         assert all(figure > 0 for figure in found.values()), trial
 

@@ -969,6 +969,7 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
     monkeypatch.setattr(trio_wal._system.watch, "_IN_CHANGES", 0x400)  # only that it is unlinked
+    monkeypatch.setattr(trio_wal._system.watch, "_IN_WORD", 0x400)
     monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.05)
     async with (
         trio_wal.open_wal(tmp_path / "log") as wal,

@@ -57,6 +57,20 @@ async def test_who_waits_is_woken_by_what_touches_it(files: MemoryFiles) -> None
         assert (other.lsn, short.lsn) == (5, 5)
 
 
+@pytest.mark.parametrize("what", [{"key": b"ab"}, {"prefix": b"a"}, {"prefix": b"ab"}, {}])
+async def test_one_alone_is_woken(files: MemoryFiles, what: dict[str, Any]) -> None:
+    async with open_memory_database(files) as db, trio.open_nursery() as nursery:
+        waiting = Waiting(db, nursery, **what)
+        await wait_all_tasks_blocked()
+        if what:
+            await db.put(b"b", b"")
+            await wait_all_tasks_blocked()
+            assert waiting.lsn is None
+        lsn = await db.put(b"ab", b"")
+        await wait_all_tasks_blocked()
+        assert waiting.lsn == lsn
+
+
 async def test_only_durable_commits_wake(files: MemoryFiles) -> None:
     async with open_memory_database(files) as db, trio.open_nursery() as nursery:
         waiting = Waiting(db, nursery, key=b"a")
@@ -120,6 +134,52 @@ async def test_what_memory_has_forgotten_the_log_knows(
         with trio.move_on_after(0.01) as scope:
             await db.wait_changed(b"a", since=1)
         assert scope.cancelled_caught
+
+
+async def test_commits_of_one_batch_are_told_apart(files: MemoryFiles) -> None:
+    async with open_memory_database(files) as db, trio.open_nursery() as nursery:
+        with trio.move_on_after(0):
+            await db.wait_changed(b"a")
+        waiting = Waiting(db, nursery, key=b"3")
+        prefix = Waiting(db, nursery, prefix=b"long ")
+        await hold_with_batch_in_flight(files, nursery, db)
+        names = (b"0", b"1", b"2", b"3", b"long name")
+        for name in names:
+            nursery.start_soon(db.put, name, b"")
+            await wait_all_tasks_blocked()
+        files.release()
+        await wait_all_tasks_blocked()
+        assert db.wal.statistics().batches_synced == 2
+        assert (waiting.lsn, prefix.lsn) == (5, 6)
+        for lsn, name in enumerate(names, 2):
+            for since in range(lsn):
+                assert await db.wait_changed(name, since=since) == lsn
+            with trio.move_on_after(0.01) as scope:
+                await db.wait_changed(name, since=lsn)
+            assert scope.cancelled_caught
+        assert await db.wait_changed(prefix=b"", since=3) == 6
+
+
+async def test_a_batch_is_forgotten_as_a_whole(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_watch, "COMMITS_REMEMBERED", 4)
+    async with open_memory_database(files) as db:
+        with trio.move_on_after(0):
+            await db.wait_changed(b"a")
+        async with trio.open_nursery() as nursery:
+            await hold_with_batch_in_flight(files, nursery, db)
+            for number in range(6):
+                nursery.start_soon(db.put, b"%d" % number, b"")
+            await wait_all_tasks_blocked()
+            files.release()
+        watches = db._core.versions.watches
+        assert (watches.known_from, len(watches._recent)) == (7, 0)
+        found = [await db.wait_changed(b"%d" % number, since=0) for number in range(6)]
+        assert sorted(found) == [2, 3, 4, 5, 6, 7]
+        await db.put(b"a", b"")
+        assert (watches.known_from, len(watches._recent)) == (7, 1)
+        assert await db.wait_changed(b"a", since=7) == 8
 
 
 async def test_memory_is_bounded_by_keys_too(

@@ -20,7 +20,7 @@ from ._log import Log
 from ._park import require_trio
 from ._places import CONSUMERS_MAX, Move, Place, Places, consumer_hold, is_after
 from ._statistics import ConsumerStatistics
-from ._stream import RecordStream, check_history
+from ._stream import RecordStream, check_history, read_ahead
 from ._text import printable
 from ._util import check_int
 
@@ -346,6 +346,8 @@ class Session:
                 f"item must be one that this consumer gave: it gave nothing after LSN "
                 f"{bookmark.lsn}, and this is {lsn}"
             )
+        # Until it is durable nobody takes any more: time to have the next ones read.
+        read_ahead(stream, self._consumers.log.start_soon)
         return Bookmark(lsn, bookmark.epoch)
 
     async def acknowledge(self, item: Item) -> None:

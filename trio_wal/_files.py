@@ -91,7 +91,8 @@ NO_WORD: Final = Word(0, None)
 
 
 class Watch(Protocol):
-    """Becomes readable when files of a directory change."""
+    """Becomes readable when files of a log's directory come or go, are closed after they were
+    written, or when its owner publishes what is durable."""
 
     def fileno(self) -> int: ...
 

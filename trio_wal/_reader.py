@@ -121,8 +121,9 @@ class LogReader(metaclass=NoPublicConstructor):
     def follow(self, start: int | Bookmark | None = None) -> RecordStream:
         """As `WriteAheadLog.follow`, until it is left: the writer may come and go.
 
-        On Linux a change of the log's files wakes the stream, within a millisecond or so;
-        elsewhere, and on file systems that tell of no changes, they are looked at every 20 ms.
+        On Linux the writer wakes the stream, within a millisecond or so after more has become
+        durable; elsewhere, and on file systems that tell of no changes, the log's files are looked
+        at every 20 ms.
         """
         self._check_open()
         return new_record_stream(self._source, start, None, follow=True)

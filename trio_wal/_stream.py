@@ -12,13 +12,15 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
 from typing import Final, final
 
+import msgspec
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._engine import Moved, Record, Source
+from ._engine import Forked, Moved, Record, Source
 from ._exceptions import CorruptLogError, LogDivergedError, LsnTruncatedError, WalError
 from ._exports import NoPublicConstructor, constructor, publish
 from ._identity import Bookmark, History, common_lsn, epoch_of
@@ -27,10 +29,25 @@ from ._util import check_int, check_seconds
 
 CHECKPOINT_RECORDS: Final = 1024
 """Of those that are ready, between two checkpoints: about half a millisecond."""
+AHEAD_RECORDS_MIN: Final = 1000
+"""So many must still be there to be read before a piece of them is read ahead: a few come as fast
+without."""
 RETRY_SECONDS: Final = 0.002
 SAME_DAMAGE_TIMES: Final = 50
 """What is found so often, one time after the other, is damage even if the log never stands still:
 whatever an owner is doing moves on."""
+
+
+class _Ahead(msgspec.Struct, eq=False):
+    """The piece after what is ready, which a task reads."""
+
+    start: int
+    """The LSN with which it begins."""
+    history: History
+    """Under which it is read."""
+    done: trio.Event
+    records: list[Record] = []
+    """None of them: it could not be read, or is still being read."""
 
 
 class Reading:
@@ -47,6 +64,8 @@ class Reading:
         """The newest stands first."""
         self.ended: bool = False
         self._cursor = source.cursor()
+        self._ahead: _Ahead | None = None
+        """As long as it is there, the cursor is its."""
         self._next = start
         """The LSN behind the newest record that is ready, or was given."""
         self._stop = stop
@@ -163,18 +182,53 @@ class Reading:
         return True
 
     async def _read_chunk(self, stop: int) -> None:
-        source, history, changes = self.source, self._history, self._changes
+        history, changes = self._history, self._changes
+        ahead = self._ahead
+        if ahead is not None:
+            await ahead.done.wait()
+            self._ahead = None
+            if ahead.records:
+                self._take(ahead.records, ahead.history)
+            return
         try:
             records = await self._cursor.chunk(self._next, stop)
         except (CorruptLogError, Moved) as exc:
             await self._explain(exc, history, changes)
             return
-        # Else nobody can tell of which history they are.
-        if self._diverged is None and source.tail.history == history:
+        self._take(records, history)
+
+    def _take(self, records: list[Record], history: History) -> None:
+        """Records from `_next` on are ready, if the log's end was not cut since they were asked
+        for: else nobody can tell of which history they are."""
+        if self._diverged is None and self.source.tail.history == history:
             self._next = records[-1].lsn + 1
             records.reverse()
             self.ready[:0] = records
             self._doubt = None
+
+    # -- reading ahead --
+
+    def read_ahead(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
+        """Have a task read the next piece meanwhile, one at most, where there is much to read:
+        whoever iterates is about to wait for something else.
+
+        Nothing is given, or seen to be given, any sooner; and what goes wrong is found out again
+        by whoever needs the records.
+        """
+        stop = self.source.tail.durable_lsn + 1
+        if stop - self._next < AHEAD_RECORDS_MIN or self._ahead is not None or self.ended:
+            return
+        ahead = self._ahead = _Ahead(self._next, self._history, trio.Event())
+        start_soon(partial(self._read_piece, ahead, stop))
+
+    @enable_ki_protection
+    async def _read_piece(self, ahead: _Ahead, stop: int) -> None:
+        """A task."""
+        try:
+            with trio.CancelScope(shield=True), contextlib.suppress(Exception, Forked):
+                ahead.records = await self._cursor.chunk(ahead.start, stop)
+        finally:
+            ahead.done.set()
 
     async def _explain(self, exc: CorruptLogError | Moved, history: History, changes: int) -> None:
         """Damage, or only a log that has changed meanwhile?"""
@@ -355,6 +409,9 @@ class RecordStream(
     def _check_history(self) -> None:
         self._entered().check_history()
 
+    def _read_ahead(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
+        self._entered().read_ahead(start_soon)
+
     def _entered(self) -> Reading:
         if self._reading is None:
             raise RuntimeError(f"enter the stream first: async with {self._entering}")
@@ -430,6 +487,8 @@ new_record_stream = constructor(RecordStream)
 check_history = RecordStream._check_history
 """Of a stream; raises `LogDivergedError` where records that it has given are not in the log any
 more."""
+read_ahead = RecordStream._read_ahead
+"""Of a stream that follows: `Reading.read_ahead`."""
 
 
 publish(RecordStream)
