@@ -568,7 +568,7 @@ def test_a_terminal_shows_rate_and_time_left_and_each_kill(
     code, out, _ = finish(process)
     assert code == 0
     assert out.startswith(b"PASS: ")
-    assert re.search(rb"writing .*?\d\d,?\d\d\d/s.*?ETA.*?\d\d:\d\d", shown)
+    assert re.search(rb"writing .*?\d[\d,]*/s.*?ETA.*?\d\d:\d\d", shown)
     for number in (1, 2):
         assert re.search(
             rb"kill %d of 2 at [\d,]+ acknowledged: open again after [\d,]+ ms, "
