@@ -6,8 +6,8 @@ server is Debian's package ``prometheus``; without it these tests are skipped.
 
 from __future__ import annotations
 
-import errno
 import contextlib
+import errno
 import json
 import re
 import shutil

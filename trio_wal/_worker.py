@@ -108,8 +108,8 @@ class ThreadWorker:
         self._given = 0
         """Jobs, counted by the event loop."""
         self._ended = 0
-        """Jobs with all that follows them, counted by the thread.  One flag for both would be set by
-        the end of a job when the next one has been given already."""
+        """Jobs with all that follows them, counted by the thread.  One flag for both would be set
+        by the end of a job when the next one has been given already."""
         self.disowned: bool = False
 
     @property
