@@ -6,8 +6,6 @@ knows less than the owner, and says what is proven.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import sys
 import threading
@@ -17,7 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from helpers import Call, until
+from helpers import Call, descriptors, until
 from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -917,18 +915,6 @@ async def test_the_task_that_watches_for_all_can_be_cancelled(tmp_path: Path) ->
             while len(found) < 2:
                 await trio.lowlevel.checkpoint()
         assert sorted(found) == [(1, b"1"), (2, b"1")]
-
-
-def descriptors(path: Path) -> int:
-    """How many this process has of files below a path, and of what has no name, such as watches."""
-    if sys.platform != "linux":
-        return 0
-    found = 0
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
-            name = os.readlink(f"/proc/self/fd/{number}")
-            found += name.startswith((str(path), "anon_inode:"))
-    return found
 
 
 @pytest.mark.parametrize("followers", [1, 3])
