@@ -313,7 +313,7 @@ def test_ctrl_c_ends_it_and_nothing_stays(tmp_path: Path, stage: str) -> None:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, b"")

@@ -21,7 +21,7 @@ from trio_wal import LogLockedError, LsnTruncatedError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses fork, SIGKILL and pipes")
 
-PATIENCE = 60
+PATIENCE = 240
 """Seconds after which a child that hangs fails its test."""
 
 
