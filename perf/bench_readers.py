@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -142,29 +142,42 @@ def use_as_much(share: str) -> None:
                 time.sleep(0.0005)
 
 
+async def _closed_loop(
+    commit: Callable[[int], Awaitable[object]], seconds: float
+) -> tuple[int, float, float]:
+    """How many commits tasks make in this time, each one at least, and what they take: seconds of
+    processor time, and seconds."""
+    done = 0
+    began, spent = perf_counter(), process_time()
+
+    async def worker(task: int) -> None:
+        nonlocal done
+        while True:
+            await commit(task)
+            done += 1
+            if perf_counter() - began >= seconds:
+                return
+
+    async with trio.open_nursery() as nursery:
+        for task in range(TASKS):
+            nursery.start_soon(worker, task)
+    return done, process_time() - spent, perf_counter() - began
+
+
 async def _own_cost(db: trio_wal.Database, seconds: float, share: float | None) -> dict[str, float]:
     """
     Args:
       share: of a processor that each of the other processes uses; None: they are readers.
     """
-    done = 0
     theirs = os.times()
     others = ("watch_and_scan", db.path) if share is None else ("use_as_much", str(share))
     with _others(*others, 0 if share == 0 else READERS):
 
         async def commit(task: int) -> None:
-            nonlocal done
-            while not over.cancel_called:
-                async with db.transaction() as tx:
-                    tx.put(b"task %d" % task, VALUE)
-                done += 1
+            async with db.transaction() as tx:
+                tx.put(b"task %d" % task, VALUE)
 
-        began, started = perf_counter(), process_time()
-        with trio.move_on_after(seconds) as over:
-            async with trio.open_nursery() as nursery:
-                for task in range(TASKS):
-                    nursery.start_soon(commit, task)
-        spent, took = process_time() - started, perf_counter() - began
+        done, spent, took = await _closed_loop(commit, seconds)
     ended = os.times()
     used = ended.children_user + ended.children_system
     used -= theirs.children_user + theirs.children_system
@@ -374,23 +387,10 @@ def consumed_in_tasks(path: str, seconds: float) -> dict[str, float]:
 
 
 async def _watched(path: str, seconds: float, watchers: int) -> dict[str, float]:
-    done = 0
     async with trio_wal.open_database(path) as db, trio.open_nursery() as nursery:
         for n in range(watchers):
             nursery.start_soon(partial(db.wait_changed, prefix=b"watched %d/" % n))
-
-        async def commit(task: int) -> None:
-            nonlocal done
-            while not over.cancel_called:
-                await db.put(b"task %d" % task, VALUE)
-                done += 1
-
-        started = process_time()
-        with trio.move_on_after(seconds) as over:
-            async with trio.open_nursery() as committing:
-                for task in range(TASKS):
-                    committing.start_soon(commit, task)
-        spent = process_time() - started
+        done, spent, _ = await _closed_loop(lambda task: db.put(b"task %d" % task, VALUE), seconds)
         nursery.cancel_scope.cancel()
     return {"CPU us": spent / done * 1e6}
 

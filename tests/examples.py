@@ -56,10 +56,10 @@ def write(process: subprocess.Popen[str], *lines: str) -> None:
 
 
 def read(process: subprocess.Popen[str], count: int) -> list[str]:
-    """So many lines of its standard output, fewer if it ends."""
+    """So many whole lines of its standard output, fewer if it ends."""
     assert process.stdout is not None
     lines = (process.stdout.readline() for _ in range(count))
-    return [line.strip() for line in lines if line]
+    return [line.strip() for line in lines if line.endswith("\n")]
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:
@@ -73,9 +73,10 @@ def finish(process: subprocess.Popen[str]) -> list[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> list[str]:
-    """The rest of what it said until then."""
+    """The rest of what it said until then.  A line that the kill cut short was never said: where
+    output is not buffered (PYTHONUNBUFFERED), a `print` of several words is several writes."""
     assert process.stdout is not None
     process.kill()
-    lines = process.stdout.read().splitlines()
+    *lines, _ = process.stdout.read().split("\n")
     process.wait()
     return lines

@@ -539,7 +539,7 @@ async def test_an_archive_that_never_answers_is_left_alone(tmp_path: Path) -> No
     async with trio_wal.open_wal(tmp_path / "log", archive=Hung()) as wal:
         engine = wal._log.engine
         await wal.append(b"x")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not hung:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         # Not as long as a close would wait.

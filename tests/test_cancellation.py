@@ -509,7 +509,7 @@ def test_a_real_ctrl_c_during_the_drain_of_a_real_log(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.stdin.write("\n")
         process.stdin.flush()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert err.rstrip().endswith("KeyboardInterrupt")
         assert "not reached" not in out
 

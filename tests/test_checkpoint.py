@@ -65,7 +65,7 @@ class StalledStore:
 
     def apply(self, items: Iterable[tuple[bytes, bytes | None]], state: StoreState) -> None:
         self._token.run_sync_soon(self.begun.set)
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(60)
         self._apply(items, state)
 
 

@@ -1064,7 +1064,7 @@ def test_ctrl_c_ends_a_dump_that_nobody_takes(long_log: Path) -> None:
     # It is under way, and soon blocked: a pipe does not hold all of it.
     assert process.stdout.read(1) == b"{"
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=240) == 130
     assert finish(process)[2] == b""
 
 
@@ -1097,7 +1097,7 @@ def test_ctrl_c_leaves_no_output_to_wait_for() -> None:
         [sys.executable, "-c", BLOCKED],
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=240,
         check=False,
         env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
@@ -1115,14 +1115,15 @@ def test_ctrl_c_ends_append_quietly_and_keeps_what_was_taken(tmp_path: Path) -> 
     process.stdin.flush()
     follower = start("dump", path, "--follow", "--to", 2) if _wait_for(path) else None
     assert follower is not None
-    # Both are durable now, and append waits for more.
+    # Both are durable now ...
     assert finish(follower)[0] == 0
+    assert process.stdout is not None
+    said = f"LSN 1 to 2: 2 records, 6 bytes, durable in {path}\n".encode()
+    assert process.stdout.readline() == said
+    # ... and append waits for more.
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    code, out, err = finish(process)
-    assert (code, err) == (130, b"")
-    # All of it had been said.
-    assert out == f"LSN 1 to 2: 2 records, 6 bytes, durable in {path}\n".encode()
+    assert process.wait(timeout=240) == 130
+    assert finish(process) == (130, b"", b"")
     assert lines_of(path) == [b"one", b"two"]
 
 
@@ -1242,10 +1243,12 @@ def test_a_follower_that_is_killed_goes_on_where_it_was(tmp_path: Path, log: Pat
         follower = start("dump", log, "--follow", "--state", state)
         assert follower.stdout is not None
         seen += [json.loads(follower.stdout.readline())["lsn"] for _ in range(1 if seen else 4)]
-        for _ in range(3000):
+        for _ in range(12_000):
             if state.exists() and state.read_text() == f"{seen[-1]}@0\n":
                 break
             time.sleep(0.01)
+        else:
+            pytest.fail("it does not keep where it is")
         follower.kill()
         finish(follower)
     assert seen == [1, 2, 3, 4, 5, 6]

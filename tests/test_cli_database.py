@@ -158,7 +158,7 @@ trio.run(main)
         assert cli("backup", bank, dest) == 3
         assert "exists" in cli.err
     finally:
-        owner.communicate(b"", timeout=60)
+        owner.communicate(b"", timeout=240)
     assert cli("verify", dest) == 0
     assert contents(dest) == ITEMS
     assert sorted(one.name for one in bank.parent.iterdir()) == ["bank", "copy"]

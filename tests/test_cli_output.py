@@ -48,7 +48,7 @@ def in_shell(redirections: str, *arguments: object, given: bytes = b"") -> Any:
         input=given,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
 
 

@@ -28,8 +28,9 @@ async def test_a_service_refuses_after_a_while_and_what_it_refused_is_not_there(
 ) -> None:
     """Over a real socket; the disk stands still until every other request was refused."""
     example = runpy.run_path(str(LOAD_SHEDDING))
-    # A machine that is busy with something else may take 50 ms for anything.
-    example["make_app"].__globals__["PATIENCE"] = 0.5
+    # Where the disk is well, a machine that is busy with something else may take long for anything.
+    patience = example["make_app"].__globals__
+    patience["PATIENCE"] = 600.0
     answers: dict[bytes, int] = {}
 
     async def order(port: int, data: bytes) -> None:
@@ -44,6 +45,7 @@ async def test_a_service_refuses_after_a_while_and_what_it_refused_is_not_there(
             files.hold()
             nursery.start_soon(order, port, b"in flight")
             await until(lambda: wal.statistics().tasks_waiting_durable == 1)
+            patience["PATIENCE"] = 0.5
             async with trio.open_nursery() as others:
                 # Three of them find room, five do not.
                 for number in range(8):
@@ -52,6 +54,7 @@ async def test_a_service_refuses_after_a_while_and_what_it_refused_is_not_there(
             assert wal.statistics().records_waiting == 0
             files.release()
             await until(lambda: b"in flight" in answers)
+            patience["PATIENCE"] = 600.0
             await order(port, b"after")
         finally:
             files.release()

@@ -11,7 +11,7 @@ import trio
 from databases import open_memory_database
 from helpers import open_memory
 
-from trio_wal import LogFailedError
+from trio_wal import LogFailedError, _sampling
 from trio_wal._metrics import Kind, metrics
 from trio_wal.testing import MemoryFiles
 
@@ -24,6 +24,12 @@ from opentelemetry.sdk.metrics.export import Gauge, InMemoryMetricReader, Sum
 from trio_wal.otel import instrument
 
 Points = dict[tuple[str, frozenset[tuple[str, Any]]], float]
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loop answers too late, however busy this machine is."""
+    monkeypatch.setattr(_sampling, "LOOP_SECONDS", 60.0)
 
 
 def provider() -> tuple[MeterProvider, InMemoryMetricReader]:

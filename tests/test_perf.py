@@ -87,7 +87,11 @@ def test_a_ratio_is_taken_within_a_round(harness: Any) -> None:
     assert found.median("theirs") == 3.0
 
 
-def test_contenders_take_turns_forwards_and_backwards(harness: Any) -> None:
+def test_contenders_take_turns_forwards_and_backwards(
+    harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever else this machine does just now.
+    monkeypatch.setattr(harness.ForeignLoad, "cores", lambda self: 0.0)
     turns: list[str] = []
 
     def contender(name: str) -> Any:
@@ -321,7 +325,8 @@ def test_each_row_about_readers_and_consumers_is_measured(perf: Import, tmp_path
         if trial is readers.alone:
             assert found.pop("others' cores") == 0
         assert found
-        assert all(figure > 0 for figure in found.values()), trial
+        # A commit may be seen before the owner's own task has run: that is no time at all.
+        assert all(figure > 0 or trial is readers.visible for figure in found.values()), trial
 
 
 @linux

@@ -6,6 +6,7 @@ server is Debian's package ``prometheus``; without it these tests are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -288,18 +289,38 @@ def prometheus(tmp_path: Path, program_port: int) -> Iterator[Prometheus]:
     # Whatever is JSON is YAML.
     file = tmp_path / "prometheus.yml"
     file.write_text(json.dumps(config), encoding="utf-8")
-    port = free_port()
-    command = [
-        *("prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"),
-        *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"),
-    ]
-    with (tmp_path / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
-        try:
-            yield Prometheus(port)
-        finally:
-            process.terminate()
-            process.wait()
+    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
+    command.append("--log.level=warn")
+    process, port = begin(command, tmp_path)
+    try:
+        yield Prometheus(port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def begin(command: list[str], folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """With a port that nobody has taken between its being found free and the server's use of it."""
+    for number in range(10):
+        port = free_port()
+        with (folder / f"prometheus{number}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, f"--web.listen-address=127.0.0.1:{port}"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+            )
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(Exception):
+                Prometheus(port).get("/api/v1/status/runtimeinfo")
+                # Else it was another server's answer.
+                if process.poll() is None:
+                    return process, port
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    raise AssertionError((folder / "prometheus0.log").read_text())
 
 
 def eventually(check: Callable[[], None]) -> None:

@@ -6,7 +6,6 @@ knows less than the owner, and says what is proven.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from helpers import Call, descriptors, until
 from logs import LOG, TINY, append, copy_of, make_log, numbered, open_log, segments
 from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -30,7 +30,7 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
 from trio_wal._files import Word
-from trio_wal._system.files import OsFiles
+from trio_wal._system.files import OsDirectory, OsFiles
 from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
@@ -921,30 +921,80 @@ async def test_the_task_that_watches_for_all_can_be_cancelled(tmp_path: Path) ->
 async def test_closing_a_reader_ends_those_who_wait_for_news(
     tmp_path: Path, followers: int
 ) -> None:
-    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    before = descriptors(tmp_path)
     async with trio_wal.open_wal(tmp_path / "log") as wal:
         await wal.append(b"1")
-        inside = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+        inside = descriptors(tmp_path)
         async with trio.open_nursery() as nursery:
             reader_manager = trio_wal.open_reader(tmp_path / "log")
             reader = await reader_manager.__aenter__()
-            ended = []
+            entered: list[int] = []
+            ended: list[int] = []
 
             async def follow() -> None:
                 async with reader.follow(2) as records:
+                    entered.append(1)
                     with pytest.raises(trio.ClosedResourceError):
                         await records.__anext__()
                     ended.append(1)
 
             for _ in range(followers):
                 nursery.start_soon(follow)
+            # A thread looks at the log first.
+            await until(lambda: len(entered) == followers)
             await trio.testing.wait_all_tasks_blocked(0.01)
             await reader_manager.__aexit__(None, None, None)
         assert len(ended) == followers
-        if sys.platform == "linux":
-            assert len(os.listdir("/proc/self/fd")) == inside
-    if sys.platform == "linux":
-        assert len(os.listdir("/proc/self/fd")) <= before
+        # Other threads may just be looking into the directory.
+        with trio.fail_after(60):
+            await until(lambda: descriptors(tmp_path) <= inside)
+    assert descriptors(tmp_path) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+async def test_who_comes_back_from_a_look_at_a_closed_reader_makes_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would close it."""
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=True))
+    await source.refresh()
+    look, looking, go_on = source.look, threading.Event(), threading.Event()
+
+    def slow() -> None:
+        looking.set()
+        assert go_on.wait(60)
+        look()
+
+    monkeypatch.setattr(source, "look", slow)
+    made: list[int] = []
+    async with trio.open_nursery() as nursery:
+        call = Call(nursery, source.wait_beyond, 0)
+        await until(looking.is_set)
+        monkeypatch.setattr(OsDirectory, "watch", lambda self: made.append(1))
+        nursery.start_soon(source.aclose)
+        await wait_all_tasks_blocked()
+        go_on.set()
+    assert isinstance(call.error, trio.ClosedResourceError)
+    assert not made
+    log.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+async def test_a_reader_that_is_closed_just_when_there_are_news_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=True))
+    await source.refresh()
+
+    async def wait_readable(fd: int) -> None:
+        await source.aclose()
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    with pytest.raises(trio.ClosedResourceError, match=r": this reader is closed$"):
+        await source.wait_beyond(0)
+    log.close()
 
 
 async def test_where_there_is_no_watch_the_files_are_polled(

@@ -24,7 +24,7 @@ def run(example: str, folder: Path) -> str:
         check=True,
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=240,
     ).stdout
 
 

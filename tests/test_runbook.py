@@ -65,7 +65,7 @@ def run(place: Path, commands: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, (commands, done.stdout, done.stderr)
     return done.stdout

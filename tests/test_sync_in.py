@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import read_all, until
+from helpers import Call, read_all, until
+from trio.testing import wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import _worker
@@ -185,18 +186,18 @@ async def test_a_checkpoint_sends_commits_to_the_thread(tmp_path: Path, seen: Se
 
         def held(*arguments: Any) -> None:
             begun.set()
-            assert go_on.wait(30)
+            assert go_on.wait(60)
             apply(*arguments)
 
         core.checkpointer._apply = held  # type: ignore[assignment,method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(db.checkpoint)
-            await trio.to_thread.run_sync(begun.wait, 30)
+            await trio.to_thread.run_sync(begun.wait, 60)
             await db.put(b"b", b"2")
             go_on.set()
         assert seen.take() == [False]
         # What the store has now is dropped from the log, which is busy, too.
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while seen.take() != [True]:
                 await settle(db.wal)
                 await db.put(b"c", b"3")
@@ -231,7 +232,7 @@ async def test_other_kinds_of_durability(tmp_path: Path, seen: Seen, durability:
         assert wal.durable_lsn == 1
         if durability == "interval":
             await wal.append(b"y")
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await wal.wait_durable(2)
     assert set(seen.take()) == {True}
 
@@ -249,9 +250,11 @@ async def test_who_may_not() -> None:
         loop = LoopWriter(worker, lambda: None)
         assert loop.may(LOOP_BYTES_MAX)
         assert not loop.may(LOOP_BYTES_MAX + 1)
-        worker.idle = False
+        worker._given += 1
         assert not loop.may(1)
-        worker.idle, worker.disowned = True, True
+        worker._ended += 1
+        assert loop.may(1)
+        worker.disowned = True
         assert not loop.may(1)
         worker.disowned = False
         with loop.busy():
@@ -261,6 +264,38 @@ async def test_who_may_not() -> None:
         assert loop.may(1)
     finally:
         worker.close()
+
+
+async def test_a_job_that_was_given_before_the_last_one_had_quite_ended_is_one_too() -> None:
+    """What the thread says to other processes after an answer must not come after the loop's."""
+    turns = [threading.Event(), threading.Event()]
+    ended: list[int] = []
+
+    def afterwards() -> None:
+        assert turns[len(ended)].wait(60)
+        ended.append(1)
+
+    worker = ThreadWorker(afterwards)
+    loop = LoopWriter(worker, lambda: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        try:
+            await worker.call(lambda: None)
+            # The thread is still at what follows the first when it is given the second.
+            second = Call(nursery, worker.call, lambda: None)
+            await wait_all_tasks_blocked()
+            turns[0].set()
+            await until(lambda: second.state == "returned")
+            assert len(ended) == 1
+            assert not worker.idle
+            assert not loop.may(1)
+            turns[1].set()
+            await until(lambda: loop.may(1))
+            assert len(ended) == 2
+        finally:
+            for turn in turns:
+                turn.set()
+            worker.stop()
 
 
 def test_what_is_counted() -> None:

@@ -420,6 +420,7 @@ class WatchSource:
 
     async def _news(self) -> None:
         """Until something may have changed, and was looked at."""
+        self._check_open()
         if not self._watchable:
             await trio.sleep(POLL_SECONDS)
             await self.refresh()
@@ -427,8 +428,7 @@ class WatchSource:
         if self._watching:
             # One task waits for the files, and looks, for all.
             await self._others.park()
-            if self._closed:
-                raise trio.ClosedResourceError(f"{printable(self.name)}: this reader is closed")
+            self._check_open()
             return
         self._watching = True
         try:
@@ -447,11 +447,17 @@ class WatchSource:
         watch, before = self._watch, self._seen
         with trio.move_on_after(WATCHED_POLL_SECONDS) as scope:
             await trio.lowlevel.wait_readable(watch.fileno())
+        self._check_open()
         watch.drain()
         await self.refresh()
         if scope.cancelled_caught and self._seen.evidence != before.evidence:
             # This file system does not tell.
             self._watchable = False
+
+    def _check_open(self) -> None:
+        """Where others may have closed it meanwhile: a watch that is made now would stay."""
+        if self._closed:
+            raise trio.ClosedResourceError(f"{printable(self.name)}: this reader is closed")
 
     def disown(self) -> None:
         """This is a forked child: the threads are the parent's."""

@@ -105,9 +105,17 @@ class ThreadWorker:
         self._bell = new_bell()
         self._limiter = trio.CapacityLimiter(1)
         self._died: OSError | None = None
-        self.idle: bool = True
-        """Whether the thread has nothing to do, not even what nobody waits for."""
+        self._given = 0
+        """Jobs, counted by the event loop."""
+        self._ended = 0
+        """Jobs with all that follows them, counted by the thread.  One flag for both would be set
+        by the end of a job when the next one has been given already."""
         self.disowned: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether the thread has nothing to do, not even what nobody waits for."""
+        return self._given == self._ended
 
     async def run(self) -> None:
         with trio.CancelScope(shield=True):
@@ -141,11 +149,11 @@ class ThreadWorker:
             del item, job, answer
             ring()
             afterwards()
-            self.idle = True
+            self._ended += 1
 
     async def call(self, job: Callable[[], T]) -> T:
         answer = _Answer()
-        self.idle = False
+        self._given += 1
         self._jobs.put((job, answer))
         try:
             await self._bell.wait()
