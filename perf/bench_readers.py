@@ -164,23 +164,30 @@ async def _closed_loop(
     return done, process_time() - spent, perf_counter() - began
 
 
+def _used(children: list[subprocess.Popen[str]]) -> float:
+    """Processor seconds of other processes that run."""
+    ticks = 0
+    for child in children:
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 async def _own_cost(db: trio_wal.Database, seconds: float, share: float | None) -> dict[str, float]:
     """
     Args:
       share: of a processor that each of the other processes uses; None: they are readers.
     """
-    theirs = os.times()
     others = ("watch_and_scan", db.path) if share is None else ("use_as_much", str(share))
-    with _others(*others, 0 if share == 0 else READERS):
+    with _others(*others, 0 if share == 0 else READERS) as children:
 
         async def commit(task: int) -> None:
             async with db.transaction() as tx:
                 tx.put(b"task %d" % task, VALUE)
 
+        theirs = _used(children)
         done, spent, took = await _closed_loop(commit, seconds)
-    ended = os.times()
-    used = ended.children_user + ended.children_system
-    used -= theirs.children_user + theirs.children_system
+        used = _used(children) - theirs
     return {
         "CPU s a million": spent / done * 1e6,
         "per second": done / took,

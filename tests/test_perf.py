@@ -322,8 +322,9 @@ def test_each_row_about_readers_and_consumers_is_measured(perf: Import, tmp_path
     assert len(trials) == 13
     for trial in trials:
         found = perf("apart").apart(trial, str(tmp_path / trial.__name__), 0.1)
-        if trial is readers.alone:
-            assert found.pop("others' cores") == 0
+        # In so short a time perhaps none that the system counts; alone none at all.
+        others = found.pop("others' cores", 0)
+        assert not others or trial in (readers.beside_readers, readers.beside_others)
         assert found
         # A commit may be seen before the owner's own task has run: that is no time at all.
         assert all(figure > 0 or trial is readers.visible for figure in found.values()), trial
