@@ -17,7 +17,15 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 import trio_wal
 from trio_wal._caslog import Conflict, Entry, Gone, Unsure
 from trio_wal._disk.frame import FrameError
-from trio_wal._messages import Ident, Mark, decode_frame, decode_mark, encode_mark, parse_ident
+from trio_wal._messages import (
+    Ident,
+    Mark,
+    decode_frame,
+    decode_mark,
+    encode_mark,
+    epoch_ident,
+    parse_ident,
+)
 from trio_wal._replicated import ReplicatedOptions
 from trio_wal._stream import new_record_stream
 from trio_wal._streamlog import End
@@ -270,6 +278,38 @@ async def test_without_permission_the_end_is_at_once(servers: CasServers) -> Non
     with pytest.raises(PermissionError):
         async with open_wal_on_cas(servers):
             pytest.fail("opened")
+
+
+async def test_where_messages_are_dropped_one_replica_is_not_believed(servers: CasServers) -> None:
+    """One that is astray has an epoch where a former owner's record stands: the search for what
+    comes before it goes past it."""
+    async with open_wal_on_cas(servers) as wal:
+        for number in range(1, 7):
+            assert await wal.append(b"%d" % number) == number
+    place = next(
+        entry.position
+        for entry in servers.entries
+        if (ident := parse_ident(entry.ident, servers.uuid)) is not None and ident.last_lsn == 3
+    )
+    way = MemoryCas(servers)
+    read = way.read
+    astray = True
+
+    async def read_astray(position: int, max_bytes: int) -> list[Entry]:
+        entries = await read(position, max_bytes)
+        if astray and position == place:
+            entries[0] = replace(entries[0], ident=epoch_ident("1" * 16, servers.uuid))
+        return entries
+
+    async with open_wal_on_cas(way) as wal:
+        way.read = read_astray  # type: ignore[method-assign]
+        with pytest.raises(trio_wal.CorruptLogError, match="LSN 4 stands where LSN 3 should"):
+            await wal.truncate_before(3)
+        assert wal.first_lsn == 1
+        astray = False
+        await wal.truncate_before(3)
+        assert wal.first_lsn == 3
+        assert list(await read_all(wal)) == [3, 4, 5, 6]
 
 
 async def test_a_full_log_is_made_room_in_by_truncating(

@@ -1064,10 +1064,6 @@ MUTANTS: Final = (
         "            if self._appender.mark < position:\n", "            if False:\n",
     ),
     mutant(
-        "where messages are dropped one replica says", "_replicated", REPLICATION,
-        "        if first > lsn:\n", "        if False:\n",
-    ),
-    mutant(
         "one replica is believed", "_streamlog", REPLICATION,
         "                if await self.cas.ident_at(position) == entry.ident:\n",
         "                if True:\n",
