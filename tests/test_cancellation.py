@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -373,23 +374,28 @@ INTERRUPTED_FILES = (
 PACKAGE = str(Path(trio_wal.__file__).parent)
 
 
+@functools.cache
+def is_of_the_log(code: CodeType) -> bool:
+    path = code.co_filename
+    return path.startswith(PACKAGE) and path.endswith(INTERRUPTED_FILES)
+
+
 class LineTracer:
-    """Counts the lines that run in the tasks of the log, and interrupts at one of them."""
+    """Counts the lines that run in the tasks of the log, and interrupts at one of them: then there
+    is nothing more to count, and nothing is traced any more."""
 
     def __init__(self, interrupt_at: int = 0) -> None:
         self.lines: list[tuple[str, int]] = []
         self._interrupt_at = interrupt_at
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        path = frame.f_code.co_filename
-        if path.startswith(PACKAGE) and path.endswith(INTERRUPTED_FILES):
-            return self._line
-        return None
+        return self._line if is_of_the_log(frame.f_code) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
             self.lines.append((frame.f_code.co_filename, frame.f_lineno))
             if len(self.lines) == self._interrupt_at:
+                sys.settrace(None)
                 interrupt()
         return self._line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import os
 import re
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -1044,21 +1045,28 @@ INTERRUPTED_FILES = (
 )  # fmt: skip
 
 
+@functools.cache
+def is_of_the_database(code: CodeType) -> bool:
+    path = code.co_filename
+    return path.startswith(PACKAGE) and path.endswith(INTERRUPTED_FILES)
+
+
 class Interrupter:
-    """Counts the lines of the database that run, and presses Ctrl-C at one of them."""
+    """Counts the lines of the database that run, and presses Ctrl-C at one of them: then there is
+    nothing more to count, and nothing is traced any more."""
 
     def __init__(self, interrupt_at: int) -> None:
         self.lines: list[tuple[str, int]] = []
         self._interrupt_at = interrupt_at
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        path = frame.f_code.co_filename
-        return self._line if path.startswith(PACKAGE) and path.endswith(INTERRUPTED_FILES) else None
+        return self._line if is_of_the_database(frame.f_code) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
             self.lines.append((frame.f_code.co_filename, frame.f_lineno))
             if len(self.lines) == self._interrupt_at:
+                sys.settrace(None)
                 signal.raise_signal(signal.SIGINT)
         return self._line
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 from databases import DB, Home, State, commits_of, hash_tree, open_memory_database, write
-from trio.testing import assert_checkpoints, assert_no_checkpoints
+from trio.testing import MockClock, assert_checkpoints, assert_no_checkpoints
 
 import trio_wal
 from trio_wal import (
@@ -57,7 +57,9 @@ async def check_reader(reader: DatabaseReader, expected: State) -> None:
     assert reader.get(b"nothing", 0) == 0
 
 
-async def test_it_shows_what_is_durable_and_follows(files: MemoryFiles) -> None:
+async def test_it_shows_what_is_durable_and_follows(
+    files: MemoryFiles, autojump_clock: MockClock
+) -> None:
     async with open_memory_database(files) as db:
         await write(db, {b"a": b"1", b"b": b"1"})
         async with open_reader(files) as reader:
@@ -84,7 +86,7 @@ async def test_it_shows_what_is_durable_and_follows(files: MemoryFiles) -> None:
 
 
 async def test_it_lets_go_of_what_the_store_has(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
     monkeypatch.setattr(_follower, "CHECK_BYTES", 1)
     monkeypatch.setattr(_follower, "CHECK_SECONDS", 0.0)
@@ -291,7 +293,7 @@ async def test_a_store_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 async def test_it_begins_anew_where_the_log_was_dropped(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
     """As one that was stopped for a while."""
     async with open_memory_database(files, segment_size=1) as db, open_reader(files) as reader:
@@ -586,7 +588,7 @@ async def test_killed_readers_are_forgotten_at_the_next_checkpoint(tmp_path: Pat
 
 @pytest.mark.parametrize("seed", range(sys.version_info[1] % 3, 12, 3))
 async def test_each_moment_is_what_its_commits_make(
-    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, seed: int
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, seed: int
 ) -> None:
     """Whatever the owner's checkpoints take along, and whenever they come."""
     monkeypatch.setattr(_follower, "CHECK_BYTES", 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -883,6 +884,17 @@ def test_zeros_leave_the_disk_to_commits_unless_they_fall_behind(
     assert pauses(done=0.0, used=0.25) == []
 
 
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """An interpreter that changes threads as often as it can: in a given time they meet more often,
+    and nobody waits for those that only look."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
 def test_writing_preparing_dropping_and_reading_go_on_at_the_same_time(tmp_path: Path) -> None:
     log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
     append(log, b"1")

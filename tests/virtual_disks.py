@@ -125,10 +125,15 @@ class Appenders:
     def _serve(self, until: float, most: float = math.inf) -> None:
         """Whoever comes before a time; what the loop has begun, it ends."""
         coming, waiting, now, loop = self._coming, self._waiting, self._now, self._loop
-        while coming and len(waiting) < most and max(coming[0][0], now) < until:
-            ready, task = heapq.heappop(coming)
-            now = max(ready, now) + loop
-            waiting.append(task)
+        # Most of the time of the tests that use it is spent here.
+        pop = heapq.heappop
+        while coming and len(waiting) < most:
+            begins = coming[0][0]
+            begins = max(begins, now)
+            if begins >= until:
+                break
+            waiting.append(pop(coming)[1])
+            now = begins + loop
         self._now = now
 
     def _round(self, delay: AutoDelay | float) -> int:

@@ -190,8 +190,16 @@ class RemoteLog(ABC):
     async def connect(self, *, create: bool) -> tuple[CasLog, Description]:
         """A connection to the log, which is as it should be, and what is known of it.
 
+        Cancelled: no connection stays.
+
         Args:
           create: make it if it is missing.
+
+        Raises:
+          UnsuitableServersError: the servers are not what a log needs.
+          PermissionError: they refuse to let this program in.
+          LogUnavailableError: none of them answers.
+          FileNotFoundError: there is no such log, and it is not to be made.
         """
 
 

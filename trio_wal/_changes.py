@@ -50,7 +50,11 @@ class CommitStream(
     AsyncIterator[Commit],
     metaclass=NoPublicConstructor,
 ):
-    """Committed transactions in order; what `Database.changes` returns."""
+    """Committed transactions in order; what `Database.changes` returns.
+
+    Enter it with ``async with`` and iterate with ``async for``, in one task at a time.  Checkpoints
+    and cancellation are those of `RecordStream`.
+    """
 
     def __init__(self, path: str, records: RecordStream) -> None:
         self._path = path

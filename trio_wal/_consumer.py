@@ -27,7 +27,8 @@ class Consumer(
 
     Iterating gives every durable record after that place, and then waits for new ones, as
     `WriteAheadLog.follow` does and with the same errors.  At least once: what was not
-    acknowledged is given again the next time it is entered.
+    acknowledged is given again the next time it is entered.  A cancellation loses nothing, as of
+    any `RecordStream`.
     """
 
     def __init__(self, session: Session) -> None:

@@ -107,7 +107,18 @@ class Database(metaclass=NoPublicConstructor):
               have no other effects.
           retries: how many more times to try before `TransactionConflict` is raised.
 
-        Returns what ``fn`` returned in the try that was committed.
+        Returns what ``fn`` returned in the try that was committed: durable then.
+
+        Cancellation is that of `Transaction.commit`; in ``fn`` it aborts the try, of which nothing
+        is in the log.
+
+        Raises:
+          TransactionConflict: the last try, too, has met one; nothing was written.
+          TypeError, ValueError: ``retries`` is not an int, or is negative.
+          LogFullError, LogFailedError, trio.ClosedResourceError: as `transaction` and
+              `Transaction.commit`.
+
+        What ``fn`` raises is raised, too, and nothing of that try is in the log.
         """
         return await run_transaction(self.transaction, fn, args, retries)
 
@@ -145,8 +156,10 @@ class Database(metaclass=NoPublicConstructor):
     async def delete(self, key: bytes) -> int:
         """Remove one key, in a transaction of its own; returns its LSN, durable then.
 
+        Cancellation and other errors are those of `Transaction.commit`; it waits as `put` does.
+
         Raises:
-          KeyError: the key is absent.
+          KeyError: the key is absent; nothing was written.
         """
         require_trio("db.delete")
         tx = self.transaction()
@@ -158,9 +171,10 @@ class Database(metaclass=NoPublicConstructor):
         return cast(int, tx.lsn)
 
     async def discard(self, key: bytes) -> bool:
-        """Remove one key if it is there, in a transaction of its own; returns whether it was.
+        """Remove one key if it is there, in a transaction of its own; returns whether it was, and
+        what it returns is durable then.
 
-        Cancellation and errors are those of `Transaction.commit`.
+        Cancellation and errors are those of `Transaction.commit`; it waits as `put` does.
         """
         require_trio("db.discard")
         tx = self.transaction()
@@ -257,6 +271,10 @@ class Database(metaclass=NoPublicConstructor):
 
         `OSError` where the store must be asked and cannot be read, `CorruptLogError` where
         it is damaged; see `checkpoint`.
+
+        Raises:
+          TypeError, ValueError: ``key`` is not 1 to 511 bytes.
+          trio.ClosedResourceError: the database is closed.
         """
         versions = self._versions
         try:
@@ -294,6 +312,11 @@ class Database(metaclass=NoPublicConstructor):
           prefix: instead of the two: all keys that start with this.
           reverse: from the last to the first.
           limit: so many at most.
+
+        Raises:
+          TypeError, ValueError: an argument is wrong; the message names it.
+          trio.ClosedResourceError: the database is closed, also while it is iterated.
+          OSError, CorruptLogError: while it is iterated, as `get`.
         """
         start, stop = check_range(start, stop, prefix, limit)
         return scan_once(self.snapshot(), start, stop, reverse, limit)
@@ -313,7 +336,7 @@ class Database(metaclass=NoPublicConstructor):
                 async for key, value in pairs: ...
 
         It shows one moment, that of entering the block, and keeps what it may need until the
-        block is left.
+        block is left.  Arguments and errors are as for `scan`.
         """
         start, stop = check_range(start, stop, prefix, limit)
         return stream_once(self.snapshot(), start, stop, reverse, limit)
@@ -361,7 +384,8 @@ class Database(metaclass=NoPublicConstructor):
                 lsn = await db.wait_changed(b"settings", since=lsn)
 
         With what the last call returned as ``since``, none is missed between two calls; several
-        commits may be told as one, with the LSN of the newest.
+        commits may be told as one, with the LSN of the newest.  Cancelling a call changes nothing:
+        one with the same ``since`` tells what it would have told.
 
         Args:
           since: only commits after this LSN count, those that are there already included;
@@ -449,6 +473,8 @@ class Database(metaclass=NoPublicConstructor):
     @enable_ki_protection
     async def drop_consumer(self, name: str) -> None:
         """Forget a consumer and what it holds, in a transaction of its own.  Durable on return.
+
+        Cancellation: if it raises `trio.Cancelled`, the consumer is as it was.
 
         Raises:
           KeyError: there is none of this name.
@@ -593,6 +619,9 @@ class Database(metaclass=NoPublicConstructor):
 
     async def aclose(self) -> None:
         """Make every commit durable, close log and store; idempotent.
+
+        Neither cancellation nor Ctrl-C cuts that short, as `WriteAheadLog.aclose`; leaving the
+        ``async with`` block does it.
 
         Raises:
           LogFailedError: the log broke and nobody has been told.

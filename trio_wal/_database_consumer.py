@@ -77,7 +77,8 @@ class DatabaseConsumer(
 
     Iterating gives every durable commit after that place, and then waits for new ones, as
     `Database.changes` does and with the same errors.  What was not acknowledged is given again
-    the next time it is entered: at least once, or, with `acknowledge_in`, exactly once.
+    the next time it is entered: at least once, or, with `acknowledge_in`, exactly once.  A
+    cancellation loses nothing, as of any `CommitStream`.
     """
 
     def __init__(self, session: Session, versions: Versions, path: str) -> None:

@@ -128,7 +128,7 @@ class DatabaseReader(metaclass=NoPublicConstructor):
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
     def get(self, key: bytes, default: object = None) -> object:
-        """The value of ``key``, or ``default``."""
+        """The value of ``key``, or ``default``; errors are as for `Database.get`."""
         if self._closed or self._follower.failure is not None:
             self._check()
         versions = self._follower.versions
@@ -189,7 +189,10 @@ class DatabaseReader(metaclass=NoPublicConstructor):
     async def wait_for(self, lsn_or_bookmark: int | Bookmark) -> None:
         """Wait until that commit is seen here: to read what another process has just written.
 
+        Cancelling it changes nothing.
+
         Raises:
+          TypeError, ValueError: it is neither an LSN nor a bookmark.
           LogDivergedError: a bookmark that is not in this database's history, and so never can
               be.
           CorruptLogError, OSError: nothing more can be followed.
@@ -243,7 +246,10 @@ class DatabaseReader(metaclass=NoPublicConstructor):
     # -- its end --
 
     async def aclose(self) -> None:
-        """Close the reader; a checkpoint; idempotent.  Leaving the block does it."""
+        """Close the reader; a checkpoint; idempotent.  Leaving the block does it.
+
+        A cancellation is delivered when it is closed.
+        """
         self._closed = True
         self._follower.stop()
         await trio.lowlevel.checkpoint()

@@ -333,7 +333,8 @@ class PairStream(
     """Keys and values of one moment, in order; what ``stream()`` returns.
 
     Enter it with ``async with`` and iterate with ``async for``.  Some hundred pairs, up to a
-    mebibyte, are fetched at once.
+    mebibyte, are fetched at once.  A cancellation loses nothing: what was fetched is given by the
+    next call.
     """
 
     _how = " db.stream() as pairs"

@@ -154,6 +154,15 @@ class Snapshot(
             job = await snap.call(lambda snap: jobs.get(snap, (7, "mail")))  # jobs: a Table
 
         Returns what it returned.
+
+        Cancellation: if it raises `asyncio.CancelledError`, ``fn`` was not called; otherwise the
+        call returns, and the cancellation is delivered where the task waits next.
+
+        Raises:
+          TypeError: ``fn`` is an async function.
+          trio.ClosedResourceError: the database is closed.
+
+        What ``fn`` raises is raised, too.
         """
         return await self._portal.call_sync(call, partial(fn, **kwargs), self._entered(), args)
 

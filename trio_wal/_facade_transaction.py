@@ -87,6 +87,16 @@ class Transaction(
             await tx.call(jobs.put, (7, "mail"), Job(...))  # jobs: a Table
 
         Returns what it returned.  In that thread it must not touch anything of asyncio's.
+
+        Cancellation: if it raises `asyncio.CancelledError`, ``fn`` was not called; otherwise the
+        call returns, and the cancellation is delivered where the task waits next.
+
+        Raises:
+          TypeError: ``fn`` is an async function.
+          trio.ClosedResourceError: the transaction has ended, or the database is closed.
+
+        What ``fn`` raises is raised, too; what it has written until then stays in the transaction.
+        Nothing is durable before the commit.
         """
         return await self._line.call_sync(self._called, partial(fn, **kwargs), *args)
 
@@ -140,7 +150,10 @@ class Transaction(
         await self._line.call_sync(self._entered().abort)
 
     async def acknowledge(self, consumer: DatabaseConsumer, item: Commit) -> None:
-        """`trio_wal.DatabaseConsumer.acknowledge_in` this transaction."""
+        """As `trio_wal.DatabaseConsumer.acknowledge_in`, in this transaction.
+
+        Cancellation is that of `call`.
+        """
         own = consumer.trio_consumer
         await self._line.call_sync(own.acknowledge_in, self._entered(), item)
 

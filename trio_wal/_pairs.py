@@ -32,7 +32,8 @@ class PairStream(
     return.
 
     Enter it with ``async with`` and iterate with ``async for``, in one task.  Entering is a
-    checkpoint, and iterating is one at least once per millisecond.
+    checkpoint, and iterating is one at least once per millisecond.  A cancellation loses nothing:
+    the next call gives the next pair.
     """
 
     def __init__(

@@ -131,7 +131,8 @@ class LogReader(metaclass=NoPublicConstructor):
     async def aclose(self) -> None:
         """Close the reader; a checkpoint; idempotent.
 
-        Streams that go on reading get `trio.ClosedResourceError`.
+        Streams that go on reading get `trio.ClosedResourceError`.  A cancellation is delivered
+        when it is closed.
         """
         await self._close()
         await trio.lowlevel.checkpoint()

@@ -364,6 +364,8 @@ class Replica(metaclass=NoPublicConstructor):
     async def wait_for(self, place: int | Bookmark) -> None:
         """Wait until a transaction is shown here: read your own writes, on another machine.
 
+        Cancelling it changes nothing.
+
         Args:
           place: its LSN, or a bookmark of the database.
 
@@ -414,7 +416,10 @@ class Replica(metaclass=NoPublicConstructor):
         return _Promotion(self, self._promote(**options))
 
     async def aclose(self) -> None:
-        """Stop following, and close; a checkpoint; idempotent."""
+        """Stop following, and close; a checkpoint; idempotent.
+
+        A cancellation is delivered when it is closed.
+        """
         await self._close()
         await trio.lowlevel.checkpoint()
 

@@ -86,7 +86,13 @@ class Snapshot(AbstractContextManager["Snapshot"], metaclass=NoPublicConstructor
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
     def get(self, key: bytes, default: object = None) -> object:
-        """The value of ``key`` at `lsn`, or ``default``."""
+        """The value of ``key`` at `lsn`, or ``default``.
+
+        Raises:
+          TypeError, ValueError: ``key`` is not 1 to 511 bytes.
+          trio.ClosedResourceError: the snapshot, or the database, is closed.
+          OSError, CorruptLogError: as `Database.get`.
+        """
         pin = self._open_pin()
         value = pin.view.get(check_key(key), pin.seq)
         return default if value is None else value

@@ -313,7 +313,7 @@ class RecordStream(
 
     Enter it with ``async with`` and iterate with ``async for``.  Entering, each chunk of
     records read from disk and every 1,024 records are checkpoints.  One task iterates at a
-    time.
+    time.  A cancellation loses nothing: what was not given yet is given by the next call.
     """
 
     def __init__(
@@ -432,7 +432,12 @@ class RecordStream(
           linger: for so many seconds, after there is a first record, a list waits for more;
               without ``max_records`` it keeps all that it reads meanwhile in memory.
 
-        Raises what iterating the stream raises; first all that is whole is given.
+        Raises:
+          TypeError, ValueError: ``max_records`` is no int above 0, or ``linger`` no number of
+              seconds.
+          trio.BusyResourceError: another task is reading the stream.
+
+        Iterating raises what iterating the stream raises; first all that is whole is given.
         """
         count = math.inf if max_records is None else check_int("max_records", max_records, 1)
         return _Batches(self._next_batch, count, check_seconds("linger", linger))

@@ -130,6 +130,7 @@ class Table(Generic[K, V]):
 
     @property
     def name(self) -> str:
+        """As given; part of every key's bytes in the database."""
         return self._name
 
     @property
@@ -317,14 +318,14 @@ class Table(Generic[K, V]):
             raise KeyError(key) from None
 
     def delete(self, tx: Transaction, key: K) -> None:
-        """Remove ``key``; `KeyError` if it is absent."""
+        """Remove ``key``; `KeyError` if it is absent: `Transaction.delete`."""
         try:
             tx.delete(self.encode_key(key))
         except KeyError:
             raise KeyError(key) from None
 
     def discard(self, tx: Transaction, key: K) -> bool:
-        """Remove ``key``, if it is there; returns whether it was."""
+        """Remove ``key``, if it is there; returns whether it was: `Transaction.discard`."""
         return tx.discard(self.encode_key(key))
 
     @overload

@@ -146,7 +146,15 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
     def get(self, key: bytes, default: object = None) -> object:
-        """The value of ``key``, or ``default``; sees its own writes."""
+        """The value of ``key``, or ``default``; sees its own writes.  All else counts as
+        read: where it has changed by the commit, that raises `TransactionConflict`.
+
+        Raises:
+          TypeError, ValueError: ``key`` is not 1 to 511 bytes.
+          trio.ClosedResourceError: the transaction has ended, or the database is closed.
+          trio.BusyResourceError: another task has begun the transaction.
+          OSError, CorruptLogError: as `Database.get`.
+        """
         # The fast paths of _check, check_key and _read.
         reads = self._reads
         if (
@@ -238,6 +246,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         Raises:
           TypeError, ValueError: ``key`` is not 1 to 511 bytes, ``value`` not bytes.
           RecordTooLargeError: the transaction would be over ``max_record_size``.
+          trio.ClosedResourceError, trio.BusyResourceError: as for `get`.
         """
         # The fast paths of _check, check_key and check_bytes.
         if (
@@ -268,7 +277,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._writes[key] = value
 
     def insert(self, key: bytes, value: bytes) -> None:
-        """Like `put`; `KeyExistsError` if the key is there."""
+        """Like `put`; `KeyExistsError` if the key is there, which counts as read."""
         self._check()
         key = check_key(key)
         if self._read(key) is not None:
@@ -276,7 +285,7 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._write(key, check_bytes("value", value))
 
     def update(self, key: bytes, value: bytes) -> None:
-        """Like `put`; `KeyError` if the key is absent."""
+        """Like `put`; `KeyError` if the key is absent, which counts as read."""
         self._check()
         key = check_key(key)
         if self._read(key) is None:
@@ -284,7 +293,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._write(key, check_bytes("value", value))
 
     def delete(self, key: bytes) -> None:
-        """Remove ``key``; `KeyError` if it is absent."""
+        """Remove ``key``; `KeyError` if it is absent, which counts as read.
+
+        Other errors are as for `get` and `put`.
+        """
         self._check()
         key = check_key(key)
         if self._read(key) is None:
@@ -292,7 +304,8 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
         self._write(key, None)
 
     def discard(self, key: bytes) -> bool:
-        """Remove ``key``, if it is there; returns whether it was."""
+        """Remove ``key``, if it is there; returns whether it was, which counts as read.  Errors are
+        as for `get` and `put`."""
         self._check()
         key = check_key(key)
         if self._read(key) is None:
@@ -306,7 +319,10 @@ class Transaction(AbstractAsyncContextManager["Transaction"], metaclass=NoPublic
     def pop(self, key: bytes, default: D) -> bytes | D: ...
     def pop(self, key: bytes, default: object = _NO_DEFAULT) -> object:
         """Remove ``key`` and return its value; ``default`` if it is absent, or `KeyError`
-        without one."""
+        without one.
+
+        It counts as read.  Other errors are as for `get` and `put`.
+        """
         self._check()
         key = check_key(key)
         value = self._read(key)

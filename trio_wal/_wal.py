@@ -193,9 +193,10 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     async def wait_durable(self, lsn: int) -> None:
         """Wait until ``durable_lsn >= lsn``, for a record written or still to come.
 
-        With ``durability="none"`` that takes somebody's `flush`.
+        With ``durability="none"`` that takes somebody's `flush`.  Cancelling it changes nothing.
 
         Raises:
+          TypeError, ValueError: ``lsn`` is not an int, or is negative.
           LogFailedError, trio.ClosedResourceError: it will not happen any more.
         """
         check_int("lsn", lsn, 0)
@@ -326,6 +327,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     @enable_ki_protection
     async def drop_consumer(self, name: str) -> None:
         """Forget a consumer and what it holds.  Durable on return.
+
+        Cancellation: if it raises `trio.Cancelled`, the consumer is as it was.
 
         Raises:
           KeyError: there is none of this name.

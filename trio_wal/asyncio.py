@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _exports
 from ._database_reader import open_database_reader as _open_database_reader
-from ._facade import Opening, PairStream as PairStream, takes
+from ._facade import Opening as _Opening, PairStream as PairStream, takes as _takes
 from ._facade_database import Database as Database, new_database as _new_database
 from ._facade_log import (
     Consumer as Consumer,
@@ -39,7 +39,7 @@ from ._reader import open_reader as _open_reader
 from ._wal import open_wal as _open_wal
 
 
-@takes(_open_wal)
+@_takes(_open_wal)
 def open_wal(*args: Any, **options: Any) -> AbstractAsyncContextManager[WriteAheadLog]:
     """Open the write-ahead log in a directory, in a thread of its own; as `trio_wal.open_wal`.
 
@@ -58,10 +58,10 @@ def open_wal(*args: Any, **options: Any) -> AbstractAsyncContextManager[WriteAhe
       RuntimeError: asyncio is not running.
       OSError: the thread cannot be started.
     """
-    return Opening(_open_wal(*args, **options), "trio_wal.asyncio.open_wal", _new_wal)
+    return _Opening(_open_wal(*args, **options), "trio_wal.asyncio.open_wal", _new_wal)
 
 
-@takes(_open_database)
+@_takes(_open_database)
 def open_database(*args: Any, **options: Any) -> AbstractAsyncContextManager[Database]:
     """Open a transactional key-value store, in a thread of its own; as `trio_wal.open_database`.
 
@@ -75,19 +75,19 @@ def open_database(*args: Any, **options: Any) -> AbstractAsyncContextManager[Dat
     `trio_wal.open_database`, and the same two more.
     """
     opened = _open_database(*args, **options)
-    return Opening(opened, "trio_wal.asyncio.open_database", _new_database)
+    return _Opening(opened, "trio_wal.asyncio.open_database", _new_database)
 
 
-@takes(_open_reader)
+@_takes(_open_reader)
 def open_reader(*args: Any, **options: Any) -> AbstractAsyncContextManager[LogReader]:
     """Read a log that this or another process may be writing; as `trio_wal.open_reader`.
 
     Arguments and errors are those of `trio_wal.open_reader`, and the two of `open_wal` here.
     """
-    return Opening(_open_reader(*args, **options), "trio_wal.asyncio.open_reader", _new_log_reader)
+    return _Opening(_open_reader(*args, **options), "trio_wal.asyncio.open_reader", _new_log_reader)
 
 
-@takes(_open_database_reader)
+@_takes(_open_database_reader)
 def open_database_reader(*args: Any, **options: Any) -> AbstractAsyncContextManager[DatabaseReader]:
     """Read a database that another process may be writing; as `trio_wal.open_database_reader`.
 
@@ -96,7 +96,7 @@ def open_database_reader(*args: Any, **options: Any) -> AbstractAsyncContextMana
     """
     opened = _open_database_reader(*args, **options)
     name = "trio_wal.asyncio.open_database_reader"
-    return Opening(opened, name, _new_database_reader)
+    return _Opening(opened, name, _new_database_reader)
 
 
 _exports.say_public(__name__, globals())

@@ -118,7 +118,7 @@ class Instrumentation(AbstractContextManager["Instrumentation"]):
         self._sampler.add(object, name)
 
     def remove(self, object: Observed) -> None:  # noqa: A002
-        """Observe it no more; nothing happens where it is not there."""
+        """Observe it no more.  Never raises: nothing happens where it is not there."""
         self._sampler.remove(object)
 
     def uninstrument(self) -> None:

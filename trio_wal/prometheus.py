@@ -87,7 +87,7 @@ class WalCollector(Collector):
         self._sampler.add(object, name)
 
     def remove(self, object: Observed) -> None:  # noqa: A002
-        """Give its figures no more; nothing happens where it is not there."""
+        """Give its figures no more.  Never raises: nothing happens where it is not there."""
         self._sampler.remove(object)
 
     def describe(self) -> Iterable[Family]:

@@ -128,6 +128,7 @@ class MemoryFiles:
             self._held = trio.Event()
 
     def release(self) -> None:
+        """Let go on what `hold` holds; nothing happens where nothing is held."""
         held, self._held = self._held, None
         if held is not None:
             held.set()
@@ -215,6 +216,8 @@ class MemoryFiles:
         return {name: bytes(i.data) for name, i in sorted(self._folder(path).names.items())}
 
     def read_file(self, path: str, name: str) -> bytes:
+        """What a program would read, synced or not.  Raises `KeyError` where there is no such
+        file."""
         return bytes(self._folder(path).names[name].data)
 
     def write_file(self, path: str, name: str, data: bytes) -> None:
@@ -226,6 +229,7 @@ class MemoryFiles:
         folder.disk[name] = inode
 
     def remove_file(self, path: str, name: str) -> None:
+        """Take a file away, durably.  Raises `KeyError` where there is none."""
         del self._folder(path).names[name]
         self._folder(path).disk.pop(name, None)
 

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Final
 
 import attrs
@@ -174,8 +174,14 @@ def cancelled(program: str, mode: str, step: int) -> bool:
 # -- interrupted --------------------------------------------------------------------
 
 
+@functools.cache
+def is_traced(code: CodeType) -> bool:
+    return code.co_filename.startswith(PACKAGE) and code.co_filename.endswith(TRACED)
+
+
 class Tracer:
-    """Counts the lines of the package that run, and sends a signal at one of them."""
+    """Counts the lines of the package that run, and sends a signal at one of them: then there is
+    nothing more to count, and nothing is traced any more."""
 
     def __init__(self, interrupt_at: int = 0) -> None:
         self.count = 0
@@ -185,8 +191,7 @@ class Tracer:
         self.done = False
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        path = frame.f_code.co_filename
-        return self._line if path.startswith(PACKAGE) and path.endswith(TRACED) else None
+        return self._line if is_traced(frame.f_code) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
@@ -194,6 +199,7 @@ class Tracer:
             if self._interrupt_at:
                 if self.count == self._interrupt_at:
                     self.done = True
+                    sys.settrace(None)
                     signal.raise_signal(signal.SIGINT)
             else:
                 place = frame.f_code.co_filename, frame.f_lineno
