@@ -840,8 +840,8 @@ MUTANTS: Final = (
     ),
     mutant(
         "a database reader forgets what its snapshots see", "_mvcc", READERS_DB,
-        "        if layer.add(writes, seq, seq, keep_older=bool(self._pins)):\n",
-        "        if layer.add(writes, seq, seq, keep_older=False):\n",
+        "                if layer.add(writes, seq, seq, keep_older):\n",
+        "                if layer.add(writes, seq, seq, False):\n",
     ),
     mutant(
         "a database reader gives a store back that is being read", "_follower", READERS_DB,
