@@ -579,14 +579,13 @@ def test_a_task_that_ends_the_run_of_the_loop_as_the_block_is_left_keeps_nobody_
     db = loop.run_until_complete(opening.__aenter__())
 
     async def wait() -> None:
-        try:
+        with pytest.raises(trio.ClosedResourceError):
             await db.wait_changed(b"key")
-        except trio.ClosedResourceError:
-            # Until it is the end of trio's run that tells.
-            with suppress(trio.ClosedResourceError):
-                while True:
-                    await db.statistics()
-            raise SystemExit from None
+        # Until it is the end of trio's run that tells.
+        with suppress(trio.ClosedResourceError):
+            while True:
+                await db.statistics()
+        raise SystemExit
 
     tasks = [loop.create_task(wait()) for _ in range(3)]
     loop.run_until_complete(db.statistics())

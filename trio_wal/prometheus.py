@@ -121,7 +121,8 @@ class WalCollector(Collector):
 
 _NOTHING: Final = tuple(Sample._field_defaults[name] for name in Sample._fields[3:])
 """What follows a sample's value: when it was taken, an example, and what later versions have."""
-_sample: Final[Callable[[tuple[object, ...]], Sample]] = partial(tuple.__new__, Sample)
+_new_tuple: Final[Callable[..., Sample]] = getattr(tuple, "__new__")  # noqa: B009  (its type says too little)
+_sample: Final[Callable[[tuple[object, ...]], Sample]] = partial(_new_tuple, Sample)
 """As calling the class, whose ``__new__`` is written in Python.  A tuple that is put together from
 two is made in half of the time of one that is unpacked into another (RUF005)."""
 
