@@ -32,6 +32,7 @@ from trio_wal import DirectoryArchive, KeepSegments, _archiver
 from trio_wal._archive import is_same
 from trio_wal._archiver import CLOSE_SECONDS
 from trio_wal._archiving import begin_archive
+from trio_wal._manifest import put_identity, read_identity
 from trio_wal.testing import MemoryFiles
 
 ONE, TWO = (f"{lsn:020d}-0.wal" for lsn in (1, 2))
@@ -920,3 +921,33 @@ async def test_health_tells_of_an_archive_that_gets_nothing_and_not_of_one_that_
             told.append([reason.code for reason in wal.health().reasons])
         assert told[:3] == [[]] * 3
         assert told[7:] == [["archive_behind"]] * 3
+
+
+class _Overtaken:
+    """An archive into which somebody else puts whose it is, just after it was looked for."""
+
+    def __init__(self, archive: DirectoryArchive, log: UUID) -> None:
+        self._archive = archive
+        self._log = log
+
+    def put(self, name: str, content: Iterable[bytes]) -> None:
+        self._archive.put(name, content)
+
+    def list(self) -> list[str]:
+        return self._archive.list()
+
+    def get(self, name: str) -> Iterator[bytes]:
+        try:
+            return iter([*self._archive.get(name)])
+        except FileNotFoundError:
+            put_identity(self._archive, self._log)
+            raise
+
+
+def test_an_archive_that_somebody_else_begins_meanwhile_is_that_logs() -> None:
+    archive, log = DirectoryArchive("/archive", files=MemoryFiles()), UUID(int=1)
+    assert read_identity(_Overtaken(archive, log)).log == log
+    archive = DirectoryArchive("/another", files=MemoryFiles())
+    put_identity(_Overtaken(archive, log), log)
+    with pytest.raises(trio_wal.WrongDirectoryError, match=r"the archive of the log"):
+        put_identity(archive, UUID(int=2))

@@ -131,10 +131,14 @@ def read_identity(archive: Archive) -> Identity:
         data = get_small(archive, IDENTITY_NAME, MANIFEST_BYTES_MAX)
     except FileNotFoundError:
         names = sorted(archive.list())
-        if not names or any(map(_OBJECT.fullmatch, names)):
+        if IDENTITY_NAME in names:
+            # Put by somebody else in between: a backup and the archiver begin one together.
+            data = get_small(archive, IDENTITY_NAME, MANIFEST_BYTES_MAX)
+        elif not names or any(map(_OBJECT.fullmatch, names)):
             return Identity(None)
-        found = f"no archive: it holds {names[0]!r}"
-        raise WrongDirectoryError(repr(archive), found, "an empty one") from None
+        else:
+            found = f"no archive: it holds {names[0]!r}"
+            raise WrongDirectoryError(repr(archive), found, "an empty one") from None
     try:
         content = json.loads(data)
         version, log = int(content["format"]), UUID(content["log"])
