@@ -32,7 +32,7 @@ THEMES: Final = {
     },
 }  # fmt: skip
 LEFT, RIGHT, TOP, BOTTOM = 70, 530, 52, 330
-LOWEST, HIGHEST = 2_000, 400_000  # transactions per second at the ends of the axis
+LOWEST, HIGHEST = 1_000, 400_000  # transactions per second at the ends of the axis
 LINE = 19
 """Pixels between two labels."""
 
