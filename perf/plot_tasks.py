@@ -68,11 +68,16 @@ def labels(rows: dict[str, dict[int, int]]) -> dict[str, float]:
     for name in rows:
         last = max(y(rows[name][1024]), last + LINE)
         found[name] = last
-    # Those that were moved down are moved up again by half, to stand around their lines.
+    # Those that were moved down are moved up again by half, to stand around their lines, and not
+    # onto the one above them.
     crowd = [name for name in rows if found[name] > y(rows[name][1024])]
     if crowd:
-        crowd.insert(0, list(rows)[list(rows).index(crowd[0]) - 1])
+        names = list(rows)
+        above = names.index(crowd[0]) - 1
+        crowd.insert(0, names[above])
         shift = (found[crowd[-1]] - y(rows[crowd[-1]][1024])) / 2
+        if above:
+            shift = min(shift, found[crowd[0]] - LINE - found[names[above - 1]])
         found.update({name: found[name] - shift for name in crowd})
     return found
 
