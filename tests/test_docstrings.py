@@ -73,8 +73,8 @@ def function_of(value: object) -> Any:
 def text_of(owner: type, name: str) -> str:
     """A docstring; of what overrides something, or is as a protocol has it, that one's."""
     for part in (*owner.__mro__, *PROTOCOLS):
-        text = getattr(vars(part).get(name), "__doc__", None)
-        if isinstance(text, str):
+        # None has a docstring itself, from Python 3.13 on.
+        if name in vars(part) and isinstance(text := vars(part)[name].__doc__, str):
             return text
     return ""
 

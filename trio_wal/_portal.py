@@ -105,7 +105,7 @@ class Call(Awaitable[T], Generic[T]):
         self._cancelled: tuple[object, ...] | None = None
         """Arguments of the newest `asyncio.CancelledError` that the task was to get."""
         # -- written in trio's thread, once, before the answer is sent; read after it came
-        self.ended = False
+        self.ended: bool = False
         self.value: T
         self.error: BaseException | None = None
         # -- of trio's thread only
