@@ -781,6 +781,31 @@ async def test_the_next_piece_is_read_while_an_acknowledgement_waits(
         assert await given(opened, "a") == lsns[1:]
 
 
+async def test_who_acknowledges_reads_nothing_while_another_task_is_reading(
+    kit: Kit, pieces: Pieces
+) -> None:
+    """Two at once would be given a record twice, or would pass one over."""
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 5)
+        async with opened.consumer("a") as consumer, trio.open_nursery() as nursery:
+            (item,) = await take(consumer, 1)
+            found: list[int] = []
+
+            async def iterate() -> None:
+                found.extend([each.lsn for each in await take(consumer, 2)])
+
+            pieces.gate = trio.Event()
+            nursery.start_soon(iterate)
+            await wait_all_tasks_blocked()
+            await consumer.acknowledge(item)
+            await wait_all_tasks_blocked()
+            assert pieces.asked == lsns[:2]
+            pieces.gate.set()
+            await wait_all_tasks_blocked()
+            assert found == lsns[1:3]
+            assert [each.lsn for each in await take(consumer, 2)] == lsns[3:]
+
+
 async def test_where_little_is_left_nothing_is_read_ahead(
     kit: Kit, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
 ) -> None:

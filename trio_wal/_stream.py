@@ -75,6 +75,8 @@ class Reading:
         self._cursor = source.cursor()
         self._ahead: _Ahead | None = None
         """As long as it is there, the cursor is its."""
+        self._in_use = False
+        """Whether the cursor is of somebody who needs the records now."""
         self._next = start
         """The LSN behind the newest record that is ready, or was given."""
         self._stop = stop
@@ -202,11 +204,14 @@ class Reading:
             if ahead.records:
                 self._take(ahead.records, ahead.history)
             return
+        self._in_use = True
         try:
             records = await self._cursor.chunk(self._next, stop)
         except (CorruptLogError, Moved) as exc:
             await self._explain(exc, history, changes)
             return
+        finally:
+            self._in_use = False
         self._take(records, history)
 
     def _take(self, records: list[Record], history: History) -> None:
@@ -230,7 +235,10 @@ class Reading:
         by whoever needs the records.
         """
         stop = self.source.tail.durable_lsn + 1
-        if stop - self._next < AHEAD_RECORDS_MIN or self._ahead is not None or self.ended:
+        if stop - self._next < AHEAD_RECORDS_MIN or self.ended:
+            return
+        if self._ahead is not None or self._in_use:
+            # Acknowledged by another task than the one that iterates, say.
             return
         ahead = _Ahead(self._next, self._history, trio.Event())
         ahead.cut_short = start_aside(partial(self._read_piece, ahead, stop))
