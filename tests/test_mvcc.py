@@ -581,7 +581,8 @@ def everything_of(layer: Layer) -> dict[str, object]:
 def everything(versions: Versions) -> list[object]:
     layers = list(map(everything_of, versions.view.layers()))
     numbers = (versions.last_seq, versions.settled_seq, versions.durable_lsn)
-    return [layers, numbers, versions.newest is versions.view.active.versions]
+    scanned = list(versions.view.scan(versions.settled_seq, None, None, False))
+    return [layers, numbers, scanned, versions.newest is versions.view.active.versions]
 
 
 async def live(

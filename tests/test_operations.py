@@ -204,6 +204,7 @@ ONE = b"\x01\x81\xc4\x01a\xc4\x01b"
         # Numbers and maps, but not in turns.
         [b"\x01\x81\xc4\x01a\xc4\x01b", b"\x01\x01"],
         [ONE, b"\x81\xc4\x01a\xc4\x01b\x01"],
+        [ONE, b"\x80" + ONE[1:]],
         # As many keys as there are records.
         [b"\x01\x80", b"\x01\x82\xc4\x01a\xc4\x01b\xc4\x01c\xc4\x01d"],
         # Longer than they need be.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import sub
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import attrs
 import msgspec
@@ -144,15 +144,15 @@ def decode_puts(records: Sequence[bytes]) -> tuple[list[bytes], list[bytes]] | N
         found = _run_decoder.decode(head + b"".join(records))
     except msgspec.MsgspecError:
         return None
-    writes = found[1::2]
+    writes = cast("list[dict[bytes, bytes]]", found[1::2])
     try:
         if found[::2].count(1) != count or set(map(len, writes)) != {1}:
             return None
     except TypeError:
         # A number in the place of a map.
         return None
-    keys: list[bytes] = list(chain.from_iterable(writes))
-    values: list[bytes] = list(chain.from_iterable(map(dict.values, writes)))
+    keys = list(chain.from_iterable(writes))
+    values = list(chain.from_iterable(map(dict[bytes, bytes].values, writes)))
     # Each element takes at least so much more than its key and value have, and one with a key
     # above `SHORT_MAX` more than that.  Where no record has more, each is just its element.
     least = PUT_OVERHEAD_MIN + (min(map(len, values)) > SHORT_MAX)
