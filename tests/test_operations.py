@@ -186,6 +186,7 @@ def test_the_usual_puts_are_decoded_together(pairs: list[tuple[bytes, bytes]]) -
     for chosen in (
         [(key, value[:255]) for key, value in pairs],
         [(key, value + bytes(256)) for key, value in pairs],
+        pairs,
     ):
         records = [encode_transaction({key: value}) for key, value in chosen]
         assert decode_puts(records) == ([key for key, _ in chosen], [value for _, value in chosen])
@@ -212,7 +213,9 @@ ONE = b"\x01\x81\xc4\x01a\xc4\x01b"
         [ONE, b"\x01\x81\xc4\0\xc4\x01b"],
         [ONE, b"\x01\x81\xc4\x01a\xc0"],
         [ONE, encode_transaction({b"k" * 256: b""})],
-        [ONE, encode_transaction({b"k": bytes(256)})],
+        [ONE, b"\x01\x81\xc4\x01k\xc5\0\x01v"],
+        [ONE, b"\x01\x81\xc4\x01k\xc5\0\xff" + bytes(255)],
+        [ONE, b"\x01\x81\xc4\x01k\xc6\0\0\1\0" + bytes(256)],
         [TRANSACTION_FORMAT + msgspec.msgpack.encode({b"k" * 512: b""})],
         [ONE, b""],
         [b"", ONE],

@@ -153,11 +153,12 @@ def decode_puts(records: Sequence[bytes]) -> tuple[list[bytes], list[bytes]] | N
         return None
     keys = list(chain.from_iterable(writes))
     values = list(chain.from_iterable(map(dict[bytes, bytes].values, writes)))
-    # Each element takes at least so much more than its key and value have, and one with a key
-    # above `SHORT_MAX` more than that.  Where no record has more, each is just its element.
-    least = PUT_OVERHEAD_MIN + (min(map(len, values)) > SHORT_MAX)
-    heads = map(sub, map(sub, map(len, records), map(len, keys)), map(len, values))
-    return (keys, values) if max(heads) <= least and all(keys) else None
+    # Each element takes at least so much more than its key and value have, and one byte more for
+    # a long value, and for a long key.  Where no record has more, each is just its element.
+    sizes = list(map(len, values))
+    heads = map(sub, map(sub, map(len, records), map(len, keys)), sizes)
+    beyond = map(sub, heads, map(SHORT_MAX.__lt__, sizes))
+    return (keys, values) if max(beyond) <= PUT_OVERHEAD_MIN and all(keys) else None
 
 
 def _count_operations(record: bytes) -> tuple[int, int, int]:
