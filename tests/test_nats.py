@@ -75,6 +75,19 @@ def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs
             asyncio.run(answer)
 
 
+@pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
+async def test_who_is_about_to_listen_when_it_is_closed_is_told_so() -> None:
+    """A reader that is left as soon as it is open."""
+    from trio_wal import _asyncio, _natscas
+
+    access = _natscas.Access(servers=("nats://a:1",), name="x")
+    cas = _natscas.NatsCas(access, "x", _asyncio.AsyncioThread("x"))
+    await cas._thread.call(cas._connection.close)
+    with pytest.raises(trio.ClosedResourceError, match=r"^this log is closed$"):
+        await cas.changed(1.0)
+    await cas.aclose()
+
+
 # -- the description: no server, no client ---------------------------------------------------
 
 
