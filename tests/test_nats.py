@@ -26,6 +26,7 @@ import attrs
 import nats_cluster
 import pytest
 import trio
+import trio.testing
 from helpers import read_all
 from nats_cluster import Cluster, running
 from nats_writers import Writers, found_on, heal, js, keep_open, leader, log_on
@@ -73,6 +74,46 @@ def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs
     else:
         with pytest.raises(_natscas.ApiError, match=r"^for a reason \(error 10059\)$"):
             asyncio.run(answer)
+
+
+@pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_who_waits_is_told_when_the_clients_loop_itself_fails() -> None:
+    """The thread says why, as a thread does."""
+    from trio_wal import _asyncio
+
+    thread = _asyncio.AsyncioThread("x")
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+
+    async def ask(told: list[str]) -> None:
+        with pytest.raises(trio.ClosedResourceError) as refused:
+            await thread.call(wait)
+        told.append(str(refused.value))
+
+    async def spoil() -> None:
+        def select(timeout: float | None) -> list[Any]:
+            raise OSError("the selector is broken")
+
+        loop: Any = asyncio.get_running_loop()
+        loop._selector.select = select
+
+    told: list[str] = []
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask, told)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(ask, told)
+            with pytest.raises(trio.ClosedResourceError):
+                await thread.call(spoil)
+                # The answer may have come before the loop asked its selector again.
+                await thread.call(wait)
+        assert told == ["this log is closed: its client's event loop has ended"] * 4
+        with pytest.raises(trio.ClosedResourceError):
+            await thread.call(wait)
+        await thread.aclose()
 
 
 @pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
