@@ -76,7 +76,6 @@ def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs
             asyncio.run(answer)
 
 
-@pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_who_waits_is_told_when_the_clients_loop_itself_fails() -> None:
     """The thread says why, as a thread does."""
@@ -117,6 +116,7 @@ async def test_who_waits_is_told_when_the_clients_loop_itself_fails() -> None:
 
 
 @pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
+# It is the client's own error that is told otherwise; the session `cluster` has the client.
 async def test_who_is_about_to_listen_when_it_is_closed_is_told_so() -> None:
     """A reader that is left as soon as it is open."""
     from trio_wal import _asyncio, _natscas

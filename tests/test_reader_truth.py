@@ -26,6 +26,7 @@ from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
 from trio_wal._cli.inspect import _look
 from trio_wal._disk.chain import META_NAME, list_chain, read_meta
 from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
@@ -1039,6 +1040,19 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
         assert not reader._source._watchable
 
 
+async def _watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[LogDirectory, WatchSource]:
+    """A log, and a source that has its watch and waits no time for it to tell."""
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
+    source.look()
+    # The watch is made.
+    await source._news()
+    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.0)
+    return log, source
+
+
 @pytest.mark.parametrize("when", ["before it is asked", "while it is looked"])
 async def test_a_watch_that_tells_just_when_it_is_looked_is_not_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
@@ -1046,12 +1060,7 @@ async def test_a_watch_that_tells_just_when_it_is_looked_is_not_given_up(
     """As with an owner that writes once a second."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
-    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
-    source.look()
-    # The watch is made.
-    await source._news()
-    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.0)
+    log, source = await _watched(tmp_path, monkeypatch)
     look, count = source.refresh, 0
 
     def commit() -> None:
@@ -1100,11 +1109,7 @@ async def test_a_watch_is_not_given_up_for_what_it_need_not_tell(
     """A file that has grown, or is about to be closed: only what is durable is news."""
     if sys.platform != "linux":
         pytest.skip("inotify is Linux's")
-    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
-    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
-    source.look()
-    await source._news()
-    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.0)
+    log, source = await _watched(tmp_path, monkeypatch)
     size = log.active.file.size()
     with (tmp_path / log.active.header.name).open("r+b", buffering=0) as file:
         file.truncate(size + BLOCK)

@@ -1006,6 +1006,12 @@ MUTANTS: Final = (
         "        self.places.record(lsn, moves, alone=alone)\n",
     ),
     mutant(
+        "of a key's puts that are replayed together the first one stays", "_layer",
+        "simulator:lines-database",
+        "zip(keys, map(Version, numbers, values, repeat(None)), strict=False)",
+        "zip(keys[::-1], map(Version, numbers, values[::-1], repeat(None)), strict=False)",
+    ),
+    mutant(
         "what replay says of consumers is passed over", "_mvcc", CONSUMERS_DB,
         "moves = moves_in(data) if data[:1] == PLACED_FORMAT else None", "moves = None",
     ),
