@@ -104,13 +104,12 @@ async def test_who_waits_is_told_when_the_clients_loop_itself_fails() -> None:
             for _ in range(3):
                 nursery.start_soon(ask, told)
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(ask, told)
-            with pytest.raises(trio.ClosedResourceError):
+            # The loop may be at an end before it can answer this.
+            with suppress(trio.ClosedResourceError):
                 await thread.call(spoil)
-                # The answer may have come before the loop asked its selector again.
-                await thread.call(wait)
-        assert told == ["this log is closed: its client's event loop has ended"] * 4
-        with pytest.raises(trio.ClosedResourceError):
+        assert told == ["this log is closed: its client's event loop has ended"] * 3
+        # The others were told after it was closed.
+        with pytest.raises(trio.ClosedResourceError, match=r"^this log is closed$"):
             await thread.call(wait)
         await thread.aclose()
 
