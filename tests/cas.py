@@ -22,6 +22,7 @@ from engines import log_options
 from trio_wal import WriteAheadLog
 from trio_wal._caslog import Conflict, Denied, Description, Entry, Full, Gone, Unsure
 from trio_wal._log import Log, OpenLog
+from trio_wal._messages import parse_ident
 from trio_wal._replicated import (
     RemoteLog,
     ReplicatedEngine,
@@ -86,6 +87,8 @@ class CasServers:
         self.denied = False
         self.refused: dict[int, list[Entry]] = {}
         """What was not taken, by the position at which it would stand."""
+        self.forgetful = False
+        """Whether an owner had no room for a mark twice in a row: then it may drop the last one."""
         self.owner: MemoryCas | None = None
         self.bell = trio.Event()
         self._late: list[_Late] = []
@@ -193,6 +196,8 @@ class MemoryCas:
         self.closed = False
         self.appends = 0
         self.rotations = 0
+        self._full_marks = 0
+        """So many marks in a row found no room."""
 
     # -- the way there and back --
 
@@ -231,6 +236,20 @@ class MemoryCas:
         return (await self.describe()).last
 
     async def append(self, after: int, pieces: Sequence[bytes], ident: str) -> int:
+        named = parse_ident(ident, self.servers.uuid)
+        is_mark = named is not None and named.mark == after + 1
+        try:
+            position = await self._append(after, pieces, ident)
+        except Full:
+            if is_mark:
+                self._full_marks += 1
+                self.servers.forgetful |= self._full_marks > 1
+            raise
+        if is_mark:
+            self._full_marks = 0
+        return position
+
+    async def _append(self, after: int, pieces: Sequence[bytes], ident: str) -> int:
         self.appends += 1
         servers, faults, chance = self.servers, self.faults, self.servers.random
         assert 0 < len(pieces) <= servers.pieces_max

@@ -330,6 +330,42 @@ async def test_a_full_log_is_made_room_in_by_truncating(
         assert list(await read_all(wal)) == [5, 6]
 
 
+@pytest.mark.parametrize("older", [True, False])
+async def test_a_full_log_that_is_made_room_in_remembers_its_epochs(
+    servers: CasServers, autojump_clock: MockClock, older: bool
+) -> None:
+    """As long as it has room for a mark when what stands before its last one is dropped; else from
+    the next one on."""
+    async with open_wal_on_cas(servers) as wal:
+        await wal.append(b"old")
+        seen = wal.bookmark
+    way = MemoryCas(servers)
+    drop, marked = way.drop_before, []
+
+    async def dropping(position: int) -> None:
+        await drop(position)
+        named = parse_ident(servers.entries[-1].ident, servers.uuid)
+        assert named is not None
+        marked.append(named.mark >= servers.first)
+
+    async with open_wal_on_cas(way) as wal:
+        if not older:
+            await wal.truncate_before(2)
+        way.drop_before = dropping  # type: ignore[method-assign]
+        for _ in range(5):
+            await wal.append(bytes(1000))
+        servers.bytes_max = servers.bytes
+        await wal.truncate_before(5)
+        assert wal.first_lsn == 5
+        assert all(marked) is older
+        servers.crash()
+        async with open_wal_on_cas(servers) as heir:
+            with pytest.raises(trio_wal.LsnTruncatedError) as caught:
+                async with heir.read(seen):
+                    pass
+            assert type(caught.value) is trio_wal.LsnTruncatedError
+
+
 # -- what is dropped, and what is known all the same ----------------------------------------------
 
 

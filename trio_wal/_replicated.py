@@ -312,15 +312,27 @@ class ReplicatedEngine:
             return
         with trio.CancelScope(shield=True):
             if self._appender.mark < position:
-                try:
-                    await self._append_mark()
-                except LogFullError:
-                    # To make room is what it takes: all but the last record can go at once.
-                    spared = await self._place_to_drop(self.last_lsn)
-                    await self._purge(min(position, spared))
-                    if position > spared:
-                        await self._append_mark()
+                await self._mark_before(position)
             await self._purge(position)
+
+    async def _mark_before(self, position: int) -> None:
+        """Have a mark that is left when what stands before a position is dropped.  A log that is
+        full has no room for one, and to make room is what dropping takes."""
+        with contextlib.suppress(LogFullError):
+            await self._append_mark()
+            return
+        if self._appender.mark > self._first:
+            # What the mark tells is left.
+            await self._purge(self._appender.mark)
+            with contextlib.suppress(LogFullError):
+                await self._append_mark()
+                return
+        # All but the last record can go at once.  Whoever takes the log over before the next mark
+        # is there does not know of older epochs.
+        spared = await self._place_to_drop(self.last_lsn)
+        await self._purge(min(position, spared))
+        with contextlib.suppress(*((LogFullError,) if position <= spared else ())):
+            await self._append_mark()
 
     async def _place_to_drop(self, lsn: int) -> int:
         """The position before which there are only records below an LSN, for certain."""

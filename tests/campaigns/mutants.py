@@ -1072,6 +1072,10 @@ MUTANTS: Final = (
         "            if self._appender.mark < position:\n", "            if False:\n",
     ),
     mutant(
+        "a full log is made room in with the last mark", "_replicated", REPLICATION,
+        "            # What the mark tells is left.\n", "            return\n",
+    ),
+    mutant(
         "one replica is believed", "_streamlog", REPLICATION,
         "                if await self.cas.ident_at(position) == entry.ident:\n",
         "                if True:\n",
