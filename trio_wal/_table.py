@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from types import UnionType
 from typing import (
@@ -314,7 +315,9 @@ class Table(Generic[K, V]):
 
     def put(self, tx: Transaction, key: K, value: V) -> None:
         """Set ``key`` to ``value``: `Transaction.put`."""
-        tx.put(self.encode_key(key), self.encode_value(value))
+        given: object = tx.put(self.encode_key(key), self.encode_value(value))  # type: ignore[func-returns-value]
+        if given is not None:
+            raise self._no_transaction("put", tx, given)
 
     def insert(self, tx: Transaction, key: K, value: V) -> None:
         """Like `put`; `KeyExistsError` if the key is there."""
@@ -330,13 +333,18 @@ class Table(Generic[K, V]):
     def delete(self, tx: Transaction, key: K) -> None:
         """Remove ``key``; `KeyError` if it is absent: `Transaction.delete`."""
         try:
-            tx.delete(self.encode_key(key))
+            given: object = tx.delete(self.encode_key(key))  # type: ignore[func-returns-value]
         except KeyError:
             raise KeyError(key) from None
+        if given is not None:
+            raise self._no_transaction("delete", tx, given)
 
     def discard(self, tx: Transaction, key: K) -> bool:
         """Remove ``key``, if it is there; returns whether it was: `Transaction.discard`."""
-        return tx.discard(self.encode_key(key))
+        given: object = tx.discard(self.encode_key(key))
+        if not isinstance(given, bool):
+            raise self._no_transaction("discard", tx, given)
+        return given
 
     @overload
     def pop(self, tx: Transaction, key: K) -> V: ...
@@ -369,6 +377,20 @@ class Table(Generic[K, V]):
     ) -> int:
         """Remove the keys that `scan` would give, without decoding them; returns how many."""
         return tx.delete_range(*self._range(start, stop, prefix))
+
+    def _no_transaction(self, method: str, tx: object, given: object) -> TypeError:
+        """A database has methods of these names, too: coroutines, which would do nothing."""
+        if inspect.iscoroutine(given):
+            given.close()
+        kind = type(tx)
+        if kind.__module__.endswith(".asyncio"):
+            advice = f"await tx.call(table.{method}, ...) has one"
+        else:
+            advice = "async with db.transaction() as tx"
+        return TypeError(
+            f"table {self._name!r}: {method}() needs a trio_wal.Transaction, "
+            f"not a {kind.__module__}.{kind.__qualname__}: {advice}"
+        )
 
 
 def _short(key: object) -> str:

@@ -44,7 +44,7 @@ from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
 from ._system.files import OsFiles
-from ._util import MiB, check_bytes, check_int
+from ._util import MiB, Unentered, check_bytes, check_int
 from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         Cancellation: if it raises `trio.Cancelled`, the record was not accepted.
 
         Raises:
-          TypeError, RecordTooLargeError, LogFullError, LogFailedError,
-          trio.ClosedResourceError: as for `append`.
+          TypeError, RecordTooLargeError, LogFullError, LogFailedError: as for `append`.
+          trio.ClosedResourceError: the log is closed.
         """
         data = check_bytes("data", data)
         self._check_size(len(data))
@@ -168,11 +168,13 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
         Raises:
           trio.WouldBlock: the queue is full.
-          TypeError, RecordTooLargeError, LogFullError, LogFailedError,
-          trio.ClosedResourceError: as for `append`.
+          RuntimeError: called in a thread in which trio does not run.
+          TypeError, RecordTooLargeError, LogFullError, LogFailedError: as for `append`.
+          trio.ClosedResourceError: the log is closed.
         """
         data = check_bytes("data", data)
         self._check_size(len(data))
+        require_trio("log.send_nowait")
         self._log.accept_nowait(data)
 
     @enable_ki_protection
@@ -521,12 +523,14 @@ new_wal = constructor(WriteAheadLog)
 
 
 @final
-class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
+class _OpenWal(Unentered, AbstractAsyncContextManager[WriteAheadLog]):
     """What `open_wal` returns.
 
     A class, not a generator: ``__aexit__`` is then protected from Ctrl-C from its first
     instruction on, and the body's exception is not touched by the nursery.
     """
+
+    _call = "trio_wal.open_wal"
 
     def __init__(self, opened: OpenLog) -> None:
         self._opened = opened

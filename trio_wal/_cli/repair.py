@@ -11,11 +11,11 @@ from trio_wal._repair import Repair, RepairReport
 from trio_wal._system.files import OsFiles
 
 from . import _servers
-from ._output import CommandError, ExitCode, Json, Place, count, progress_bar, say, write_json
+from ._output import CommandError, ExitCode, Json, LocalPlace, count, progress_bar, say, write_json
 
 
 def repair(
-    place: Place,
+    place: LocalPlace,
     /,
     *,
     accept_loss: Annotated[
@@ -44,7 +44,8 @@ def repair(
 
     Exits with 1 if there is damage and `--accept-loss` was not given.
 
-    Example: `trio-wal repair orders` and then `trio-wal repair orders --accept-loss`
+    Example: `trio-wal repair orders.wal`, and if the loss is acceptable,
+    `trio-wal repair orders.wal --accept-loss`
     """
     if _servers.is_url(place):
         raise CommandError(
