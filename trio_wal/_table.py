@@ -46,6 +46,9 @@ class Readable(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """As `Database.get`."""
+        ...
 
     def scan(
         self,
@@ -229,7 +232,7 @@ class Table(Generic[K, V]):
         None where the operation is about another table.
 
         Raises:
-          TableDecodeError
+          TableDecodeError: the operation is about the table, and its key or value does not decode.
         """
         if not operation.key.startswith(self._prefix):
             return None
