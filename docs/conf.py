@@ -98,7 +98,7 @@ TITLES = {
 def metrics_table(group: Group) -> str:
     labels = ", ".join(f"`{label}`" for label in group.labels)
     lines = [f"### {TITLES[group.of.__name__]}", "", f"Labels: {labels}.", ""]
-    lines += ["| metric | what it is | field | kind and unit |", "|---|---|---|---|"]
+    lines += ["| metric | what it is | kind and unit |", "|---|---|---|"]
     for metric in group.metrics:
         if metric.exported:
             kind = metric.kind.value
@@ -106,7 +106,7 @@ def metrics_table(group: Group) -> str:
                 kind += f", label `{metric.label}`"
             if metric.unit.word:
                 kind += f", {metric.unit.word}"
-            cells = (f"`{metric.name}`", metric.text, f"`{metric.field}`", kind)
+            cells = (f"`{metric.name}`", f"{metric.text} (`{metric.field}`)", kind)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -216,17 +216,38 @@ def leave_out(
 # -- signatures: what autodoc reads from the source of a method that attrs has written ------------
 
 
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def shown(default: object) -> str:
+    """As a reader would write it."""
+    if isinstance(default, int) and default >= MIB and default % MIB == 0:
+        unit, name = (GIB, "GiB") if default % GIB == 0 else (MIB, "MiB")
+        return f"{default // unit} * {name}"
+    return repr(default)
+
+
 def show_defaults(
     _app: Any, _what: str, _name: str, thing: Any, _options: Any, signature: str, returns: str
 ) -> tuple[str, str] | None:
-    """Values instead of ``attr_dict['name'].default``, and P for each way to write a ParamSpec."""
+    """Values instead of the names of constants and of ``attr_dict['name'].default``, and three dots
+    for what a ParamSpec stands for."""
     if not signature:
         return None
     if attrs.has(thing):
         fields = attrs.fields_dict(thing)
         signature = re.sub(
-            r"attr_dict\['(\w+)'\]\.default", lambda m: repr(fields[m[1]].default), signature
+            r"attr_dict\['(\w+)'\]\.default", lambda m: shown(fields[m[1]].default), signature
         )
+    constants = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__globals__", {})
+    signature = signature.replace("= _NO_DEFAULT", "= ...")
+    signature = re.sub(
+        r"= ([A-Z][A-Z_]+)\b",
+        lambda m: f"= {shown(constants[m[1]])}" if m[1] in constants else m[0],
+        signature,
+    )
+    signature = re.sub(r"= (\d{7,})\b", lambda m: f"= {shown(int(m[1]))}", signature)
+    signature = signature.replace("= 1024 * MiB", "= 1 * GiB")
     signature = signature.replace("*args: ~typing.~P, **kwargs: ~typing.~P", "*args, **kwargs")
     signature = re.sub(r"~typing\.Concatenate\[(.*?), ~P\]", r"\1, ...", signature)
     return re.sub(r"~trio_wal\._\w+\.T\b", "T", signature), returns

@@ -2,8 +2,8 @@
 
 Law: the same names and promises as under trio.
 
-Each ``open_*()`` starts a thread in which trio runs; what it gives has the methods of trio's object,
-as coroutines.  The page "asyncio and threads" of the documentation says what is different.
+Each ``open_*()`` starts a thread in which trio runs; what it gives has the methods of trio's
+object, as coroutines.  The page "asyncio and threads" of the documentation says what is different.
 """
 
 from __future__ import annotations
