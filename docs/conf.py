@@ -191,7 +191,11 @@ def find_field_docstrings() -> None:
         with contextlib.suppress(PycodeError):
             module = ModuleAnalyzer.for_module(name)
             module.analyze()
-            public.attr_docs.update(module.attr_docs)
+            for (home, attribute), text in module.attr_docs.items():
+                # Another module may have something else of that name.
+                top = home.partition(".")[0] or attribute
+                if vars(sys.modules[name]).get(top) is getattr(trio_wal, top, None) is not None:
+                    public.attr_docs[home, attribute] = text
             public.annotations.update(module.annotations)
             public.tagorder.update(module.tagorder)
 

@@ -195,7 +195,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     async def wait_durable(self, lsn: int) -> None:
         """Wait until ``durable_lsn >= lsn``, for a record written or still to come.
 
-        With ``durability="none"`` that takes somebody's `flush`.  Cancelling it changes nothing.
+        With ``durability="none"`` it waits for somebody's `flush`.  Cancelling it changes nothing.
 
         Raises:
           TypeError, ValueError: ``lsn`` is not an int, or is negative.
@@ -279,9 +279,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """Like `read`, and then waits for new durable records, until it is left or the
         log is closed.
 
-        A close does not wait for followers.  For one that has had everything durable it ends
-        the iteration; one that has not is told so, by an error, after what it had already
-        read from the disk.
+        Closing the log does not wait for followers.  A follower that was given everything
+        durable just ends; any other gets what it had already read from the disk, and then an
+        error.
 
         Raises:
           trio.ClosedResourceError: the log was closed before everything durable was given.
@@ -309,7 +309,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         Args:
           name: 1 to 255 characters.
           start: where its first use begins: the first LSN, or a bookmark to continue after; None:
-              the oldest record.  Later it says nothing.
+              the oldest record.  Ignored afterwards.
 
         Raises, when called:
           TypeError, ValueError: an argument is wrong, or the log belongs to a database.
