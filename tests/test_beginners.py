@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -92,6 +92,43 @@ def test_a_table_does_not_take_a_transaction_of_asyncio(
                 TypeError,
                 match=rf"needs a trio_wal\.Transaction, not a trio_wal\.asyncio\.Transaction: "
                 rf"await tx\.call\(table\.{method}, \.\.\.\) has one$",
+            ):
+                getattr(numbers, method)(tx, *arguments)
+
+    asyncio.run(main())
+
+
+async def test_a_table_pops_from_a_transaction_only() -> None:
+    async with trio_wal.open_database("/db", files=MemoryFiles()) as db:
+        async with db.transaction() as tx:
+            numbers.put(tx, 1, 1)
+        with pytest.raises(
+            TypeError, match=r"pop\(\) needs a trio_wal\.Transaction, not a trio_wal\."
+        ):
+            numbers.pop(cast("Any", db), 1)
+        assert numbers.get(db, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("get", (1,)),
+        ("scan", ()),
+        ("pop", (1,)),
+    ],
+)
+def test_a_table_says_how_it_reads_under_asyncio(
+    method: str, arguments: tuple[int, ...], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with (
+            trio_wal.asyncio.open_database(tmp_path / "db") as db,
+            db.transaction() as tx,
+        ):
+            with pytest.raises(
+                TypeError,
+                match=r"a trio_wal\.asyncio\.Transaction: await (db\.view\(lambda snapshot: "
+                r"table\.(get|scan)\(snapshot, \.\.\.\)\)|tx\.call\(table\.pop, )",
             ):
                 getattr(numbers, method)(tx, *arguments)
 

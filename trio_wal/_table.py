@@ -8,7 +8,7 @@ they are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from types import UnionType
 from typing import (
     Any,
@@ -266,6 +266,11 @@ class Table(Generic[K, V]):
             return decode(data)
         except (ValueError, msgspec.MsgspecError) as exc:
             raise TableDecodeError(self._name, key, str(exc)) from exc
+        except TypeError:
+            given: Any = data
+            if inspect.iscoroutine(given):
+                raise self._of_asyncio("get", source, given) from None
+            raise
 
     def scan(
         self,
@@ -291,7 +296,10 @@ class Table(Generic[K, V]):
           TableDecodeError: what is stored is no key or value of the table.
         """
         first, end = self._range(start, stop, prefix)
-        return self._decoded(source.scan(first, end, reverse=reverse, limit=limit))
+        items: Any = source.scan(first, end, reverse=reverse, limit=limit)
+        if inspect.iscoroutine(items):
+            raise self._of_asyncio("scan", source, items)
+        return self._decoded(items)
 
     def _decoded(self, items: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[K, V]]:
         for data, value in items:
@@ -361,13 +369,17 @@ class Table(Generic[K, V]):
           TableDecodeError: what is stored is no value of the table; it is still there.
         """
         encoded = self.encode_key(key)
-        data = tx.get(encoded)
+        data: Any = tx.get(encoded)
         if data is None:
             if isinstance(default, _NoDefault):
                 raise KeyError(key)
             return default
+        if inspect.iscoroutine(data):
+            raise self._no_transaction("pop", tx, data)
         value = self._decode_value(key, data)
-        tx.delete(encoded)
+        given: object = tx.delete(encoded)  # type: ignore[func-returns-value]
+        if given is not None:
+            raise self._no_transaction("pop", tx, given)
         return value
 
     def delete_range(
@@ -393,6 +405,17 @@ class Table(Generic[K, V]):
         return TypeError(
             f"table {self._name!r}: {method}() needs a trio_wal.Transaction, "
             f"not a {kind.__module__}.{kind.__qualname__}: {advice}"
+        )
+
+    def _of_asyncio(
+        self, method: str, source: object, given: Coroutine[object, object, object]
+    ) -> TypeError:
+        """There, ``get`` and ``scan`` are coroutines."""
+        given.close()
+        kind = type(source)
+        return TypeError(
+            f"table {self._name!r}: {method}() cannot read a "
+            f"{kind.__module__}.{kind.__qualname__}: await db.view(lambda snapshot: table.{method}(snapshot, ...))"
         )
 
 
