@@ -414,8 +414,8 @@ class Table(Generic[K, V]):
         given.close()
         kind = type(source)
         return TypeError(
-            f"table {self._name!r}: {method}() cannot read a "
-            f"{kind.__module__}.{kind.__qualname__}: await db.view(lambda snapshot: table.{method}(snapshot, ...))"
+            f"table {self._name!r}: {method}() cannot read a {kind.__module__}.{kind.__qualname__}"
+            f": await db.view(lambda snapshot: table.{method}(snapshot, ...))"
         )
 
 
