@@ -7,9 +7,8 @@ they are.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Coroutine, Iterator
-from types import UnionType
+from collections.abc import Iterator
+from types import CoroutineType, UnionType
 from typing import (
     Any,
     Final,
@@ -268,7 +267,7 @@ class Table(Generic[K, V]):
             raise TableDecodeError(self._name, key, str(exc)) from exc
         except TypeError:
             given: Any = data
-            if inspect.iscoroutine(given):
+            if _is_coroutine(given):
                 raise self._of_asyncio("get", source, given) from None
             raise
 
@@ -297,7 +296,7 @@ class Table(Generic[K, V]):
         """
         first, end = self._range(start, stop, prefix)
         items: Any = source.scan(first, end, reverse=reverse, limit=limit)
-        if inspect.iscoroutine(items):
+        if _is_coroutine(items):
             raise self._of_asyncio("scan", source, items)
         return self._decoded(items)
 
@@ -374,7 +373,7 @@ class Table(Generic[K, V]):
             if isinstance(default, _NoDefault):
                 raise KeyError(key)
             return default
-        if inspect.iscoroutine(data):
+        if _is_coroutine(data):
             raise self._no_transaction("pop", tx, data)
         value = self._decode_value(key, data)
         given: object = tx.delete(encoded)  # type: ignore[func-returns-value]
@@ -395,8 +394,7 @@ class Table(Generic[K, V]):
 
     def _no_transaction(self, method: str, tx: object, given: object) -> TypeError:
         """A database has methods of these names, too: coroutines, which would do nothing."""
-        if inspect.iscoroutine(given):
-            given.close()
+        _close(given)
         kind = type(tx)
         if kind.__module__.endswith(".asyncio"):
             advice = f"await tx.call(table.{method}, ...) has one"
@@ -407,16 +405,24 @@ class Table(Generic[K, V]):
             f"not a {kind.__module__}.{kind.__qualname__}: {advice}"
         )
 
-    def _of_asyncio(
-        self, method: str, source: object, given: Coroutine[object, object, object]
-    ) -> TypeError:
+    def _of_asyncio(self, method: str, source: object, given: object) -> TypeError:
         """There, ``get`` and ``scan`` are coroutines."""
-        given.close()
+        _close(given)
         kind = type(source)
         return TypeError(
             f"table {self._name!r}: {method}() cannot read a {kind.__module__}.{kind.__qualname__}"
             f": await db.view(lambda snapshot: table.{method}(snapshot, ...))"
         )
+
+
+def _is_coroutine(given: object) -> bool:
+    return isinstance(given, CoroutineType)
+
+
+def _close(given: object) -> None:
+    """So that nobody is warned of a coroutine as well."""
+    if isinstance(given, CoroutineType):
+        given.close()
 
 
 def _short(key: object) -> str:
