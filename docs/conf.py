@@ -277,7 +277,7 @@ def measure_columns(_app: Any, doctree: nodes.document) -> None:
             elif longest <= SHORT_CHARACTERS:
                 name = "short"
             else:
-                continue
+                name = "middle"
             for cell in cells:
                 cell["classes"].append(name)
 
