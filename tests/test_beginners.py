@@ -98,6 +98,19 @@ def test_a_table_does_not_take_a_transaction_of_asyncio(
     asyncio.run(main())
 
 
+async def test_two_tables_of_one_name_are_suspected() -> None:
+    texts = trio_wal.Table("numbers", key=int, value=str)
+    async with trio_wal.open_database("/db", files=MemoryFiles()) as db:
+        async with db.transaction() as tx:
+            numbers.put(tx, 1, 2)
+        with pytest.raises(
+            trio_wal.TableDecodeError,
+            match=r"^table 'numbers', key 1: Expected `str`, got `int`; it was written with "
+            r"another type of the table, or by hand$",
+        ):
+            texts.get(db, 1)
+
+
 async def test_a_table_pops_from_a_transaction_only() -> None:
     async with trio_wal.open_database("/db", files=MemoryFiles()) as db:
         async with db.transaction() as tx:

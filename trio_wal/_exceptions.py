@@ -554,7 +554,10 @@ class TableDecodeError(WalError, ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return printable(f"table {self.table!r}, key {self.key!r}: {self.reason}")
+        return printable(
+            f"table {self.table!r}, key {self.key!r}: {self.reason}; it was written with another "
+            "type of the table, or by hand"
+        )
 
 
 publish(

@@ -19,7 +19,8 @@ def repair(
     /,
     *,
     accept_loss: Annotated[
-        bool, Parameter(negative=(), help="Do it; without this, nothing is changed.")
+        bool,
+        Parameter(negative=(), show_default=False, help="Do it; without this, nothing is changed."),
     ] = False,
     keep: Annotated[
         Literal["oldest", "newest"],
@@ -29,6 +30,7 @@ def repair(
         bool,
         Parameter(
             negative=(),
+            show_default=False,
             help="Set a database's store aside without reading it, and rebuild it from the log: "
             "for a damaged store that claims to be of a newer trio-wal.",
         ),
