@@ -15,10 +15,13 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, get_origin, get_type_hints
 
+import attrs
+from docutils import nodes
 from sphinx.errors import PycodeError
 from sphinx.pycode import ModuleAnalyzer
 
 import trio_wal
+import trio_wal.asyncio
 from trio_wal._metrics import TABLE, Group
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,13 +98,15 @@ TITLES = {
 def metrics_table(group: Group) -> str:
     labels = ", ".join(f"`{label}`" for label in group.labels)
     lines = [f"### {TITLES[group.of.__name__]}", "", f"Labels: {labels}.", ""]
-    lines += ["| metric | kind | unit | field | what it is |", "|---|---|---|---|---|"]
+    lines += ["| metric | what it is | kind and unit |", "|---|---|---|"]
     for metric in group.metrics:
         if metric.exported:
             kind = metric.kind.value
             if metric.label:
                 kind += f", label `{metric.label}`"
-            cells = (f"`{metric.name}`", kind, metric.unit.word, f"`{metric.field}`", metric.text)
+            if metric.unit.word:
+                kind += f", {metric.unit.word}"
+            cells = (f"`{metric.name}`", f"{metric.text} (`{metric.field}`)", kind)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -112,7 +117,8 @@ KINDS = {
     "feature": "Features",
     "bugfix": "Bug fixes",
     "doc": "Documentation",
-    "removal": "Removals",
+    "removal": "Removals and deprecations",
+    "misc": "Miscellaneous",
 }
 
 
@@ -151,12 +157,13 @@ def add_generated(_app: Any, name: str, source: list[str]) -> None:
 
 
 def functions() -> Iterator[FunctionType]:
-    for name in dir(trio_wal):
-        value = getattr(trio_wal, name)
-        if isinstance(value, FunctionType):
-            yield value
-        elif inspect.isclass(value):
-            yield from (member for member in vars(value).values() if inspect.isfunction(member))
+    for module in (trio_wal, trio_wal.asyncio):
+        for name in dir(module):
+            value = getattr(module, name)
+            if isinstance(value, FunctionType):
+                yield value
+            elif inspect.isclass(value) and value.__module__.startswith("trio_wal"):
+                yield from (member for _, member in inspect.getmembers(value, inspect.isfunction))
 
 
 def mark_context_managers() -> None:
@@ -184,7 +191,11 @@ def find_field_docstrings() -> None:
         with contextlib.suppress(PycodeError):
             module = ModuleAnalyzer.for_module(name)
             module.analyze()
-            public.attr_docs.update(module.attr_docs)
+            for (home, attribute), text in module.attr_docs.items():
+                # Another module may have something else of that name.
+                top = home.partition(".")[0] or attribute
+                if vars(sys.modules[name]).get(top) is getattr(trio_wal, top, None) is not None:
+                    public.attr_docs[home, attribute] = text
             public.annotations.update(module.annotations)
             public.tagorder.update(module.tagorder)
 
@@ -193,8 +204,82 @@ def keep_sentences(
     _app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]
 ) -> None:
     """Have napoleon take no sentence of a field for "type: description"."""
-    if what in ("attribute", "property"):
+    if what in ("attribute", "property", "data"):
         lines[:0] = ["..", ""]  # an empty comment
+
+
+def leave_out(
+    _app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]
+) -> None:
+    """What a docstring says to who changes the code: a module's law, why a class is large."""
+    first = {"module": "Law: ", "class": "So many methods because "}.get(what)
+    paragraphs = "\n".join(lines).split("\n\n")
+    lines[:] = "\n\n".join(p for p in paragraphs if not (first and p.startswith(first))).split("\n")
+
+
+# -- signatures: what autodoc reads from the source of a method that attrs has written ------------
+
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def shown(default: object) -> str:
+    """As a reader would write it."""
+    if isinstance(default, int) and default >= MIB and default % MIB == 0:
+        unit, name = (GIB, "GiB") if default % GIB == 0 else (MIB, "MiB")
+        return f"{default // unit} * {name}"
+    return repr(default)
+
+
+def show_defaults(
+    _app: Any, _what: str, _name: str, thing: Any, _options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Values instead of the names of constants and of ``attr_dict['name'].default``, and three dots
+    for what a ParamSpec stands for."""
+    if not signature:
+        return None
+    if attrs.has(thing):
+        fields = attrs.fields_dict(thing)
+        signature = re.sub(
+            r"attr_dict\['(\w+)'\]\.default", lambda m: shown(fields[m[1]].default), signature
+        )
+    constants = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__globals__", {})
+    signature = signature.replace("= _NO_DEFAULT", "= ...")
+    signature = re.sub(
+        r"= ([A-Z][A-Z_]+)\b",
+        lambda m: f"= {shown(constants[m[1]])}" if m[1] in constants else m[0],
+        signature,
+    )
+    signature = re.sub(r"= (\d{7,})\b", lambda m: f"= {shown(int(m[1]))}", signature)
+    signature = signature.replace("= 1024 * MiB", "= 1 * GiB")
+    signature = signature.replace("*args: ~typing.~P, **kwargs: ~typing.~P", "*args, **kwargs")
+    signature = re.sub(r"~typing\.Concatenate\[(.*?), ~P\]", r"\1, ...", signature)
+    return re.sub(r"~trio_wal\._\w+\.T\b", "T", signature), returns
+
+
+# -- tables: columns that are wide enough to be read, by what they hold ---------------------------
+
+SHORT_CHARACTERS = 20
+"""A cell of so many is one line."""
+LONG_CHARACTERS, LONGER_CHARACTERS = 40, 120
+
+
+def measure_columns(_app: Any, doctree: nodes.document) -> None:
+    for group in doctree.findall(nodes.tgroup):
+        rows = [list(row.findall(nodes.entry)) for row in group.findall(nodes.row)]
+        for column in zip(*rows, strict=True):
+            cells = [cell for cell in column if not isinstance(cell.parent.parent, nodes.thead)]
+            longest = max((len(cell.astext()) for cell in cells), default=0)
+            if longest > LONGER_CHARACTERS:
+                name = "longer"
+            elif longest > LONG_CHARACTERS:
+                name = "long"
+            elif longest <= SHORT_CHARACTERS:
+                name = "short"
+            else:
+                name = "middle"
+            for cell in cells:
+                cell["classes"].append(name)
 
 
 HOMES = {"UnsuitableServersError": "~trio_wal.nats.UnsuitableServersError"}
@@ -246,6 +331,9 @@ def setup(app: Any) -> None:
     mark_context_managers()
     find_field_docstrings()
     app.connect("autodoc-process-docstring", keep_sentences, priority=400)
+    app.connect("autodoc-process-docstring", leave_out, priority=400)
     app.connect("autodoc-process-docstring", list_errors, priority=401)
+    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("doctree-read", measure_columns)
     app.connect("source-read", add_generated)
     app.connect("html-page-context", add_all_names)

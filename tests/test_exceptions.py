@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
-import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -88,21 +88,42 @@ async def test_a_closed_handle_names_a_strange_path_without_harm() -> None:
 # -- who has it open, and what to do then ---------------------------------------------------------
 
 
-async def test_a_database_that_is_open_elsewhere_is_called_one(tmp_path: Path) -> None:
+async def test_a_database_that_is_open_twice_is_used_where_it_is_open(tmp_path: Path) -> None:
     path = tmp_path / "db"
     async with trio_wal.open_database(path):
         with pytest.raises(trio_wal.LogLockedError) as caught:
             async with trio_wal.open_database(path):
                 raise AssertionError("it was opened")
+        # A reader would be refused here, too.
+        with pytest.raises(OSError, match="this process has the database open already"):
+            async with trio_wal.open_database_reader(path):
+                raise AssertionError("it was opened")
     error = caught.value
     assert (error.path, error.database) == (str(path), True)
-    assert re.match(
-        rf"^{re.escape(str(path))}: the database is open in .*; close it there, or read with "
-        r"open_database_reader\(\), which needs no lock \(see 'Several processes' in the "
-        r"documentation\)$",
-        str(error),
+    assert str(error) == (
+        f"{path}: the database is open in process {os.getpid()}; that is this process: use the "
+        "Database that is open, for reading too (see 'Several processes' in the documentation)"
     )
-    assert "open_reader" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("database", "pid", "what", "owner", "reader"),
+    [
+        (True, 4711, "database", "process 4711", "open_database_reader"),
+        (True, None, "database", "another process", "open_database_reader"),
+        (False, 4711, "log", "process 4711", "open_reader"),
+        (False, None, "log", "another process", "open_reader"),
+    ],
+)
+def test_what_is_open_in_another_process_can_be_read(
+    database: bool, pid: int | None, what: str, owner: str, reader: str
+) -> None:
+    other = None if pid is None else os.getpid() + 1
+    owner = owner.replace("4711", str(other))
+    assert str(trio_wal.LogLockedError("/data", other, database)) == (
+        f"/data: the {what} is open in {owner}; close it there, or read with {reader}(), "
+        "which needs no lock (see 'Several processes' in the documentation)"
+    )
 
 
 async def test_a_log_that_is_open_elsewhere_can_be_read(tmp_path: Path) -> None:

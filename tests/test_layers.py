@@ -206,6 +206,7 @@ PATHS = {"PathLike", "fspath"}
 OS_ALLOWED = {
     "_park": {"eventfd", "eventfd_read", "eventfd_write", "EFD_NONBLOCK", "EFD_CLOEXEC", "close"},
     "testing": {*PATHS, "strerror", "getpid"},
+    "_exceptions": {*PATHS, "getpid"},  # to tell the owner that is this process
     "_takeover": {"getpid"},
 }
 OS_FREE = {"_system", "_cli"}

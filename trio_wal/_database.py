@@ -194,7 +194,7 @@ class Database(metaclass=NoPublicConstructor):
 
         Args:
           mapping: keys and their new values; None removes a key, whether it is there or not.
-              Of an empty one nothing is written, and the newest durable LSN returned.
+              An empty mapping writes nothing, and the newest durable LSN is returned.
 
         Raises:
           TypeError, ValueError: a key is not 1 to 511 bytes, a value neither bytes nor None.
@@ -251,9 +251,9 @@ class Database(metaclass=NoPublicConstructor):
         Priority ``"high"`` is let in before others.  It does not pass commits that were let in
         before it: those are already seen by other transactions.
 
-        From the first writer on every commit of this database costs about a microsecond more.
+        From the first writer on, every commit of this database costs about a microsecond more.
 
-        Args and errors are those of `WriteAheadLog.writer`.
+        Arguments and errors are those of `WriteAheadLog.writer`.
         """
         self._versions.check_open()
         log = self._core.log
@@ -449,12 +449,12 @@ class Database(metaclass=NoPublicConstructor):
         ``consumer_hold_bytes``; `drop_consumer` ends that.  Places belong to the database: its
         backups have them as of their LSN.
 
-        From the first consumer on older versions of trio-wal refuse the database.
+        From its first consumer on, versions of trio-wal that know of none refuse the database.
 
         Args:
           name: 1 to 255 characters.
           start: where its first use begins: the first LSN, or a bookmark to continue after; None:
-              the oldest commit that the log still has.  Later it says nothing.
+              the oldest commit that the log still has.  Ignored afterwards.
 
         Raises, when called:
           TypeError, ValueError: an argument is wrong.

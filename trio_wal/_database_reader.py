@@ -34,7 +34,7 @@ from ._stores import stores_of
 from ._stream import new_record_stream
 from ._system.files import OsFiles
 from ._text import printable
-from ._util import check_bool, check_int, check_path
+from ._util import Unentered, check_bool, check_int, check_path
 from ._watchsource import WatchSource
 from ._worker import Blocking
 
@@ -264,8 +264,10 @@ new_database_reader = constructor(DatabaseReader)
 
 
 @final
-class _OpenDatabaseReader(AbstractAsyncContextManager[DatabaseReader]):
+class _OpenDatabaseReader(Unentered, AbstractAsyncContextManager[DatabaseReader]):
     """What `open_database_reader` returns."""
+
+    _call = "trio_wal.open_database_reader"
 
     def __init__(self, path: str, trust_directory: bool, files: Files) -> None:
         self._path = path

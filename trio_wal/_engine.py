@@ -74,17 +74,22 @@ class RecoveryReport:
     """What opening the log found and did."""
 
     first_lsn: int
+    """The oldest record; ``last_lsn + 1`` where there is none."""
     last_lsn: int
+    """The newest record, after an unfinished batch was cut."""
     segments: int
+    """Segment files of the log."""
     records_replayed: int
     """Records whose checksums were checked on this open."""
     bytes_scanned: int
+    """Bytes that were read for that."""
     torn_bytes: int
     """Bytes of an unfinished batch that were cut; nobody had been told it was durable.  What
     is left of a mark that a crash tore while the log was being closed is none."""
     clean_shutdown: bool
     """True where the log was closed in order, and for a new log."""
     seconds: float
+    """How long it took."""
     transactions_replayed: int = 0
     """Transactions that a database applied from the log's tail; 0 for a log."""
     checkpoint_lsn: int = 0

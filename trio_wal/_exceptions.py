@@ -146,15 +146,17 @@ class LogLockedError(WalError):
                 "read with open_reader(), or open it with takeover=True"
             )
         owner = "another process" if self.pid is None else f"process {self.pid}"
-        if self.database:
-            return printable(
-                f"{self.path}: the database is open in {owner}; close it there, "
-                "or read with open_database_reader(), which needs no lock "
-                "(see 'Several processes' in the documentation)"
-            )
+        what = "database" if self.database else "log"
+        reader = "open_database_reader()" if self.database else "open_reader()"
+        advice = f"or read with {reader}, which needs no lock"
+        if self.pid != os.getpid():
+            advice = f"close it there, {advice}"
+        elif self.database:  # LMDB has no reader of a file that its process has open
+            advice = "that is this process: use the Database that is open, for reading too"
+        else:
+            advice = f"that is this process: use the log that is open, {advice}"
         return printable(
-            f"{self.path}: the log is open in {owner}; close it there, "
-            "or read with open_reader(), which needs no lock "
+            f"{self.path}: the {what} is open in {owner}; {advice} "
             "(see 'Several processes' in the documentation)"
         )
 
@@ -552,7 +554,10 @@ class TableDecodeError(WalError, ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return printable(f"table {self.table!r}, key {self.key!r}: {self.reason}")
+        return printable(
+            f"table {self.table!r}, key {self.key!r}: {self.reason}; it was written with another "
+            "type of the table, or by hand"
+        )
 
 
 publish(

@@ -27,7 +27,7 @@ from typing import (
 
 from ._identity import Bookmark
 from ._portal import Line, Portal
-from ._util import MiB
+from ._util import MiB, Unentered
 
 if TYPE_CHECKING:
     # Only checkers need it; Python has it from 3.11 on.
@@ -73,7 +73,7 @@ def takes(of: Callable[P, object]) -> Callable[[Callable[..., R]], Callable[P, R
 
 
 @final
-class Opening(AbstractAsyncContextManager[F], Generic[F]):
+class Opening(Unentered, AbstractAsyncContextManager[F], Generic[F]):
     """What the ``open_*()`` of `trio_wal.asyncio` return: a thread, as long as the block."""
 
     def __init__(
@@ -83,14 +83,14 @@ class Opening(AbstractAsyncContextManager[F], Generic[F]):
         make: Callable[[Portal, Any], F],
     ) -> None:
         self._manager = manager
-        self._name = name
+        self._call = name
         self._make = make
         self._portal: Portal | None = None
 
     async def __aenter__(self) -> F:
         if self._portal is not None:
-            raise RuntimeError(f"{self._name}() gives a context manager that can be used only once")
-        portal = self._portal = Portal(self._manager, self._name)
+            raise RuntimeError(f"{self._call}() gives a context manager that can be used only once")
+        portal = self._portal = Portal(self._manager, self._call)
         return self._make(portal, await portal.open())
 
     async def __aexit__(

@@ -67,8 +67,8 @@ class Health:
     """How well a log, a database, a reader or a replica is; what ``health()`` returns."""
 
     status: Literal["ok", "degraded", "failed"]
-    """How it fares, in one word: ``"ok"``; ``"degraded"``: it works, or will again without being
-    reopened; ``"failed"``: it does not."""
+    """How it fares, in one word; ``"degraded"`` is what works, or will again without being
+    reopened, ``"failed"`` what does not."""
     reasons: tuple[HealthReason, ...]
     """Why it is not ``"ok"``; none where it is."""
 

@@ -47,7 +47,7 @@ class Bookmark:
     lsn: int = attrs.field(validator=_not_negative)
     """The last record that was seen; 0: none yet."""
     epoch: int = attrs.field(validator=_not_negative)
-    """The epoch of the log when it was."""
+    """The epoch of the log when that record was seen."""
 
     def __str__(self) -> str:
         return f"{self.lsn}@{self.epoch:x}"

@@ -42,7 +42,7 @@ from ._retention import KeepSegments, Retention
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
 from ._system.files import OsFiles
-from ._util import MiB, check_bool, check_int, check_one_of, check_path
+from ._util import MiB, Unentered, check_bool, check_int, check_one_of, check_path
 from ._worker import Blocking
 
 VerifyStore = Literal["auto", "child", "none"]
@@ -66,8 +66,10 @@ class _Options:
 
 
 @final
-class _OpenDatabase(AbstractAsyncContextManager[Database]):
+class _OpenDatabase(Unentered, AbstractAsyncContextManager[Database]):
     """What `open_database` returns."""
+
+    _call = "trio_wal.open_database"
 
     def __init__(
         self, options: _Options, files: Files, run: LogOptions, where: LocalOptions

@@ -64,6 +64,7 @@ class Operation:
     """What a transaction did to one key, in total."""
 
     key: bytes
+    """The key as it stands in the database; `Table.decode` knows a table's."""
     value: bytes | None
     """The new value, or None where the key was deleted."""
 

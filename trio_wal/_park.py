@@ -151,6 +151,9 @@ async def end_forked(nursery: trio.Nursery, error: Callable[[], BaseException]) 
 ASYNCIO_HAS: Final = frozenset({"open_wal", "open_database", "open_reader", "open_database_reader"})
 """What there is in `trio_wal.asyncio`, too."""
 
+SYNC_CALLS: Final = frozenset({"log.send_nowait"})
+"""What is no coroutine function."""
+
 
 def require_trio(caller: str) -> None:
     """Raises `RuntimeError`, with what to do, where trio does not run: under asyncio, say."""
@@ -169,7 +172,8 @@ def no_trio(caller: str) -> RuntimeError:
     method = caller.partition(".")[2]
     name = f"{method}()" if method else f"trio_wal.{caller}()"
     if not _asyncio_runs():
-        text = "run it under trio.run(); from a thread of trio's, by trio.from_thread.run()"
+        way = "run_sync" if caller in SYNC_CALLS else "run"
+        text = f"run it under trio.run(); from a thread of trio's, by trio.from_thread.{way}()"
     elif caller in ASYNCIO_HAS:
         text = f"use trio_wal.asyncio.{caller}()"
     elif method:

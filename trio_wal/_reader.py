@@ -25,7 +25,7 @@ from ._remotelog import refuse_options, remote_log
 from ._stream import RecordStream, new_record_stream
 from ._system.files import OsFiles
 from ._text import printable
-from ._util import check_path
+from ._util import Unentered, check_path
 from ._watchsource import WatchSource
 from ._worker import Blocking
 
@@ -153,7 +153,9 @@ _new_log_reader = constructor(LogReader)
 
 
 @final
-class _OpenReader(AbstractAsyncContextManager[LogReader]):
+class _OpenReader(Unentered, AbstractAsyncContextManager[LogReader]):
+    _call = "trio_wal.open_reader"
+
     def __init__(self, path: str, files: Files) -> None:
         self._path = path
         self._files = files
@@ -185,8 +187,10 @@ class _OpenReader(AbstractAsyncContextManager[LogReader]):
 
 
 @final
-class _OpenRemoteReader(AbstractAsyncContextManager[LogReader]):
+class _OpenRemoteReader(Unentered, AbstractAsyncContextManager[LogReader]):
     """For a log that servers keep: what they say of it arrives in a task."""
+
+    _call = "trio_wal.open_reader"
 
     def __init__(self, log: RemoteLog) -> None:
         self._log = log

@@ -35,7 +35,7 @@ from ._retention import KeepAll, Retention
 from ._snapshots import SNAPSHOTS, fetch_snapshot, newest_snapshot
 from ._store_files import damaged, data_file, misfit
 from ._stores import stores_of
-from ._util import check_bool, check_int
+from ._util import Unentered, check_bool, check_int
 from ._worker import Blocking
 
 POLL_SECONDS: Final = 1.0
@@ -176,8 +176,10 @@ class Cache:
 
 
 @final
-class OpenRemoteDatabase(AbstractAsyncContextManager[Database]):
+class OpenRemoteDatabase(Unentered, AbstractAsyncContextManager[Database]):
     """What `open_database` returns for a log on servers."""
+
+    _call = "trio_wal.open_database"
 
     def __init__(self, options: RemoteOptions, run: LogOptions, files: Files) -> None:
         self._options = options

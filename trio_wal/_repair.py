@@ -61,6 +61,7 @@ class Damage:
     offset: int
     """Byte offset in it; 0 where the file as a whole is wrong."""
     reason: str
+    """What is wrong there."""
 
 
 @final

@@ -39,7 +39,7 @@ from ._state import State, Status
 from ._stores import stores_of
 from ._stream import new_record_stream
 from ._streamlog import StreamSource
-from ._util import check_int
+from ._util import Unentered, check_int
 from ._worker import Blocking
 
 D = TypeVar("D")
@@ -461,8 +461,10 @@ class _Promotion(AbstractAsyncContextManager[Database]):
 
 
 @final
-class OpenReplica(AbstractAsyncContextManager[Replica]):
+class OpenReplica(Unentered, AbstractAsyncContextManager[Replica]):
     """What `open_replica` returns."""
+
+    _call = "trio_wal.open_replica"
 
     def __init__(self, options: RemoteOptions, files: Files, promote: Callable[..., Any]) -> None:
         self._options = options

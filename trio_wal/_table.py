@@ -8,7 +8,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import UnionType
+from types import CoroutineType, UnionType
 from typing import (
     Any,
     Final,
@@ -45,6 +45,9 @@ class Readable(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
     @overload
     def get(self, key: bytes, default: D) -> bytes | D: ...
+    def get(self, key: bytes, default: object = None) -> object:
+        """As `Database.get`."""
+        ...
 
     def scan(
         self,
@@ -228,7 +231,7 @@ class Table(Generic[K, V]):
         None where the operation is about another table.
 
         Raises:
-          TableDecodeError
+          TableDecodeError: the operation is about the table, and its key or value does not decode.
         """
         if not operation.key.startswith(self._prefix):
             return None
@@ -262,6 +265,11 @@ class Table(Generic[K, V]):
             return decode(data)
         except (ValueError, msgspec.MsgspecError) as exc:
             raise TableDecodeError(self._name, key, str(exc)) from exc
+        except TypeError:
+            given: Any = data
+            if _is_coroutine(given):
+                raise self._of_asyncio("get", source, given) from None
+            raise
 
     def scan(
         self,
@@ -287,7 +295,10 @@ class Table(Generic[K, V]):
           TableDecodeError: what is stored is no key or value of the table.
         """
         first, end = self._range(start, stop, prefix)
-        return self._decoded(source.scan(first, end, reverse=reverse, limit=limit))
+        items: Any = source.scan(first, end, reverse=reverse, limit=limit)
+        if _is_coroutine(items):
+            raise self._of_asyncio("scan", source, items)
+        return self._decoded(items)
 
     def _decoded(self, items: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[K, V]]:
         for data, value in items:
@@ -314,7 +325,9 @@ class Table(Generic[K, V]):
 
     def put(self, tx: Transaction, key: K, value: V) -> None:
         """Set ``key`` to ``value``: `Transaction.put`."""
-        tx.put(self.encode_key(key), self.encode_value(value))
+        given: object = tx.put(self.encode_key(key), self.encode_value(value))  # type: ignore[func-returns-value]
+        if given is not None:
+            raise self._no_transaction("put", tx, given)
 
     def insert(self, tx: Transaction, key: K, value: V) -> None:
         """Like `put`; `KeyExistsError` if the key is there."""
@@ -330,13 +343,18 @@ class Table(Generic[K, V]):
     def delete(self, tx: Transaction, key: K) -> None:
         """Remove ``key``; `KeyError` if it is absent: `Transaction.delete`."""
         try:
-            tx.delete(self.encode_key(key))
+            given: object = tx.delete(self.encode_key(key))  # type: ignore[func-returns-value]
         except KeyError:
             raise KeyError(key) from None
+        if given is not None:
+            raise self._no_transaction("delete", tx, given)
 
     def discard(self, tx: Transaction, key: K) -> bool:
         """Remove ``key``, if it is there; returns whether it was: `Transaction.discard`."""
-        return tx.discard(self.encode_key(key))
+        given: object = tx.discard(self.encode_key(key))
+        if not isinstance(given, bool):
+            raise self._no_transaction("discard", tx, given)
+        return given
 
     @overload
     def pop(self, tx: Transaction, key: K) -> V: ...
@@ -350,13 +368,17 @@ class Table(Generic[K, V]):
           TableDecodeError: what is stored is no value of the table; it is still there.
         """
         encoded = self.encode_key(key)
-        data = tx.get(encoded)
+        data: Any = tx.get(encoded)
         if data is None:
             if isinstance(default, _NoDefault):
                 raise KeyError(key)
             return default
+        if _is_coroutine(data):
+            raise self._no_transaction("pop", tx, data)
         value = self._decode_value(key, data)
-        tx.delete(encoded)
+        given: object = tx.delete(encoded)  # type: ignore[func-returns-value]
+        if given is not None:
+            raise self._no_transaction("pop", tx, given)
         return value
 
     def delete_range(
@@ -369,6 +391,38 @@ class Table(Generic[K, V]):
     ) -> int:
         """Remove the keys that `scan` would give, without decoding them; returns how many."""
         return tx.delete_range(*self._range(start, stop, prefix))
+
+    def _no_transaction(self, method: str, tx: object, given: object) -> TypeError:
+        """A database has methods of these names, too: coroutines, which would do nothing."""
+        _close(given)
+        kind = type(tx)
+        if kind.__module__.endswith(".asyncio"):
+            advice = f"await tx.call(table.{method}, ...) has one"
+        else:
+            advice = "async with db.transaction() as tx"
+        return TypeError(
+            f"table {self._name!r}: {method}() needs a trio_wal.Transaction, "
+            f"not a {kind.__module__}.{kind.__qualname__}: {advice}"
+        )
+
+    def _of_asyncio(self, method: str, source: object, given: object) -> TypeError:
+        """There, ``get`` and ``scan`` are coroutines."""
+        _close(given)
+        kind = type(source)
+        return TypeError(
+            f"table {self._name!r}: {method}() cannot read a {kind.__module__}.{kind.__qualname__}"
+            f": await db.view(lambda snapshot: table.{method}(snapshot, ...))"
+        )
+
+
+def _is_coroutine(given: object) -> bool:
+    return isinstance(given, CoroutineType)
+
+
+def _close(given: object) -> None:
+    """So that nobody is warned of a coroutine as well."""
+    if isinstance(given, CoroutineType):
+        given.close()
 
 
 def _short(key: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from os import PathLike, fspath
-from typing import Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB
@@ -111,3 +111,26 @@ def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise TypeError(f"{name} must be a str, not {type(value).__name__}")
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+class Unentered:
+    """What an ``open_*()`` returns; says so where its ``async with`` was forgotten."""
+
+    _call: str
+    """How it was called."""
+
+    if not TYPE_CHECKING:  # for a checker there is none of this
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):  # asked for by Python, not by a user
+                raise AttributeError(name)
+            raise AttributeError(
+                f"{self._call}() gives something to enter: async with {self._call}(...); "
+                f"{name!r} belongs to what that gives"
+            )
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(f"{self._call}() is entered by async with, not by with")
+
+        def __exit__(self, *_: object) -> None:
+            """Python looks for it before it calls ``__enter__``."""

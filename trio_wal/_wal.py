@@ -44,7 +44,7 @@ from ._retention import KeepAll, Retention
 from ._statistics import WalStatistics
 from ._stream import RecordStream
 from ._system.files import OsFiles
-from ._util import MiB, check_bytes, check_int
+from ._util import MiB, Unentered, check_bytes, check_int
 from ._writer import OpenWriter, Writer, check_line_options, gather_unit, new_writer
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         Cancellation: if it raises `trio.Cancelled`, the record was not accepted.
 
         Raises:
-          TypeError, RecordTooLargeError, LogFullError, LogFailedError,
-          trio.ClosedResourceError: as for `append`.
+          TypeError, RecordTooLargeError, LogFullError, LogFailedError: as for `append`.
+          trio.ClosedResourceError: the log is closed.
         """
         data = check_bytes("data", data)
         self._check_size(len(data))
@@ -168,11 +168,13 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
 
         Raises:
           trio.WouldBlock: the queue is full.
-          TypeError, RecordTooLargeError, LogFullError, LogFailedError,
-          trio.ClosedResourceError: as for `append`.
+          RuntimeError: called in a thread in which trio does not run.
+          TypeError, RecordTooLargeError, LogFullError, LogFailedError: as for `append`.
+          trio.ClosedResourceError: the log is closed.
         """
         data = check_bytes("data", data)
         self._check_size(len(data))
+        require_trio("log.send_nowait")
         self._log.accept_nowait(data)
 
     @enable_ki_protection
@@ -193,7 +195,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
     async def wait_durable(self, lsn: int) -> None:
         """Wait until ``durable_lsn >= lsn``, for a record written or still to come.
 
-        With ``durability="none"`` that takes somebody's `flush`.  Cancelling it changes nothing.
+        With ``durability="none"`` it waits for somebody's `flush`.  Cancelling it changes nothing.
 
         Raises:
           TypeError, ValueError: ``lsn`` is not an int, or is negative.
@@ -277,9 +279,9 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         """Like `read`, and then waits for new durable records, until it is left or the
         log is closed.
 
-        A close does not wait for followers.  For one that has had everything durable it ends
-        the iteration; one that has not is told so, by an error, after what it had already
-        read from the disk.
+        Closing the log does not wait for followers.  A follower that was given everything
+        durable just ends; any other gets what it had already read from the disk, and then an
+        error.
 
         Raises:
           trio.ClosedResourceError: the log was closed before everything durable was given.
@@ -307,7 +309,7 @@ class WriteAheadLog(metaclass=NoPublicConstructor):
         Args:
           name: 1 to 255 characters.
           start: where its first use begins: the first LSN, or a bookmark to continue after; None:
-              the oldest record.  Later it says nothing.
+              the oldest record.  Ignored afterwards.
 
         Raises, when called:
           TypeError, ValueError: an argument is wrong, or the log belongs to a database.
@@ -521,12 +523,14 @@ new_wal = constructor(WriteAheadLog)
 
 
 @final
-class _OpenWal(AbstractAsyncContextManager[WriteAheadLog]):
+class _OpenWal(Unentered, AbstractAsyncContextManager[WriteAheadLog]):
     """What `open_wal` returns.
 
     A class, not a generator: ``__aexit__`` is then protected from Ctrl-C from its first
     instruction on, and the body's exception is not touched by the nursery.
     """
+
+    _call = "trio_wal.open_wal"
 
     def __init__(self, opened: OpenLog) -> None:
         self._opened = opened

@@ -197,7 +197,7 @@ class Writer(metaclass=NoPublicConstructor):
 
         Raises:
           trio.WouldBlock: the writer's share, or the queue, is full, or somebody waits for it.
-          TypeError, RecordTooLargeError, LogFullError, LogFailedError,
+          TypeError, RecordTooLargeError, LogFullError, LogFailedError: as for `append`.
           trio.ClosedResourceError, RuntimeError: as for `append`.
         """
         self._log.accept_nowait(self._check_data(data), self._line)

@@ -1,8 +1,9 @@
 """Logs and databases for asyncio programs: `trio_wal.asyncio.open_wal` and `open_database`.
 
-Law: the same names and promises as under trio.  Each ``open_*()`` starts a thread in which trio
-runs; what it gives has the methods of trio's object, as coroutines.  The page "asyncio" of the
-documentation says what is different.
+Law: the same names and promises as under trio.
+
+Each ``open_*()`` starts a thread in which trio runs; what it gives has the methods of trio's
+object, as coroutines.  The page "asyncio and threads" of the documentation says what is different.
 """
 
 from __future__ import annotations

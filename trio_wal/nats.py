@@ -1,7 +1,9 @@
 """A log on NATS JetStream servers: `Log` says where it is, `trio_wal.open_wal` opens it.
 
-Law: what is said and checked; nats-py is loaded when a log is opened, by ``_natscas``.  Everything
-that would make the log less durable than it promises is refused by name, before a byte is written.
+Law: what is said and checked; nats-py is loaded when a log is opened, by ``_natscas``.
+
+Needs the extra ``nats``.  Servers that would make the log less durable than it promises are refused
+by name, before a byte is written.
 
 ::
 

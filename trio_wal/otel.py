@@ -1,7 +1,9 @@
 """Metrics for OpenTelemetry: `instrument`.
 
-Law: nothing is counted here, and nothing is done between two collections; ``_metrics`` says what
-there is and how it is called, ``_sampling`` looks at it.  Needs the extra ``otel``.
+Law: nothing is counted here; ``_metrics`` says what there is and how it is called, ``_sampling``
+looks at it.
+
+Needs the extra ``otel``.  Nothing is done between two collections.
 
 ::
 

@@ -1,7 +1,9 @@
 """Metrics for Prometheus: `WalCollector`.
 
-Law: nothing is counted here, and nothing is done between two scrapes; ``_metrics`` says what there
-is and how it is called, ``_sampling`` looks at it.  Needs the extra ``prometheus``.
+Law: nothing is counted here; ``_metrics`` says what there is and how it is called, ``_sampling``
+looks at it.
+
+Needs the extra ``prometheus``.  Nothing is done between two scrapes.
 
 ::
 

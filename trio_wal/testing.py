@@ -2,8 +2,10 @@
 programs that keep one.
 
 Law: behaves like the operating system's files behind the same protocol (`trio_wal._files`),
-but for what it is asked to do wrong.  Everything random comes from the seeds that the
-caller gives.  No thread is used: tests run on trio's `trio.testing.MockClock`.
+but for what it is asked to do wrong.
+
+Everything random comes from the seeds that the caller gives.  No thread is used, so tests can run
+on trio's `trio.testing.MockClock`.
 
 ::
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO, cast
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 from rich.console import Console
 
 from trio_wal import __version__
@@ -127,7 +127,8 @@ def _run_and_explain(arguments: list[str]) -> int:
         return ExitCode.USAGE
     except WrongDirectoryError as exc:
         # What to call instead is for programs.
-        complain(f"{exc.path}: this is {exc.found}")
+        other = {"a log": ", not a database", "a database": ", not a log"}.get(exc.found, "")
+        complain(f"{exc.path}: this is {exc.found}{other}")
         return ExitCode.FAILED
     except (WalError, CommandError) as exc:
         complain(str(exc))
@@ -162,6 +163,9 @@ def _run(arguments: list[str]) -> int:
         return ExitCode.USAGE
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except UnusedCliTokensError as exc:
+        extra = ", ".join(map(repr, exc.unused_tokens or ()))
+        raise UsageError(f"Unexpected argument: {extra}. See trio-wal --help.") from exc
     except CycloptsError as exc:
         raise UsageError(f"{exc} See trio-wal --help.") from exc
     # --help and --version give None.

@@ -77,6 +77,10 @@ Place: TypeAlias = Annotated[
         "nats://host:4222/orders.",
     ),
 ]
+LocalPlace: TypeAlias = Annotated[
+    str, Parameter(name="DIR", help="The directory of a log, or of a database.")
+]
+"""For a command that refuses a URL in words of its own."""
 Database: TypeAlias = Annotated[Path, Parameter(name="DB", help="The directory of a database.")]
 LogDir: TypeAlias = Annotated[Path, Parameter(name="DIR", help="The directory of a log.")]
 Json: TypeAlias = Annotated[

@@ -68,7 +68,10 @@ async def bench(
     /,
     *,
     advise: Annotated[
-        bool, Parameter(negative=(), help="Propose settings for four aims, and try them.")
+        bool,
+        Parameter(
+            negative=(), show_default=False, help="Propose settings for four aims, and try them."
+        ),
     ] = False,
     seconds: Annotated[float, Parameter(help="How long each measurement takes.")] = 1.0,
     record_size: Annotated[int, Parameter(help="Size of a record in the trials, in bytes.")] = 100,

@@ -22,7 +22,7 @@ def completion_of(app: App) -> App:
         `~/.config/fish/completions/trio-wal.fish`.
 
         Args:
-          shell: which shell the script is for.
+          shell: Which shell the script is for.
         """
         print(app.generate_completion(shell=shell))
         return ExitCode.OK

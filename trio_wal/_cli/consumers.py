@@ -19,7 +19,7 @@ from ._output import (
     CommandError,
     ExitCode,
     Json,
-    Place,
+    LocalPlace,
     is_database,
     new_table,
     say,
@@ -28,7 +28,7 @@ from ._output import (
 )
 
 
-async def consumers(place: Place, /, *, json: Json = False) -> int:
+async def consumers(place: LocalPlace, /, *, json: Json = False) -> int:
     """List the consumers of a log or a database: how far each has acknowledged, and how far
     it is behind, in records (for a database: commits), bytes and seconds.
 

@@ -49,7 +49,8 @@ async def demo(
         int | None, Parameter(help="Seed for the moments of the kills; default: random.")
     ] = None,
     log_only: Annotated[
-        bool, Parameter(help="Append to a log instead of committing to a database.")
+        bool,
+        Parameter(show_default=False, help="Append to a log instead of committing to a database."),
     ] = False,
     json: Json = False,
 ) -> int:

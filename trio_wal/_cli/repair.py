@@ -11,15 +11,16 @@ from trio_wal._repair import Repair, RepairReport
 from trio_wal._system.files import OsFiles
 
 from . import _servers
-from ._output import CommandError, ExitCode, Json, Place, count, progress_bar, say, write_json
+from ._output import CommandError, ExitCode, Json, LocalPlace, count, progress_bar, say, write_json
 
 
 def repair(
-    place: Place,
+    place: LocalPlace,
     /,
     *,
     accept_loss: Annotated[
-        bool, Parameter(negative=(), help="Do it; without this, nothing is changed.")
+        bool,
+        Parameter(negative=(), show_default=False, help="Do it; without this, nothing is changed."),
     ] = False,
     keep: Annotated[
         Literal["oldest", "newest"],
@@ -29,6 +30,7 @@ def repair(
         bool,
         Parameter(
             negative=(),
+            show_default=False,
             help="Set a database's store aside without reading it, and rebuild it from the log: "
             "for a damaged store that claims to be of a newer trio-wal.",
         ),
@@ -44,7 +46,8 @@ def repair(
 
     Exits with 1 if there is damage and `--accept-loss` was not given.
 
-    Example: `trio-wal repair orders` and then `trio-wal repair orders --accept-loss`
+    Example: `trio-wal repair orders.wal`, and if the loss is acceptable,
+    `trio-wal repair orders.wal --accept-loss`
     """
     if _servers.is_url(place):
         raise CommandError(

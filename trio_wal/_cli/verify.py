@@ -31,8 +31,6 @@ from ._output import (
     write_json,
 )
 
-"""What is for whoever judges, and not for who reads."""
-
 
 def verify(place: Place, /, *, json: Json = False) -> int:
     """Check every frame of a log and print every problem.
@@ -40,6 +38,8 @@ def verify(place: Place, /, *, json: Json = False) -> int:
     For a database, it also checks the store (every page, then every key through LMDB in a child
     process), and that log and store fit together. Reads only and takes no lock; log and store
     may be written meanwhile. Exits with 1 if there are findings.
+
+    Example: `trio-wal verify orders.wal`
     """
     if _servers.is_url(place):
         return _servers.verify(place, json)
