@@ -725,7 +725,7 @@ def test_each_failing_call_of_a_group_leaves_no_temporary_file() -> None:
 
 async def sealed_log(files: MemoryFiles, count: int) -> None:
     """So many segments are sealed, and not archived."""
-    async with trio_wal.open_wal(LOG, files=files) as wal:
+    async with trio_wal.open_wal(LOG, files=files, segment_size=4096) as wal:
         for number in range(count):
             await wal.append(b"%d" % number + bytes(100))
             await wal.rotate()
