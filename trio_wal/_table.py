@@ -14,6 +14,7 @@ from typing import (
     Final,
     Generic,
     Protocol,
+    TypeGuard,
     TypeVar,
     Union,
     cast,
@@ -326,7 +327,7 @@ class Table(Generic[K, V]):
     def put(self, tx: Transaction, key: K, value: V) -> None:
         """Set ``key`` to ``value``: `Transaction.put`."""
         given: object = tx.put(self.encode_key(key), self.encode_value(value))  # type: ignore[func-returns-value]
-        if given is not None:
+        if _is_coroutine(given):
             raise self._no_transaction("put", tx, given)
 
     def insert(self, tx: Transaction, key: K, value: V) -> None:
@@ -346,15 +347,15 @@ class Table(Generic[K, V]):
             given: object = tx.delete(self.encode_key(key))  # type: ignore[func-returns-value]
         except KeyError:
             raise KeyError(key) from None
-        if given is not None:
+        if _is_coroutine(given):
             raise self._no_transaction("delete", tx, given)
 
     def discard(self, tx: Transaction, key: K) -> bool:
         """Remove ``key``, if it is there; returns whether it was: `Transaction.discard`."""
         given: object = tx.discard(self.encode_key(key))
-        if not isinstance(given, bool):
+        if _is_coroutine(given):
             raise self._no_transaction("discard", tx, given)
-        return given
+        return cast("bool", given)
 
     @overload
     def pop(self, tx: Transaction, key: K) -> V: ...
@@ -377,7 +378,7 @@ class Table(Generic[K, V]):
             raise self._no_transaction("pop", tx, data)
         value = self._decode_value(key, data)
         given: object = tx.delete(encoded)  # type: ignore[func-returns-value]
-        if given is not None:
+        if _is_coroutine(given):
             raise self._no_transaction("pop", tx, given)
         return value
 
@@ -392,9 +393,11 @@ class Table(Generic[K, V]):
         """Remove the keys that `scan` would give, without decoding them; returns how many."""
         return tx.delete_range(*self._range(start, stop, prefix))
 
-    def _no_transaction(self, method: str, tx: object, given: object) -> TypeError:
+    def _no_transaction(
+        self, method: str, tx: object, given: CoroutineType[Any, Any, Any]
+    ) -> TypeError:
         """A database has methods of these names, too: coroutines, which would do nothing."""
-        _close(given)
+        given.close()  # so that nobody is warned of it as well
         kind = type(tx)
         if kind.__module__.endswith(".asyncio"):
             advice = f"await tx.call(table.{method}, ...) has one"
@@ -405,9 +408,11 @@ class Table(Generic[K, V]):
             f"not a {kind.__module__}.{kind.__qualname__}: {advice}"
         )
 
-    def _of_asyncio(self, method: str, source: object, given: object) -> TypeError:
+    def _of_asyncio(
+        self, method: str, source: object, given: CoroutineType[Any, Any, Any]
+    ) -> TypeError:
         """There, ``get`` and ``scan`` are coroutines."""
-        _close(given)
+        given.close()  # so that nobody is warned of it as well
         kind = type(source)
         return TypeError(
             f"table {self._name!r}: {method}() cannot read a {kind.__module__}.{kind.__qualname__}"
@@ -415,14 +420,8 @@ class Table(Generic[K, V]):
         )
 
 
-def _is_coroutine(given: object) -> bool:
+def _is_coroutine(given: object) -> TypeGuard[CoroutineType[Any, Any, Any]]:
     return isinstance(given, CoroutineType)
-
-
-def _close(given: object) -> None:
-    """So that nobody is warned of a coroutine as well."""
-    if isinstance(given, CoroutineType):
-        given.close()
 
 
 def _short(key: object) -> str:
