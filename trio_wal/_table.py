@@ -352,10 +352,10 @@ class Table(Generic[K, V]):
 
     def discard(self, tx: Transaction, key: K) -> bool:
         """Remove ``key``, if it is there; returns whether it was: `Transaction.discard`."""
-        given: object = tx.discard(self.encode_key(key))
+        given = tx.discard(self.encode_key(key))
         if _is_coroutine(given):
             raise self._no_transaction("discard", tx, given)
-        return cast("bool", given)
+        return given
 
     @overload
     def pop(self, tx: Transaction, key: K) -> V: ...
