@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
-from trio_wal._caslog import Conflict, Entry, Gone, Unsure
+from trio_wal._caslog import Conflict, Entry, Full, Gone, Unsure
 from trio_wal._disk.frame import FrameError
 from trio_wal._messages import (
     Ident,
@@ -364,6 +364,26 @@ async def test_a_full_log_that_is_made_room_in_remembers_its_epochs(
                 async with heir.read(seen):
                     pass
             assert type(caught.value) is trio_wal.LsnTruncatedError
+
+
+async def test_a_full_log_of_which_somebody_else_has_dropped_more_is_left_alone(
+    servers: CasServers, autojump_clock: MockClock
+) -> None:
+    way = MemoryCas(servers)
+
+    def full(after: int, pieces: Sequence[bytes], ident: str) -> object:
+        servers.drop_before(servers.last + 1)
+        raise Full("maximum bytes exceeded")
+
+    async with open_wal_on_cas(way) as wal:
+        for _ in range(5):
+            await wal.append(bytes(10))
+        await wal.truncate_before(2)
+        await wal.append(bytes(10))
+        asked = answering(way, full, full)
+        await wal.truncate_before(6)
+        assert len(asked) == 2
+        assert await wal.append(b"next") == 7
 
 
 # -- what is dropped, and what is known all the same ----------------------------------------------

@@ -306,14 +306,13 @@ class ReplicatedEngine:
         if lsn <= self._first_lsn:
             await trio.lowlevel.checkpoint()
             return
-        try:
+        # Gone: whoever has taken the log over has dropped more of it.
+        with contextlib.suppress(Gone):
             position = await self._place_to_drop(lsn)
-        except Gone:
-            return
-        with trio.CancelScope(shield=True):
-            if self._appender.mark < position:
-                await self._mark_before(position)
-            await self._purge(position)
+            with trio.CancelScope(shield=True):
+                if self._appender.mark < position:
+                    await self._mark_before(position)
+                await self._purge(position)
 
     async def _mark_before(self, position: int) -> None:
         """Have a mark that is left when what stands before a position is dropped.  A log that is
