@@ -519,6 +519,8 @@ class Simulation:
             found = self._one_image(
                 image, path, mix, killed=not damage, learn=not damage, known_as=print_of_image
             )
+            if not damage and found.log.report.torn_bytes and not self.workload.fails:
+                raise Wrong("other", "no write was under way, and yet something is called torn")
         except _Found:
             raise
         except Exception as exc:
