@@ -326,15 +326,13 @@ class WatchSource:
         damage, proven = seen.chain_damage, seen.beyond_lsn
         # Whoever follows a living owner has all from its word; and in a file of old bytes something
         # stands behind the end of whatever it is just writing.
-        known_end = last.header.reused and not meta.copied and word.epoch == meta.epoch
+        told_end = last.header.reused and not meta.copied and word.epoch == meta.epoch
+        unknown = first_look and not (told_end and seen.tail is not None)
+        suspicious = _suspicious(tail, evidence, proof, look=not told_end)
         if damage is not None:
             # Others come after it: it was whole, and durable.
             proven = max(proven, end.next_lsn - 1)
-        elif (
-            (first_look and not (known_end and seen.tail is not None))
-            or seen.damage is not None
-            or _suspicious(tail, evidence, proof, known_end=known_end)
-        ):
+        elif unknown or suspicious or seen.damage is not None:
             judged = judge_end(
                 self.name,
                 file,
@@ -482,11 +480,11 @@ class WatchSource:
         self._directory.close()
 
 
-def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int, *, known_end: bool) -> bool:
-    """Whether something at the log's end says more than that it ends."""
+def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int, *, look: bool) -> bool:
+    """Whether something at the log's end, ``look``: be it no frame, says more than that it ends."""
     pointer = evidence.pointer
     return (
-        (not known_end and bool(evidence.block.strip(b"\0")))
+        (look and bool(evidence.block.strip(b"\0")))
         or tail.last_kind is Kind.SEAL
         or (
             pointer is not None

@@ -866,7 +866,7 @@ MUTANTS: Final = (
     # -- who reads --
     mutant(
         "readers take damage for the end", "_watchsource", "bitrot:ways/reader",
-        "elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):",
+        "elif unknown or suspicious or seen.damage is not None:",
         "elif False:",
     ),
     mutant(
