@@ -12,6 +12,7 @@ from logs import (
     append,
     content,
     copy_of,
+    forget_word,
     make_reused_log,
     numbered,
     open_log,
@@ -22,7 +23,7 @@ from logs import (
 )
 
 from trio_wal import CorruptLogError, UnsupportedFormatError
-from trio_wal._disk import frame as _frame
+from trio_wal._disk import frame as _frame, scan
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -35,6 +36,8 @@ from trio_wal._disk.frame import (
 from trio_wal._disk.scan import FrameScanner, start_of
 from trio_wal._disk.verify import verify
 from trio_wal._util import KiB, MiB
+from trio_wal._watchsource import WatchSource
+from trio_wal._worker import Blocking
 from trio_wal.testing import MemoryFiles
 
 SIZE = 16 * KiB
@@ -370,6 +373,81 @@ def test_a_log_that_is_cut_may_go_on_in_a_reused_one() -> None:
         every = records_of(log)
         assert not any(old_bytes(log)[:BLOCK])
     assert content(copy_of(files), segment_size=SIZE) == every
+
+
+# -- readers --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry for each time that all behind an end is read."""
+    done: list[int] = []
+    whole = scan.examine_tail
+
+    def examine_tail(*args: Any) -> scan.Tail:
+        done.append(1)
+        return whole(*args)
+
+    monkeypatch.setattr(scan, "examine_tail", examine_tail)
+    return done
+
+
+def test_whoever_follows_does_not_search_the_old_bytes(searches: list[int]) -> None:
+    """Not even while the owner is writing, and no zeros stand behind its newest frame."""
+    files = MemoryFiles()
+    log = in_reused(files)
+    source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+    source.look()
+    assert len(searches) == 1, "who has just come believes nothing"
+    rotated = 0
+    with reusing():
+        for number in range(60):
+            header = log.active.header
+            append(log, b"record %d" % number)
+            rotated += log.active.header != header
+            file = files._folder(LOG).names[log.active.header.name]
+            offset = log.active.position.offset
+            stood = bytes(file.data[offset : offset + BLOCK])
+            if number % 3 == 1:
+                file.write(b"half a frame".ljust(len(stood), b"."), offset)
+            source.look()
+            file.write(stood, offset)
+            assert source.tail.durable_lsn == log.last_lsn
+            assert source.damage is None
+            reuse_dropped(log)
+    assert rotated > 1
+    assert len(searches) == 1
+
+
+def test_whoever_follows_finds_what_is_lost_by_the_owners_word() -> None:
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+        source.look()
+        place = log.active.position.offset
+        append(log, b"lost")
+        data = bytearray(files.read_file(LOG, log.active.header.name))
+        data[place + 8] ^= 1
+        files.write_file(LOG, log.active.header.name, bytes(data))
+    source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
+def test_a_reader_after_a_power_cut_searches(searches: list[int]) -> None:
+    """The owner's word may be older than what it speaks of."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+    data = bytearray(files.read_file(LOG, log.active.header.name))
+    data[DATA_OFFSET + BLOCK + 8] ^= 1
+    files.write_file(LOG, log.active.header.name, bytes(data))
+    forget_word(files)
+    source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+    source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert searches
 
 
 # -- other versions -------------------------------------------------------------------------
