@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from archives import RESTORED, archive_in, wait_archived
+from helpers import read_all
 from logs import (
     LOG,
     append,
@@ -21,9 +27,11 @@ from logs import (
     reusing,
     segments,
 )
+from trio.testing import MockClock
 
-from trio_wal import CorruptLogError, UnsupportedFormatError
-from trio_wal._disk import frame as _frame, scan
+import trio_wal
+from trio_wal import CorruptLogError, KeepSegments, UnsupportedFormatError
+from trio_wal._disk import directory as _directory, frame as _frame, scan
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -448,6 +456,66 @@ def test_a_reader_after_a_power_cut_searches(searches: list[int]) -> None:
     source.look()
     assert isinstance(source.damage, CorruptLogError)
     assert searches
+
+
+# -- whole programs -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention comes before the next segment is prepared, though segments are short."""
+    monkeypatch.setattr(_directory, "PREPARE_FROM", 0.6)
+
+
+async def test_what_was_archived_of_them_is_restored(late: None, autojump_clock: MockClock) -> None:
+    files = MemoryFiles()
+    archive = archive_in(files)
+    every = [b"record %d" % number for number in range(150)]
+    with reusing():
+        async with trio_wal.open_wal(
+            LOG, files=files, archive=archive, segment_size=SIZE, retention=KeepSegments(1)
+        ) as wal:
+            for record in every:
+                await wal.append(record)
+                await trio.sleep(1)
+            await wal.rotate()
+            await wait_archived(wal)
+    manifests = [name for name in archive.list() if name.startswith("0") and name.endswith("json")]
+    assert any(json.loads(b"".join(archive.get(name)))["features"] for name in manifests)
+    for lsn in range(len(every) - 25, len(every) + 1, 5):
+        await trio_wal.restore(archive, RESTORED, files=files, to_lsn=lsn)
+        async with trio_wal.open_wal(RESTORED, files=files) as wal:
+            assert list((await read_all(wal)).values()) == every[:lsn]
+            assert await wal.append(b"another history") == lsn + 1
+        files.discard_directory(RESTORED)
+
+
+@pytest.mark.parametrize("sync_in", ["thread", "loop"])
+@pytest.mark.parametrize("durability", ["sync", "none"])
+async def test_a_log_on_real_files_uses_dropped_segments_again(
+    late: None, tmp_path: Path, sync_in: trio_wal.SyncIn, durability: Any
+) -> None:
+    kept = KeepSegments(2)
+    found: list[bool] = []
+    with reusing():
+        async with trio_wal.open_wal(
+            tmp_path / "log",
+            segment_size=SIZE,
+            retention=kept,
+            sync_in=sync_in,
+            durability=durability,
+            compression="zstd" if find_spec("zstandard") else None,
+        ) as wal:
+            while not any(found):
+                await wal.append(b"%d " % wal.last_lsn * 90)
+                await trio.sleep(0.001)
+                found.append(wal._log.engine._directory.active.header.reused)
+            written = wal.last_lsn
+        async with trio_wal.open_wal(tmp_path / "log", segment_size=SIZE) as wal:
+            assert wal.recovery.clean_shutdown
+            records = await read_all(wal)
+            assert list(records) == list(range(wal.first_lsn, written + 1))
+            assert all(data == b"%d " % (lsn - 1) * 90 for lsn, data in records.items())
 
 
 # -- other versions -------------------------------------------------------------------------
