@@ -389,7 +389,15 @@ def docs(session: nox.Session) -> None:
     session.run("towncrier", "build", "--draft", "--version", PYPROJECT["project"]["version"])
 
 
-SPELLED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "newsfragments", "trio_wal")
+SPELLED = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs",
+    "newsfragments",
+    "trio_wal",
+)
 
 
 @nox.session(default=False)

@@ -117,10 +117,11 @@ KINDS = {
 
 
 def changelog() -> str:
-    lines = ["## Not released yet", ""]
+    lines: list[str] = []
     for kind, title in KINDS.items():
         fragments = sorted((ROOT / "newsfragments").glob(f"*.{kind}*.md"), key=_numbers)
         if fragments:
+            lines += [] if lines else ["## Not released yet", ""]
             lines += [f"### {title}", ""]
             lines += [
                 "* " + fragment.read_text("utf-8").strip().replace("\n", "\n  ")
@@ -129,8 +130,9 @@ def changelog() -> str:
             lines.append("")
     released = ROOT / "CHANGELOG.md"
     if released.exists():
-        text = released.read_text("utf-8")
-        lines.append(text[text.find("\n## ") + 1 :] if "\n## " in text else "")
+        lines.append(
+            released.read_text("utf-8").partition("<!-- towncrier release notes start -->")[2]
+        )
     return "\n".join(lines)
 
 

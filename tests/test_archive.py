@@ -809,6 +809,40 @@ async def test_after_a_group_has_failed_one_is_put_by_itself(
     assert archive.sizes() == [1, 9, 1, 8, 1, 7]
 
 
+async def test_an_archive_that_knows_no_groups_gets_one_segment_after_the_other(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    """Together all of them would only come later, and after an error once more."""
+    await sealed_log(files, 10)
+    archive, lags = Wayward(archive_in(files)), list[int]()
+    async with open_log(files, archive, segment_size=1) as wal:
+
+        def before(method: str, name: str) -> None:
+            if method == "put" and name.endswith(".json") and name != "archive.json":
+                lags.append(wal.statistics().archive_lag_segments)
+                if len(lags) == 6:
+                    raise OSError(errno.EIO, "not this one")
+
+        archive.before = before
+        await trio.sleep(5)
+        assert wal.statistics().archived_lsn == 10
+        assert wal.statistics().archive_failures == 1
+    # The one that has failed is all that is put twice.
+    assert lags == [10, 9, 8, 7, 6, 5, 5, 4, 3, 2, 1]
+    names = sorted(archive.puts)
+    assert len(names) == 21
+    assert len(set(names)) == 20
+
+
+async def test_who_puts_one_after_the_other_does_not_rest(tmp_path: Path) -> None:
+    for archive, rests in (
+        (DirectoryArchive(tmp_path / "a"), True),
+        (Wayward(DirectoryArchive(tmp_path / "b")), False),
+    ):
+        async with trio_wal.open_wal(tmp_path / f"log {rests}", archive=archive) as wal:
+            assert (wal._log.engine._archiver._rest_seconds > 0) is rests
+
+
 async def test_those_before_a_damaged_one_are_put(files: MemoryFiles, autojump: MockClock) -> None:
     await sealed_log(files, 10)
     name = sorted(name for name in files.names(LOG) if name.startswith("wal-"))[5]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import math
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -35,6 +36,7 @@ from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.placesfile import PLACES_VERSION
 from trio_wal._disk.verify import verify
 from trio_wal._local import FileCursor
+from trio_wal._log import Log
 from trio_wal.testing import MemoryFiles
 
 TINY = 1
@@ -779,6 +781,31 @@ async def test_the_next_piece_is_read_while_an_acknowledgement_waits(
         assert await given(opened, "a") == lsns[1:]
 
 
+async def test_who_acknowledges_reads_nothing_while_another_task_is_reading(
+    kit: Kit, pieces: Pieces
+) -> None:
+    """Two at once would be given a record twice, or would pass one over."""
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 5)
+        async with opened.consumer("a") as consumer, trio.open_nursery() as nursery:
+            (item,) = await take(consumer, 1)
+            found: list[int] = []
+
+            async def iterate() -> None:
+                found.extend([each.lsn for each in await take(consumer, 2)])
+
+            pieces.gate = trio.Event()
+            nursery.start_soon(iterate)
+            await wait_all_tasks_blocked()
+            await consumer.acknowledge(item)
+            await wait_all_tasks_blocked()
+            assert pieces.asked == lsns[:2]
+            pieces.gate.set()
+            await wait_all_tasks_blocked()
+            assert found == lsns[1:3]
+            assert [each.lsn for each in await take(consumer, 2)] == lsns[3:]
+
+
 async def test_where_little_is_left_nothing_is_read_ahead(
     kit: Kit, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -873,6 +900,57 @@ async def test_who_leaves_while_it_is_read_ahead(disk_kit: Kit, pieces: Pieces) 
         assert place(opened) == 1
         async with opened.consumer("a") as consumer:
             assert [each.lsn for each in await take(consumer, 2)] == [2, 3]
+
+
+@pytest.mark.parametrize("fails", [MemoryError, KeyboardInterrupt])
+async def test_where_no_task_can_be_started_nothing_waits_for_it(
+    kit: Kit, pieces: Pieces, monkeypatch: pytest.MonkeyPatch, fails: type[BaseException]
+) -> None:
+    async with kit.open() as opened:
+        lsns = await kit.add(opened, 3)
+        async with opened.consumer("a") as consumer:
+            (item,) = await take(consumer, 1)
+
+            def start_aside(_log: Log, _task: object) -> NoReturn:
+                raise fails
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Log, "start_aside", start_aside)
+                with pytest.raises(fails):
+                    await consumer.acknowledge(item)
+            with trio.fail_after(60):
+                assert [each.lsn for each in await take(consumer, 2)] == lsns[1:]
+
+
+def test_ctrl_c_does_not_come_between_a_task_that_reads_ahead_and_the_note_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else two would read with one cursor, or one would wait for nobody."""
+    monkeypatch.setattr(cursor, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_stream, "AHEAD_RECORDS_MIN", 1)
+    real = Log.start_aside
+
+    def start_aside(log: Log, task: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        cut_short = real(log, task)
+        signal.raise_signal(signal.SIGINT)
+        return cut_short
+
+    async def main() -> None:
+        kit = Kit("log")
+        async with kit.open() as opened:
+            await kit.add(opened, 3)
+            async with opened.consumer("a") as consumer:
+                (item,) = await take(consumer, 1)
+                monkeypatch.setattr(Log, "start_aside", start_aside)
+                with pytest.raises(KeyboardInterrupt):
+                    await consumer.acknowledge(item)
+                monkeypatch.setattr(Log, "start_aside", real)
+                assert consumer._session.stream._reading is not None
+                assert consumer._session.stream._reading._ahead is not None
+                with trio.fail_after(60):
+                    assert [each.lsn for each in await take(consumer, 2)] == [2, 3]
+
+    trio.run(main)
 
 
 async def test_what_was_acknowledged_is_cut() -> None:

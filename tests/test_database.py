@@ -1040,7 +1040,8 @@ async def test_a_backup_keeps_the_features_of_the_log(home: Home) -> None:
 
 PACKAGE = str(Path(trio_wal.__file__).parent)
 INTERRUPTED_FILES = (
-    "_database.py", "_core.py", "_mvcc.py", "_readset.py", "_snapshot.py", "_transaction.py",
+    "_database.py", "_core.py", "_mvcc.py", "_viewers.py", "_room.py",
+    "_readset.py", "_snapshot.py", "_transaction.py",
     "_layer.py", "_memtable.py", "_checkpoint.py",
 )  # fmt: skip
 

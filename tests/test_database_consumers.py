@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import trio
+from cas import CasServers, MemoryLog
 from databases import DB, open_memory_database
 from test_consumers import TINY, acknowledge, given, place, take, waiting
 from trio.testing import wait_all_tasks_blocked
@@ -17,7 +19,9 @@ from trio_wal import (
     LsnTruncatedError,
     RecordTooLargeError,
     TransactionConflict,
+    _stream,
 )
+from trio_wal._caslog import Unsure
 from trio_wal._operations import (
     OperationsError,
     decode_transaction,
@@ -527,3 +531,36 @@ def test_a_transaction_with_moves_is_read_back() -> None:
         assert decode_transaction(record) == writes
         assert dict(operations_in(record)) == writes
         assert moves_in(record) == moves
+
+
+@pytest.mark.parametrize("where", ["it was left", "it is left open"])
+async def test_servers_that_do_not_answer_keep_nobody_who_has_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Neither who leaves the consumer, nor who closes the database around it."""
+    monkeypatch.setattr(_stream, "AHEAD_RECORDS_MIN", 1)
+    log, asked, cut = MemoryLog(CasServers()), trio.Event(), trio.Event()
+
+    async def read(_position: int, _max_bytes: int) -> NoReturn:
+        asked.set()
+        try:
+            await trio.sleep(log.unavailable_after)
+        except trio.Cancelled:
+            cut.set()
+            raise
+        raise Unsure("no answer")
+
+    async with trio_wal.open_database(tmp_path / "data", log=log) as db:
+        for _ in range(4):
+            await db.put(b"large", bytes(300_000))
+        consumer = db.consumer("a")
+        await consumer.__aenter__()
+        (item,) = await take(consumer, 1)
+        monkeypatch.setattr(log.ways[0], "read", read)
+        await consumer.acknowledge(item)
+        await asked.wait()
+        if where == "it was left":
+            await consumer.__aexit__(None, None, None)
+            await wait_all_tasks_blocked()
+            assert cut.is_set()
+    assert cut.is_set()

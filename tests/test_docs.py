@@ -486,6 +486,13 @@ def test_a_concept_has_a_drawing_with_words_for_who_cannot_see_it(page: Path) ->
     assert 'fill="black"' not in drawing.text
 
 
+def test_the_changelog_begins_with_the_version_that_this_is() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    head, _, notes = text.partition("\n<!-- towncrier release notes start -->\n")
+    assert head == "# Changelog\n"
+    assert notes.startswith(f"\n## trio-wal {trio_wal.__version__} (")
+
+
 def test_the_plot_of_the_readme_shows_the_measured_table(monkeypatch: pytest.MonkeyPatch) -> None:
     plot: Any = runpy.run_path(str(ROOT / "perf" / "plot_tasks.py"))
     rows = plot["table"]((DOCS / "performance.md").read_text("utf-8"))

@@ -138,6 +138,8 @@ ORDER: dict[int, list[str]] = {
         "_layer",
         "_memtable",
         "_watch",
+        "_viewers",
+        "_room",
         "_mvcc",
         "_pairs",
         "_snapshot",

@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator
 from datetime import datetime, timezone
 from typing import Any, cast
 
 import attrs
 import pytest
 import trio
+from hypothesis import example, given, settings, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from trio_wal import LogFullError, TransactionConflict, _layer, _order
+from trio_wal import LogFullError, TransactionConflict, _layer, _mvcc, _order
 from trio_wal._base import StoreState
 from trio_wal._checkpoint import Checkpointer
 from trio_wal._engine import Record
-from trio_wal._layer import MANY_BYTES, Layer
+from trio_wal._layer import MANY_BYTES, Layer, Version
 from trio_wal._mvcc import Pin, Versions
-from trio_wal._operations import Writes, decode_transaction, encode_transaction
+from trio_wal._operations import Writes, decode_puts, decode_transaction, encode_transaction
 from trio_wal._readset import ReadSet
 from trio_wal._snapshot import new_snapshot
 from trio_wal._transaction import new_transaction
@@ -537,6 +538,170 @@ def test_those_who_read_need_not_skip_the_keys_of_a_large_commit(home: Home, way
         versions.commit(writes, task)
     assert list(order.between(None, None, reverse=False)) == [b"k"]
     assert list(layer.level[0].between(None, None, reverse=False)) == [*writes, b"k"]
+
+
+# -- replay ---------------------------------------------------------------------------
+
+some_key = st.integers(0, 11).map(b"%d".__mod__)
+some_put = st.tuples(some_key, st.binary(max_size=3)).map(lambda put: {put[0]: put[1]})
+some_writes = st.dictionaries(some_key, st.none() | st.binary(max_size=3), max_size=3)
+some_commits: st.SearchStrategy[list[Writes]] = st.lists(
+    st.lists(some_put, max_size=12) | st.lists(some_writes, max_size=4)
+).map(lambda lists: list(itertools.chain.from_iterable(lists)))
+
+
+def everything_of(layer: Layer) -> dict[str, object]:
+    """All that what comes later depends on; not how the keys are kept, which are the same."""
+
+    def chain(version: Version | None) -> list[tuple[int, bytes | None]]:
+        found: list[tuple[int, bytes | None]] = []
+        while version is not None:
+            found.append((version.seq, version.value))
+            version = version.older
+        return found
+
+    def keys(order: Any, stale: Collection[bytes] = ()) -> list[bytes]:
+        return [key for key in order.between(None, None, reverse=False) if key not in stale]
+
+    every: dict[str, object] = {name: getattr(layer, name) for name in Layer.__slots__}
+    order, gaps = layer.level
+    every["versions"] = [(key, chain(version)) for key, version in layer.versions.items()]
+    every["keys"] = keys(layer.keys, layer.keys.stale), keys(order, layer.keys.stale)
+    every["places"] = dict(layer.places)
+    every["_buried"] = set(layer._buried)
+    every["_dying"] = list(layer._dying)
+    every["_replacing"] = list(map(chain, layer._replacing))
+    every["_deletions"] = [(found.keys, found.last_seq) for found in layer._deletions]
+    every["_hidden"] = keys(layer._hidden)
+    every["_gaps"] = list(layer._gaps.between(None, None, reverse=False))
+    every["_level"] = list(gaps.between(None, None, reverse=False))
+    return every
+
+
+def everything(versions: Versions) -> list[object]:
+    layers = list(map(everything_of, versions.view.layers()))
+    numbers = (versions.last_seq, versions.settled_seq, versions.durable_lsn)
+    scanned = list(versions.view.scan(versions.settled_seq, None, None, False))
+    return [layers, numbers, scanned, versions.newest is versions.view.active.versions]
+
+
+async def live(
+    before: list[Writes],
+    pinned: range,
+    replayed: list[Writes],
+    after: list[Writes],
+    checkpoint_bytes: int,
+) -> list[object]:
+    """Commits, while somebody reads; replayed ones; others; and what all is like in between."""
+    home = make_home(checkpoint_bytes=checkpoint_bytes)
+    versions, log, checkpointer = home.versions, home.log, home.checkpointer()
+    home.store.content = {b"1": b"", b"5": b"", b"51": b""}
+    versions.reopen_base(lambda: None)
+    content = dict(home.store.content)
+    pin: Pin | None = None
+    for place, writes in enumerate([*before, {}]):
+        if place == pinned.start:
+            pin = Pin(versions)
+        if place == pinned.stop and pin is not None:
+            versions.readers.unpin(pin)
+        versions.commit(writes, cast("Any", place))
+        log.sync()
+    if versions.checkpoint_due():
+        await checkpointer.checkpoint()
+    begin = len(log.durable)
+    log.durable += map(encode_transaction, replayed)
+    now = datetime.now(timezone.utc)
+    records = [Record(lsn, now, data) for lsn, data in enumerate(log.durable, 1)]
+    found: list[object] = []
+    at = begin
+    while at < len(records):
+        at = versions.replay("log", records, at, math.inf, to_checkpoint=True)
+        await versions.settle_replayed()
+        size = versions.view.active.log_bytes - len(records[at - 1].data)
+        assert size < checkpoint_bytes, "it ends where a checkpoint is due"
+        found += [at, everything(versions)]
+        if versions.checkpoint_due():
+            await checkpointer.checkpoint()
+            found.append(home.store.content)
+    for place, writes in enumerate(after):
+        versions.commit(writes, cast("Any", place))
+        log.sync()
+    found.append(everything(versions))
+    for data in log.durable:
+        apply(content, decode_transaction(data))
+    assert dict(versions.view.scan(versions.settled_seq, None, None, False)) == content
+    await checkpointer.checkpoint()
+    return [*found, everything(versions), home.store.content]
+
+
+# Deletions that hide something; keys that are gone again; versions that somebody has kept.
+@example([{b"1": None}, {b"5": None}], (0, 0), [{b"1": b""}], [], 300)
+@example([*({b"2": x, b"3": x} for x in (b"", None))], (0, 0), [{b"2": b""}], [], 300)
+@example([{b"1": b""}] * 3, (0, 3), [{b"1": b""}], [], 300)
+@settings(max_examples=100, deadline=None)
+@given(
+    some_commits,
+    st.tuples(st.integers(0, 12), st.integers(0, 12)),
+    some_commits,
+    some_commits,
+    st.integers(20, 400),
+)
+def test_commits_replayed_together_are_what_they_are_one_by_one(
+    before: list[Writes],
+    pinned: tuple[int, int],
+    replayed: list[Writes],
+    after: list[Writes],
+    checkpoint_bytes: int,
+) -> None:
+    life = before, range(*pinned), replayed, after, checkpoint_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trio_wal._mvcc.REPLAYED_TOGETHER", 4)
+        patch.setattr("trio_wal._layer.BURIED_TOGETHER", 2)
+        patch.setattr("trio_wal._layer.RUN_KEYS", 4)
+        patch.setattr("trio_wal._layer.RUN_KEYS_READ", 2)
+        together = trio.run(live, *life)
+        patch.setattr("trio_wal._mvcc.decode_puts", lambda _: None)
+        assert together == trio.run(live, *life)
+
+
+def test_whoever_watches_sees_replayed_commits(home: Home) -> None:
+    versions = home.versions
+    versions.watches.begun = True
+    seen: list[tuple[int, Writes]] = []
+
+    def settled(first_lsn: int, commits: list[tuple[Any, ...]]) -> None:
+        seen.extend((lsn, commit[1]) for lsn, commit in enumerate(commits, first_lsn))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(versions.watches), "settled", staticmethod(settled))
+        versions.replay("log", some_records(3), 0, math.inf, to_checkpoint=False)
+    assert seen == [(lsn, {b"%d" % lsn: b""}) for lsn in (1, 2, 3)]
+
+
+def some_records(count: int, value: bytes = b"") -> list[Record]:
+    now = datetime.now(timezone.utc)
+    return [
+        Record(lsn, now, encode_transaction({b"%d" % lsn: value})) for lsn in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize(("size", "together"), [(0, 3), (_mvcc.REPLAYED_BYTES // 3, 0)])
+def test_what_is_large_is_not_copied_to_be_replayed_together(
+    home: Home, monkeypatch: pytest.MonkeyPatch, size: int, together: int
+) -> None:
+    decoded: list[int] = []
+
+    def decode(records: list[bytes]) -> tuple[list[bytes], list[bytes]] | None:
+        decoded.append(len(records))
+        return decode_puts(records)
+
+    monkeypatch.setattr(_mvcc, "decode_puts", decode)
+    versions = home.versions
+    assert (
+        versions.replay("log", some_records(3, bytes(size)), 0, math.inf, to_checkpoint=True) == 3
+    )
+    assert sum(decoded) == together
+    assert home.get(b"3") == bytes(size)
 
 
 # -- room -----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import attrs
 import nats_cluster
 import pytest
 import trio
+import trio.testing
 from helpers import read_all
 from nats_cluster import Cluster, running
 from nats_writers import Writers, found_on, heal, js, keep_open, leader, log_on
@@ -73,6 +74,58 @@ def test_servers_that_elect_a_leader_are_asked_again_and_other_errors_are_theirs
     else:
         with pytest.raises(_natscas.ApiError, match=r"^for a reason \(error 10059\)$"):
             asyncio.run(answer)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_who_waits_is_told_when_the_clients_loop_itself_fails() -> None:
+    """The thread says why, as a thread does."""
+    from trio_wal import _asyncio
+
+    thread = _asyncio.AsyncioThread("x")
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+
+    async def ask(told: list[str]) -> None:
+        with pytest.raises(trio.ClosedResourceError) as refused:
+            await thread.call(wait)
+        told.append(str(refused.value))
+
+    async def spoil() -> None:
+        def select(timeout: float | None) -> list[Any]:
+            raise OSError("the selector is broken")
+
+        loop: Any = asyncio.get_running_loop()
+        loop._selector.select = select
+
+    told: list[str] = []
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask, told)
+            await trio.testing.wait_all_tasks_blocked()
+            # The loop may be at an end before it can answer this.
+            with suppress(trio.ClosedResourceError):
+                await thread.call(spoil)
+        assert told == ["this log is closed: its client's event loop has ended"] * 3
+        # The others were told after it was closed.
+        with pytest.raises(trio.ClosedResourceError, match=r"^this log is closed$"):
+            await thread.call(wait)
+        await thread.aclose()
+
+
+@pytest.mark.skipif(missing is not None and "nats-py" in missing, reason=missing or "")
+# It is the client's own error that is told otherwise; the session `cluster` has the client.
+async def test_who_is_about_to_listen_when_it_is_closed_is_told_so() -> None:
+    """A reader that is left as soon as it is open."""
+    from trio_wal import _asyncio, _natscas
+
+    access = _natscas.Access(servers=("nats://a:1",), name="x")
+    cas = _natscas.NatsCas(access, "x", _asyncio.AsyncioThread("x"))
+    await cas._thread.call(cas._connection.close)
+    with pytest.raises(trio.ClosedResourceError, match=r"^this log is closed$"):
+        await cas.changed(1.0)
+    await cas.aclose()
 
 
 # -- the description: no server, no client ---------------------------------------------------

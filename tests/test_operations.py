@@ -14,6 +14,7 @@ from trio_wal._operations import (
     TRANSACTION_FORMAT,
     OperationsError,
     check_key,
+    decode_puts,
     decode_transaction,
     encode_transaction,
     operations_in,
@@ -137,6 +138,91 @@ def test_any_bytes_are_a_transaction_or_refused(record: bytes) -> None:
     except OperationsError:
         return
     assert decode_transaction(encode_transaction(decoded)) == decoded
+
+
+puts = st.dictionaries(
+    keys | st.binary(min_size=1, max_size=3),
+    st.binary(max_size=3) | st.binary(max_size=300),
+    min_size=1,
+    max_size=1,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(puts | writes, min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0), st.integers(-3, 3)), max_size=3),
+    st.tuples(st.integers(0), st.binary(max_size=2)),
+)
+def test_puts_decoded_together_are_what_they_are_one_by_one(
+    transactions: list[dict[bytes, bytes | None]],
+    moved: list[tuple[int, int]],
+    change: tuple[int, bytes],
+) -> None:
+    """Whatever is changed in them, and wherever one ends and the next one begins."""
+    records = list(map(encode_transaction, transactions))
+    for number, by in moved:
+        place = number % len(records)
+        both = records[place - 1] + records[place]
+        cut = min(max(len(records[place - 1]) + by, 0), len(both))
+        records[place - 1], records[place] = both[:cut], both[cut:]
+    number, changed = change
+    place = number % len(records)
+    record = records[place]
+    at = number // len(records) % (len(record) + 1)
+    records[place] = record[:at] + changed + record[at + len(changed) :]
+    found = decode_puts(records)
+    if found is not None:
+        assert [{key: value} for key, value in zip(*found, strict=True)] == [
+            decode_transaction(record) for record in records
+        ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.binary(min_size=1, max_size=255), st.binary(max_size=300)), min_size=1)
+)
+def test_the_usual_puts_are_decoded_together(pairs: list[tuple[bytes, bytes]]) -> None:
+    for chosen in (
+        [(key, value[:255]) for key, value in pairs],
+        [(key, value + bytes(256)) for key, value in pairs],
+        pairs,
+    ):
+        records = [encode_transaction({key: value}) for key, value in chosen]
+        assert decode_puts(records) == ([key for key, _ in chosen], [value for _, value in chosen])
+
+
+ONE = b"\x01\x81\xc4\x01a\xc4\x01b"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        # The first one goes on in the second, which has a byte too many for that.
+        [b"\x01\x81\xc4\x01a\xc4\x02b", b"\x01" + ONE],
+        [ONE + b"\x01", ONE[1:]],
+        [b"\x01\x81\xc4\x01a\xc4\x08b", ONE, ONE],
+        # Numbers and maps, but not in turns.
+        [b"\x01\x81\xc4\x01a\xc4\x01b", b"\x01\x01"],
+        [ONE, b"\x81\xc4\x01a\xc4\x01b\x01"],
+        [ONE, b"\x80" + ONE[1:]],
+        # As many keys as there are records.
+        [b"\x01\x80", b"\x01\x82\xc4\x01a\xc4\x01b\xc4\x01c\xc4\x01d"],
+        # Longer than they need be.
+        [b"\x01\x81\xc5\0\x01a\xc4\x01b"],
+        [ONE, b"\x01\x81\xc4\0\xc4\x01b"],
+        [ONE, b"\x01\x81\xc4\x01a\xc0"],
+        [ONE, encode_transaction({b"k" * 256: b""})],
+        [ONE, b"\x01\x81\xc4\x01k\xc5\0\x01v"],
+        [ONE, b"\x01\x81\xc4\x01k\xc5\0\xff" + bytes(255)],
+        [ONE, b"\x01\x81\xc4\x01k\xc6\0\0\1\0" + bytes(256)],
+        [TRANSACTION_FORMAT + msgspec.msgpack.encode({b"k" * 512: b""})],
+        [ONE, b""],
+        [b"", ONE],
+    ],
+)
+def test_what_may_be_no_puts_is_not_decoded_together(records: list[bytes]) -> None:
+    assert decode_puts(records) is None
 
 
 @pytest.mark.parametrize("key", [b"\0", b"k", b"k" * KEY_BYTES_MAX])

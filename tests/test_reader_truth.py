@@ -6,6 +6,7 @@ knows less than the owner, and says what is proven.
 
 from __future__ import annotations
 
+import select
 import shutil
 import sys
 import threading
@@ -25,11 +26,12 @@ from trio_wal import Bookmark, CorruptLogError, LsnTruncatedError
 from trio_wal._cli.inspect import _look
 from trio_wal._disk.chain import META_NAME, list_chain, read_meta
 from trio_wal._disk.cursor import Cursor
+from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, POINTER_OFFSET
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.verify import verify
 from trio_wal._engine import Moved
-from trio_wal._files import Word
+from trio_wal._files import Watch, Word
 from trio_wal._system.files import OsDirectory, OsFiles
 from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
@@ -1036,6 +1038,87 @@ async def test_a_watch_that_tells_of_nothing_is_given_up(
                 given += 1
         assert given >= 1
         assert not reader._source._watchable
+
+
+async def _watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[LogDirectory, WatchSource]:
+    """A log, and a source that has its watch and waits no time for it to tell."""
+    log = open_log_directory(OsFiles(), str(tmp_path), segment_size=TINY)
+    source = WatchSource(OsFiles().open_directory(str(tmp_path)), Blocking(threaded=False))
+    source.look()
+    # The watch is made.
+    await source._news()
+    monkeypatch.setattr(trio_wal._watchsource, "WATCHED_POLL_SECONDS", 0.0)
+    return log, source
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "while it is looked"])
+async def test_a_watch_that_tells_just_when_it_is_looked_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As with an owner that writes once a second."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    log, source = await _watched(tmp_path, monkeypatch)
+    look, count = source.refresh, 0
+
+    def commit() -> None:
+        append(log, b"1")
+        log.publish()
+
+    class Late:
+        """Readable only once it is too late."""
+
+        def __init__(self, watch: Watch) -> None:
+            self.fileno, self.close = watch.fileno, watch.close
+            self.watch = watch
+
+        def drain(self) -> bool:
+            if when == "before it is asked" and not count:
+                commit()
+            return self.watch.drain()
+
+    async def refresh() -> None:
+        nonlocal count
+        count += 1
+        if count == 1 and when == "while it is looked":
+            commit()
+        await look()
+        if count == 1:
+            # What is told now and forgotten was not looked at.
+            commit()
+
+    assert source._watch is not None
+    source._watch = Late(source._watch)
+    monkeypatch.setattr(source, "refresh", refresh)
+    await source._news()
+    assert source._watchable
+    if when == "while it is looked":
+        assert (source.tail.durable_lsn, count) == (2, 2)
+    else:
+        assert (source.tail.durable_lsn, count) == (1, 1)
+        assert select.select([source._watch], [], [], 0)[0]
+    await source.aclose()
+    log.close()
+
+
+async def test_a_watch_is_not_given_up_for_what_it_need_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that has grown, or is about to be closed: only what is durable is news."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    log, source = await _watched(tmp_path, monkeypatch)
+    size = log.active.file.size()
+    with (tmp_path / log.active.header.name).open("r+b", buffering=0) as file:
+        file.truncate(size + BLOCK)
+        before = source._seen.evidence
+        await source._news()
+        assert source._seen.evidence != before
+        assert source._watchable
+    await source.aclose()
+    log.close()
 
 
 async def test_a_follower_stays_with_its_directory_when_that_is_renamed(tmp_path: Path) -> None:

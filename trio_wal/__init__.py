@@ -85,7 +85,7 @@ if _typing.TYPE_CHECKING:
     from ._wal import WriteAheadLog as WriteAheadLog, open_wal as open_wal
     from ._writer import Writer as Writer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "_archive": "Archive DirectoryArchive",

@@ -11,7 +11,7 @@ import errno
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
-from typing import Final, Protocol, cast, final
+from typing import Any, Final, Protocol, cast, final
 
 import msgspec
 
@@ -62,12 +62,15 @@ class Archive(Protocol):
         ...
 
 
+def puts_groups(archive: Archive) -> bool:
+    """Whether it has a ``put_group`` of its own, such as that of `DirectoryArchive`."""
+    return callable(getattr(archive, "put_group", None))
+
+
 def put_group(archive: Archive, objects: Iterable[tuple[str, Iterable[bytes]]]) -> None:
-    """Put one after the other, or as an archive does that better: with a ``put_group`` of its own,
-    such as that of `DirectoryArchive`."""
-    together = getattr(archive, "put_group", None)
-    if callable(together):
-        together(objects)
+    """Put one after the other, or as an archive does that better, which `puts_groups`."""
+    if puts_groups(archive):
+        cast(Any, archive).put_group(objects)
     else:
         for name, content in objects:
             archive.put(name, content)

@@ -20,7 +20,7 @@ from uuid import UUID
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._archive import Archive
+from ._archive import Archive, puts_groups
 from ._archived import SegmentKey, SegmentName, pruned_before
 from ._archiving import begin_archive, key_of, put_segments
 from ._disk.directory import LogDirectory
@@ -94,7 +94,10 @@ class Archiver:
         """When it began to, or got one of those that it lacked."""
         self._looked_at: int = directory.cuts
         """`LogDirectory.cuts` when that was found out."""
-        self._rest_seconds = REST_SECONDS if threaded else 0.0
+        self._together = puts_groups(archive)
+        """Whether several cost it less than one after the other does: else all of them would only
+        come later."""
+        self._rest_seconds = REST_SECONDS if threaded and self._together else 0.0
         self._rest_until = -math.inf
         self._slice = TURNS.slice() if threaded else None
         self._behind = False
@@ -273,9 +276,9 @@ class Archiver:
             self._waiting = bool(missing)
             self._archived_lsn, self._looked_at = first - 1, cuts
             self._hold(ARCHIVE_HOLD, first)
-        group = missing[: self._group_size(missing, sealed, there)]
-        self._behind = len(group) < len(missing)
-        return group
+        size = self._group_size(missing, sealed, there)
+        self._behind = size < len(missing)
+        return missing[: size if self._together else 1]
 
     def _group_size(
         self, missing: list[SegmentInfo], sealed: list[SegmentInfo], there: set[SegmentKey]

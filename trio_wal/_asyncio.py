@@ -48,6 +48,8 @@ class AsyncioThread:
             self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
+            # Where the loop itself has failed, somebody may wait for an answer.
+            self.tell(self._end_calls)
 
     async def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         """What a coroutine function returns or raises.
@@ -138,12 +140,20 @@ class AsyncioThread:
             if token is self._token:
                 # Behind what the thread has said before the fork: no task may be woken twice.
                 free_token(token)
-                token.run_sync_soon(self._release, list(filter(is_parked, self._callers)))
+                orphans = list(filter(is_parked, self._callers))
+                token.run_sync_soon(self._release, orphans, _parents)
 
-    def _release(self, orphans: list[Task]) -> None:
+    def _end_calls(self) -> None:
+        self._release(list(self._callers), _ended)
+
+    def _release(self, orphans: list[Task], error: Callable[[], Exception]) -> None:
         for task in orphans:
             if task in self._callers and is_parked(task):
-                reschedule(task, outcome.Error(_parents()))
+                reschedule(task, outcome.Error(error()))
+
+
+def _ended() -> trio.ClosedResourceError:
+    return trio.ClosedResourceError("this log is closed: its client's event loop has ended")
 
 
 def _parents() -> trio.ClosedResourceError:

@@ -347,7 +347,7 @@ class Session:
                 f"{bookmark.lsn}, and this is {lsn}"
             )
         # Until it is durable nobody takes any more: time to have the next ones read.
-        read_ahead(stream, self._consumers.log.start_soon)
+        read_ahead(stream, self._consumers.log.start_aside)
         return Bookmark(lsn, bookmark.epoch)
 
     async def acknowledge(self, item: Item) -> None:

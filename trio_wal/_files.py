@@ -96,8 +96,8 @@ class Watch(Protocol):
 
     def fileno(self) -> int: ...
 
-    def drain(self) -> None:
-        """Forget what has changed so far."""
+    def drain(self) -> bool:
+        """Forget what has changed so far; returns whether anything has."""
         ...
 
     def close(self) -> None: ...

@@ -16,7 +16,7 @@ import heapq
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Final, Protocol
 
 import msgspec
@@ -212,6 +212,39 @@ class Layer:
         self.bytes += size
         if len(fresh) >= RUN_KEYS_READ and (keep_older or len(fresh) >= RUN_KEYS):
             keys.tidy(RUN_KEYS_READ // 2)
+            self._level = None
+            return True
+        return False
+
+    def add_settled(self, keys: list[bytes], values: list[bytes], first_seq: int) -> bool | None:
+        """What `add` and `settle` make of as many settled commits, each of which puts one of these
+        keys, where nobody reads; returns whether views must be made anew, or None: nothing was
+        done, because one of the keys may stand among the buried ones, or the stale.
+        """
+        order = self.keys
+        if not self._buried.isdisjoint(keys) or not order.stale.isdisjoint(keys):
+            return None
+        versions = self.versions
+        numbers = range(first_seq, first_seq + len(keys))
+        made = dict(zip(keys, map(Version, numbers, values, repeat(None)), strict=False))
+        if len(made) == len(keys) and versions.keys().isdisjoint(keys):
+            order.fresh += keys
+            self.bytes += sum(map(len, keys)) + sum(map(len, values))
+        else:
+            for key, version in made.items():
+                older = versions.get(key)
+                if older is None:
+                    order.fresh.append(key)
+                    self.bytes += len(key)
+                else:
+                    self.forget_older(older)
+                    self.bytes -= older.bytes
+                self.bytes += version.bytes - VERSION_OVERHEAD
+        self.bytes += VERSION_OVERHEAD * len(made)
+        versions.update(made)
+        self.last_seq = numbers[-1]
+        if len(order.fresh) >= RUN_KEYS:
+            order.tidy(RUN_KEYS_READ // 2)
             self._level = None
             return True
         return False

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, Final, Literal, final
 
 import attrs
@@ -223,6 +224,8 @@ class Log:
         """Says how far consumers are."""
         self._nursery: trio.Nursery
         self._before_close: list[Callable[[], Awaitable[None]]] = []
+        self._aside: set[trio.CancelScope] = set()
+        """Around tasks that may be cut short."""
         self._closing = False
         self._closed = Latch()
         self._handed_out = False
@@ -381,6 +384,30 @@ class Log:
         `before_close`."""
         self._nursery.start_soon(task)
 
+    def start_aside(self, task: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """Run a task that nobody needs to end well; returns what cuts it short.  Closing the log
+        does that, too."""
+        scope = trio.CancelScope(shield=True)
+        self._nursery.start_soon(self._run_aside, task, scope)
+        self._aside.add(scope)
+        return partial(self._cut_short, scope)
+
+    @enable_ki_protection
+    async def _run_aside(
+        self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope
+    ) -> None:
+        try:
+            with scope:
+                await task()
+        finally:
+            self._aside.discard(scope)
+
+    def _cut_short(self, *scopes: trio.CancelScope) -> None:
+        # A forked child shares with the parent what trio would change for that.
+        if not self._forked:
+            for scope in scopes:
+                scope.cancel()
+
     def before_close(self, hook: Callable[[], Awaitable[None]]) -> None:
         """Have ``hook`` called, shielded, when the log is being closed: everything accepted is
         written by then, and the engine still open."""
@@ -448,6 +475,7 @@ class Log:
             if self._forked:
                 pass
             elif self._handed_out:
+                self._cut_short(*self._aside)
                 await self.engine.aclose(orderly=orderly)
             else:
                 await self.engine.abandon()

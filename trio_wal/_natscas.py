@@ -477,7 +477,11 @@ class NatsCas:
     async def changed(self, seconds: float) -> None:
         if not self._listening:
             self._listening = True
-            await self._thread.call(self._connection.listen)
+            try:
+                await self._thread.call(self._connection.listen)
+            except nats.errors.ConnectionClosedError:
+                # It is closed before it has ever listened.
+                raise trio.ClosedResourceError("this log is closed") from None
         if trio.current_time() - self._rung_at < RING_SECONDS:
             await trio.sleep(LOOK_SECONDS)
         else:

@@ -9,8 +9,10 @@ consumers, they stand before the map, as `_places` writes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import sub
+from typing import Final, Literal, cast
 
 import attrs
 import msgspec
@@ -35,6 +37,12 @@ OPERATIONS_MAX: Final = (FRAME_BODY_MAX - 5) // (OPERATION_OVERHEAD + 1)
 record may claim three times as many; each costs whoever replays it some 220 bytes."""
 _OPERATION_BYTES_MIN: Final = 3
 """The head of a key, and nil: what cannot be there is not made room for."""
+_ONE_PUT: Final = TRANSACTION_FORMAT + b"\x81"
+PUT_OVERHEAD_MIN: Final = 6
+"""Bytes of a transaction that puts one key, beside that and its value: the format's, the map's
+and two for each of both."""
+SHORT_MAX: Final = 255
+"""Bytes of a key or value whose head has two; that of a longer one has at least one more."""
 
 Writes = dict[bytes, "bytes | None"]
 
@@ -48,6 +56,7 @@ _FEW: Final = {
 
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(dict[bytes, bytes | None])
+_run_decoder = msgspec.msgpack.Decoder(list[Literal[1] | dict[bytes, bytes]])
 
 
 @attrs.frozen
@@ -117,6 +126,39 @@ def decode_transaction(record: bytes) -> Writes:
         if not 0 < len(key) <= KEY_BYTES_MAX:
             raise OperationsError(f"a transaction with a key of {len(key)} bytes")
     return writes
+
+
+def decode_puts(records: Sequence[bytes]) -> tuple[list[bytes], list[bytes]] | None:
+    """The keys and the values of transactions, at least one, that each put one key and do nothing
+    else; None: one of them may be another, or none, which `decode_transaction` finds out.
+
+    All are decoded in one call, as elements of one array: the byte of the format is the number 1
+    there.  So an element might go on in the next record; but then another one is shorter than its
+    own record, which it cannot be if that has no byte more than it needs.
+    """
+    if records[0][:2] != _ONE_PUT:
+        return None
+    count = len(records)
+    head = b"\xdd" + (2 * count).to_bytes(4, "big")
+    try:
+        found = _run_decoder.decode(head + b"".join(records))
+    except msgspec.MsgspecError:
+        return None
+    writes = cast("list[dict[bytes, bytes]]", found[1::2])
+    try:
+        if found[::2].count(1) != count or set(map(len, writes)) != {1}:
+            return None
+    except TypeError:
+        # A number in the place of a map.
+        return None
+    keys = list(chain.from_iterable(writes))
+    values = list(chain.from_iterable(map(dict[bytes, bytes].values, writes)))
+    # Each element takes at least so much more than its key and value have, and one byte more for
+    # a long value, and for a long key.  Where no record has more, each is just its element.
+    sizes = list(map(len, values))
+    heads = map(sub, map(sub, map(len, records), map(len, keys)), sizes)
+    beyond = map(sub, heads, map(SHORT_MAX.__lt__, sizes))
+    return (keys, values) if max(beyond) <= PUT_OVERHEAD_MIN and all(keys) else None
 
 
 def _count_operations(record: bytes) -> tuple[int, int, int]:

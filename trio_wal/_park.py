@@ -105,7 +105,7 @@ def request(abort: AbortFn) -> Any:
 def is_parked(task: Task) -> bool:
     """Whether a task that is not the running one waits to be woken; False: it is about to run.
 
-    For forked children only: nothing else here wakes whom it has not parked.
+    For forked children, and for a client whose event loop has failed: nothing else here asks it.
     """
     return getattr(task, "_next_send_fn", True) is None
 

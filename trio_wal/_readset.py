@@ -15,7 +15,8 @@ from trio.lowlevel import Task
 
 from ._layer import Layer
 from ._memtable import View
-from ._mvcc import CommitDependency, Versions
+from ._mvcc import Versions
+from ._viewers import CommitDependency
 
 DROPPED_LAYERS_MAX: Final = 2
 """Memtable layers, of up to ``checkpoint_bytes`` of log each, that an open transaction keeps
@@ -24,7 +25,7 @@ after a checkpoint has dropped them."""
 
 @final
 class ReadSet:
-    """A `_mvcc.Reader`: a transaction from its first read on."""
+    """A `_viewers.Reader`: a transaction from its first read on."""
 
     # Defaults on the class: most transactions never need these of their own.
     dependency: CommitDependency | None = None

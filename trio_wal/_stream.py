@@ -38,6 +38,13 @@ SAME_DAMAGE_TIMES: Final = 50
 whatever an owner is doing moves on."""
 
 
+StartAside = Callable[[Callable[[], Awaitable[None]]], Callable[[], None]]
+"""Starts a task, and gives what cuts it short."""
+
+
+def _nothing() -> None: ...
+
+
 class _Ahead(msgspec.Struct, eq=False):
     """The piece after what is ready, which a task reads."""
 
@@ -48,6 +55,8 @@ class _Ahead(msgspec.Struct, eq=False):
     done: trio.Event
     records: list[Record] = []
     """None of them: it could not be read, or is still being read."""
+    cut_short: Callable[[], None] = _nothing
+    """Have the task end without them."""
 
 
 class Reading:
@@ -66,6 +75,8 @@ class Reading:
         self._cursor = source.cursor()
         self._ahead: _Ahead | None = None
         """As long as it is there, the cursor is its."""
+        self._in_use = False
+        """Whether the cursor is of somebody who needs the records now."""
         self._next = start
         """The LSN behind the newest record that is ready, or was given."""
         self._stop = stop
@@ -92,6 +103,9 @@ class Reading:
     def close(self) -> None:
         self.ended = True
         self.ready.clear()
+        if self._ahead is not None:
+            # Servers may not answer: nobody waits for that any more.
+            self._ahead.cut_short()
         self.source.unsubscribe(self)
         self._cursor.close()
 
@@ -190,11 +204,14 @@ class Reading:
             if ahead.records:
                 self._take(ahead.records, ahead.history)
             return
+        self._in_use = True
         try:
             records = await self._cursor.chunk(self._next, stop)
         except (CorruptLogError, Moved) as exc:
             await self._explain(exc, history, changes)
             return
+        finally:
+            self._in_use = False
         self._take(records, history)
 
     def _take(self, records: list[Record], history: History) -> None:
@@ -208,7 +225,9 @@ class Reading:
 
     # -- reading ahead --
 
-    def read_ahead(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
+    # Protected: whoever reads next waits for a task that is said to read.
+    @enable_ki_protection
+    def read_ahead(self, start_aside: StartAside) -> None:
         """Have a task read the next piece meanwhile, one at most, where there is much to read:
         whoever iterates is about to wait for something else.
 
@@ -216,16 +235,20 @@ class Reading:
         by whoever needs the records.
         """
         stop = self.source.tail.durable_lsn + 1
-        if stop - self._next < AHEAD_RECORDS_MIN or self._ahead is not None or self.ended:
+        if stop - self._next < AHEAD_RECORDS_MIN or self.ended:
             return
-        ahead = self._ahead = _Ahead(self._next, self._history, trio.Event())
-        start_soon(partial(self._read_piece, ahead, stop))
+        if self._ahead is not None or self._in_use:
+            # Acknowledged by another task than the one that iterates, say.
+            return
+        ahead = _Ahead(self._next, self._history, trio.Event())
+        ahead.cut_short = start_aside(partial(self._read_piece, ahead, stop))
+        self._ahead = ahead
 
     @enable_ki_protection
     async def _read_piece(self, ahead: _Ahead, stop: int) -> None:
         """A task."""
         try:
-            with trio.CancelScope(shield=True), contextlib.suppress(Exception, Forked):
+            with contextlib.suppress(Exception, Forked):
                 ahead.records = await self._cursor.chunk(ahead.start, stop)
         finally:
             ahead.done.set()
@@ -409,8 +432,8 @@ class RecordStream(
     def _check_history(self) -> None:
         self._entered().check_history()
 
-    def _read_ahead(self, start_soon: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
-        self._entered().read_ahead(start_soon)
+    def _read_ahead(self, start_aside: StartAside) -> None:
+        self._entered().read_ahead(start_aside)
 
     def _entered(self) -> Reading:
         if self._reading is None:

@@ -453,11 +453,14 @@ class WatchSource:
         with trio.move_on_after(WATCHED_POLL_SECONDS) as scope:
             await trio.lowlevel.wait_readable(watch.fileno())
         self._check_open()
-        watch.drain()
+        told = watch.drain()
         await self.refresh()
-        if scope.cancelled_caught and self._seen.evidence != before.evidence:
-            # This file system does not tell.
-            self._watchable = False
+        if scope.cancelled_caught and not told and self._seen.durable_lsn != before.durable_lsn:
+            # Either this file system does not tell, or it has told since it was asked.
+            self._check_open()
+            self._watchable = watch.drain()
+            if self._watchable:
+                await self.refresh()
 
     def _check_open(self) -> None:
         """Where others may have closed it meanwhile: a watch that is made now would stay."""

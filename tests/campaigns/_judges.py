@@ -262,6 +262,13 @@ def commands(seed: int, seconds: float, only: str = "") -> Judgement:
     return _until_found(map(found_in, itertools.count(seed << 20)), seconds)
 
 
+def doors(seed: int, seconds: float, only: str = "") -> Judgement:
+    """Consumers that read ahead, readers that are woken, the loop's syncs, asyncio's calls."""
+    from ._doors import found_in
+
+    return _until_found((found_in(n, only) for n in itertools.count(seed << 20)), seconds)
+
+
 # -- LMDB ---------------------------------------------------------------------------
 
 
@@ -373,5 +380,6 @@ JUDGES: Final[dict[str, Judge]] = {
     "archive": archive,
     "repair": repair,
     "commands": commands,
+    "doors": doors,
 }
 """In the order in which they are asked."""

@@ -49,7 +49,8 @@ PACKAGE: Final = str(Path(trio_wal.__file__).parent)
 TRACED: Final = (
     "_batch.py", "_admission.py", "_queue.py", "_watermark.py", "_flusher.py", "_local.py",
     "_log.py", "_state.py", "_wal.py", "_worker.py", "_park.py",
-    "_database.py", "_core.py", "_mvcc.py", "_readset.py", "_snapshot.py", "_transaction.py",
+    "_database.py", "_core.py", "_mvcc.py", "_viewers.py", "_room.py",
+    "_readset.py", "_snapshot.py", "_transaction.py",
     "_checkpoint.py", "_layer.py", "_memtable.py", "_reader.py", "_watchsource.py",
 )  # fmt: skip
 """What runs in the event loop, where a signal arrives; not what runs in threads."""

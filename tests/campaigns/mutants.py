@@ -62,6 +62,8 @@ ARCHIVE: Final = "archive"
 PLAIN: Final = "plain"
 REPAIR: Final = "repair"
 COMMANDS: Final = "commands"
+AHEAD, WAKES, WORDS = "doors:ahead", "doors:wakes", "doors:words"
+GROUPS, PORTAL = "doors:groups", "doors:portal"
 LINES, LINES_DB = "lines", "simulator:lines-database"
 FIGURES: Final = "figures"
 CONSUMERS, CONSUMERS_DB = "simulator:consumers", "simulator:consumers-database"
@@ -1039,6 +1041,12 @@ MUTANTS: Final = (
         "        self.places.record(lsn, moves, alone=alone)\n",
     ),
     mutant(
+        "of a key's puts that are replayed together the first one stays", "_layer",
+        "simulator:lines-database",
+        "zip(keys, map(Version, numbers, values, repeat(None)), strict=False)",
+        "zip(keys[::-1], map(Version, numbers, values[::-1], repeat(None)), strict=False)",
+    ),
+    mutant(
         "what replay says of consumers is passed over", "_mvcc", CONSUMERS_DB,
         "moves = moves_in(data) if data[:1] == PLACED_FORMAT else None", "moves = None",
     ),
@@ -1223,6 +1231,77 @@ MUTANTS: Final = (
         "a gap is passed over", "_restorable", ARCHIVE,
         "        if reached < lsn if lsn is not None else self._beyond(reached):\n",
         "        if False:\n",
+    ),
+    # -- between tasks, threads, processes and event loops --
+    mutant(
+        "who acknowledges reads ahead though another task is reading", "_stream", AHEAD,
+        "        if self._ahead is not None or self._in_use:\n",
+        "        if self._ahead is not None:\n",
+    ),
+    mutant(
+        "what was read ahead is taken for the history that is now", "_stream", AHEAD,
+        "                self._take(ahead.records, ahead.history)\n",
+        "                self._take(ahead.records, self._history)\n",
+    ),
+    mutant(
+        "what could not be read ahead is waited for", "_stream", AHEAD,
+        "                ahead.records = await self._cursor.chunk(ahead.start, stop)\n"
+        "        finally:\n            ahead.done.set()\n",
+        "                ahead.records = await self._cursor.chunk(ahead.start, stop)\n"
+        "                ahead.done.set()\n        finally:\n            pass\n",
+    ),
+    mutant(
+        "what is read ahead counts as given", "_stream", AHEAD,
+        "                ahead.records = await self._cursor.chunk(ahead.start, stop)\n",
+        "                ahead.records = await self._cursor.chunk(ahead.start, stop)\n"
+        "                self._next = ahead.records[-1].lsn + 1\n",
+    ),
+    mutant(
+        "a new lock file is not watched", "_system/watch", WAKES,
+        "            self._watch_word()\n", "            pass\n",
+    ),
+    mutant(
+        "streams that wait for another's look are not told", "_watchsource", WAKES,
+        "            self._watching = False\n            self._others.unpark_all()\n",
+        "            self._watching = False\n",
+    ),
+    mutant(
+        "what changed before it was watched is not looked at", "_watchsource", WAKES,
+        "            # What has changed before was not watched.\n"
+        "            await self.refresh()\n            return\n",
+        "            await trio.lowlevel.checkpoint()\n            return\n",
+    ),
+    mutant(
+        "sync_in the loop: the thread counts as idle while it publishes", "_worker", WORDS,
+        "            ring()\n            afterwards()\n            self._ended += 1\n",
+        "            self._ended += 1\n            ring()\n            afterwards()\n",
+    ),
+    mutant(
+        "sync_in the loop: what the thread does is no matter", "_worker", WORDS,
+        "            and worker.idle\n", "",
+    ),
+    mutant(
+        "asyncio: what was done is called cancelled", "_portal", PORTAL,
+        "            if isinstance(error, trio.Cancelled):\n                raise asyncio",
+        "            if True:\n                raise asyncio",
+    ),
+    mutant(
+        "asyncio: a cancellation that came too late is forgotten", "_portal", PORTAL,
+        "            _cancel_again(self._portal.loop, self._cancelled)\n", "            pass\n",
+    ),
+    mutant(
+        "asyncio: a call that is being made cannot be cancelled", "_portal", PORTAL,
+        "                call.hand.cancel()\n", "                pass\n",
+    ),
+    mutant(
+        "asyncio: who is cancelled in trio's thread is not told of his own cancellation",
+        "_portal", PORTAL,
+        "        cut = isinstance(error, trio.Cancelled) and not self.withdrawn\n",
+        "        cut = isinstance(error, trio.Cancelled)\n",
+    ),
+    mutant(
+        "more of a group counts as archived than was put", "_archiver", GROUPS,
+        "            for info in group[:count]:\n", "            for info in group:\n",
     ),
     # -- reading from outside --
     mutant(

@@ -1,6 +1,7 @@
 """The built documentation, opened page by page in a headless Chromium: `check.py FOLDER`.
 
-Law: looks at what a reader's browser makes of the pages, and at nothing of how they were made.
+Law: looks at what a reader's browser makes of the pages, and at nothing of how they were made, but
+that all releases of CHANGELOG.md are on theirs.
 Every link within the site leads to a page and an anchor that are there, no script fails, nothing is
 wider than the window at 390 and 1280 pixels.  Without Chromium only the links are looked at, and
 that is said.  Needs nothing but Python: Chromium is spoken to through a pipe.
@@ -13,6 +14,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -222,6 +224,15 @@ def take_screenshots(browser: Browser, site: Path, folder: Path, names: list[str
                 browser.screenshot(folder / f"{name}-{width}-{theme}.png")
 
 
+def missing_releases(site: Path) -> Iterator[str]:
+    """Those of CHANGELOG.md that its page does not show."""
+    shown = (site / "changelog.html").read_text("utf-8")
+    changelog = Path(__file__).resolve().parents[2] / "CHANGELOG.md"
+    for title in re.findall(r"^## (.+)$", changelog.read_text("utf-8"), re.MULTILINE):
+        if title not in shown:
+            yield f"changelog.html: {title} is not shown"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The built documentation, in a browser.")
     parser.add_argument("site", type=Path)
@@ -229,7 +240,9 @@ def main() -> int:
     parser.add_argument("--page", dest="pages", action="append", default=[], help="of these only")
     given = parser.parse_args()
     program = next(filter(None, map(shutil.which, NAMES)), None)
-    found = [] if given.screenshots else list(broken_links(given.site))
+    found: list[str] = []
+    if not given.screenshots:
+        found += [*broken_links(given.site), *missing_releases(given.site)]
     if program is None:
         print("no Chromium here: links were looked at, and no page was opened")
     else:

@@ -47,7 +47,7 @@ class _Inotify:
     def fileno(self) -> int:
         return self._fd
 
-    def drain(self) -> None:
+    def drain(self) -> bool:
         events = b""
         with contextlib.suppress(BlockingIOError):
             while len(read := os.read(self._fd, _EVENTS_BYTES)) > _EVENTS_BYTES // 2:
@@ -57,6 +57,7 @@ class _Inotify:
             # Another lock file may have come.  If it cannot be watched, whoever waits looks once
             # a second, and sees that he was not told.
             self._watch_word()
+        return bool(events)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
