@@ -94,8 +94,10 @@ async def test_garbage_harms_nobody_and_the_socket_is_the_owners_alone(folder: P
         frame("n" * 101),
         frame(17),
         frame("g") + frame("no request"),
-        frame("g") + frame(example.Request(2, b"its number is not the next")),
-        frame("g") + frame(example.Request(1, b"whole")) + frame(example.Request(2, b"torn"))[:-1],
+        frame("g") + frame(example.Requests(2, [b"its number is not the next"])),
+        frame("g")
+        + frame(example.Requests(1, [b"whole"]))
+        + frame(example.Requests(2, [b"torn"]))[:-1],
         b"",
     ]
     before = os.umask(0)
@@ -123,8 +125,8 @@ async def test_garbage_harms_nobody_and_the_socket_is_the_owners_alone(folder: P
 async def test_a_writer_that_is_back_ends_its_first_connection(folder: Path) -> None:
     """What the first one has sent and nobody has read must not get a number of the second's."""
 
-    def request(number: int, data: bytes) -> bytes:
-        return bytes(example.Frames.encode(example.Request(number, data)))
+    def requests(first: int, *data: bytes) -> bytes:
+        return bytes(example.Frames.encode(example.Requests(first, [*data])))
 
     with running("several_writers", "own", "db", "s") as owner, trio.fail_after(100):
         assert read(owner, 1) == ["ready"]
@@ -136,9 +138,32 @@ async def test_a_writer_that_is_back_ends_its_first_connection(folder: Path) -> 
                 await second.send_all(hello)
                 assert await second.receive_some() == example.Frames.encode(0)
                 assert not await first.receive_some()
-                await second.send_all(request(1, b"second"))
-                assert await second.receive_some() == example.Frames.encode(1)
-    assert await entries(folder / "db") == {"w": [(1, b"second")]}
+                await second.send_all(requests(1, b"second", b"more"))
+                assert await second.receive_some() == example.Frames.encode(2)
+                # As after a connection that broke: some of it is there.
+                for _ in range(2):
+                    await second.send_all(requests(2, b"more", b"new"))
+                    assert await second.receive_some() == example.Frames.encode(3)
+    assert await entries(folder / "db") == {"w": [(1, b"second"), (2, b"more"), (3, b"new")]}
+
+
+async def test_what_tasks_write_at_once_goes_in_frames_that_the_owner_takes(folder: Path) -> None:
+    largest = example.BATCH_BYTES_MAX - example.HEAD_BYTES
+    sizes = [largest, 0, largest - 1, largest // 2, largest // 2, 1]
+    with running("several_writers", "own", "db", "s") as owner, trio.fail_after(100):
+        assert read(owner, 1) == ["ready"]
+        async with trio.open_nursery() as nursery:
+            writer = example.Writer("s", "w")
+            assert await nursery.start(writer.run) == 0
+            with pytest.raises(ValueError, match=f"data has {largest + 1} bytes, over {largest}"):
+                await writer.write(bytes(largest + 1))
+            async with trio.open_nursery() as tasks:
+                for size in sizes:
+                    tasks.start_soon(writer.write, bytes(size))
+            nursery.cancel_scope.cancel()
+    found = (await entries(folder / "db"))["w"]
+    assert [number for number, _ in found] == [*range(1, len(sizes) + 1)]
+    assert sorted(len(data) for _, data in found) == sorted(sizes)
 
 
 async def test_a_connection_is_not_read_while_its_commit_waits() -> None:
@@ -158,9 +183,9 @@ async def test_a_connection_is_not_read_while_its_commit_waits() -> None:
         await ours.send_all(frame("w"))
         assert await ours.receive_some() == frame(0)
         files.hold()
-        await ours.send_all(frame(example.Request(1, b"one")))
+        await ours.send_all(frame(example.Requests(1, [b"one"])))
         await trio.testing.wait_all_tasks_blocked()
-        await ours.send_all(frame(example.Request(2, b"two")))
+        await ours.send_all(frame(example.Requests(2, [b"two"])))
         await trio.testing.wait_all_tasks_blocked()
         assert db.wal.statistics().tasks_waiting_durable == 1
         assert reads == 2  # the name, and the first request

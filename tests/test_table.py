@@ -256,6 +256,20 @@ def test_an_int_is_encoded_the_same_by_the_short_way(number: int) -> None:
     assert NUMBERS.encode_key(number) == pair.encode_key((number,))
 
 
+@pytest.mark.parametrize(("name_bytes", "width_max"), [(500, 8), (501, 7), (507, 1), (508, 0)])
+def test_an_int_for_which_a_long_name_leaves_no_room_is_refused(
+    name_bytes: int, width_max: int
+) -> None:
+    name = "\u00e9" * (name_bytes // 2) + "x" * (name_bytes % 2)
+    table = Table(name, key=int, value=bytes)
+    largest = (1 << 8 * width_max) - 1
+    for held in (largest, -largest):
+        assert len(table.encode_key(held)) == 3 + name_bytes + width_max
+    for refused in (largest + 1, -largest - 1):
+        with pytest.raises(ValueError, match="bytes with the table's name, over 511"):
+            table.encode_key(refused)
+
+
 def test_a_key_may_be_of_any_type_that_is_named() -> None:
     when = dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc)
     who = uuid.uuid4()

@@ -28,7 +28,7 @@ from ._exceptions import TableDecodeError
 from ._exports import publish
 from ._operations import KEY_BYTES_MAX, Operation, check_range
 from ._transaction import Transaction
-from ._tuple import KeyCodec, KeyFormatError, after, encode_text
+from ._tuple import POSITIVE, KeyCodec, KeyFormatError, after, encode_text
 from ._util import check_bytes
 
 D = TypeVar("D")
@@ -36,7 +36,6 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 NAME_CHARACTERS_MAX: Final = 255
-_POSITIVE: Final = [bytes((0x14 + width,)) for width in range(9)]
 
 
 class Readable(Protocol):
@@ -94,7 +93,7 @@ class Table(Generic[K, V]):
       TypeError, ValueError: an argument is none of these.
     """
 
-    __slots__ = ("_class", "_codec", "_decode", "_encode", "_int", "_name", "_prefix")
+    __slots__ = ("_class", "_codec", "_decode", "_encode", "_heads", "_name", "_prefix")
 
     def __init__(self, name: str, *, key: type[K], value: type[V]) -> None:
         if not isinstance(name, str):
@@ -113,7 +112,10 @@ class Table(Generic[K, V]):
                 f"{KEY_BYTES_MAX}"
             )
         self._codec = KeyCodec(key)
-        self._int = self._codec.int_only
+        # What stands before an int, by how many bytes it has; where there is room for all of them.
+        heads = [self._prefix + code for code in POSITIVE]
+        fits = len(heads[-1]) + len(POSITIVE) - 1 <= KEY_BYTES_MAX
+        self._heads = heads if self._codec.int_only and fits else None
         self._class: type[Any] | None = None
         if value is bytes:
             self._encode = self._decode = None
@@ -153,14 +155,13 @@ class Table(Generic[K, V]):
         """
         number: Any = key
         # As `_tuple` would, for the most usual type.
-        if self._int and type(number) is int and 0 <= number < 1 << 64:
+        if self._heads is not None and type(number) is int and 0 <= number < 1 << 64:
             width = (number.bit_length() + 7) >> 3
-            data: bytes = self._prefix + _POSITIVE[width] + number.to_bytes(width, "big")
-        else:
-            try:
-                data = self._prefix + self._codec.encode(key)
-            except (TypeError, ValueError) as exc:
-                raise type(exc)(f"table {self._name!r}: {exc}") from None
+            return self._heads[width] + number.to_bytes(width, "big")
+        try:
+            data = self._prefix + self._codec.encode(key)
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"table {self._name!r}: {exc}") from None
         if len(data) > KEY_BYTES_MAX:
             raise ValueError(
                 f"table {self._name!r}: key has {len(data)} bytes with the table's name, over "
@@ -251,7 +252,16 @@ class Table(Generic[K, V]):
           TableDecodeError: what is stored there is no value of the table.
         """
         data = source.get(self.encode_key(key))
-        return default if data is None else self._decode_value(key, data)
+        if data is None:
+            return default
+        # As `_decode_value` would, without a call.
+        decode = self._decode
+        if decode is None:
+            return data
+        try:
+            return decode(data)
+        except (ValueError, msgspec.MsgspecError) as exc:
+            raise TableDecodeError(self._name, key, str(exc)) from exc
 
     def scan(
         self,

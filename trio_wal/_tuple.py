@@ -39,7 +39,8 @@ _FIRST: Final = datetime.min.replace(tzinfo=timezone.utc) - EPOCH
 _LAST: Final = datetime.max.replace(tzinfo=timezone.utc) - EPOCH
 _MICROSECOND: Final = timedelta(microseconds=1)
 _SIGN: Final = 1 << 63
-_POSITIVE: Final = [bytes((_ZERO + width,)) for width in range(9)]
+POSITIVE: Final = [bytes((_ZERO + width,)) for width in range(9)]
+"""Before an int of so many bytes that is not below zero."""
 WHOLE: Final = b"\xff"
 """Above whatever may follow what is encoded: see `after`."""
 
@@ -83,8 +84,8 @@ class _Int:
             raise _wrong(where, self.name, value)
         width = (value.bit_length() + 7) >> 3
         if value >= 0:
-            if width <= 8:
-                return _POSITIVE[width] + value.to_bytes(width, "big")
+            if width < len(POSITIVE):
+                return POSITIVE[width] + value.to_bytes(width, "big")
             self._check(width, where)
             return bytes((0x1D, width)) + value.to_bytes(width, "big")
         if width > 8:

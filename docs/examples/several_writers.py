@@ -5,11 +5,14 @@
 
 The socket's mode is 0600: only processes of the same user (and root's) get through.
 
-A writer gives each request the next number.  The owner commits all that has arrived on a
-connection in one transaction, together with the writer's last number, and acknowledges up to
-that number; commits of several connections share a sync.  Whichever side is killed: the writer
-connects again, is told its last number, and sends what comes after it.  So nothing that was
-acknowledged is lost, and nothing is there twice.
+A writer gives each request the next number, and sends together what its tasks want written at the
+same time.  The owner commits all that has arrived on a connection in one transaction, together with
+the writer's last number, and acknowledges up to that number; commits of several connections share a
+sync.  Whichever side is killed: the writer connects again, is told its last number, and sends what
+comes after it.  So nothing that was acknowledged is lost, and nothing is there twice.
+
+The owner does nothing else, so that its event loop may stand still while the disk is written
+(`sync_in="loop"`).
 
 While a commit waits for the disk, its connection is not read: the socket's buffer fills up, and
 the writer's `send_all` waits.  Whoever sends what is no request is cut off, and nobody else
@@ -32,12 +35,16 @@ import trio
 import trio_wal
 
 FRAME_BYTES_MAX = 1 << 20
+BATCH_BYTES_MAX = FRAME_BYTES_MAX - 100  # so much less is in one frame
+HEAD_BYTES = 5  # at most, of data in MessagePack
 NAME_CHARACTERS_MAX = 100
 
 
-class Request(msgspec.Struct, array_like=True):
-    number: int
-    data: bytes
+class Requests(msgspec.Struct, array_like=True):
+    """What a writer's tasks wanted written at the same time."""
+
+    first: int  # its number; each other one has the next
+    data: list[bytes]
 
 
 class Entry(msgspec.Struct, array_like=True):
@@ -46,7 +53,7 @@ class Entry(msgspec.Struct, array_like=True):
     data: bytes
 
 
-decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_requests = msgspec.msgpack.Decoder(Requests).decode
 
 entries = trio_wal.Table("entries", key=int, value=Entry)
 writers = trio_wal.Table("writers", key=str, value=int)  # the last number of each
@@ -90,19 +97,19 @@ class Frames:
 # -- the owner ----------------------------------------------------------------------
 
 
-async def commit(db: trio_wal.Database, name: str, requests: list[Request]) -> int:
+async def commit(db: trio_wal.Database, name: str, received: list[Requests]) -> int:
     """The number up to which the writer's requests are durable."""
     async with db.transaction() as tx:
-        last = writers.get(tx, name, 0)
+        before = last = writers.get(tx, name, 0)
         length = lengths.get(tx, "entries", 0)
-        for request in requests:
-            if request.number <= last:
-                continue  # sent again after a connection broke; it is there
-            if request.number != last + 1:
-                raise ValueError(f"request {request.number} after {last}")
-            last, length = last + 1, length + 1
-            entries.insert(tx, length, Entry(name, last, request.data))
-        if last > writers.get(tx, name, 0):
+        for requests in received:
+            if requests.first > last + 1:
+                raise ValueError(f"request {requests.first} after {last}")
+            # What is there was sent again, after a connection broke.
+            for data in requests.data[last + 1 - requests.first :]:
+                last, length = last + 1, length + 1
+                entries.put(tx, length, Entry(name, last, data))
+        if last > before:
             writers.put(tx, name, last)
             lengths.put(tx, "entries", length)
     return last
@@ -122,7 +129,7 @@ class Owner:
                     raise ValueError(f"a name of {len(name)} characters")
                 async with self._alone(name):
                     while True:
-                        requests = [decode_request(frame) for frame in received]
+                        requests = [decode_requests(frame) for frame in received]
                         last = await commit(self._db, name, requests)
                         await stream.send_all(Frames.encode(last))
                         if not (received := await frames.receive()):
@@ -151,7 +158,7 @@ class Owner:
 
 
 async def own(path: str, socket_path: str) -> None:
-    async with trio_wal.open_database(path) as db:
+    async with trio_wal.open_database(path, sync_in="loop") as db:
         # There is one owner at a time: a socket that is here is left over from the one before.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket_path)
@@ -166,6 +173,19 @@ async def own(path: str, socket_path: str) -> None:
 # -- a writer -----------------------------------------------------------------------
 
 
+class Batch:
+    """Requests that are sent together, and acknowledged together."""
+
+    def __init__(self, first: int) -> None:
+        self.requests = Requests(first, [])
+        self.size = 0
+        self.durable = trio.Event()
+
+    @property
+    def last(self) -> int:
+        return self.requests.first + len(self.requests.data) - 1
+
+
 class Writer:
     """Any number of tasks `write` through one connection, which `run` keeps up.
 
@@ -176,7 +196,8 @@ class Writer:
         self._socket_path = socket_path
         self._name = name
         self._last = 0
-        self._under_way: deque[tuple[int, bytes, trio.Event]] = deque()
+        self._under_way: deque[Batch] = deque()
+        self._filling: Batch | None = None  # the newest of them, until it is sent
         self._news = trio.Event()
 
     async def write(self, data: bytes) -> int:
@@ -184,12 +205,19 @@ class Writer:
 
         Numbers are given in the order of calls; each task that calls has one under way.
         """
+        size = len(data) + HEAD_BYTES
+        if size > BATCH_BYTES_MAX:
+            raise ValueError(f"data has {len(data)} bytes, over {BATCH_BYTES_MAX - HEAD_BYTES}")
+        batch = self._filling
+        if batch is None or batch.size + size > BATCH_BYTES_MAX:
+            batch = self._filling = Batch(self._last + 1)
+            self._under_way.append(batch)
+            self._news.set()
         self._last += 1
-        number, acknowledged = self._last, trio.Event()
-        frame = Frames.encode(Request(number, data))
-        self._under_way.append((number, frame, acknowledged))
-        self._news.set()
-        await acknowledged.wait()
+        number = self._last
+        batch.requests.data.append(data)
+        batch.size += size
+        await batch.durable.wait()
         return number
 
     async def run(self, *, task_status: trio.TaskStatus[int]) -> None:
@@ -214,10 +242,11 @@ class Writer:
             with contextlib.suppress(trio.BrokenResourceError):
                 while True:
                     self._news = trio.Event()
-                    waiting = [(n, frame) for n, frame, _ in self._under_way if n > sent]
+                    self._filling = None
+                    waiting = [batch for batch in self._under_way if batch.last > sent]
                     if waiting:
-                        sent = waiting[-1][0]
-                        await stream.send_all(b"".join(frame for _, frame in waiting))
+                        sent = waiting[-1].last
+                        await stream.send_all(b"".join(Frames.encode(b.requests) for b in waiting))
                     else:
                         await self._news.wait()
 
@@ -230,8 +259,8 @@ class Writer:
 
     def _acknowledge(self, frame: bytes) -> None:
         number = msgspec.msgpack.decode(frame, type=int)
-        while self._under_way and self._under_way[0][0] <= number:
-            self._under_way.popleft()[2].set()
+        while self._under_way and self._under_way[0].last <= number:
+            self._under_way.popleft().durable.set()
 
 
 async def write(socket_path: str, name: str, count: int, tasks: int, quiet: bool) -> None:
