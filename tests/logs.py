@@ -7,11 +7,14 @@ read through a reader's cursor, as a program would read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import attrs
 
+from trio_wal._disk import frame, spares
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.opening import open_log_directory
@@ -93,6 +96,41 @@ def make_log(
     for batch in batches:
         append(log, *batch)
     log.close(orderly=close)
+    return files
+
+
+@contextmanager
+def reusing() -> Iterator[None]:
+    """Dropped segments are used again with the bytes that they have, as they are between large
+    frames; and a terminator is no longer than it must be."""
+    with (
+        mock.patch.object(spares, "REUSE_FRAMES_FROM", 0),
+        mock.patch.object(frame, "TERMINATOR_ALIGN", frame.BLOCK),
+    ):
+        yield
+
+
+def reuse_dropped(log: LogDirectory, keep: int = 1) -> None:
+    """Drop all but the newest ``keep`` sealed segments, and prepare the next one of one of them."""
+    sealed = log.sealed()
+    if len(sealed) > keep:
+        log.drop_before(sealed[-keep].first_lsn)
+        with reusing():
+            log.prepare_spare()
+
+
+def make_reused_log(
+    *batches: Iterable[bytes], close: bool = True, seed: int = 7, keep: int = 1, **options: Any
+) -> MemoryFiles:
+    """As `make_log`; the log has dropped its past, and its last segment was one of that."""
+    files = MemoryFiles(seed=seed)
+    log = open_log(files, **options)
+    with reusing():
+        for batch in batches:
+            append(log, *batch)
+            reuse_dropped(log, keep)
+        assert log.active.header.reused
+        log.close(orderly=close)
     return files
 
 

@@ -49,7 +49,7 @@ def test_no_crash_of_a_workload_loses_what_was_acknowledged(workload: str) -> No
 
 
 def test_recoveries_are_crashed_three_deep() -> None:
-    result = Simulation(WORKLOADS["append"], 2).run()
+    result = Simulation(WORKLOADS["append"], 7).run()
     assert result.first_failure is None
     assert result.nested > 100
     assert result.deepest == 3
@@ -323,10 +323,10 @@ def test_every_campaign_says_what_it_is() -> None:
 def test_results_add_up() -> None:
     failure = Failure("what", "replay", 3)
     total = Result("all")
-    total.add(Result("a", runs=1, points=2, nested=3, deepest=2))
+    total.add(Result("a", runs=1, points=2, nested=3, deepest=2, reused=1))
     total.add(Result("b", runs=1, points=5, images=4, lost=1, first_failure=failure))
     total.add(Result("c", deepest=1, first_failure=Failure("later", "replay", 9)))
-    assert total == Result("all", 2, 0, 7, 4, 3, 2, 1, 0, 0, first_failure=failure)
+    assert total == Result("all", 2, 0, 7, 4, 3, 2, 1, 1, 0, 0, first_failure=failure)
 
 
 def test_the_seeded_scheduler_leaves_trio_as_it_was() -> None:

@@ -150,6 +150,36 @@ async def test_they_are_opened_and_gone_on_with(name: str, tmp_path: Path) -> No
             assert [record.data async for record in records] == [b"written today"]
 
 
+# -- logs whose last segment was a dropped one --
+
+REUSED = V1.parent / "v1_reused"
+
+
+def test_the_logs_with_reused_segments_are_as_they_were_written() -> None:
+    assert digest(REUSED) == "948b40351d3f4d7ac014fd31be878567d8b9b6dbc1195c2ef2a74bff178d9b50"
+    script = (V1.parent / "write_v1_reused.py").read_text("utf-8")
+    assert "if folder.exists():\n            sys.exit(" in script
+
+
+@pytest.mark.parametrize("name", ["closed", "killed"])
+async def test_a_reused_segment_ends_at_its_terminator(name: str, tmp_path: Path) -> None:
+    data = (REUSED / name / "wal-00000000000000000028.log").read_bytes()
+    assert data[12] == 8, "the feature"
+    assert b"record 9" in data, "of the file's life before"
+    every = [*(b"record %d" % n for n in range(19, 30)), b"the last record"]
+    async with trio_wal.open_reader(REUSED / name) as reader, reader.read() as records:
+        # Nobody's word says that the last batch of the killed one is durable.
+        assert [record.data async for record in records] == every[: 12 if name == "closed" else 11]
+    path = tmp_path / name
+    shutil.copytree(REUSED / name, path)
+    async with trio_wal.open_wal(path, segment_size=TINY) as wal:
+        assert wal.recovery.clean_shutdown == (name == "closed")
+        assert (wal.recovery.torn_bytes, wal.first_lsn, wal.last_lsn) == (0, 19, 30)
+        assert await wal.append(b"written today") == 31
+        async with wal.read() as records:
+            assert [record.data async for record in records] == [*every, b"written today"]
+
+
 # -- logs with epochs --
 
 EPOCHS = V1.parent / "v1_epochs"

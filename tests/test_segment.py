@@ -616,17 +616,6 @@ def test_a_dropped_segment_is_not_written_over_before_its_new_name_is_durable() 
     assert images
 
 
-@pytest.mark.parametrize(("kib", "recycled"), [(31, True), (310, True), (330, False)])
-def test_files_of_large_frames_are_not_recycled(kib: int, recycled: bool) -> None:
-    """Writing zeros ahead does not pay for them, not even over blocks that are there."""
-    files = MemoryFiles()
-    log = open_log(files)
-    for _ in range(3):
-        append(log, bytes(kib * KiB))
-    log.drop_before(3)
-    assert len(spares(files)) == recycled
-
-
 @pytest.mark.parametrize(("kib", "pieces"), [(20, 4), (60, 1)])
 def test_zeros_are_written_in_pieces_that_are_small_beside_small_frames_only(
     kib: int, pieces: int

@@ -25,7 +25,7 @@ from ._archive import Archive
 from ._disk import scan
 from ._disk.frame import (
     BLOCK,
-    FEATURES_KNOWN,
+    SEGMENT_FEATURES_KNOWN,
     FrameError,
     FrameHeader,
     Kind,
@@ -161,7 +161,7 @@ def read_segment_manifest(archive: Archive, name: str) -> SegmentManifest:
         raise CorruptLogError(name, 0, f"this is not a manifest of a segment: {exc!r}") from exc
     if found.name.manifest != name:
         raise CorruptLogError(name, 0, "the manifest is stored under the name of another one")
-    if unknown := found.features & ~FEATURES_KNOWN:
+    if unknown := found.features & ~SEGMENT_FEATURES_KNOWN:
         raise unknown_features(unknown).of(name)
     return found
 

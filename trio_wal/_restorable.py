@@ -18,7 +18,7 @@ import attrs
 from msgspec.structs import replace
 
 from ._archived import Frames, SegmentManifest, read_frames, read_header, segment_name_of
-from ._disk.frame import FEATURE_DATABASE, FrameHeader, to_datetime
+from ._disk.frame import FEATURE_DATABASE, FrameHeader, log_features, to_datetime
 from ._exceptions import CorruptLogError, LogDivergedError, RestoreGapError, WrongDirectoryError
 from ._identity import Bookmark, History, common_lsn, epoch_of
 from ._snapshots import Manifest, snapshot_name_of
@@ -187,7 +187,7 @@ class _Planner:
         features = [piece.manifest.features for piece in there.pieces]
         features += [] if there.tail is None else [there.tail.features]
         self._database = bool(there.bases) or any(f & FEATURE_DATABASE for f in features)
-        self._features = features[0] if features else FEATURE_DATABASE
+        self._features = log_features(features[0]) if features else FEATURE_DATABASE
 
     def _choose_history(self) -> History:
         """The newest epoch's, or that of the target."""

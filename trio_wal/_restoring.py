@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from ._archived import Frames, read_frames, read_header
 from ._disk import scan
 from ._disk.chain import LOG_NAME, STORE_NAME
-from ._disk.frame import FrameHeader, Meta, SegmentHeader, index_step, to_datetime
+from ._disk.frame import FrameHeader, Meta, SegmentHeader, index_step, log_features, to_datetime
 from ._disk.recovery import examine
 from ._disk.repair import create_empty, new_segment, write_meta
 from ._disk.segment import (
@@ -138,6 +138,7 @@ def _make_log(files: Files, path: str, plan: RestorePlan, tick: Tick) -> int:
             stop = min(piece.last_lsn, plan.lsn)
             end = _make_segment(directory, piece, stop, end.time_us, tick)
         first = plan.pieces[0].manifest
+        features = log_features(first.features)
         header = SegmentHeader(
             plan.uuid.bytes,
             end.number,
@@ -145,7 +146,7 @@ def _make_log(files: Files, path: str, plan: RestorePlan, tick: Tick) -> int:
             files.random_bytes(16),
             files.time_us(),
             end.previous,
-            first.features,
+            features,
         )
         _begin_segment(directory, header, end)
         write_meta(
@@ -154,7 +155,7 @@ def _make_log(files: Files, path: str, plan: RestorePlan, tick: Tick) -> int:
                 plan.uuid.bytes,
                 base_number=first.number,
                 base_lsn=first.first_lsn,
-                features=first.features,
+                features=features,
                 live=True,
                 history=plan.history,
                 copied=True,

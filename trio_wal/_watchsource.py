@@ -324,10 +324,15 @@ class WatchSource:
             # Also where the frame that it tells of is damaged: what stands before is durable.
             told = max(told, last.pointer.last_lsn)
         damage, proven = seen.chain_damage, seen.beyond_lsn
+        # Whoever follows a living owner has all from its word; and in a file of old bytes something
+        # stands behind the end of whatever it is just writing.
+        told_end = last.header.reused and not meta.copied and word.epoch == meta.epoch
+        unknown = first_look and not (told_end and seen.tail is not None)
+        suspicious = _suspicious(tail, evidence, proof, look=not told_end)
         if damage is not None:
             # Others come after it: it was whole, and durable.
             proven = max(proven, end.next_lsn - 1)
-        elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):
+        elif unknown or suspicious or seen.damage is not None:
             judged = judge_end(
                 self.name,
                 file,
@@ -478,11 +483,11 @@ class WatchSource:
         self._directory.close()
 
 
-def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int) -> bool:
-    """Whether something at the log's end says more than that it ends."""
+def _suspicious(tail: _Tail, evidence: _Evidence, told_lsn: int, *, look: bool) -> bool:
+    """Whether something at the log's end, ``look``: be it no frame, says more than that it ends."""
     pointer = evidence.pointer
     return (
-        bool(evidence.block.strip(b"\0"))
+        (look and bool(evidence.block.strip(b"\0")))
         or tail.last_kind is Kind.SEAL
         or (
             pointer is not None

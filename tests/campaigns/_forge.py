@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import attrs
-from logs import LOG, append, make_log, open_log
+from logs import LOG, append, make_log, make_reused_log, open_log
 from msgspec.structs import replace
 
 from trio_wal._disk.chain import META_NAME, TRUNCATE_NAME
@@ -270,6 +270,9 @@ BASES: Final[dict[str, Callable[[], MemoryFiles]]] = {
     "dropped": _dropped,
     "cut": _cut,
     "one segment": lambda: make_log(*BATCHES, segment_size=16 * 1024),
+    "reused": lambda: make_reused_log(
+        *([b"%d" % n] for n in range(11)), close=False, segment_size=6 * 1024
+    ),
     "database": lambda: make_log(
         *([encode_transaction(writes)] for writes in TRANSACTIONS), database=True
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from trio_wal._base import StoreState
 from trio_wal._disk.chain import LOG_NAME, STORE_NAME
 from trio_wal._disk.cursor import Cursor
 from trio_wal._disk.directory import LogDirectory
+from trio_wal._disk.frame import BLOCK, FrameError, decode_segment_header, segment_name_lsn
 from trio_wal._disk.opening import open_log_directory
 from trio_wal._disk.recovery import Plan
 from trio_wal._engine import Record
@@ -153,6 +154,16 @@ def append_after(log: LogDirectory) -> Pair:
     """Go on in a recovered log; durable on return."""
     log.write([AFTER], log.synced_lsn, sync=True)
     return log.last_lsn, AFTER
+
+
+def is_reused(files: MemoryFiles) -> bool:
+    """Whether the last segment of a log here has bytes of a dropped one behind its end."""
+    for folder in files._folders.values():
+        names = [name for name in folder.names if segment_name_lsn(name) is not None]
+        with suppress(FrameError):
+            if names and decode_segment_header(bytes(folder.names[max(names)].data[:BLOCK])).reused:
+                return True
+    return False
 
 
 def fingerprint(files: MemoryFiles) -> int:

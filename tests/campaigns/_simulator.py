@@ -31,6 +31,7 @@ from helpers import read_all
 from trio.testing import MockClock
 
 import trio_wal
+from trio_wal._disk import directory, frame, spares
 from trio_wal._operations import decode_transaction
 from trio_wal.testing import MemoryFiles
 
@@ -40,6 +41,7 @@ from ._images import (
     Recovered,
     append_after,
     fingerprint,
+    is_reused,
     places_in,
     recover_database,
     recover_log,
@@ -79,6 +81,10 @@ FORGETS_EVERY = 20
 """Every so many recoveries are made without what is remembered of their files."""
 REOPENED_EVERY = 400
 """Every so many images are also opened by a whole program."""
+REUSES = "reuse"
+REUSES_EVERY = 2
+"""In the programs of this workload, and in every so many of the others, dropped segments are used
+again with the bytes that they have."""
 VIRTUAL_SECONDS_MAX = 1e6
 """A program that has not ended by then hangs."""
 
@@ -112,6 +118,8 @@ class Result:
     nested: int = 0
     """Crashes of a recovery, likewise."""
     deepest: int = 0
+    reused: int = 0
+    """Points at which the log ended in a segment that keeps the bytes of a dropped one."""
     lost: int = 0
     partial: int = 0
     other: int = 0
@@ -119,7 +127,8 @@ class Result:
 
     def add(self, more: Result) -> None:
         for name in (
-            "runs", "operations", "points", "images", "nested", "lost", "partial", "other",
+            "runs", "operations", "points", "images", "nested", "reused", "lost", "partial",
+            "other",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(more, name))
         self.deepest = max(self.deepest, more.deepest)
@@ -252,6 +261,18 @@ class Simulation:
     _reopen: list[tuple[Path, MemoryFiles, Recovered, State]] = attrs.Factory(list)
 
     def run(self) -> Result:
+        if self.workload.name == REUSES or not self.seed % REUSES_EVERY:
+            # As between large frames, with a terminator that ends before its page does; and where a
+            # segment has room for a few frames, retention comes before the next one is prepared.
+            with (
+                mock.patch.object(directory, "PREPARE_FROM", 0.8),
+                mock.patch.object(spares, "REUSE_FRAMES_FROM", 0),
+                mock.patch.object(frame, "TERMINATOR_ALIGN", frame.BLOCK),
+            ):
+                return self._run()
+        return self._run()
+
+    def _run(self) -> Result:
         self.result.workload = self.workload.name
         self.result.runs = 1
         self.rng = random.Random(f"{self.workload.name} {self.seed}")
@@ -491,12 +512,15 @@ class Simulation:
         self._seen.add(key)
         self._images.add(print_of_image)
         self.result.points += 1
+        self.result.reused += is_reused(image)
         path = ((number, damage),)
         mix = number * 31 + damage * 7 + self.seed
         try:
             found = self._one_image(
                 image, path, mix, killed=not damage, learn=not damage, known_as=print_of_image
             )
+            if not damage and found.log.report.torn_bytes and not self.workload.fails:
+                raise Wrong("other", "no write was under way, and yet something is called torn")
         except _Found:
             raise
         except Exception as exc:
@@ -741,7 +765,7 @@ def report_results(
 def _trace(error: BaseException) -> str:
     """What was raised and the places it passed, on one line."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = ", ".join(f"{frame.name}:{frame.lineno}" for frame in frames)
+    places = ", ".join(f"{place.name}:{place.lineno}" for place in frames)
     return f"{error!r} ({places})"
 
 

@@ -722,6 +722,20 @@ WORKLOADS = {
         _log("drop", {"append": 5, "append_many": 1, "truncate_before": 2}),
         _log("cut", {"append": 5, "append_many": 2, "send": 1, "truncate_after": 2}),
         _log("retention", {"append": 5, "sleep": 1}, retention=_retention),
+        _log(
+            "reuse",
+            {
+                "append": 6,
+                "append_many": 3,
+                "send": 2,
+                "sleep": 1,
+                "truncate_before": 2,
+                "truncate_after": 1,
+            },
+            durability=lambda rng: rng.choice(("sync", "sync", "interval", "none")),
+            retention=lambda rng: rng.choice((KeepSegments(1), KeepSegments(2))),
+            segment_size=lambda rng: rng.choice((1, 2_000, 3_000, 7_000)),
+        ),
         _log("interval", {**_MIXED, "sleep": 4}, durability="interval"),
         _log("none", _MIXED, durability="none"),
         _log(

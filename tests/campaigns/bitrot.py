@@ -29,7 +29,7 @@ import attrs
 import trio
 import trio.testing
 from databases import DB, after as after_commits, check_content, commits_of, open_memory_database
-from logs import LOG, TINY, append, copy_of, make_log, open_log
+from logs import LOG, TINY, append, copy_of, make_log, make_reused_log, open_log
 from msgspec.structs import replace
 
 from trio_wal import Commit, CorruptLogError, KeepAll, Record, UnsupportedFormatError
@@ -204,6 +204,11 @@ def _log_of_two_sessions() -> MemoryFiles:
     return two_sessions(FIRST[:1], (FIRST[1], [b"between"], LAST[0]))
 
 
+def _reused(*, close: bool) -> MemoryFiles:
+    batches = ([b"record %d" % n] for n in range(100))
+    return make_reused_log(*batches, *FIRST, segment_size=SMALL_BYTES, close=close)
+
+
 def _log_compressed() -> MemoryFiles:
     texts = [[b"text %d " % n * 30] for n in range(5)]
     return make_log(*texts, compression="zstd")
@@ -230,14 +235,16 @@ async def _make_database(files: MemoryFiles, *, closed: bool) -> MemoryFiles:
         return files.crash_image(kind="kill")
 
 
-def _large(*, closed: bool, **options: Any) -> MemoryFiles:
+def _large(
+    *, closed: bool, make: Callable[..., MemoryFiles] = make_log, **options: Any
+) -> MemoryFiles:
     """Some 4 MiB in some 18 segments, 1,000 batches of records of 0 to 6,000 bytes."""
     rng = random.Random(2)
     batches = (
         [rng.randbytes(int(6000 * rng.random() ** 3)) for _ in range(rng.choice((1, 1, 2, 7)))]
         for _ in range(1000)
     )
-    return make_log(*batches, close=closed, segment_size=256 * KiB, **options)
+    return make(*batches, close=closed, segment_size=256 * KiB, **options)
 
 
 @functools.cache
@@ -307,8 +314,11 @@ SHORT: Final[dict[str, Make]] = {
         lambda: make_log(*FIRST, segment_size=SMALL_BYTES, close=False),
         False,
     ),
+    "reused log, closed": (lambda: _reused(close=True), True),
+    "reused log, crashed": (lambda: _reused(close=False), False),
 }
-"""Of one segment: no other one vouches for it."""
+"""Of one segment: no other one vouches for it; and of two, with bytes of dropped ones behind its
+end."""
 
 
 def _past_files(kind: str, *, closed: bool) -> MemoryFiles:
@@ -328,6 +338,14 @@ PAST: Final[dict[str, Make]] = {
 LARGE: Final[dict[str, Make]] = {
     "large log, closed": (functools.partial(_large, closed=True), True),
     "large log, crashed": (functools.partial(_large, closed=False), False),
+    "large reused log, closed": (
+        functools.partial(_large, closed=True, make=make_reused_log, keep=6),
+        True,
+    ),
+    "large reused log, crashed": (
+        functools.partial(_large, closed=False, make=make_reused_log, keep=6),
+        False,
+    ),
 }
 
 

@@ -51,6 +51,7 @@ def mutant(name: str, file: str, judge: str, *texts: str) -> Mutant:
 
 
 SIMULATOR, WHOLE, SCHEDULES = "simulator", "whole", "schedules"
+REUSE: Final = "simulator:reuse"
 ERRORS, BITROT, HOSTILE, BOMBS, STORE = "errors", "bitrot", "hostile", "bombs", "store"
 PAGES: Final = "pages"
 READERS, READERS_DB = "readers:log", "readers:database"
@@ -351,8 +352,42 @@ MUTANTS: Final = (
     ),
     mutant(
         "a new segment's header is not synced before its name", "_disk/segment", SIMULATOR,
-        "    file.pwrite([header.encode()], 0)\n    file.sync()\n",
-        "    file.pwrite([header.encode()], 0)\n",
+        "    write_header(file, header, capacity)\n    file.sync()\n",
+        "    write_header(file, header, capacity)\n",
+    ),
+    mutant(
+        "no terminator", "_disk/segment", REUSE,
+        "            end = terminator_end(end, self.capacity)\n", "            pass\n",
+    ),
+    mutant(
+        "a terminator is written by itself, after the sync", "_disk/segment", REUSE,
+        "            end = terminator_end(end, self.capacity)\n", "            pass\n",
+        "            self._settled = max(self._settled, self._written)\n",
+        "            self._settled = max(self._settled, self._written)\n"
+        "        if self.header.reused:\n"
+        "            self.file.pwrite([bytes(BLOCK)], self.position.offset)\n"
+        "            self.file.sync()\n",
+    ),
+    mutant(
+        "no terminator behind a new header", "_disk/segment", REUSE,
+        "terminator_end(DATA_OFFSET, capacity) - BLOCK if header.reused else 0", "0",
+    ),
+    mutant(
+        "a footer has a terminator", "_disk/segment", REUSE,
+        "if self.header.reused and kind is not Kind.SEAL:", "if self.header.reused:",
+    ),
+    mutant(
+        "old bytes without the feature that says so", "_disk/spares", REUSE,
+        "            features = FEATURE_REUSED\n", "            features = 0\n",
+    ),
+    mutant(
+        "all that stands behind a terminator is called torn", "_disk/scan", REUSE,
+        "    if segment.reused:\n        torn_end", "    if False:\n        torn_end",
+    ),
+    mutant(
+        "nothing behind a terminator is looked at", "_disk/scan", BITROT,
+        "    for offset in _pieces(position.offset, size, next_data):\n",
+        "    for offset in () if segment.reused else _pieces(position.offset, size, next_data):\n",
     ),
     mutant(
         "a rotation does not sync the segment before", "_disk/directory", "simulator:interval",
@@ -833,7 +868,7 @@ MUTANTS: Final = (
     # -- who reads --
     mutant(
         "readers take damage for the end", "_watchsource", "bitrot:ways/reader",
-        "elif first_look or seen.damage is not None or _suspicious(tail, evidence, proof):",
+        "elif unknown or suspicious or seen.damage is not None:",
         "elif False:",
     ),
     mutant(

@@ -42,7 +42,7 @@ from .metafile import MetaFile
 from .placesfile import PlacesFile
 from .recovery import Plan
 from .repair import repair, uncreate
-from .segment import ActiveSegment, Extent, SegmentInfo, create_segment, encode
+from .segment import ActiveSegment, Extent, SegmentInfo, create_segment, encode, write_header
 from .spares import PREPARE_FROM, Spares
 
 
@@ -226,11 +226,11 @@ class LogDirectory:
                 self._files.random_bytes(16),
                 self._files.time_us(),
                 old.header.previous if replaces else old.position.previous,
-                self.features,
+                self.features | spare.features,
             )
             # The file keeps its temporary name until its header is durable.
             active = create_segment(
-                self._directory, spare.file, spare.name, header, spare.capacity, spare.zeroed
+                self._directory, spare.file, spare.name, header, spare.capacity, spare.written
             )
         except BaseException:
             close_quietly(spare.file)
@@ -357,19 +357,19 @@ class LogDirectory:
         keep, position, records = cut.keep, cut.position, cut.records
         says = self.meta.says
         history = branch(says.history, lsn, self._files.random_bytes(4))
-        header = SegmentHeader(
-            self.active.header.log_uuid,
-            keep.header.number + 1 if keep is not None else says.base_number,
-            position.next_lsn,
-            self._files.random_bytes(16),
-            self._files.time_us(),
-            position.previous,
-            says.features,
-        )
         body = encode(records, says.features)
         spare = self.spares.take(body.stored_length)
         try:
-            spare.file.pwrite([header.encode()], 0)
+            header = SegmentHeader(
+                self.active.header.log_uuid,
+                keep.header.number + 1 if keep is not None else says.base_number,
+                position.next_lsn,
+                self._files.random_bytes(16),
+                self._files.time_us(),
+                position.previous,
+                says.features | spare.features,
+            )
+            write_header(spare.file, header, spare.capacity)
             new = ActiveSegment(spare.file, Extent.empty(header, spare.capacity))
             new.position = replace(new.position, time_us=position.time_us)
             if records:

@@ -36,6 +36,8 @@ FORMAT_VERSION: Final = 1
 BLOCK: Final = 512
 """Frames start at multiples of this: the unit in which disks tear.  A frame shares
 no block with the frame before it, so writing it cannot tear what is durable."""
+TERMINATOR_ALIGN: Final = 4 * KiB
+"""A page of most page caches."""
 DATA_OFFSET: Final = 4 * KiB
 """Where a segment's first frame starts: the header has a page of its own."""
 POINTER_OFFSET: Final = BLOCK
@@ -66,6 +68,9 @@ FEATURE_ZSTD: Final = 1
 """Incompatible feature: frames of this log may be compressed with Zstandard (RFC 8878)."""
 FEATURE_DATABASE: Final = 2
 """Incompatible feature: every record is a transaction of a database (see `_operations`)."""
+FEATURE_REUSED: Final = 8
+"""Incompatible feature, of a segment alone: behind its end stands a terminator, and behind that
+whatever a dropped segment had left in the file."""
 FEATURE_EPOCHS: Final = 16
 """Incompatible feature, of ``log.meta`` only: the log has a history of epochs, which whoever writes
 that file anew must keep."""
@@ -74,9 +79,11 @@ FEATURE_CONSUMERS: Final = 32
 consumers (`_operations.PLACED_FORMAT`), and its store may keep them."""
 _META_FEATURES: Final = FEATURE_EPOCHS | FEATURE_CONSUMERS
 FEATURES_KNOWN: Final = FEATURE_ZSTD | FEATURE_DATABASE
+SEGMENT_FEATURES_KNOWN: Final = FEATURES_KNOWN | FEATURE_REUSED
 _FEATURE_NAMES: Final = {
     FEATURE_ZSTD: "zstd",
     FEATURE_DATABASE: "database",
+    FEATURE_REUSED: "reused",
     FEATURE_EPOCHS: "epochs",
     FEATURE_CONSUMERS: "consumers",
 }
@@ -181,6 +188,11 @@ class SegmentHeader(msgspec.Struct, frozen=True):
         """Where the checksums of this segment's frames start."""
         return crc32c(_SEED.pack(self.salt, self.number))
 
+    @property
+    def reused(self) -> bool:
+        """Whether the file was a dropped segment's, and keeps its bytes behind the end."""
+        return bool(self.features & FEATURE_REUSED)
+
     def encode(self) -> bytes:
         return _seal_sector(
             _SEGMENT.pack(
@@ -205,6 +217,11 @@ class SegmentHeader(msgspec.Struct, frozen=True):
     def digest(self) -> int:
         """The checksum that the first frame names as its predecessor's."""
         return cast(int, _CHECKED_SECTOR.unpack(self.encode())[1])
+
+
+def log_features(features: int) -> int:
+    """Of those of a segment the ones that its log has."""
+    return features & ~FEATURE_REUSED
 
 
 def feature_names(features: int) -> tuple[str, ...]:
@@ -260,8 +277,8 @@ def decode_segment_header(sector: bytes) -> SegmentHeader:
     _open_sector(sector, SEGMENT_MAGIC, "segment header")
     _, _, size, features, optional, _, uuid, number, first_lsn, *rest = _SEGMENT.unpack_from(sector)
     salt, created, previous, data, block = rest
-    if features & ~FEATURES_KNOWN:
-        raise unknown_features(features & ~FEATURES_KNOWN)
+    if features & ~SEGMENT_FEATURES_KNOWN:
+        raise unknown_features(features & ~SEGMENT_FEATURES_KNOWN)
     if (size, data, block) != (SEGMENT_HEADER_SIZE, DATA_OFFSET, BLOCK):
         raise FrameError("the segment header declares a different layout from version 1")
     if max(number, first_lsn) > START_MAX:
@@ -309,6 +326,12 @@ class FrameHeader(msgspec.Struct, frozen=True):
 def frame_size(stored_length: int) -> int:
     """Bytes in the file, padding included."""
     return align_up(FRAME_HEADER_SIZE + stored_length, BLOCK)
+
+
+def terminator_end(offset: int, capacity: int) -> int:
+    """Where the zeros end that a writer puts behind a frame which ends at ``offset``: a block of
+    them or more, up to a page's end, so that no page need be read to be written in part."""
+    return max(offset, min(align_up(offset + BLOCK, TERMINATOR_ALIGN), capacity))
 
 
 def index_step(capacity: int) -> int:

@@ -314,7 +314,7 @@ def _examine_last(
         walk = check_last(
             directory.path, file, last, refuse, told_lsn=told_lsn, start=start, data_end=data_end
         )
-        torn = walk.torn_end > walk.end.offset
+        torn = walk.torn_end > walk.end.offset or walk.in_doubt
         copy_from = walk.unproven()
         if copy_from is None and torn:
             copy_from = walk.data_extent()

@@ -36,6 +36,7 @@ from .frame import (
     Meta,
     SegmentHeader,
     Truncation,
+    log_features,
     segment_name_lsn,
 )
 from .recovery import Plan
@@ -348,6 +349,7 @@ def _copy_tail(
         salt=files.random_bytes(16),
         created_us=files.time_us(),
         previous=last.header.previous if replaces else start.previous,
+        features=log_features(last.header.features),
     )
     # As a new log's first one: no larger than what is filled with zeros, so that frames stand in
     # place from the first one on.

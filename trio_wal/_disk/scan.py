@@ -237,8 +237,11 @@ def read_footer(read: Read, frame: FrameHeader) -> Footer | None:
 class Tail(msgspec.Struct, frozen=True):
     """What stands behind the last valid frame."""
 
-    torn_end: int
+    data_end: int
     """Offset behind the last byte that is not zero; the position itself where all are."""
+    torn_end: int
+    """Offset behind what is left of an unfinished batch, as far as that can be told from what the
+    file had before; the position itself where nothing is."""
     covering: FrameHeader | None = None
     """The first later frame which says that what is invalid here had been durable."""
     durable_lsn: int = 0
@@ -297,7 +300,22 @@ def examine_tail(
                 covering = covering or frame
                 durable_lsn = max(durable_lsn, frame.durable_lsn)
             at = window.find(FRAME_MAGIC, at + 1)
-    return Tail(min(align_up(end, BLOCK), max(size, position.offset)), covering, durable_lsn)
+    limit = max(size, position.offset)
+    data_end = min(align_up(end, BLOCK), limit)
+    torn_end = data_end
+    if segment.reused:
+        torn_end = min(_first_torn_end(read, segment, position.offset), limit)
+    return Tail(data_end, torn_end, covering, durable_lsn)
+
+
+def _first_torn_end(read: Read, segment: SegmentHeader, offset: int) -> int:
+    """The same where a terminator ends a log: what stands behind it, or behind what stands in its
+    place, may be of another segment."""
+    block = read(BLOCK, offset)
+    if block.count(0) == len(block):
+        return offset
+    frame = decode_frame_header(block, offset, segment.seed)
+    return offset + BLOCK if frame is None else frame.end
 
 
 def torn_start(

@@ -35,6 +35,7 @@ from .frame import (
     footer_reserve,
     frame_size,
     index_step,
+    terminator_end,
 )
 from .scan import Position, start_of
 
@@ -201,7 +202,12 @@ class ActiveSegment:
             crc=0,
         )
         head = encode_frame_header(frame, self._seed)
-        padding = bytes(frame.end - here.offset - FRAME_HEADER_SIZE - body.stored_length)
+        end = frame.end
+        if self.header.reused and kind is not Kind.SEAL:
+            # In the same write, and so in the same sync: what once was durable behind the end,
+            # as long as the file was another segment, must not stand right behind it.
+            end = terminator_end(end, self.capacity)
+        padding = bytes(end - here.offset - FRAME_HEADER_SIZE - body.stored_length)
         self.file.pwrite([head, *body.pieces, padding], here.offset)
         crc = int.from_bytes(head[4:8], "little")
         self.position = Position(frame.end, frame.next_lsn, crc, durable_lsn, time_us)
@@ -262,21 +268,28 @@ def create_segment(
     old_name: str,
     header: SegmentHeader,
     capacity: int,
-    zeroed: int,
+    written: int,
 ) -> ActiveSegment:
-    """Turn a prepared file of zeros into a segment, durable under its final name.
+    """Turn a prepared file into a segment, durable under its final name.
 
     Args:
-      zeroed: so many bytes of it were written, as zeros, and synced.
+      written: so many bytes of it were written, and synced.
 
     Nothing is lost where a crash comes between: the file keeps a name that recovery
     clears away.
     """
-    file.pwrite([header.encode()], 0)
+    write_header(file, header, capacity)
     file.sync()
     directory.rename(old_name, header.name)
     directory.sync()
-    return ActiveSegment(file, Extent.empty(header, capacity), settled=zeroed)
+    return ActiveSegment(file, Extent.empty(header, capacity), settled=written)
+
+
+def write_header(file: File, header: SegmentHeader, capacity: int) -> None:
+    """Put the header into a file of zeros; in one of old bytes also all that stands between it and
+    the first frame, and the terminator."""
+    zeros = terminator_end(DATA_OFFSET, capacity) - BLOCK if header.reused else 0
+    file.pwrite([header.encode(), bytes(zeros)], 0)
 
 
 __all__ = [
@@ -287,4 +300,5 @@ __all__ = [
     "capacity_for",
     "create_segment",
     "encode",
+    "write_header",
 ]

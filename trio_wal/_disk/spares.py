@@ -1,8 +1,9 @@
 """The next segment of an open log, made ready while the active one fills.
 
 Law: blocking; no trio.  Space is reserved, and zeros written and synced, before a commit needs the
-file; one that cannot wait takes it as far as it is.  A file that becomes a segment once more has
-nobody who reads it.  What `prepare` does may run in a thread beside all other calls.
+file; one that cannot wait takes it as far as it is.  Between large frames a dropped segment's file
+is taken with the bytes that it has.  A file that becomes a segment once more has nobody who reads
+it.  What `prepare` does may run in a thread beside all other calls.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trio_wal._exceptions import LogFullError
 from trio_wal._files import NO_SPACE, Directory, File, close_quietly
 from trio_wal._util import KiB, MiB
 
-from .frame import SegmentHeader
+from .frame import FEATURE_REUSED, SegmentHeader
 from .segment import (
     CAPACITY_GROWTH,
     FIRST_CAPACITY,
@@ -46,19 +47,21 @@ within seconds all the same, and nothing waits in vain."""
 ZERO_FRAMES_BELOW: Final = 32 * KiB
 """Writing zeros ahead costs about 1-2 ms a MiB and saves about 50 us a sync (an overwrite
 needs no block allocation): it pays while the mean frame is smaller than this."""
-RECYCLE_FRAMES_BELOW: Final = 320 * KiB
-"""Over a dropped segment they cost half of that, because its blocks are there.  Beside frames that
-are larger than this they take from the disk what they give."""
+REUSE_FRAMES_FROM: Final = 64 * KiB
+"""Over a dropped segment they cost half of that, because its blocks are there.  From this mean size
+of a frame on it is used as it is instead: each frame brings its terminator."""
 
 
 class Spare(msgspec.Struct, eq=False):
-    """A file that reads as zeros, to become the next segment."""
+    """A file that reads as zeros, or as a dropped segment, to become the next one."""
 
     name: str
     file: File
     capacity: int
-    zeroed: int = 0
-    """So many bytes of it have been written, as zeros, and synced."""
+    written: int = 0
+    """So many bytes of it have been written, and synced."""
+    features: int = 0
+    """Of the segment, beside those of its log."""
 
 
 class Spares:
@@ -193,14 +196,17 @@ class Spares:
                 self._lock.notify_all()
 
     def _recycle(self) -> Spare | None:
-        """A dropped segment's file: its blocks are allocated and need only new zeros."""
+        """A dropped segment's file: its blocks are allocated, and need new zeros at most."""
         if not self._recycled:
             return None
         name = self._recycled[0]
         file = self._directory.open(name, writable=True)
         try:
             capacity = self._next_capacity(0)
-            zeroed = self._zero(file, 0, min(file.size(), capacity))
+            written = min(file.size(), capacity)
+            features = FEATURE_REUSED
+            if self._active().mean_frame_bytes < REUSE_FRAMES_FROM:
+                written, features = self._zero(file, 0, written), 0
             if file.size() > capacity:
                 file.truncate(capacity)
             file.allocate(capacity)
@@ -212,7 +218,7 @@ class Spares:
                 self._directory.unlink(name)
             raise
         self._recycled.remove(name)
-        return Spare(name, file, capacity, zeroed)
+        return Spare(name, file, capacity, written, features)
 
     def _zero(self, file: File, start: int, end: int) -> int:
         """Write zeros from ``start`` on; returns how far it came before a rotation asked
@@ -243,8 +249,8 @@ class Spares:
                 self._lock.wait(PAUSE_SHARE * seconds)
 
     def _write_zeros(self, spare: Spare) -> None:
-        spare.zeroed = self._zero(spare.file, 0, spare.capacity)
-        if spare.zeroed < spare.capacity:
+        spare.written = self._zero(spare.file, 0, spare.capacity)
+        if spare.written < spare.capacity:
             spare.file.allocate(spare.capacity)
 
     # -- files of dropped segments --
@@ -259,11 +265,7 @@ class Spares:
         """
         with self._lock:
             recycle = (
-                kept is None
-                and self.ready is None
-                and not self.preparing
-                and not self._recycled
-                and self._active().mean_frame_bytes < RECYCLE_FRAMES_BELOW
+                kept is None and self.ready is None and not self.preparing and not self._recycled
             )
             if recycle:
                 with self._reading:

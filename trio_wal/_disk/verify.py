@@ -43,6 +43,7 @@ from .frame import (
     META_SIZE_MAX,
     POINTER_OFFSET,
     Meta,
+    log_features,
     segment_name_lsn,
 )
 from .placesfile import read_places
@@ -224,7 +225,7 @@ def guess_meta(directory: Directory) -> Meta:
     if not headers:
         return Meta(uuid, 1, 1, live=True)
     first = min(headers, key=lambda header: header.number)
-    return Meta(uuid, first.number, first.first_lsn, first.features, live=True)
+    return Meta(uuid, first.number, first.first_lsn, log_features(first.features), live=True)
 
 
 # -- one segment ------------------------------------------------------------------------

@@ -193,6 +193,8 @@ class Walk:
         """Bytes of it: a CLOSE frame that a crash tore is no batch."""
         self.closed: bool = False
         """Whether the log ends with the mark of an orderly close."""
+        self.in_doubt: bool = False
+        """Whether what stands behind the end may be an unfinished batch, or of another segment."""
 
     @property
     def frames(self) -> int:
@@ -395,7 +397,7 @@ def check_segment(
         reason = "the pointer to the segment's footer is damaged"
         report(Finding(file.path, POINTER_OFFSET, reason))
     behind = scan.examine_tail(file.pread, segment.size, segment.header, walk.end, file.next_data)
-    if behind.torn_end > seal.end:
+    if behind.data_end > seal.end:
         report(Finding(file.path, seal.end, "bytes behind the segment's footer"))
     walk.seal = seal
     return walk
@@ -444,6 +446,7 @@ def check_last(
             walk.torn_end = torn_end = judged.torn_end
             torn = scan.torn_start(file.pread, segment.header, segment.pointer, end, torn_end)
             walk.torn_bytes = max(0, torn_end - torn)
+            walk.in_doubt = segment.header.reused and not at_mark
             return walk
         if not loss.inside or not walk.pass_over(loss.finding.reason):
             report(loss.finding)
