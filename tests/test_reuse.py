@@ -49,7 +49,7 @@ from trio_wal._repair import Repair
 from trio_wal._util import KiB, MiB
 from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
-from trio_wal.testing import MemoryFiles
+from trio_wal.testing import MemoryFile, MemoryFiles
 
 SIZE = 16 * KiB
 """Of a segment: room for some twenty short frames."""
@@ -131,6 +131,41 @@ def test_a_terminator_is_a_block_at_least_and_stays_in_the_file() -> None:
     assert terminator_end(2 * DATA_OFFSET, MiB) == 3 * DATA_OFFSET
     assert terminator_end(5000 * BLOCK, 5000 * BLOCK + 100) == 5000 * BLOCK + 100
     assert terminator_end(5000 * BLOCK, 5000 * BLOCK) == 5000 * BLOCK
+    assert terminator_end(5001 * BLOCK, 5000 * BLOCK) == 5001 * BLOCK, "a mark may stand behind it"
+
+
+@pytest.mark.parametrize(("kib", "in_place"), [(40, [True, True]), (0, [True, False])])
+def test_a_file_of_another_size_gets_that_of_a_segment(
+    kib: int, in_place: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a sync need not ask the file system for more up to where the dropped segment went."""
+    files = MemoryFiles()
+    with reusing():
+        log = open_log(files, segment_size=SIZE)
+        append(log, bytes(kib * KiB))
+        log.rotate()
+        append(log, b"kept")
+        log.rotate()
+        dropped = log.sealed()[0]
+        assert (dropped.bytes > SIZE) == (kib > 0)
+        log.drop_before(dropped.next_lsn)
+        log.prepare_spare()
+        log.rotate()
+        append(log, b"in the next one")
+        log.rotate()
+        assert log.active.header.reused
+        assert len(files.read_file(LOG, log.active.header.name)) == log.active.capacity == SIZE
+        found: list[bool] = []
+        whole = MemoryFile.sync
+
+        def sync(file: MemoryFile, *, in_place: bool = False) -> None:
+            found.append(in_place)
+            whole(file, in_place=in_place)
+
+        monkeypatch.setattr(MemoryFile, "sync", sync)
+        append(log, b"short")
+        append(log, bytes(6 * KiB))
+    assert found == in_place
 
 
 def test_each_life_of_a_file_has_its_own_salt() -> None:
@@ -184,6 +219,38 @@ def test_a_log_that_was_closed_goes_on_in_a_reused_segment() -> None:
         assert not any(old_bytes(log)[:BLOCK])
         every = records_of(log)
     assert content(copy_of(files), segment_size=SIZE) == every
+
+
+def test_a_log_goes_on_behind_the_mark_of_its_close_only_while_the_pointer_leads_there() -> None:
+    """The first write behind the mark takes it away: of that write, too, a crash may have left
+    the end."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        header, every = log.active.header, records_of(log)
+        log.close()
+    data = files.read_file(LOG, header.name)
+    image = copy_of(files)
+    image.write_file(LOG, header.name, data[:BLOCK] + bytes(BLOCK) + data[2 * BLOCK :])
+    found = open_log(image, segment_size=SIZE)
+    assert (records_of(found), found.report.clean_shutdown) == (every, False)
+    assert found.active.header.number == header.number + 1
+    assert open_log(files, segment_size=SIZE).active.header == header
+
+
+def test_what_is_called_torn_is_the_batch_as_far_as_it_is_in_the_file() -> None:
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        name, start = log.active.header.name, log.active.position.offset
+        append(log, b"torn" * 500)
+        end = log.active.position.offset
+    data = bytearray(files.read_file(LOG, name))
+    data[end - BLOCK] ^= 1
+    for size, torn in ((len(data), end - start), (end - BLOCK, end - BLOCK - start)):
+        image = copy_of(files)
+        image.write_file(LOG, name, bytes(data[:size]))
+        assert open_log(image, segment_size=SIZE).report.torn_bytes == torn
 
 
 def test_after_a_crash_no_log_goes_on_in_one() -> None:
@@ -337,16 +404,21 @@ def test_old_records_that_are_full_of_magics_are_not_decoded_one_by_one(
     assert len(decoded) < 100
 
 
-def test_what_proves_damage_is_found_among_what_only_looks_like_it() -> None:
-    """At any place: right behind a magic that is none, and across two of the pieces in which the
-    end is looked at."""
+@pytest.mark.parametrize("close", [False, True])
+def test_what_proves_damage_is_found_among_what_only_looks_like_it(close: bool) -> None:
+    """Be it a frame or the mark of a close, at any place: right behind a magic that is none, and
+    across two of the pieces in which the end is looked at."""
     files = MemoryFiles()
     with reusing():
         log = in_reused(files)
         header, place = log.active.header, DATA_OFFSET + BLOCK
+        if close:
+            place = log.active.position.offset - BLOCK
+            log.close()
     data = bytearray(files.read_file(LOG, header.name))
+    data[BLOCK : 2 * BLOCK] = bytes(BLOCK)
     proof = bytes(data[place + BLOCK : place + BLOCK + _frame.FRAME_HEADER_SIZE])
-    data[place:] = bytes(2 * scan.SKIM_WINDOW)
+    data[place:] = b"o" * (2 * scan.SKIM_WINDOW)
     for at in (
         place + BLOCK,
         place + BLOCK + 3,
