@@ -692,6 +692,31 @@ def test_whoever_follows_searches_where_the_word_is_gone(searches: list[int]) ->
     assert source.damage.offset == place
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_whoever_follows_leaves_to_the_word_what_is_no_zeros_only_in_a_reused_segment(
+    reused: bool,
+) -> None:
+    """Elsewhere that is a batch that is being written, or more than that."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files) if reused else open_log(files, segment_size=SIZE)
+        source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+        append(log, b"before")
+        source.look()
+        place = log.active.position.offset
+        log.write([b"lost"], log.last_lsn, sync=True)
+        log.write([b"says so"], log.last_lsn, sync=True)
+        data = bytearray(files.read_file(LOG, log.active.header.name))
+        data[place + 8] ^= 1
+        files.write_file(LOG, log.active.header.name, bytes(data))
+        source.look()
+        assert (source.damage is None) == reused
+        log.publish()
+        source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
 def test_whoever_follows_a_copy_that_was_not_opened_searches() -> None:
     """Its word is that of the log that it is a copy of."""
     files = MemoryFiles()
