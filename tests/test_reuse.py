@@ -27,6 +27,7 @@ from logs import (
     reusing,
     segments,
 )
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 import trio_wal
@@ -38,15 +39,17 @@ from trio_wal._disk.frame import (
     DATA_OFFSET,
     FEATURE_REUSED,
     Kind,
+    decode_meta,
     decode_segment_header,
     terminator_end,
 )
 from trio_wal._disk.scan import FrameScanner, start_of
 from trio_wal._disk.verify import verify
+from trio_wal._repair import Repair
 from trio_wal._util import KiB, MiB
 from trio_wal._watchsource import WatchSource
 from trio_wal._worker import Blocking
-from trio_wal.testing import MemoryFiles
+from trio_wal.testing import MemoryFile, MemoryFiles
 
 SIZE = 16 * KiB
 """Of a segment: room for some twenty short frames."""
@@ -128,6 +131,41 @@ def test_a_terminator_is_a_block_at_least_and_stays_in_the_file() -> None:
     assert terminator_end(2 * DATA_OFFSET, MiB) == 3 * DATA_OFFSET
     assert terminator_end(5000 * BLOCK, 5000 * BLOCK + 100) == 5000 * BLOCK + 100
     assert terminator_end(5000 * BLOCK, 5000 * BLOCK) == 5000 * BLOCK
+    assert terminator_end(5001 * BLOCK, 5000 * BLOCK) == 5001 * BLOCK, "a mark may stand behind it"
+
+
+@pytest.mark.parametrize(("kib", "in_place"), [(40, [True, True]), (0, [True, False])])
+def test_a_file_of_another_size_gets_that_of_a_segment(
+    kib: int, in_place: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a sync need not ask the file system for more up to where the dropped segment went."""
+    files = MemoryFiles()
+    with reusing():
+        log = open_log(files, segment_size=SIZE)
+        append(log, bytes(kib * KiB))
+        log.rotate()
+        append(log, b"kept")
+        log.rotate()
+        dropped = log.sealed()[0]
+        assert (dropped.bytes > SIZE) == (kib > 0)
+        log.drop_before(dropped.next_lsn)
+        log.prepare_spare()
+        log.rotate()
+        append(log, b"in the next one")
+        log.rotate()
+        assert log.active.header.reused
+        assert len(files.read_file(LOG, log.active.header.name)) == log.active.capacity == SIZE
+        found: list[bool] = []
+        whole = MemoryFile.sync
+
+        def sync(file: MemoryFile, *, in_place: bool = False) -> None:
+            found.append(in_place)
+            whole(file, in_place=in_place)
+
+        monkeypatch.setattr(MemoryFile, "sync", sync)
+        append(log, b"short")
+        append(log, bytes(6 * KiB))
+    assert found == in_place
 
 
 def test_each_life_of_a_file_has_its_own_salt() -> None:
@@ -183,6 +221,38 @@ def test_a_log_that_was_closed_goes_on_in_a_reused_segment() -> None:
     assert content(copy_of(files), segment_size=SIZE) == every
 
 
+def test_a_log_goes_on_behind_the_mark_of_its_close_only_while_the_pointer_leads_there() -> None:
+    """The first write behind the mark takes it away: of that write, too, a crash may have left
+    the end."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        header, every = log.active.header, records_of(log)
+        log.close()
+    data = files.read_file(LOG, header.name)
+    image = copy_of(files)
+    image.write_file(LOG, header.name, data[:BLOCK] + bytes(BLOCK) + data[2 * BLOCK :])
+    found = open_log(image, segment_size=SIZE)
+    assert (records_of(found), found.report.clean_shutdown) == (every, False)
+    assert found.active.header.number == header.number + 1
+    assert open_log(files, segment_size=SIZE).active.header == header
+
+
+def test_what_is_called_torn_is_the_batch_as_far_as_it_is_in_the_file() -> None:
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        name, start = log.active.header.name, log.active.position.offset
+        append(log, b"torn" * 500)
+        end = log.active.position.offset
+    data = bytearray(files.read_file(LOG, name))
+    data[end - BLOCK] ^= 1
+    for size, torn in ((len(data), end - start), (end - BLOCK, end - BLOCK - start)):
+        image = copy_of(files)
+        image.write_file(LOG, name, bytes(data[:size]))
+        assert open_log(image, segment_size=SIZE).report.torn_bytes == torn
+
+
 def test_after_a_crash_no_log_goes_on_in_one() -> None:
     """What stands behind the end may be of the batch that was being written."""
     files = MemoryFiles()
@@ -195,6 +265,45 @@ def test_after_a_crash_no_log_goes_on_in_one() -> None:
     assert not found.active.header.reused, "a copy is in a file of zeros"
     (before,) = [s for s in found.sealed() if s.header == header]
     assert len(image.read_file(LOG, before.name)) == before.bytes
+
+
+def test_a_program_that_is_only_started_and_killed_does_not_fill_the_disk() -> None:
+    files = MemoryFiles()
+    with reusing():
+        every = records_of(in_reused(files))
+        found = set[tuple[int, ...]]()
+        for life in range(100):
+            files = files.crash_image(life, "kill" if life % 3 else "power")
+            assert records_of(open_log(files, segment_size=SIZE)) == every
+            found.add(tuple(map(len, files.contents(LOG).values())))
+    assert len(found) == 1
+
+
+def test_a_batch_that_fills_a_segment_to_its_end_has_no_terminator() -> None:
+    """And the mark of a close, for which there is room, has what there is before the end."""
+    files = MemoryFiles()
+    lengths = set[int]()
+    with reusing():
+        for spare in range(0, 4 * BLOCK, BLOCK // 2):
+            files = MemoryFiles(seed=spare)
+            log = in_reused(files)
+            # Its capacity need be no multiple of a block.
+            room = log.active.capacity - log.active.position.offset - spare
+            append(log, b"f" * (room // BLOCK * BLOCK - 68))
+            if not log.active.header.reused:
+                continue
+            lengths.add(log.active.capacity - log.active.position.offset)
+            size = len(files.read_file(LOG, log.active.header.name))
+            assert size == log.active.capacity
+            every = records_of(log)
+            assert content(files, segment_size=SIZE) == every
+            log.close()
+            assert open_log(copy_of(files), segment_size=SIZE).report.clean_shutdown
+            assert verify(files.open_directory(LOG)).findings == ()
+            log = open_log(files, segment_size=SIZE)
+            append(log, b"after")
+            assert content(files, segment_size=SIZE) == records_of(log)
+    assert min(lengths) == 2 * BLOCK
 
 
 def test_an_empty_one_is_replaced_after_a_crash() -> None:
@@ -268,6 +377,93 @@ def test_frames_of_a_former_life_are_none() -> None:
             image.write_file(LOG, header.name, before[:place] + before[at:])
             assert content(image, segment_size=SIZE) == every
     assert taken > 3
+
+
+def test_old_records_that_are_full_of_magics_are_not_decoded_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They stand behind the end for a whole segment, and whoever comes after a crash looks at
+    them: at a microsecond each, 64 MiB of them would take it 20 seconds."""
+    files = MemoryFiles()
+    with reusing():
+        log = open_log(files, segment_size=256 * KiB)
+        while not (log.active.header.reused and log.active.frames == 1):
+            append(log, _frame.FRAME_MAGIC * 4000)
+            reuse_dropped(log)
+    every = records_of(log)
+    assert old_bytes(log).count(_frame.FRAME_MAGIC) > 40_000
+    decoded: list[int] = []
+    whole = scan.decode_frame_header
+
+    def decode_frame_header(data: bytes, offset: int, seed: int) -> _frame.FrameHeader | None:
+        decoded.append(offset)
+        return whole(data, offset, seed)
+
+    monkeypatch.setattr(scan, "decode_frame_header", decode_frame_header)
+    assert content(files, segment_size=SIZE) == every
+    assert len(decoded) < 100
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_what_proves_damage_is_found_among_what_only_looks_like_it(close: bool) -> None:
+    """Be it a frame or the mark of a close, at any place: right behind a magic that is none, and
+    across two of the pieces in which the end is looked at."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        header, place = log.active.header, DATA_OFFSET + BLOCK
+        if close:
+            place = log.active.position.offset - BLOCK
+            log.close()
+    data = bytearray(files.read_file(LOG, header.name))
+    data[BLOCK : 2 * BLOCK] = bytes(BLOCK)
+    proof = bytes(data[place + BLOCK : place + BLOCK + _frame.FRAME_HEADER_SIZE])
+    data[place:] = b"o" * (2 * scan.SKIM_WINDOW)
+    for at in (
+        place + BLOCK,
+        place + BLOCK + 3,
+        *(place + scan.SKIM_WINDOW - back for back in (64, 63, 40, 4, 3, 1, 0)),
+        len(data) - len(proof),
+    ):
+        changed = bytearray(data)
+        changed[at - 4 : at] = _frame.FRAME_MAGIC
+        changed[at : at + len(proof)] = proof
+        image = copy_of(files)
+        image.write_file(LOG, header.name, bytes(changed))
+        with pytest.raises(CorruptLogError, match="had been durable"):
+            open_log(image, segment_size=SIZE)
+
+
+def test_records_that_hold_segments_of_this_very_log_prove_nothing() -> None:
+    """Whoever keeps copies of the log's files in the log: the one that is being written, and those
+    of which it is made."""
+    files = MemoryFiles()
+    rng = random.Random(3)
+    expected: list[bytes] = []
+    ends = 0
+    with reusing():
+        log = open_log(files, segment_size=4 * SIZE)
+        for number in range(220):
+            names = [name for name in files.names(LOG) if name.startswith(("wal-", "spare-"))]
+            copied = files.read_file(LOG, rng.choice(names[-2:]))
+            at = rng.randrange(0, len(copied), BLOCK)
+            # As it stands in a frame it keeps its place in a block, or it does not.
+            record = bytes(rng.choice((0, BLOCK - 68))) + copied[at : at + rng.randrange(9000)]
+            expected.append(record)
+            append(log, record)
+            reuse_dropped(log)
+            if log.active.header.reused:
+                ends += 1
+                image = files.crash_image(number, rng.choice(("kill", "power")))
+                assert verify(image.open_directory(LOG)).findings == ()
+                found = records_of(open_log(image, segment_size=SIZE))
+                first = log.first_lsn
+                assert found == numbered(expected[first - 1 :], first)
+            if rng.random() < 0.05:
+                lsn = log.last_lsn - rng.randrange(1, 4)
+                log.truncate_after(lsn)
+                del expected[lsn:]
+    assert ends > 100
 
 
 # -- damage ---------------------------------------------------------------------------------
@@ -383,6 +579,25 @@ def test_a_log_that_is_cut_may_go_on_in_a_reused_one() -> None:
     assert content(copy_of(files), segment_size=SIZE) == every
 
 
+def test_a_segment_in_which_a_cut_log_goes_on_begins_with_zeros() -> None:
+    """Also where no record comes into it: its pointer, and where its first frame will stand."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        prepare_reused(log)
+        log.truncate_after(log.last_lsn - 1)
+        every = records_of(log)
+        header = log.active.header
+        assert (header.reused, log.active.frames) == (True, 0)
+    data = files.read_file(LOG, header.name)
+    assert not any(data[BLOCK : DATA_OFFSET + BLOCK])
+    assert any(data[DATA_OFFSET + BLOCK :])
+    checked = verify(copy_of(files).open_directory(LOG))
+    assert (checked.findings, checked.torn_bytes) == ((), 0)
+    found = open_log(copy_of(files), segment_size=SIZE)
+    assert (records_of(found), found.report.torn_bytes) == (every, 0)
+
+
 # -- readers --------------------------------------------------------------------------------
 
 
@@ -458,6 +673,70 @@ def test_a_reader_after_a_power_cut_searches(searches: list[int]) -> None:
     assert searches
 
 
+def test_whoever_follows_searches_where_the_word_is_gone(searches: list[int]) -> None:
+    """Or is of another epoch: then it does not say that it speaks of all that there is."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+        source.look()
+        place = log.active.position.offset
+        append(log, b"lost")
+        append(log, b"says so")
+    data = bytearray(files.read_file(LOG, log.active.header.name))
+    data[place + 8] ^= 1
+    files.write_file(LOG, log.active.header.name, bytes(data))
+    forget_word(files)
+    source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_whoever_follows_leaves_to_the_word_what_is_no_zeros_only_in_a_reused_segment(
+    reused: bool,
+) -> None:
+    """Elsewhere that is a batch that is being written, or more than that."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files) if reused else open_log(files, segment_size=SIZE)
+        source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+        append(log, b"before")
+        source.look()
+        place = log.active.position.offset
+        log.write([b"lost"], log.last_lsn, sync=True)
+        log.write([b"says so"], log.last_lsn, sync=True)
+        data = bytearray(files.read_file(LOG, log.active.header.name))
+        data[place + 8] ^= 1
+        files.write_file(LOG, log.active.header.name, bytes(data))
+        source.look()
+        assert (source.damage is None) == reused
+        log.publish()
+        source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
+def test_whoever_follows_a_copy_that_was_not_opened_searches() -> None:
+    """Its word is that of the log that it is a copy of."""
+    files = MemoryFiles()
+    with reusing():
+        log = in_reused(files)
+        meta = log.meta.says
+        files.write_file(LOG, "log.meta", replace(meta, copied=True).encode())
+        source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
+        source.look()
+        place = log.active.position.offset
+        log.write([b"lost"], log.last_lsn, sync=True)
+        log.write([b"says so"], log.last_lsn, sync=True)
+    data = bytearray(files.read_file(LOG, log.active.header.name))
+    data[place + 8] ^= 1
+    files.write_file(LOG, log.active.header.name, bytes(data))
+    source.look()
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
 # -- whole programs -------------------------------------------------------------------------
 
 
@@ -488,6 +767,41 @@ async def test_what_was_archived_of_them_is_restored(late: None, autojump_clock:
             assert list((await read_all(wal)).values()) == every[:lsn]
             assert await wal.append(b"another history") == lsn + 1
         files.discard_directory(RESTORED)
+
+
+def all_reused() -> MemoryFiles:
+    """A log, closed in order, each of whose segments was a dropped one."""
+    files = make_reused_log(*([b"record %d" % n] for n in range(200)), segment_size=SIZE, keep=3)
+    assert all(is_reused(files, name) for name in segments(files))
+    return files
+
+
+async def test_what_is_restored_of_their_directory_is_a_log_without_the_feature() -> None:
+    files = all_reused()
+    every = content(files, segment_size=SIZE)
+    first = every[0][0]
+    for lsn in (first - 1, first, first + 7, every[-1][0]):
+        await trio_wal.restore(LOG, RESTORED, files=files, to_lsn=lsn)
+        assert decode_meta(files.read_file(RESTORED, "log.meta")).features == 0
+        last = files.read_file(RESTORED, max(segments(files, RESTORED)))
+        assert not decode_segment_header(last).reused
+        async with trio_wal.open_wal(RESTORED, files=files) as wal:
+            assert tuple((await read_all(wal)).items()) == every[: lsn + 1 - first]
+            assert await wal.append(b"another history") == lsn + 1
+        files.discard_directory(RESTORED)
+
+
+def test_without_its_meta_such_a_log_is_repaired() -> None:
+    files = all_reused()
+    every = content(files, segment_size=SIZE)
+    files.remove_file(LOG, "log.meta")
+    found = verify(files.open_directory(LOG))
+    assert (len(found.findings), found.features) == (1, 0)
+    options: dict[str, Any] = {"accept_loss": True, "keep": "oldest", "trust_directory": False}
+    assert Repair(files, LOG, tick=lambda done, total: None, **options).run().done
+    assert content(files, segment_size=SIZE) == every
+    log = open_log(files, segment_size=SIZE)
+    assert append(log, b"after") == every[-1][0] + 1
 
 
 @pytest.mark.parametrize("sync_in", ["thread", "loop"])

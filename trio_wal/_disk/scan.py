@@ -7,6 +7,7 @@ after the checksum of the header that holds it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -47,6 +48,13 @@ SKIM_WINDOW: Final = 512 * KiB
 """Where nothing is kept: so little stays in the processor's cache, and in memory that an
 allocator does not give back and take anew."""
 _ZEROS: Final = bytes(SKIM_WINDOW)
+_HEADER: Final = re.compile(
+    rb"%b(?=.{32}[%b][%b]\0\0.{16}\0)"
+    % tuple(map(re.escape, (FRAME_MAGIC, bytes([*Kind]), bytes([*Codec])))),
+    re.DOTALL,
+)
+"""What may be a frame's header: magic, then a kind, a codec, no flags, and an offset that may be a
+multiple of a block.  Records may be full of magics, and stand behind the end of a log for long."""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -279,7 +287,8 @@ def examine_tail(
     had been synced and acknowledged, and is damaged, not torn.
 
     Such a frame is proof wherever it is found, be it misplaced: its checksum has this
-    segment's salt, and no payload can hold it, for it was written after all of them.
+    segment's salt, and no payload can hold it, for it was written after all of them; nor
+    can what the file had before it was this segment, for the salt is younger.
     """
     end = position.offset
     covering: FrameHeader | None = None
@@ -291,15 +300,13 @@ def examine_tail(
             continue
         end = max(end, offset + len(window.rstrip(b"\0")))
         window += read(FRAME_HEADER_SIZE - 1, offset + len(window))
-        at = window.find(FRAME_MAGIC)
-        while at >= 0:
-            head = window[at : at + FRAME_HEADER_SIZE]
+        for found in _HEADER.finditer(window):
+            head = window[found.start() : found.start() + FRAME_HEADER_SIZE]
             written_at = int.from_bytes(head[FRAME_HEADER_SIZE - 8 :], "little")
             frame = decode_frame_header(head, written_at, segment.seed)
             if frame is not None and frame.durable_lsn >= position.next_lsn:
                 covering = covering or frame
                 durable_lsn = max(durable_lsn, frame.durable_lsn)
-            at = window.find(FRAME_MAGIC, at + 1)
     limit = max(size, position.offset)
     data_end = min(align_up(end, BLOCK), limit)
     torn_end = data_end
