@@ -293,8 +293,9 @@ def test_a_large_body_is_read_once_and_kept_by_nobody_but_who_is_given_it() -> N
     assert payloads(frame, body) == [bytes(3 * _scan.WINDOW)]
     # No window around it, of which the body would be a copy.
     assert max(length for length, _ in reads) == frame.stored_length
-    # This name, and the argument of the call.
-    assert sys.getrefcount(body) == 2
+    alone = bytes(bytearray(10))
+    # From Python 3.14 on a call's argument is not counted.
+    assert sys.getrefcount(body) == sys.getrefcount(alone)
     assert [payloads(*found) for found in frames] == [[b"behind"]]
 
 
