@@ -7,7 +7,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from types import CoroutineType, UnionType
 from typing import (
     Any,
@@ -394,7 +394,7 @@ class Table(Generic[K, V]):
         return tx.delete_range(*self._range(start, stop, prefix))
 
     def _no_transaction(
-        self, method: str, tx: object, given: CoroutineType[Any, Any, Any]
+        self, method: str, tx: object, given: Coroutine[Any, Any, Any]
     ) -> TypeError:
         """A database has methods of these names, too: coroutines, which would do nothing."""
         given.close()  # so that nobody is warned of it as well
@@ -409,7 +409,7 @@ class Table(Generic[K, V]):
         )
 
     def _of_asyncio(
-        self, method: str, source: object, given: CoroutineType[Any, Any, Any]
+        self, method: str, source: object, given: Coroutine[Any, Any, Any]
     ) -> TypeError:
         """There, ``get`` and ``scan`` are coroutines."""
         given.close()  # so that nobody is warned of it as well
@@ -420,7 +420,7 @@ class Table(Generic[K, V]):
         )
 
 
-def _is_coroutine(given: object) -> TypeGuard[CoroutineType[Any, Any, Any]]:
+def _is_coroutine(given: object) -> TypeGuard[Coroutine[Any, Any, Any]]:
     return isinstance(given, CoroutineType)
 
 
