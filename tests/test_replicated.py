@@ -171,22 +171,28 @@ async def test_an_opener_reads_nothing_before_its_epoch_has_begun(servers: CasSe
         assert wal.last_lsn == 3
 
 
-async def test_an_open_that_is_overtaken_is_fenced(servers: CasServers) -> None:
+@pytest.mark.parametrize("kept", ["all", "from its epoch on", "none"])
+async def test_an_open_that_is_overtaken_is_fenced(servers: CasServers, kept: str) -> None:
     way = MemoryCas(servers)
-    original = way.read
+    original, epoch = way.read, 0
 
     async def read(position: int, max_bytes: int) -> list[Entry]:
+        nonlocal epoch
         way.read = original  # type: ignore[method-assign]
+        epoch = servers.last
         async with open_wal_on_cas(servers):
             pass
+        if kept != "all":
+            servers.drop_before(epoch if kept == "from its epoch on" else epoch + 1)
         return await original(position, max_bytes)
 
     async with open_wal_on_cas(servers) as wal:
         await wal.append(b"record")
     way.read = read  # type: ignore[method-assign]
-    with pytest.raises(trio_wal.LogFencedError):
+    with pytest.raises(trio_wal.LogFencedError) as caught:
         async with open_wal_on_cas(way):
             pytest.fail("opened")
+    assert caught.value.epoch > epoch > 0
     assert way.closed
 
 

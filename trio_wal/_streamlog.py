@@ -227,7 +227,8 @@ class StreamLog:
                 epochs.append((at, crc))
                 at -= 1
         except Gone as exc:
-            if exc.first > position:
+            # Also where only what stands before it was dropped: whoever did has a mark behind it.
+            if exc.first > position or (await self.describe()).last > position:
                 raise
             raise self.damaged(
                 at, "every record of the log's was dropped, and no mark kept"

@@ -95,7 +95,7 @@ async def _find_end(log: StreamLog, epoch: int) -> End:
             await log.cas.elsewhere()
             await trio.sleep(PAUSE_SECONDS_MIN)
         except Gone as exc:
-            raise LogFencedError(log.name, exc.first, "another writer") from exc
+            raise LogFencedError(log.name, max(exc.first, epoch + 1), "another writer") from exc
     raise AssertionError
 
 
