@@ -217,6 +217,7 @@ class StreamLog:
         """
         epochs: list[tuple[int, int]] = []
         at, ident = position, None
+        gone: Gone | None = None
         try:
             while at:
                 entry = await self.fetch_surely(at)
@@ -227,12 +228,13 @@ class StreamLog:
                 epochs.append((at, crc))
                 at -= 1
         except Gone as exc:
+            gone = exc
+        if gone is not None:
             # Also where only what stands before it was dropped: whoever did has a mark behind it.
-            if exc.first > position or (await self.describe()).last > position:
-                raise
-            raise self.damaged(
-                at, "every record of the log's was dropped, and no mark kept"
-            ) from exc
+            if gone.first > position or (await self.describe()).last > position:
+                raise gone
+            reason = "every record of the log's was dropped, and no mark kept"
+            raise self.damaged(at, reason) from gone
         if ident is None:
             end = End(position=position, chain=UNCHAINED, last_lsn=0, history=())
         else:
