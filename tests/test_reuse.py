@@ -62,6 +62,18 @@ def old_bytes(log: LogDirectory) -> bytes:
     return file.pread(file.size() - start, start)
 
 
+def spoil(files: MemoryFiles, log: LogDirectory, offset: int) -> None:
+    """One bit of the active segment."""
+    data = bytearray(files.read_file(LOG, log.active.header.name))
+    data[offset] ^= 1
+    files.write_file(LOG, log.active.header.name, bytes(data))
+
+
+def assert_damaged(source: WatchSource, place: int) -> None:
+    assert isinstance(source.damage, CorruptLogError)
+    assert source.damage.offset == place
+
+
 def in_reused(files: MemoryFiles, **options: Any) -> LogDirectory:
     """An open log whose active segment was full of frames, and has three of its own."""
     log = open_log(files, segment_size=SIZE, **options)
@@ -650,12 +662,9 @@ def test_whoever_follows_finds_what_is_lost_by_the_owners_word() -> None:
         source.look()
         place = log.active.position.offset
         append(log, b"lost")
-        data = bytearray(files.read_file(LOG, log.active.header.name))
-        data[place + 8] ^= 1
-        files.write_file(LOG, log.active.header.name, bytes(data))
+        spoil(files, log, place + 8)
     source.look()
-    assert isinstance(source.damage, CorruptLogError)
-    assert source.damage.offset == place
+    assert_damaged(source, place)
 
 
 def test_a_reader_after_a_power_cut_searches(searches: list[int]) -> None:
@@ -663,9 +672,7 @@ def test_a_reader_after_a_power_cut_searches(searches: list[int]) -> None:
     files = MemoryFiles()
     with reusing():
         log = in_reused(files)
-    data = bytearray(files.read_file(LOG, log.active.header.name))
-    data[DATA_OFFSET + BLOCK + 8] ^= 1
-    files.write_file(LOG, log.active.header.name, bytes(data))
+    spoil(files, log, DATA_OFFSET + BLOCK + 8)
     forget_word(files)
     source = WatchSource(files.open_directory(LOG), Blocking(threaded=False))
     source.look()
@@ -683,13 +690,10 @@ def test_whoever_follows_searches_where_the_word_is_gone(searches: list[int]) ->
         place = log.active.position.offset
         append(log, b"lost")
         append(log, b"says so")
-    data = bytearray(files.read_file(LOG, log.active.header.name))
-    data[place + 8] ^= 1
-    files.write_file(LOG, log.active.header.name, bytes(data))
+    spoil(files, log, place + 8)
     forget_word(files)
     source.look()
-    assert isinstance(source.damage, CorruptLogError)
-    assert source.damage.offset == place
+    assert_damaged(source, place)
 
 
 @pytest.mark.parametrize("reused", [False, True])
@@ -706,15 +710,12 @@ def test_whoever_follows_leaves_to_the_word_what_is_no_zeros_only_in_a_reused_se
         place = log.active.position.offset
         log.write([b"lost"], log.last_lsn, sync=True)
         log.write([b"says so"], log.last_lsn, sync=True)
-        data = bytearray(files.read_file(LOG, log.active.header.name))
-        data[place + 8] ^= 1
-        files.write_file(LOG, log.active.header.name, bytes(data))
+        spoil(files, log, place + 8)
         source.look()
         assert (source.damage is None) == reused
         log.publish()
         source.look()
-    assert isinstance(source.damage, CorruptLogError)
-    assert source.damage.offset == place
+    assert_damaged(source, place)
 
 
 def test_whoever_follows_a_copy_that_was_not_opened_searches() -> None:
@@ -729,12 +730,9 @@ def test_whoever_follows_a_copy_that_was_not_opened_searches() -> None:
         place = log.active.position.offset
         log.write([b"lost"], log.last_lsn, sync=True)
         log.write([b"says so"], log.last_lsn, sync=True)
-    data = bytearray(files.read_file(LOG, log.active.header.name))
-    data[place + 8] ^= 1
-    files.write_file(LOG, log.active.header.name, bytes(data))
+    spoil(files, log, place + 8)
     source.look()
-    assert isinstance(source.damage, CorruptLogError)
-    assert source.damage.offset == place
+    assert_damaged(source, place)
 
 
 # -- whole programs -------------------------------------------------------------------------

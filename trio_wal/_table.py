@@ -260,17 +260,18 @@ class Table(Generic[K, V]):
             return default
         # As `_decode_value` would, without a call.
         decode = self._decode
-        if decode is None:
-            return data
         try:
-            return decode(data)
-        except (ValueError, msgspec.MsgspecError) as exc:
-            raise TableDecodeError(self._name, key, str(exc)) from exc
+            if decode is not None:
+                return decode(data)
+        except (ValueError, msgspec.MsgspecError):
+            return self._decode_value(key, data)
         except TypeError:
-            given: Any = data
-            if _is_coroutine(given):
-                raise self._of_asyncio("get", source, given) from None
-            raise
+            if not _is_coroutine(data):
+                raise
+        given: Any = data
+        if _is_coroutine(given):
+            raise self._of_asyncio("get", source, given)
+        return data
 
     def scan(
         self,
