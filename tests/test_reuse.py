@@ -31,8 +31,14 @@ from msgspec.structs import replace
 from trio.testing import MockClock
 
 import trio_wal
-from trio_wal import CorruptLogError, KeepSegments, UnsupportedFormatError
-from trio_wal._disk import directory as _directory, frame as _frame, scan
+from trio_wal import (
+    CorruptLogError,
+    KeepBytes,
+    KeepSegments,
+    Retention,
+    UnsupportedFormatError,
+)
+from trio_wal._disk import frame as _frame, scan
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -738,13 +744,23 @@ def test_whoever_follows_a_copy_that_was_not_opened_searches() -> None:
 # -- whole programs -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retention comes before the next segment is prepared, though segments are short."""
-    monkeypatch.setattr(_directory, "PREPARE_FROM", 0.6)
+@pytest.mark.parametrize("kept", [KeepSegments(1), KeepBytes(2 * SIZE)])
+async def test_what_retention_drops_is_the_next_segment(
+    kept: Retention, autojump_clock: MockClock
+) -> None:
+    files = MemoryFiles()
+    seen: dict[str, bool] = {}
+    with reusing():
+        async with trio_wal.open_wal(LOG, files=files, segment_size=SIZE, retention=kept) as wal:
+            while len(seen) < 20:
+                await wal.append(b"%d " % wal.last_lsn * 90)
+                await trio.sleep(1)
+                header = wal._log.engine._directory.active.header
+                seen[header.name] = header.reused
+    assert list(seen.values())[5:] == [True] * 15  # the first ones have nothing that was dropped
 
 
-async def test_what_was_archived_of_them_is_restored(late: None, autojump_clock: MockClock) -> None:
+async def test_what_was_archived_of_them_is_restored(autojump_clock: MockClock) -> None:
     files = MemoryFiles()
     archive = archive_in(files)
     every = [b"record %d" % number for number in range(150)]
@@ -805,7 +821,7 @@ def test_without_its_meta_such_a_log_is_repaired() -> None:
 @pytest.mark.parametrize("sync_in", ["thread", "loop"])
 @pytest.mark.parametrize("durability", ["sync", "none"])
 async def test_a_log_on_real_files_uses_dropped_segments_again(
-    late: None, tmp_path: Path, sync_in: trio_wal.SyncIn, durability: Any
+    tmp_path: Path, sync_in: trio_wal.SyncIn, durability: Any
 ) -> None:
     kept = KeepSegments(2)
     found: list[bool] = []
@@ -819,6 +835,7 @@ async def test_a_log_on_real_files_uses_dropped_segments_again(
             compression="zstd" if find_spec("zstandard") else None,
         ) as wal:
             while not any(found):
+                assert wal.last_lsn < 10_000
                 await wal.append(b"%d " % wal.last_lsn * 90)
                 await trio.sleep(0.001)
                 found.append(wal._log.engine._directory.active.header.reused)

@@ -484,11 +484,12 @@ class LocalEngine:
                     try:
                         with self.busy():
                             await self._blocking(directory.apply_retention, policy)
-                        await self._wait_for_maintenance()
+                        # After it: what was dropped a moment ago can be the next segment.
                         if self._spare_wanted and not self._ending.is_set():
                             self._spare_wanted = False
                             with self.busy():
                                 await self._blocking(directory.prepare_spare)
+                        await self._wait_for_maintenance()
                     except (OSError, LogFullError) as exc:
                         text = f"retention failed, will try again: {exc!r}"
                         tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
