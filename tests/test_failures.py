@@ -612,8 +612,8 @@ async def test_emptying_the_log_on_a_full_disk_is_refused_and_changes_nothing(
     files: MemoryFiles,
 ) -> None:
     async with open_memory(files, segment_size=SMALL_SEGMENT) as wal:
+        files.free_bytes = 0  # before anything wants the next segment to be prepared
         await wal.append(b"one")
-        files.free_bytes = 0
         with pytest.raises(trio_wal.LogFullError, match=FULL):
             await wal.truncate_before(2)
         with pytest.raises(trio_wal.LogFullError, match=FULL):
