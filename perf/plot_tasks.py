@@ -15,8 +15,8 @@ SERIES: Final = {
     "trio_wal": "trio-wal",
     "plyvel, 40 threads": "LevelDB",
     "sqlite3, 40 threads": "SQLite",
-    "rocksdict, 40 threads": "RocksDB",
     "lmdb, 40 threads": "LMDB",
+    "rocksdict, 40 threads": "RocksDB",
 }
 """Rows of the table, in the order of their last figures, and what they are called."""
 THEMES: Final = {

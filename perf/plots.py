@@ -380,12 +380,14 @@ def _tails(figure: Any, data: dict[str, Any]) -> None:
 
 
 def _transactions(figure: Any, data: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+
     axes = figure.subplots()
     shown = data["puts"]
     tasks = [entry["tasks"] for entry in shown]
     for name in shown[0]["per second"]:
         rates = [entry["per second"].get(name, {}).get("median") for entry in shown]
-        axes.plot(tasks, rates, marker="o", markersize=3, label=name, **_style(name))
+        axes.plot(tasks, rates, marker="o", markersize=3, **_style(name))
     axes.set(
         xscale="log",
         yscale="log",
@@ -395,26 +397,37 @@ def _transactions(figure: Any, data: dict[str, Any]) -> None:
     )
     axes.set_xticks(tasks, [str(count) for count in tasks])
     axes.grid(visible=True, alpha=0.3)
-    figure.legend(fontsize=6, loc="outside right upper")
+    entries = [Line2D([], [], label=name, **style) for name, style in _OURS.items()]
+    entries += [
+        Line2D([], [], label=peer.name, color=_peer_color(peer.name)) for peer in peers.PEERS
+    ]
+    entries += [
+        Line2D([], [], label=f"a peer, {arrangement}", color="0.3", linestyle=line)
+        for arrangement, line in _LINES.items()
+    ]
+    figure.legend(handles=entries, fontsize=8, loc="outside right upper")
+
+
+_OURS: Final[Mapping[str, dict[str, Any]]] = {
+    bench_transactions.DATABASE: {"color": "C0", "linestyle": "-", "linewidth": 2.5},
+    bench_transactions.PUT: {"color": "C0", "linestyle": "--", "linewidth": 1.5},
+    bench_transactions.LOG: {"color": "0.5", "linestyle": "--", "linewidth": 1.5},
+    bench_transactions.LOG_IN_LOOP: {"color": "0.5", "linestyle": "-.", "linewidth": 1.5},
+    bench_transactions.CEILING: {"color": "k", "linestyle": ":", "linewidth": 1.0},
+}
+_LINES: Final = dict(zip(peers.ARRANGEMENTS, (":", "--", "-", "-."), strict=True))
+"""A colour a peer, a line an arrangement."""
+
+
+def _peer_color(name: str) -> str:
+    return f"C{1 + [peer.name for peer in peers.PEERS].index(name)}"
 
 
 def _style(name: str) -> dict[str, Any]:
-    """A colour a peer, a line an arrangement."""
-    ours = {
-        bench_transactions.DATABASE: ("C0", "-", 2.5),
-        bench_transactions.PUT: ("C0", "--", 1.5),
-        bench_transactions.LOG: ("0.5", "--", 1.5),
-        bench_transactions.LOG_IN_LOOP: ("0.5", "-.", 1.5),
-        bench_transactions.CEILING: ("k", ":", 1.0),
-    }
-    if name in ours:
-        color, line, width = ours[name]
-    else:
-        kind, arrangement = name.split(", ")
-        color = f"C{1 + [peer.name for peer in peers.PEERS].index(kind)}"
-        lines = dict(zip(peers.ARRANGEMENTS, (":", "--", "-", "-."), strict=True))
-        line, width = lines[arrangement], 1.0
-    return {"color": color, "linestyle": line, "linewidth": width}
+    if name in _OURS:
+        return _OURS[name]
+    peer, arrangement = name.split(", ")
+    return {"color": _peer_color(peer), "linestyle": _LINES[arrangement], "linewidth": 1.0}
 
 
 PLOTS: Final[Mapping[str, tuple[tuple[str, str, Draw], ...]]] = {
