@@ -292,6 +292,26 @@ async def test_a_drop_that_fails_is_logged_and_tried_again(
 
 
 @attrs.frozen
+class Failing(Retention):
+    """As files that can never be removed."""
+
+    def droppable(self, sealed: Sequence[object], active_bytes: int, now_us: int) -> int:
+        raise OSError(errno.EIO, "no")
+
+
+async def test_retention_that_fails_does_not_keep_the_next_segment_from_being_prepared(
+    files: MemoryFiles, autojump_clock: MockClock
+) -> None:
+    async with open_memory(files, segment_size=SMALL_SEGMENT, retention=Failing()) as wal:
+        prepared = 0
+        for _ in range(100):
+            await fill(wal, 1)
+            await trio.sleep(2)
+            prepared += wal._log.engine._directory.spares.ready is not None
+        assert prepared > 50
+
+
+@attrs.frozen
 class Odd(Retention):
     """What a user may write: drop all that is sealed."""
 

@@ -282,17 +282,23 @@ class LogDirectory:
 
         Durable on return: first ``log.meta`` says where the log starts, then files go.
         Returns how many were dropped.
+
+        Raises:
+          LogFullError: ``log.meta`` cannot be written; nothing was dropped.
+          OSError: this may have been done or not; the next call goes on with it.
         """
         with self.meta.deciding:
-            if self.cut_failed is not None:
-                text = "the log's end could not be cut, and nothing else will be"
-                raise OSError(errno.EIO, text, self.path) from self.cut_failed
-            sealed = self.sealed()
-            # Looked at here, under the lock: a caller's own look may be out of date.
-            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)
-            dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
-            if not dropped:
-                return 0
+            return self._drop_before(lsn)
+
+    def _drop_before(self, lsn: int) -> int:
+        if self.cut_failed is not None:
+            text = "the log's end could not be cut, and nothing else will be"
+            raise OSError(errno.EIO, text, self.path) from self.cut_failed
+        sealed = self.sealed()
+        # Looked at here, under the lock: a caller's own look may be out of date.
+        lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)
+        dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
+        if dropped:
             # The I/O worker may have begun another one meanwhile.
             now, active = self.shape()
             following = [segment for segment in now if segment.first_lsn >= dropped[-1].next_lsn]
@@ -303,20 +309,20 @@ class LogDirectory:
                 self.meta.says = meta
                 # The I/O worker may have added one meanwhile.
                 del self._sealed[: len(dropped)]
-            spare: str | None = None
-            for segment in dropped:
-                spare = self.spares.drop(segment, spare)
-            self._directory.sync()
+        if dropped or self.spares.litter:
+            self.spares.drop(dropped)
             self.meta.reserve()
-            if spare is not None:
-                self.spares.recycle(spare)
         return len(dropped)
 
     def apply_retention(self, policy: Retention) -> int:
         """Drop what ``policy`` does not keep; returns how many segments."""
-        sealed = self.sealed()
-        count = policy.droppable(sealed, self.active.position.offset, self._files.time_us())
-        return self.drop_before(sealed[count - 1].next_lsn) if count else 0
+        with self.meta.deciding:
+            # Under the lock, too: where the end is cut meanwhile, other segments come.
+            sealed = self.sealed()
+            count = policy.droppable(sealed, self.active.position.offset, self._files.time_us())
+            if not count and not self.spares.litter:
+                return 0
+            return self._drop_before(sealed[count - 1].next_lsn if count else 0)
 
     def next_retention_us(self, policy: Retention) -> int | None:
         """Microseconds until time alone changes what ``policy`` keeps."""
