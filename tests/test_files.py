@@ -747,7 +747,8 @@ def test_whoever_may_watch_only_half_does_not_watch(
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare(1) here to set limits with")
     limits = "/proc/sys/user/max_inotify"
-    script = f'echo {instances} >{limits}_instances && echo {watches} >{limits}_watches && exec "$@"'
+    script = f"echo {instances} >{limits}_instances && echo {watches} >{limits}_watches"
+    script += ' && exec "$@"'
     command = ["unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", NO_WATCH_LEFT]
     done = subprocess.run(
         [*command, str(tmp_path / "log")],
