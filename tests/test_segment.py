@@ -28,7 +28,7 @@ from logs import (
 )
 from msgspec.structs import replace
 
-from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError, Retention
+from trio_wal import CorruptLogError, KeepAll, LogFullError, LsnTruncatedError, Retention
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -819,6 +819,58 @@ def test_a_policy_is_asked_when_the_end_cannot_be_cut() -> None:
             return len(sealed)
 
     assert log.apply_retention(Asked()) == 2
+
+
+def test_one_file_is_kept_and_no_more() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(9):
+        append(log, b"%d" % n)
+    for lsn in (3, 5, 7):
+        log.drop_before(lsn)
+        assert len(spares(files)) == 1
+
+
+def test_none_is_kept_while_the_next_segment_is_being_prepared() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+
+    def drop(operation: str, path: str) -> None:
+        if SPARE in path:
+            files.after_operation = None
+            log.drop_before(5)
+
+    files.after_operation = drop
+    log.prepare_spare()
+    assert log.first_lsn == 5
+    assert log.spares.ready is not None
+    assert spares(files) == [log.spares.ready.name]
+
+
+def test_a_file_that_got_its_new_name_though_the_call_failed_is_removed() -> None:
+    """As a call to a server that answers too late."""
+    files = MemoryFiles()
+    log = log_of_six(files)
+
+    def fail(operation: str, path: str) -> None:
+        if operation == "rename" and SPARE in "".join(spares(files)):
+            files.after_operation = None
+            raise OSError(errno.EIO, "no answer")
+
+    files.after_operation = fail
+    log.drop_before(3)
+    assert files.after_operation is None
+    assert len(spares(files)) == 1
+    assert log.apply_retention(KeepAll()) == 0
+    assert spares(files) == []
+
+
+def test_the_next_log_meta_has_its_space_when_segments_were_dropped() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    assert "log.meta.tmp" not in files.names(LOG)
+    log.drop_before(3)
+    assert "log.meta.tmp" in files.names(LOG)
 
 
 # -- cutting the end ------------------------------------------------------------------------
