@@ -477,16 +477,24 @@ class LocalEngine:
     async def _maintain(self) -> None:
         """Prepare the next segment, apply retention: what must not hold up a commit."""
         done = self._maintenance_done = trio.Event()
+        directory = self._directory
         with trio.CancelScope(shield=True):
             try:
                 while not self._ending.is_set():
-                    applied = await self._apply_retention()
+                    applied = False
+                    try:
+                        with self.busy():
+                            await self._blocking(directory.apply_retention, self._retention)
+                        applied = True
+                    except (OSError, LogFullError) as exc:
+                        text = f"retention failed, will try again: {exc!r}"
+                        tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
                     # After it: what was dropped a moment ago can be the next segment.
                     if self._spare_wanted and not self._ending.is_set():
                         self._spare_wanted = False
                         # As in `Spares.prepare`: a rotation will say so.
                         with contextlib.suppress(OSError), self.busy():
-                            await self._blocking(self._directory.prepare_spare)
+                            await self._blocking(directory.prepare_spare)
                     if applied:
                         await self._wait_for_maintenance()
                     else:
@@ -500,17 +508,6 @@ class LocalEngine:
             finally:
                 if not self._forked:
                     done.set()
-
-    async def _apply_retention(self) -> bool:
-        """Returns whether all is dropped that may be."""
-        try:
-            with self.busy():
-                await self._blocking(self._directory.apply_retention, self._retention)
-        except (OSError, LogFullError) as exc:
-            text = f"retention failed, will try again: {exc!r}"
-            tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
-            return False
-        return True
 
     async def _wait_for_maintenance(self) -> None:
         due_us = self._directory.next_retention_us(self._retention)

@@ -422,19 +422,19 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self.meta.write(meta)\n            with self._shape:\n",
-        "            with self._shape:\n",
+        "                self.meta.write(meta)\n                with self._shape:\n",
+        "                with self._shape:\n",
     ),
     mutant(
         "one segment too many is dropped", "_disk/directory", "simulator:drop",
-        "if segment.next_lsn <= lsn]\n        if dropped:",
-        "if segment.first_lsn < lsn]\n        if dropped:",
+        "if segment.next_lsn <= lsn]\n            if dropped:",
+        "if segment.first_lsn < lsn]\n            if dropped:",
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self.meta.write(meta)\n            with self._shape:\n",
-        "            with self._shape:\n",
-        "            self.spares.drop(dropped)\n", "            pass\n",
+        "                self.meta.write(meta)\n                with self._shape:\n",
+        "                with self._shape:\n",
+        "                self.spares.drop(dropped)\n", "                pass\n",
     ),
     mutant(
         "retention drops what one of two policies is to keep", "_retention",
@@ -744,7 +744,7 @@ MUTANTS: Final = (
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "        lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)\n", "",
+        "            lsn = self._holds.allowed(lsn, sealed, used)\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",
