@@ -25,6 +25,7 @@ from archives import (
     records_of,
     settle,
 )
+from logs import forget_word
 from trio.testing import MockClock
 
 import trio_wal
@@ -413,6 +414,35 @@ async def test_what_its_owner_has_deleted_from_an_archive_stays_deleted(files: M
         async with open_log(files, archive):
             await settle()
         assert name in files.names(ARCHIVE)
+
+
+async def test_what_a_copy_of_the_files_has_archived_is_not_taken_for_ones_own(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    """Such as a disk that was set back: the same segment, the same LSNs, other records."""
+    async with open_log(files, None, segment_size=1 << 16) as wal:
+        await wal.append(b"common")
+    before = files.contents(LOG)
+    archive = archive_in(files)
+    async with open_log(files, archive, segment_size=1 << 16) as wal:
+        await wal.append(b"one")
+        await wal.rotate()
+    for name in files.names(LOG):
+        files.remove_file(LOG, name)
+    for name, data in before.items():
+        files.write_file(LOG, name, data)
+    forget_word(files)
+    kept = files.contents(ARCHIVE)
+    async with open_log(files, archive, segment_size=1 << 16, retention=KeepSegments(1)) as wal:
+        await wal.append(b"two")
+        await wal.rotate()
+        await trio.sleep(5)
+        found = wal.statistics()
+        assert found.archive_error is not None
+        assert found.archive_error.startswith("FileExistsError: ")
+        assert (wal.first_lsn, found.archived_lsn) == (1, 0)
+    after = files.contents(ARCHIVE)
+    assert {name: after[name] for name in kept} == kept
 
 
 async def test_a_damaged_segment_is_not_archived_and_not_dropped(

@@ -726,6 +726,43 @@ def test_where_nothing_can_be_watched_there_is_no_watch() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+NO_WATCH_LEFT = """
+import os, sys
+from trio_wal._system.watch import watch_directory
+
+fd = os.open(sys.argv[1], os.O_RDONLY)
+before = os.listdir("/proc/self/fd")
+print(watch_directory(fd) is None, before == os.listdir("/proc/self/fd"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs user namespaces")
+@pytest.mark.parametrize(
+    ("instances", "watches", "none"), [(0, 9, True), (9, 0, True), (9, 1, True), (9, 2, False)]
+)
+def test_whoever_may_watch_only_half_does_not_watch(
+    tmp_path: Path, instances: int, watches: int, none: bool
+) -> None:
+    make_log(tmp_path / "log", count=1)
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare(1) here to set limits with")
+    limits = "/proc/sys/user/max_inotify"
+    script = f"echo {instances} >{limits}_instances && echo {watches} >{limits}_watches"
+    script += ' && exec "$@"'
+    command = ["unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", NO_WATCH_LEFT]
+    done = subprocess.run(
+        [*command, str(tmp_path / "log")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(trio_wal.__file__).parent.parent)},
+    )
+    if done.stderr.startswith("unshare:") or limits in done.stderr:
+        pytest.skip(f"no user namespace: {done.stderr}")
+    assert done.stdout.split() == [str(none), str(none)], done.stderr
+
+
 # -- a file system that cannot be written --------------------------------------------------------
 
 READ_ONLY = """

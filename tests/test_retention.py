@@ -14,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import trio_wal
 from trio_wal import KeepAll, KeepBytes, KeepFor, KeepSegments, Retention
+from trio_wal._disk.spares import PREPARE_FROM
 from trio_wal.testing import MemoryFiles
 
 SECOND = 1_000_000
@@ -289,6 +290,42 @@ async def test_a_drop_that_fails_is_logged_and_tried_again(
         assert wal.first_lsn > 1
         assert wal.statistics().state == "open"
         assert await wal.append(b"goes on") == wal.last_lsn
+
+
+@attrs.frozen
+class Failing(Retention):
+    """As files that can never be removed."""
+
+    def droppable(self, sealed: Sequence[object], active_bytes: int, now_us: int) -> int:
+        raise OSError(errno.EIO, "no")
+
+
+async def test_retention_that_fails_does_not_keep_the_next_segment_from_being_prepared(
+    files: MemoryFiles, autojump_clock: MockClock
+) -> None:
+    async with open_memory(files, segment_size=SMALL_SEGMENT, retention=Failing()) as wal:
+        prepared = 0
+        for _ in range(100):
+            await fill(wal, 1)
+            await trio.sleep(2)
+            prepared += wal._log.engine._directory.spares.ready is not None
+        assert prepared > 50
+
+
+async def test_the_next_segment_is_prepared_when_a_quarter_of_this_one_is_full(
+    files: MemoryFiles, autojump_clock: MockClock
+) -> None:
+    found: set[tuple[bool, bool]] = set()
+    size = 8 * SMALL_SEGMENT
+    async with open_memory(files, segment_size=size, retention=KeepSegments(2)) as wal:
+        directory = wal._log.engine._directory
+        for _ in range(500):
+            await fill(wal, 1)
+            await trio.sleep(1)
+            active = directory.active
+            due = active.position.offset > PREPARE_FROM * active.capacity
+            found.add((due, directory.spares.ready is not None))
+    assert found == {(False, False), (True, True)}
 
 
 @attrs.frozen

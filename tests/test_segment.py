@@ -7,7 +7,7 @@ import errno
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from logs import (
 )
 from msgspec.structs import replace
 
-from trio_wal import CorruptLogError, LogFullError, LsnTruncatedError
+from trio_wal import CorruptLogError, KeepAll, LogFullError, LsnTruncatedError, Retention
 from trio_wal._disk.directory import LogDirectory
 from trio_wal._disk.frame import (
     BLOCK,
@@ -648,6 +648,229 @@ def test_space_taken_by_a_recycled_file_is_given_to_a_larger_segment() -> None:
     files.free_bytes = needed - kept
     append(log, big)
     assert records_of(log)[-1] == (5, big)
+
+
+# -- files that cannot be removed -----------------------------------------------------------
+
+
+def log_of_six(files: MemoryFiles) -> LogDirectory:
+    """Two segments are sealed, and the third has two records, too."""
+    log = open_log(files)
+    for n in range(6):
+        append(log, b"%d" % n)
+    assert len(log.sealed()) == 2
+    return log
+
+
+@pytest.mark.parametrize(
+    ("operation", "after", "times"),
+    [
+        ("unlink", 0, 1),  # of the second one, because the first is kept
+        ("rename", 1, 1),  # the first of all is that of log.meta
+        ("sync_dir", 1, 1),
+    ],
+)
+def test_what_could_not_be_removed_is_removed_by_the_next_call(
+    operation: Any, after: int, times: int
+) -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    files.fail(operation, after=after, times=times)
+    with contextlib.suppress(OSError):
+        log.drop_before(5)
+    assert log.first_lsn == 5
+    files.heal()
+    assert log.drop_before(5) == 0
+    assert segments(files) == [log.active.header.name]
+    append(log, b"more")
+    log.prepare_spare()
+    assert log.spares.ready is not None
+    assert spares(files) == [log.spares.ready.name], "and none was forgotten"
+
+
+def test_what_cannot_be_removed_is_told_each_time() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    log.prepare_spare()  # so that none is kept
+    files.fail("unlink", times=math.inf)
+    for _ in range(3):
+        with pytest.raises(OSError, match=r"^\[Errno 5\] "):
+            log.drop_before(5)
+
+
+def test_a_file_whose_new_name_may_not_be_durable_is_not_written_over() -> None:
+    """A later sync that passes proves nothing: the kernel may have forgotten."""
+    files = MemoryFiles()
+    log = log_of_six(files)
+    files.fail("sync_dir", after=1)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] "):
+        log.drop_before(5)
+    (renamed,) = spares(files)
+    written: list[str] = []
+    files.after_operation = lambda operation, path: (
+        written.append(path) if operation in ("pwrite", "truncate", "allocate") else None
+    )
+    log.drop_before(5)
+    log.prepare_spare()
+    assert written
+    assert f"{LOG}/{renamed}" not in written
+
+
+def test_the_others_go_where_one_cannot_be_removed() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(9):
+        append(log, b"%d" % n)
+    assert len(log.sealed()) == 4
+    log.prepare_spare()
+    files.fail("unlink")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] "):
+        log.drop_before(9)
+    assert segments(files) == ["wal-00000000000000000001.log", log.active.header.name]
+    assert content(copy_of(files)) == records_of(log)
+
+
+def test_a_next_segment_that_can_neither_be_finished_nor_removed_is_not_used() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    files.fail("pwrite")
+    files.fail("unlink")
+    log.prepare_spare()
+    assert log.spares.ready is None
+    (left,) = spares(files)
+    append(log, b"b")
+    append(log, b"c")
+    assert log.active.header.number == 2
+    log.drop_before(3)
+    assert left not in spares(files)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_disk_on_which_nothing_can_be_removed_is_full_all_the_same(error: int) -> None:
+    """Btrfs needs space to remove a file."""
+    files = MemoryFiles()
+    log = log_of_six(files)
+    log.drop_before(3)
+    assert spares(files)
+    files.free_bytes = 0
+    files.fail("unlink", error, times=math.inf)
+    with pytest.raises(LogFullError, match=r"^/log: no space for a segment of \d+ bytes"):
+        append(log, b"more")
+    left = spares(files)
+    files.heal()
+    append(log, b"more")
+    assert records_of(log)[-1] == (7, b"more")
+    log.drop_before(7)
+    assert not set(left) & set(spares(files))
+
+
+def test_a_prepared_segment_that_is_too_small_need_not_be_removable() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    append(log, b"a")
+    log.prepare_spare()
+    files.fail("unlink")
+    append(log, bytes(50 * KiB))
+    assert records_of(log) == numbered([b"a", bytes(50 * KiB)])
+
+
+def test_kept_files_that_somebody_has_cleaned_away_are_done_without() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    log.drop_before(3)
+    (kept,) = spares(files)
+    folder = files.open_directory(LOG)
+    folder.unlink(kept)
+    log.prepare_spare()
+    assert log.spares.ready is not None
+    for n in range(4):
+        append(log, b"%d" % n)
+    log.drop_before(7)
+    assert spares(files), "and another one is kept"
+    folder.unlink(*spares(files))
+    files.free_bytes = 0
+    with pytest.raises(LogFullError, match=r"^/log: no space "):
+        log.rotate()
+    log.close()
+
+
+def test_a_close_is_one_though_what_was_prepared_cannot_be_removed() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    log.drop_before(3)
+    assert spares(files)
+    files.fail("unlink", times=math.inf)
+    log.close()
+    files.heal()
+    again = open_log(files)
+    assert again.report.clean_shutdown
+    assert spares(files) == []
+
+
+def test_a_policy_is_asked_when_the_end_cannot_be_cut() -> None:
+    """Else the segments that it lets go may be others by the time they go."""
+    files = MemoryFiles()
+    log = log_of_six(files)
+
+    class Asked(Retention):
+        def droppable(self, sealed: Sequence[object], active_bytes: int, now_us: int) -> int:
+            assert log.meta.deciding.locked()
+            return len(sealed)
+
+    assert log.apply_retention(Asked()) == 2
+
+
+def test_one_file_is_kept_and_no_more() -> None:
+    files = MemoryFiles()
+    log = open_log(files)
+    for n in range(9):
+        append(log, b"%d" % n)
+    for lsn in (3, 5, 7):
+        log.drop_before(lsn)
+        assert len(spares(files)) == 1
+
+
+def test_none_is_kept_while_the_next_segment_is_being_prepared() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+
+    def drop(operation: str, path: str) -> None:
+        if SPARE in path:
+            files.after_operation = None
+            log.drop_before(5)
+
+    files.after_operation = drop
+    log.prepare_spare()
+    assert log.first_lsn == 5
+    assert log.spares.ready is not None
+    assert spares(files) == [log.spares.ready.name]
+
+
+def test_a_file_that_got_its_new_name_though_the_call_failed_is_removed() -> None:
+    """As a call to a server that answers too late."""
+    files = MemoryFiles()
+    log = log_of_six(files)
+
+    def fail(operation: str, path: str) -> None:
+        if operation == "rename" and SPARE in "".join(spares(files)):
+            files.after_operation = None
+            raise OSError(errno.EIO, "no answer")
+
+    files.after_operation = fail
+    log.drop_before(3)
+    assert files.after_operation is None
+    assert len(spares(files)) == 1
+    assert log.apply_retention(KeepAll()) == 0
+    assert spares(files) == []
+
+
+def test_the_next_log_meta_has_its_space_when_segments_were_dropped() -> None:
+    files = MemoryFiles()
+    log = log_of_six(files)
+    assert "log.meta.tmp" not in files.names(LOG)
+    log.drop_before(3)
+    assert "log.meta.tmp" in files.names(LOG)
 
 
 # -- cutting the end ------------------------------------------------------------------------

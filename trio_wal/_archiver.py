@@ -85,6 +85,8 @@ class Archiver:
         """What it had then."""
         self._gone = 0
         """Below this LSN its owner has deleted what it had."""
+        self._opened_lsn = directory.last_lsn
+        """Where the log ended when it was opened."""
         self._archived_lsn = directory.first_lsn - 1
         self._waiting = True
         """Whether it may lack a segment."""
@@ -213,7 +215,10 @@ class Archiver:
         if self._there is None:
             log_uuid = UUID(bytes=directory.log_uuid)
             self._names = await self._blocking(begin_archive, self._archive, log_uuid)
-            self._there = {name.key for name in self._names}
+            # One that this log has yet to write is of another history, in which a copy of its files
+            # went on: to put it again tells.
+            last_lsn = self._opened_lsn
+            self._there = {name.key for name in self._names if name.key.last_lsn <= last_lsn}
             self._looked_at = -1
         while group := self._next(self._there):
             if await self._rest():

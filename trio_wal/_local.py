@@ -477,22 +477,27 @@ class LocalEngine:
     async def _maintain(self) -> None:
         """Prepare the next segment, apply retention: what must not hold up a commit."""
         done = self._maintenance_done = trio.Event()
-        directory, policy = self._directory, self._retention
+        directory = self._directory
         with trio.CancelScope(shield=True):
             try:
                 while not self._ending.is_set():
+                    applied = False
                     try:
                         with self.busy():
-                            await self._blocking(directory.apply_retention, policy)
-                        # After it: what was dropped a moment ago can be the next segment.
-                        if self._spare_wanted and not self._ending.is_set():
-                            self._spare_wanted = False
-                            with self.busy():
-                                await self._blocking(directory.prepare_spare)
-                        await self._wait_for_maintenance()
+                            await self._blocking(directory.apply_retention, self._retention)
+                        applied = True
                     except (OSError, LogFullError) as exc:
                         text = f"retention failed, will try again: {exc!r}"
                         tell(logging.WARNING, "retention_failed", self.name, text, error=repr(exc))
+                    # After it: what was dropped a moment ago can be the next segment.
+                    if self._spare_wanted and not self._ending.is_set():
+                        self._spare_wanted = False
+                        # As in `Spares.prepare`: a rotation will say so.
+                        with contextlib.suppress(OSError), self.busy():
+                            await self._blocking(directory.prepare_spare)
+                    if applied:
+                        await self._wait_for_maintenance()
+                    else:
                         with trio.move_on_after(MAINTENANCE_RETRY_SECONDS):
                             await self._ending.wait()
             except Forked:

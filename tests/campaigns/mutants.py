@@ -412,9 +412,8 @@ MUTANTS: Final = (
         "    if at != offset or crc32c", "    if crc32c",
     ),
     mutant(
-        "a dropped file is written over under its name", "_disk/directory", "simulator:retention",
-        "spare = self.spares.drop(segment, spare)\n            self._directory.sync()\n",
-        "spare = self.spares.drop(segment, spare)\n",
+        "a dropped file is written over under its name", "_disk/spares", "simulator:retention",
+        "        try:\n            self._directory.sync()\n", "        try:\n            pass\n",
     ),
     mutant(
         "marks of a close are not written again", "_disk/segment", "errors:appends/EIO/once",
@@ -423,19 +422,19 @@ MUTANTS: Final = (
     # -- truncation, retention --
     mutant(
         "segments go before log.meta says so", "_disk/directory", "simulator:drop",
-        "            self.meta.write(meta)\n            with self._shape:\n",
-        "            with self._shape:\n",
+        "                self.meta.write(meta)\n                with self._shape:\n",
+        "                with self._shape:\n",
     ),
     mutant(
         "one segment too many is dropped", "_disk/directory", "simulator:drop",
-        "if segment.next_lsn <= lsn]\n            if not dropped:",
-        "if segment.first_lsn < lsn]\n            if not dropped:",
+        "if segment.next_lsn <= lsn]\n            if dropped:",
+        "if segment.first_lsn < lsn]\n            if dropped:",
     ),
     mutant(
         "what was dropped comes back", "_disk/directory", "simulator:drop",
-        "            self.meta.write(meta)\n            with self._shape:\n",
-        "            with self._shape:\n",
-        "                spare = self.spares.drop(segment, spare)\n", "                pass\n",
+        "                self.meta.write(meta)\n                with self._shape:\n",
+        "                with self._shape:\n",
+        "                self.spares.drop(dropped)\n", "                pass\n",
     ),
     mutant(
         "retention drops what one of two policies is to keep", "_retention",
@@ -745,7 +744,7 @@ MUTANTS: Final = (
     mutant(
         "a log may be dropped that the store does not hold", "_disk/directory",
         "simulator:checkpoints",
-        "            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)\n", "",
+        "            lsn = self._holds.allowed(lsn, sealed, used)\n", "",
     ),
     mutant(
         "a checkpoint forgets what was deleted", "_checkpoint", "simulator:checkpoints",

@@ -277,46 +277,53 @@ class LogDirectory:
             since = segment.header.created_us
         return max(0, math.ceil(total)), since
 
-    def drop_before(self, lsn: int) -> int:
+    def drop_before(self, lsn: int, policy: Retention | None = None) -> int:
         """Drop the sealed segments that hold only records below ``lsn``.
 
         Durable on return: first ``log.meta`` says where the log starts, then files go.
         Returns how many were dropped.
+
+        Args:
+          policy: instead of ``lsn``: what it does not keep is dropped.
+
+        Raises:
+          LogFullError: ``log.meta`` cannot be written; nothing was dropped.
+          OSError: this may have been done or not; the next call goes on with it.
         """
         with self.meta.deciding:
+            # Looked at here, under the lock: a caller's own look may be out of date.
+            sealed = self.sealed()
+            used = self.active.position.offset
+            if policy is not None:
+                count = policy.droppable(sealed, used, self._files.time_us())
+                if not count and not self.spares.litter:
+                    return 0
+                lsn = sealed[count - 1].next_lsn if count else 0
             if self.cut_failed is not None:
                 text = "the log's end could not be cut, and nothing else will be"
                 raise OSError(errno.EIO, text, self.path) from self.cut_failed
-            sealed = self.sealed()
-            # Looked at here, under the lock: a caller's own look may be out of date.
-            lsn = self._holds.allowed(lsn, sealed, self.active.position.offset)
+            lsn = self._holds.allowed(lsn, sealed, used)
             dropped = [segment for segment in sealed if segment.next_lsn <= lsn]
-            if not dropped:
-                return 0
-            # The I/O worker may have begun another one meanwhile.
-            now, active = self.shape()
-            following = [segment for segment in now if segment.first_lsn >= dropped[-1].next_lsn]
-            first = following[0].header if following else active.header
-            meta = replace(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
-            self.meta.write(meta)
-            with self._shape:
-                self.meta.says = meta
-                # The I/O worker may have added one meanwhile.
-                del self._sealed[: len(dropped)]
-            spare: str | None = None
-            for segment in dropped:
-                spare = self.spares.drop(segment, spare)
-            self._directory.sync()
-            self.meta.reserve()
-            if spare is not None:
-                self.spares.recycle(spare)
+            if dropped:
+                # The I/O worker may have begun another one meanwhile.
+                now, active = self.shape()
+                last = dropped[-1]
+                following = [segment for segment in now if segment.first_lsn >= last.next_lsn]
+                first = following[0].header if following else active.header
+                meta = replace(self.meta.says, base_number=first.number, base_lsn=first.first_lsn)
+                self.meta.write(meta)
+                with self._shape:
+                    self.meta.says = meta
+                    # The I/O worker may have added one meanwhile.
+                    del self._sealed[: len(dropped)]
+            if dropped or self.spares.litter:
+                self.spares.drop(dropped)
+                self.meta.reserve()
         return len(dropped)
 
     def apply_retention(self, policy: Retention) -> int:
         """Drop what ``policy`` does not keep; returns how many segments."""
-        sealed = self.sealed()
-        count = policy.droppable(sealed, self.active.position.offset, self._files.time_us())
-        return self.drop_before(sealed[count - 1].next_lsn) if count else 0
+        return self.drop_before(0, policy)
 
     def next_retention_us(self, policy: Retention) -> int | None:
         """Microseconds until time alone changes what ``policy`` keeps."""

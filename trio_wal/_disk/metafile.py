@@ -84,8 +84,10 @@ class MetaFile:
         return reserved
 
     def discard(self) -> None:
+        """Remove it; where that cannot be, the next open does."""
         if self.take_reserved():
-            self._directory.unlink(META_NEW_NAME)
+            with contextlib.suppress(OSError):
+                self._directory.unlink(META_NEW_NAME)
 
     def disown(self) -> None:
         """In a forked child: the parent's threads may have had the lock, and are not there."""

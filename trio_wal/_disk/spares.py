@@ -8,9 +8,8 @@ it.  What `prepare` does may run in a thread beside all other calls.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Final
 
@@ -91,6 +90,8 @@ class Spares:
         self._database = database
         self._lock = threading.Condition()
         self._hurry = False
+        self.litter: list[str] = []
+        """Files that could not be removed; `drop` tries again."""
         self._recycled: list[str] = []
         self._made = 0
         self._reading = threading.Lock()
@@ -127,7 +128,7 @@ class Spares:
                 return spare
             if spare is not None:
                 spare.file.close()
-                self._directory.unlink(spare.name)
+                self._remove(spare.name)
             capacity = self._next_capacity(stored_length)
             try:
                 return self._reserve(capacity)
@@ -135,7 +136,7 @@ class Spares:
                 if not self._recycled:
                     raise
                 # Space first: what was kept to be overwritten is worth more as free blocks.
-                self._unlink_recycled()
+                self._remove_recycled()
                 return self._reserve(capacity)
 
     def _next_capacity(self, stored_length: int) -> int:
@@ -152,7 +153,7 @@ class Spares:
         except OSError as exc:
             if file is not None:
                 close_quietly(file)
-                self._directory.unlink(name)
+                self._remove(name)
             if exc.errno in NO_SPACE:
                 raise LogFullError(self._directory.path, capacity, database=self._database) from exc
             raise
@@ -187,7 +188,7 @@ class Spares:
             self.not_before = perf_counter() + SPARE_RETRY_SECONDS
             if spare is not None:
                 close_quietly(spare.file)
-                self._directory.unlink(spare.name)
+                self._remove(spare.name)
                 spare = None
         finally:
             with self._lock:
@@ -200,7 +201,12 @@ class Spares:
         if not self._recycled:
             return None
         name = self._recycled[0]
-        file = self._directory.open(name, writable=True)
+        try:
+            file = self._directory.open(name, writable=True)
+        except FileNotFoundError:
+            # Somebody has cleaned up.
+            self._recycled.remove(name)
+            return None
         try:
             capacity = self._next_capacity(0)
             written = min(file.size(), capacity)
@@ -214,8 +220,7 @@ class Spares:
             close_quietly(file)
             # Not to be used again: a page that could not be written may stay lost.
             self._recycled.remove(name)
-            with contextlib.suppress(OSError):
-                self._directory.unlink(name)
+            self._remove(name)
             raise
         self._recycled.remove(name)
         return Spare(name, file, capacity, written, features)
@@ -255,33 +260,64 @@ class Spares:
 
     # -- files of dropped segments --
 
-    def drop(self, segment: SegmentInfo, kept: str | None) -> str | None:
-        """Remove a segment's file, or keep it for the next segment, unless somebody reads it.
+    def drop(self, dropped: Iterable[SegmentInfo]) -> None:
+        """Remove segments' files, and what could not be removed before.  One is kept for the next
+        segment, where there is none and nobody reads it.
 
-        Args:
-          kept: the name of one that is already kept; one is enough.
-
-        Returns its new name, for `recycle`, or ``kept``.
+        Raises:
+          OSError: some are left, or may come back with a crash; the next call tries it again.
         """
-        with self._lock:
-            recycle = (
-                kept is None and self.ready is None and not self.preparing and not self._recycled
-            )
-            if recycle:
-                with self._reading:
-                    recycle = segment.header.salt not in self._readers
-                    if recycle:
-                        kept = self._new_name()
-                        self._directory.rename(segment.name, kept)
-            if not recycle:
-                self._directory.unlink(segment.name)
-        return kept
+        failed: OSError | None = None
+        for _ in range(len(self.litter)):
+            failed = self._remove(self.litter.pop(0)) or failed
+        kept: str | None = None
+        for segment in dropped:
+            if kept is None:
+                kept = self._keep(segment)
+                if kept is not None:
+                    continue
+            failed = self._remove(segment.name) or failed
+        try:
+            self._directory.sync()
+        except OSError:
+            if kept is not None:
+                # No later sync would prove that it has its new name.
+                self.litter.append(kept)
+            raise
+        if kept is not None:
+            # Only now: under the old name it must stay whole.
+            with self._lock:
+                self._recycled.append(kept)
+        if failed is not None:
+            raise failed
 
-    def recycle(self, name: str) -> None:
-        """Use a file that `drop` has kept: when its new name is durable, for under the old one it
-        must stay whole."""
+    def _keep(self, segment: SegmentInfo) -> str | None:
+        """Give a segment's file another name, where it can be used again."""
         with self._lock:
-            self._recycled.append(name)
+            if self.ready is not None or self.preparing or self._recycled:
+                return None
+            with self._reading:
+                if segment.header.salt in self._readers:
+                    return None
+                name = self._new_name()
+                try:
+                    self._directory.rename(segment.name, name)
+                except OSError:
+                    # Whichever name it has, it goes.
+                    self.litter.append(name)
+                    return None
+                return name
+
+    def _remove(self, name: str) -> OSError | None:
+        """Remove a file; what it gives was in the way."""
+        try:
+            self._directory.unlink(name)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            self.litter.append(name)
+            return exc
+        return None
 
     def pin(self, header: SegmentHeader) -> None:
         """Somebody reads this segment: its file may be unlinked, but not written over."""
@@ -301,16 +337,16 @@ class Spares:
         self._hurry = True
 
     def discard(self) -> None:
-        """Remove what was made ready and kept."""
+        """Remove what was made ready and kept; where that cannot be, the next open does."""
         spare, self.ready = self.ready, None
         if spare is not None:
             spare.file.close()
-            self._directory.unlink(spare.name)
-        self._unlink_recycled()
+            self._remove(spare.name)
+        self._remove_recycled()
 
-    def _unlink_recycled(self) -> None:
+    def _remove_recycled(self) -> None:
         for name in self._recycled:
-            self._directory.unlink(name)
+            self._remove(name)
         self._recycled.clear()
 
     def close(self) -> None:
