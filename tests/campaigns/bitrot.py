@@ -314,11 +314,13 @@ SHORT: Final[dict[str, Make]] = {
         lambda: make_log(*FIRST, segment_size=SMALL_BYTES, close=False),
         False,
     ),
+}
+"""Of one segment: no other one vouches for it."""
+REUSED: Final[dict[str, Make]] = {
     "reused log, closed": (lambda: _reused(close=True), True),
     "reused log, crashed": (lambda: _reused(close=False), False),
 }
-"""Of one segment: no other one vouches for it; and of two, with bytes of dropped ones behind its
-end."""
+"""Of two segments, with bytes of dropped ones behind its end."""
 
 
 def _past_files(kind: str, *, closed: bool) -> MemoryFiles:
@@ -351,7 +353,7 @@ LARGE: Final[dict[str, Make]] = {
 
 @functools.cache
 def subject(name: str) -> Subject:
-    make, closed = (SMALL | SHORT | PAST | LARGE)[name]
+    make, closed = (SMALL | SHORT | REUSED | PAST | LARGE)[name]
     files = make()
     database = name.startswith("database")
     path = f"{DB}/log" if database else LOG
@@ -935,9 +937,11 @@ def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
     small = [name for name in SMALL if usable(name)]
     ways = arguments.ways or WAYS
     for part in arguments.parts or PARTS:
-        subjects = {"random": list(LARGE), "files": [*small, *SHORT], "stale": list(PAST)}.get(
-            part, small
-        )
+        subjects = {
+            "random": list(LARGE),
+            "files": [*small, *SHORT, *REUSED],
+            "stale": list(PAST),
+        }.get(part, [*small, *REUSED])
         for name in subjects:
             made = subject(name)
             bits = range(arguments.seed % step, made.bits(), step)
