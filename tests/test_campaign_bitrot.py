@@ -62,9 +62,9 @@ def test_the_segments_of_the_logs_that_are_flipped_have_16_kib(name: str) -> Non
 @pytest.mark.parametrize("mode", [*bitrot.MODES, OFFLINE])
 @pytest.mark.parametrize("name", [*NAMES, *REUSED])
 def test_a_flipped_bit_is_never_silent(name: str, mode: str) -> None:
-    bits = range(7, bitrot.subject(name).bits(), 1201)
+    bits = range(7, bitrot.subject(name).bits(), 1201 if name in SMALL else 2333)
     counts = outcomes("flips", name, mode, bits)
-    assert counts[REFUSED] > (10 if name in SMALL else 5)
+    assert counts[REFUSED] > (10 if name in SMALL else 2)
     assert counts[REFUSED] + counts[READ] > len(bits) // 4
     assert counts[HARMLESS] > 0 or mode == OFFLINE
     if "closed" in name and mode != OFFLINE:
