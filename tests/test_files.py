@@ -736,7 +736,7 @@ print(watch_directory(fd) is None, before == os.listdir("/proc/self/fd"))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs user namespaces")
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify, and its limits, are Linux's")
 @pytest.mark.parametrize(
     ("instances", "watches", "none"), [(0, 9, True), (9, 0, True), (9, 1, True), (9, 2, False)]
 )
