@@ -117,8 +117,8 @@ async def test_a_full_disk_is_told_when_it_begins_and_when_it_ends(
     files: MemoryFiles, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     async with open_memory(files, segment_size=1) as wal:
-        await wal.append(bytes(3000))
-        files.free_bytes = 0
+        files.free_bytes = 0  # before anything wants the next segment to be prepared
+        await wal.append(b"one")
         for _ in range(3):
             with pytest.raises(LogFullError):
                 await wal.append(bytes(3000))
