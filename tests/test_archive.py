@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,9 @@ from archives import (
     archive_in,
     records_of,
     settle,
+    wait_archived,
+    write_batches,
 )
-from logs import forget_word
 from trio.testing import MockClock
 
 import trio_wal
@@ -416,33 +418,65 @@ async def test_what_its_owner_has_deleted_from_an_archive_stays_deleted(files: M
         assert name in files.names(ARCHIVE)
 
 
-async def test_what_a_copy_of_the_files_has_archived_is_not_taken_for_ones_own(
-    files: MemoryFiles, autojump: MockClock
+def set_back(files: MemoryFiles, before: dict[str, bytes]) -> None:
+    files.discard_directory(LOG)
+    for name, data in before.items():
+        files.write_file(LOG, name, data)
+
+
+@pytest.mark.parametrize(
+    ("cut", "more", "told"),
+    [
+        (False, 1, r"is ahead, of LSN 2; this log ended at 1: "),
+        (False, 3, r"is ahead, of LSN 2; this log ended at 1: "),
+        (True, 1, r"is ahead, of epoch 1[0-9a-f]{8}; this log, in epoch 0, is not: "),
+    ],
+)
+async def test_a_log_that_was_set_back_does_not_archive_beside_what_it_had_archived(
+    files: MemoryFiles, autojump: MockClock, cut: bool, more: int, told: str
 ) -> None:
-    """Such as a disk that was set back: the same segment, the same LSNs, other records."""
+    """The same segment, the same LSNs, other records; or other ones, of which restore takes one."""
     async with open_log(files, None, segment_size=1 << 16) as wal:
         await wal.append(b"common")
     before = files.contents(LOG)
     archive = archive_in(files)
     async with open_log(files, archive, segment_size=1 << 16) as wal:
+        if cut:
+            await wal.truncate_after(0)
         await wal.append(b"one")
         await wal.rotate()
-    for name in files.names(LOG):
-        files.remove_file(LOG, name)
-    for name, data in before.items():
-        files.write_file(LOG, name, data)
-    forget_word(files)
+    set_back(files, before)
     kept = files.contents(ARCHIVE)
     async with open_log(files, archive, segment_size=1 << 16, retention=KeepSegments(1)) as wal:
-        await wal.append(b"two")
+        for _ in range(more):
+            await wal.append(b"two")
         await wal.rotate()
         await trio.sleep(5)
         found = wal.statistics()
         assert found.archive_error is not None
-        assert found.archive_error.startswith("FileExistsError: ")
+        assert re.match("FileExistsError: .* the archive " + told, found.archive_error)
         assert (wal.first_lsn, found.archived_lsn) == (1, 0)
-    after = files.contents(ARCHIVE)
-    assert {name: after[name] for name in kept} == kept
+    assert files.contents(ARCHIVE) == kept
+
+
+async def test_a_log_that_was_set_back_to_what_is_archived_goes_on(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await write_batches(wal, 3)
+        await wait_archived(wal)
+        archived = wal.last_lsn
+    before = files.contents(LOG)
+    async with open_log(files, None) as wal:
+        await wal.append(b"never archived")
+    set_back(files, before)
+    async with open_log(files, archive) as wal:
+        assert await wal.append(b"instead") == archived + 1
+        await wait_archived(wal)
+    await trio_wal.restore(archive, RESTORED, files=files)
+    async with trio_wal.open_wal(RESTORED, files=files) as wal:
+        assert [record.data for record in await records_of(wal)][archived:] == [b"instead"]
 
 
 async def test_a_damaged_segment_is_not_archived_and_not_dropped(

@@ -12,6 +12,7 @@ histories of a log never want the same name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import re
@@ -39,7 +40,7 @@ from ._disk.frame import (
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.window import Read
 from ._exceptions import CorruptLogError
-from ._identity import History, common_lsn, epoch_of
+from ._identity import UNPARTED, History, common_lsn, epoch_of, generation
 from ._manifest import history_as_json, history_of_json, read_manifest
 
 _STEM: Final = r"(\d{20})-(\d{20})-([0-9a-f]{16})-([0-9a-f]{32})"
@@ -353,6 +354,36 @@ def archived_segments(names: Iterable[str]) -> Iterator[SegmentName]:
         found = segment_name_of(name)
         if found is not None and found.stem in whole:
             yield found
+
+
+def own_segments(found: Iterable[SegmentName], history: History, last_lsn: int) -> set[SegmentKey]:
+    """Which of an archive's segments a log has, or had.
+
+    Args:
+      last_lsn: where the log ended when it was opened: others may have gone on from there.
+
+    Raises:
+      FileExistsError: there is more in the log's epoch, or an epoch that it does not know: its
+          files were set back, or a copy of them went on.  `restore` would take that for the log's
+          end, and not what comes now.
+    """
+    epoch, own = epoch_of(history), set[SegmentKey]()
+    for name in found:
+        common = common_lsn(history, name.epoch)
+        if common is None and generation(name.epoch) >= generation(epoch):
+            raise _ahead(name, f"of epoch {name.epoch:x}; this log, in epoch {epoch:x}, is not")
+        if name.epoch == epoch and name.key.last_lsn > last_lsn:
+            raise _ahead(name, f"of LSN {name.key.last_lsn}; this log ended at {last_lsn}")
+        # In an older epoch another copy may have gone on with the same segment.
+        if name.key.last_lsn <= min(last_lsn, UNPARTED if common is None else common):
+            own.add(name.key)
+    return own
+
+
+def _ahead(name: SegmentName, what: str) -> FileExistsError:
+    text = f"the archive is ahead, {what}: its files were set back, or a copy of them went on; "
+    text += "restore the archive, or give the log a new one"
+    return FileExistsError(errno.EEXIST, text, name.manifest)
 
 
 def pruned_before(found: Iterable[SegmentName], history: History) -> int:

@@ -21,7 +21,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive, puts_groups
-from ._archived import SegmentKey, SegmentName, pruned_before
+from ._archived import SegmentKey, SegmentName, own_segments, pruned_before
 from ._archiving import begin_archive, key_of, put_segments
 from ._disk.directory import LogDirectory
 from ._disk.recovery import Plan
@@ -215,10 +215,7 @@ class Archiver:
         if self._there is None:
             log_uuid = UUID(bytes=directory.log_uuid)
             self._names = await self._blocking(begin_archive, self._archive, log_uuid)
-            # One that this log has yet to write is of another history, in which a copy of its files
-            # went on: to put it again tells.
-            last_lsn = self._opened_lsn
-            self._there = {name.key for name in self._names if name.key.last_lsn <= last_lsn}
+            self._there = own_segments(self._names, directory.history, self._opened_lsn)
             self._looked_at = -1
         while group := self._next(self._there):
             if await self._rest():

@@ -87,6 +87,11 @@ def epoch_of(history: History) -> int:
     return history[-1].epoch if history else 0
 
 
+def generation(epoch: int) -> int:
+    """How often a log had begun a new epoch."""
+    return epoch >> EPOCH_RANDOM_BITS
+
+
 def common_lsn(history: History, epoch: int) -> int | None:
     """Up to which LSN an epoch's records are this log's; None: it is not in its history, or
     forgotten.  `UNPARTED` for today's epoch."""
@@ -104,7 +109,7 @@ def branch(history: History, after_lsn: int, random: bytes) -> History:
       random: four bytes.
     """
     known = history or _BEGINNING
-    count = (epoch_of(known) >> EPOCH_RANDOM_BITS) + 1
+    count = generation(epoch_of(known)) + 1
     low = int.from_bytes(random, "little") & ((1 << EPOCH_RANDOM_BITS) - 1)
     return (*known, Parting(count << EPOCH_RANDOM_BITS | low, after_lsn))[-PARTINGS_MAX:]
 

@@ -9,7 +9,9 @@ fails now and then, before or after it has done what was asked.  After each life
   * the archive alone holds a beginning of a history that the log had, up to where the log has said
     that it is archived, at least;
   * of that it can be restored to any LSN, and to any time, exactly; a gap is told;
-  * now and then the log is destroyed, and what was restored goes on in its place.
+  * now and then the log is destroyed, and what was restored goes on in its place;
+  * now and then its files are set back to what they were a life ago: an archive that has more than
+    that, or other records, takes nothing from it, says so, and nothing is dropped.
 
 At the end the archive works, and gets everything.
 
@@ -119,6 +121,8 @@ class World:
     """In this life."""
     image: tuple[MemoryFiles, list[History], int] | None = None
     """What a crash has left."""
+    older: tuple[dict[str, bytes], list[History]] | None = None
+    """The log's files, its records, and its past, before a life; None: it is not set back."""
     written: int = 0
     operations: int = 0
     """On files, in this life."""
@@ -198,11 +202,15 @@ class World:
 
     # -- what it has left --
 
+    def has_log(self) -> bool:
+        return self.files.exists(LOG) and "log.meta" in self.files.names(LOG)
+
     async def look(self) -> None:
         files = self.files
-        if not files.exists(LOG) or "log.meta" not in files.names(LOG):
+        if not self.has_log():
             check([] in self.possible, "the log is gone")
-            self.model = []
+            # The next one has another identity.
+            self.model, self.older = [], None
             return
         found = await self._restored(tail=LOG)
         check(found in self.possible, f"{len(found)} records, not {self._lengths()}")
@@ -231,7 +239,7 @@ class World:
         found = [record.data for record in records]
         check(len(found) >= self.archived, f"{self.archived} were archived, {len(found)} are there")
         known = [self.model, *self.past]
-        check(any(found == h[: len(found)] for h in known), "the archive has another history")
+        check(_begins_one(found, known), "the archive has another history")
         for lsn in self.rng.sample(range(len(found) + 1), min(4, len(found) + 1)):
             check(await self._restored(to_lsn=lsn) == found[:lsn], f"LSN {lsn} is another")
         for record in self.rng.sample(records, min(3, len(records))):
@@ -244,12 +252,60 @@ class World:
             self.files.discard_directory(LOG)
             await trio_wal.restore(self.archive(), LOG, files=self.files)
             self.model, self.possible = found, [found]
+            self.older = None
+
+    async def set_back(self) -> None:
+        """The log's disk is an older one; its archive is not."""
+        if self.older is None or not self.files.exists(ARCHIVE):
+            return
+        contents, (model, *past) = self.older
+        known = [model, *past]
+        self.files.discard_directory(LOG)
+        for name, data in contents.items():
+            self.files.write_file(LOG, name, data)
+        before = self.files.contents(ARCHIVE)
+        names = [name for name in before if name[0] == "0" and name.endswith(".json")]
+        there = await self._restored() if names else []
+        options: Any = {"retention": KeepSegments(1), "segment_size": self.rng.choice((1, 8000))}
+        async with trio_wal.open_wal(
+            LOG, files=self.files, archive=self.archive(), **options
+        ) as wal:
+            check(wal.last_lsn == len(model), "the older log is another one")
+            first, epoch = wal.first_lsn, wal.epoch
+            for _ in range(self.rng.randint(1, 6)):
+                model = [*model, self._payload()]
+                check(await wal.append(model[-1]) == len(model), "another LSN was given")
+                await trio.sleep(self.rng.choice((0, 10)))
+            await wal.rotate()
+            await trio.sleep(100)
+            found = wal.statistics()
+            if found.archive_error is None:
+                check(found.archived_lsn == len(model), "not archived")
+            else:
+                check(found.first_lsn == first, f"dropped from {first} to {found.first_lsn}")
+        if found.archive_error is None:
+            check(_begins_one(there, known), "the archive was ahead, and took more")
+            check(await self._restored() == model, "what it took is not what comes back")
+        else:
+            check(self.files.contents(ARCHIVE) == before, "what was refused has changed something")
+            # Where there is a newer history, restore would not take this one.
+            newer = any(int(name.split("-")[2], 16) > epoch for name in names)
+            check(newer or not _begins_one(there, known), f"refused: {found.archive_error}")
+            # As docs/operations.md says.
+            self.files.discard_directory(LOG)
+            await trio_wal.restore(self.archive(), LOG, files=self.files)
+            model = there
+        self.past.append(self.model)
+        self.model, self.possible, self.older = model, [model], None
 
     async def _look_for_gap(self, last: int) -> None:
         """What is missing is told, and not passed over."""
         names = [n for n in self.files.names(ARCHIVE) if n[0] == "0" and n.endswith(".json")]
         if len({name.split("-")[2] for name in names}) != 1:
             # Without some of them another history would be the newest.
+            return
+        if len({name.split("-")[0] for name in names}) != len(names):
+            # A log that was set back had not sealed yet what it had sealed before.
             return
         name = self.rng.choice(names)
         files = self.files.crash_image(0, "kill")
@@ -290,11 +346,20 @@ class World:
         return [record.data for record in await self._records(**options)]
 
 
+def _begins_one(found: History, known: Iterable[History]) -> bool:
+    return any(found == history[: len(found)] for history in known)
+
+
 async def _lives(seed: int) -> None:
     world = World(random.Random(seed), MemoryFiles(seed=seed))
     for _ in range(LIVES):
+        if world.rng.random() < 0.5 and world.has_log():
+            world.older = world.files.contents(LOG), [world.model, *world.past]
         await world.live()
         await world.look()
+        if world.rng.random() < 0.3:
+            await world.set_back()
+            await world.look()
     await world.finish()
     await world.look()
 

@@ -412,6 +412,28 @@ MUTANTS: Final = (
         "    if at != offset or crc32c", "    if crc32c",
     ),
     mutant(
+        "what could not be removed is forgotten", "_disk/spares", "errors:truncations/EIO/once",
+        "            self.litter.append(name)\n            return exc\n",
+        "            return exc\n",
+    ),
+    mutant(
+        "what could not be removed is tried again only when more is dropped", "_disk/directory",
+        "errors:retention/EIO/once",
+        "                if not count and not self.spares.litter:\n",
+        "                if not count:\n",
+    ),
+    mutant(
+        "a file whose new name may be lost is forgotten", "_disk/spares",
+        "errors:truncations/EIO/once",
+        "                self.litter.append(kept)\n", "                pass\n",
+    ),
+    mutant(
+        "an open leaves what was made ready", "_disk/repair", "errors:truncations/EIO/once",
+        "    for name in plan.leftovers:\n",
+        "    for name in plan.leftovers:\n        if name.startswith('spare-'):\n"
+        "            continue\n",
+    ),
+    mutant(
         "a dropped file is written over under its name", "_disk/spares", "simulator:retention",
         "        try:\n            self._directory.sync()\n", "        try:\n            pass\n",
     ),
@@ -1177,6 +1199,19 @@ MUTANTS: Final = (
         "a segment that was cut is taken for the one that was archived", "_archiver", ARCHIVE,
         "key_of(s) not in there]",
         "s.header.salt not in {k.salt for k in there}]",
+    ),
+    mutant(
+        "an archive that has more than the log is taken for its own", "_archived", ARCHIVE,
+        "        if name.epoch == epoch and name.key.last_lsn > last_lsn:\n", "        if False:\n",
+    ),
+    mutant(
+        "an archive of a newer history is taken for the log's own", "_archived", ARCHIVE,
+        "        if common is None and generation(name.epoch) >= generation(epoch):\n",
+        "        if False:\n",
+    ),
+    mutant(
+        "what another copy wrote into the same segment counts as archived", "_archived", ARCHIVE,
+        "        if name.key.last_lsn <= min(", "        if True or min(",
     ),
     mutant(
         "a segment counts as archived before it is put", "_archiver", ARCHIVE,
