@@ -943,6 +943,8 @@ def rows(arguments: argparse.Namespace) -> dict[tuple[str, str, str], range]:
             "stale": list(PAST),
         }.get(part, [*small, *REUSED])
         for name in subjects:
+            if arguments.subject not in name:
+                continue
             made = subject(name)
             bits = range(arguments.seed % step, made.bits(), step)
             modes = {
@@ -981,6 +983,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=WAYS,
         metavar="WAY",
         help=f"to read: {', '.join(WAYS)}; all",
+    )
+    parser.add_argument(
+        "--subject", default="", metavar="TEXT", help="only logs with it in their names; all"
     )
     parser.add_argument("--replay", metavar="PART:SUBJECT:MODE:CASE", help="one case again")
     _report.add_common_arguments(parser, count=60_000, parts=PARTS)
