@@ -385,6 +385,20 @@ def test_disk_bytes_counts_segments_and_what_is_prepared() -> None:
     assert log.disk_bytes > sum(size for name, size in sizes.items() if name != "log.meta")
 
 
+def test_disk_bytes_counts_a_dropped_segment_that_is_kept_for_the_next() -> None:
+    files = MemoryFiles()
+    log = open_log(files, segment_size=1)
+    for n in range(3):
+        append(log, bytes(3000 + n))
+    log.drop_before(3)
+    for _ in range(2):
+        sizes = {name: len(data) for name, data in files.contents(LOG).items()}
+        assert spares(files)
+        used = sum(size for name, size in sizes.items() if not name.startswith("log.meta"))
+        assert log.disk_bytes == used
+        log.prepare_spare()
+
+
 # -- frames that stand in place -------------------------------------------------------------
 
 

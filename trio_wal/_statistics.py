@@ -283,7 +283,8 @@ class WalStatistics:
     segments: int
     """Segment files of the log, the one being written among them."""
     disk_bytes: int
-    """Size of the log's segment files, space prepared ahead included."""
+    """Size of the log's segment files, space prepared ahead and a dropped one that is kept for the
+    next included."""
     last_sync_time: datetime | None
     """UTC, when the last sync returned; None before the first."""
     state: Literal["open", "full", "closing", "closed", "failed"]

@@ -92,7 +92,8 @@ class Spares:
         self._hurry = False
         self.litter: list[str] = []
         """Files that could not be removed; `drop` tries again."""
-        self._recycled: list[str] = []
+        self._recycled: dict[str, int] = {}
+        """Files of dropped segments, one at most, and their bytes."""
         self._made = 0
         self._reading = threading.Lock()
         """Never held for long: a cursor that is closed in the event loop takes it, too."""
@@ -100,9 +101,10 @@ class Spares:
 
     @property
     def bytes(self) -> int:
-        """Space that is prepared."""
+        """Space that is prepared, or kept for that."""
         spare = self.ready
-        return spare.capacity if spare is not None else 0
+        kept = sum(list(self._recycled.values()))
+        return kept if spare is None else kept + spare.capacity
 
     # -- taking one --
 
@@ -200,12 +202,12 @@ class Spares:
         """A dropped segment's file: its blocks are allocated, and need new zeros at most."""
         if not self._recycled:
             return None
-        name = self._recycled[0]
+        name = next(iter(self._recycled))
         try:
             file = self._directory.open(name, writable=True)
         except FileNotFoundError:
             # Somebody has cleaned up.
-            self._recycled.remove(name)
+            del self._recycled[name]
             return None
         try:
             capacity = self._next_capacity(0)
@@ -219,10 +221,10 @@ class Spares:
         except BaseException:
             close_quietly(file)
             # Not to be used again: a page that could not be written may stay lost.
-            self._recycled.remove(name)
+            del self._recycled[name]
             self._remove(name)
             raise
-        self._recycled.remove(name)
+        del self._recycled[name]
         return Spare(name, file, capacity, written, features)
 
     def _zero(self, file: File, start: int, end: int) -> int:
@@ -271,9 +273,10 @@ class Spares:
         for _ in range(len(self.litter)):
             failed = self._remove(self.litter.pop(0)) or failed
         kept: str | None = None
+        size = 0
         for segment in dropped:
             if kept is None:
-                kept = self._keep(segment)
+                kept, size = self._keep(segment), segment.bytes
                 if kept is not None:
                     continue
             failed = self._remove(segment.name) or failed
@@ -287,7 +290,7 @@ class Spares:
         if kept is not None:
             # Only now: under the old name it must stay whole.
             with self._lock:
-                self._recycled.append(kept)
+                self._recycled[kept] = size
         if failed is not None:
             raise failed
 
