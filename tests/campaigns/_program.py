@@ -462,7 +462,7 @@ class _LogLife(_Life):
                     lsn = rng.randint(low, wal.last_lsn)
                     self.tell("cut", lsn)
                     await wal.truncate_after(lsn)
-                except trio_wal.LsnTruncatedError:
+                except (trio_wal.LsnTruncatedError, ValueError):
                     # What goes on beside this has dropped that LSN.
                     self.tell("not cut")
                 except (trio.BrokenResourceError, trio_wal.WalError, OSError) as exc:
