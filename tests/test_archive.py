@@ -33,6 +33,7 @@ from trio.testing import MockClock
 import trio_wal
 from trio_wal import DirectoryArchive, KeepSegments, _archiver
 from trio_wal._archive import is_same
+from trio_wal._archived import OpenedLog
 from trio_wal._archiver import CLOSE_SECONDS
 from trio_wal._archiving import begin_archive
 from trio_wal._manifest import put_identity, read_identity
@@ -40,6 +41,7 @@ from trio_wal.testing import MemoryFiles
 
 ONE, TWO = (f"{lsn:020d}-0.wal" for lsn in (1, 2))
 """Names of what an archive has."""
+NEW_LOG = OpenedLog(history=(), first_lsn=1, last_lsn=0, ends={})
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_what_is_put_or_listed_survives_a_crash_at_any_operation(kind: Any) -> N
         for name in names:
             assert b"".join(there.get(name)) == (b"a" * 700 + b"b" * 700 if name == ONE else b"c")
         # What a log has listed is believed: it must not go away any more.
-        begin_archive(there, UUID(int=1))
+        begin_archive(there, UUID(int=1), NEW_LOG)
         for seed in range(5):
             assert set(archive_in(image.crash_image(seed)).list()) >= set(names)
         image.remove_file(ARCHIVE, "archive.json")

@@ -8,7 +8,7 @@ the manifests are put makes them anew.  These are put when all their segments ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -16,6 +16,7 @@ import attrs
 
 from ._archive import Archive, pieces_of, put_group
 from ._archived import (
+    OpenedLog,
     PassingFile,
     SegmentKey,
     SegmentManifest,
@@ -30,6 +31,7 @@ from ._engine import Moved
 from ._exceptions import CorruptLogError
 from ._files import File, close_quietly
 from ._manifest import encode_manifest, put_identity
+from ._snapshots import snapshot_name_of
 
 
 class SegmentSource(Protocol):
@@ -43,16 +45,50 @@ class SegmentSource(Protocol):
     def open_segment(self, header: SegmentHeader) -> File: ...
 
 
-def begin_archive(archive: Archive, log_uuid: UUID) -> list[SegmentName]:
-    """Make sure that it is this log's, and say which segments it has.
+def begin_archive(
+    archive: Archive, log_uuid: UUID, log: OpenedLog
+) -> tuple[list[SegmentName], set[SegmentKey]]:
+    """Make sure that it is this log's; returns its segments, and which of them the log has, or had.
 
     Raises:
+      FileExistsError: it has what is not from before the log's end; see `OpenedLog`.
       WrongDirectoryError, CorruptLogError, UnsupportedFormatError, OSError
     """
     names = archive.list()
     # What is seen in a directory may be in the page cache only, until something is put there.
     put_identity(archive, log_uuid)
-    return list(archived_segments(names))
+    found = list(archived_segments(names))
+    own = log.own_segments(found)
+    for name in names:
+        snapshot = snapshot_name_of(name)
+        if snapshot is not None:
+            lsn, epoch = snapshot
+            log.check(name, epoch, lsn)
+    _check_newest(archive, found, log)
+    return found, own
+
+
+def _check_newest(archive: Archive, found: Iterable[SegmentName], log: OpenedLog) -> None:
+    """Another copy of the log may have filled the same segment up to the same LSN.  A checksum is
+    of all that was before, too, so that of the newest segment is enough.
+
+    Raises:
+      FileExistsError: it has.
+    """
+    places = {key: number for number, key in enumerate(log.ends)}
+    for name in sorted(
+        (name for name in found if name.key in places),
+        key=lambda name: places[name.key],
+        reverse=True,
+    ):
+        try:
+            manifest = read_segment_manifest(archive, name.manifest)
+        except (CorruptLogError, FileNotFoundError):
+            # As far as the others tell.
+            continue
+        if manifest.end != log.ends[name.key]:
+            raise log.others(name)
+        return
 
 
 def key_of(info: SegmentInfo) -> SegmentKey:

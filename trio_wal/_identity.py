@@ -102,14 +102,15 @@ def common_lsn(history: History, epoch: int) -> int | None:
     return None
 
 
-def branch(history: History, after_lsn: int, random: bytes) -> History:
+def branch(history: History, after_lsn: int, random: bytes, newest: int = 0) -> History:
     """The history with a new epoch that begins after an LSN.
 
     Args:
       random: four bytes.
+      newest: an epoch of another history, above which it is, too.
     """
     known = history or _BEGINNING
-    count = generation(epoch_of(known)) + 1
+    count = generation(max(epoch_of(known), newest)) + 1
     low = int.from_bytes(random, "little") & ((1 << EPOCH_RANDOM_BITS) - 1)
     return (*known, Parting(count << EPOCH_RANDOM_BITS | low, after_lsn))[-PARTINGS_MAX:]
 

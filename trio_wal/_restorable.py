@@ -138,6 +138,8 @@ class RestorePlan:
     uuid: UUID
     history: History
     """The one that is restored; its end is `lsn`."""
+    newest: int
+    """The newest epoch of all that there are."""
     database: bool
     features: int
     consumers: bool
@@ -205,6 +207,13 @@ class _Planner:
             raise LogDivergedError(there.name, Bookmark(self._target.lsn or 0, epoch), None)
         return max(of_epoch, key=len)
 
+    def _newest_epoch(self) -> int:
+        there = self._there
+        known = [epoch_of(piece.manifest.history) for piece in there.pieces]
+        known += [base.manifest.epoch for base in there.bases]
+        known += [self._named(error.path)[1] for error in there.damaged]
+        return max([epoch_of(self._history), *known])
+
     def _usable(self, piece: Piece) -> int:
         return piece.manifest.usable_lsn(self._history)
 
@@ -235,6 +244,7 @@ class _Planner:
                 replace(parting, after_lsn=min(parting.after_lsn, reached))
                 for parting in self._history
             ),
+            newest=self._newest_epoch(),
             database=self._database,
             features=self._features,
             consumers=any(manifest.consumers for manifest in manifests),
@@ -319,11 +329,16 @@ class _Planner:
 
     def _named_end(self, name: str) -> int:
         """Up to where this history was in an object, by the name of its manifest."""
-        segment, snapshot = segment_name_of(name), snapshot_name_of(name)
-        last, epoch = snapshot or (0, 0)
-        if segment is not None:
-            last, epoch = segment.key.last_lsn, segment.epoch
+        last, epoch = self._named(name)
         return min(last, common_lsn(self._history, epoch) or 0)
+
+    @staticmethod
+    def _named(name: str) -> tuple[int, int]:
+        """The last LSN and the epoch of an object, by the name of its manifest; 0: it has none."""
+        segment = segment_name_of(name)
+        if segment is not None:
+            return segment.key.last_lsn, segment.epoch
+        return snapshot_name_of(name) or (0, 0)
 
     # -- times --
 
