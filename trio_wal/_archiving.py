@@ -30,6 +30,7 @@ from ._disk.segment import SegmentInfo
 from ._engine import Moved
 from ._exceptions import CorruptLogError
 from ._files import File, close_quietly
+from ._identity import epoch_of
 from ._manifest import encode_manifest, put_identity
 from ._snapshots import snapshot_name_of
 
@@ -64,31 +65,34 @@ def begin_archive(
         if snapshot is not None:
             lsn, epoch = snapshot
             log.check(name, epoch, lsn)
-    _check_newest(archive, found, log)
+    _leave_others(archive, found, own, log)
     return found, own
 
 
-def _check_newest(archive: Archive, found: Iterable[SegmentName], log: OpenedLog) -> None:
-    """Another copy of the log may have filled the same segment up to the same LSN.  A checksum is
-    of all that was before, too, so that of the newest segment is enough.
+def _leave_others(
+    archive: Archive, found: Iterable[SegmentName], own: set[SegmentKey], log: OpenedLog
+) -> None:
+    """What ends where the log's own segment ends need not be the same: another copy of the log has
+    filled it, or `repair` has taken a CLOSE frame from its end.  A checksum is of all that was
+    before, too, so that the newest one that is the same is enough.
 
     Raises:
-      FileExistsError: it has.
+      FileExistsError: in the log's epoch it is the same, or another copy's.
     """
     places = {key: number for number, key in enumerate(log.ends)}
-    for name in sorted(
-        (name for name in found if name.key in places),
-        key=lambda name: places[name.key],
-        reverse=True,
-    ):
+    common = [name for name in found if name.key in places]
+    for name in sorted(common, key=lambda name: (places[name.key], name.epoch), reverse=True):
         try:
             manifest = read_segment_manifest(archive, name.manifest)
         except (CorruptLogError, FileNotFoundError):
             # As far as the others tell.
             continue
-        if manifest.end != log.ends[name.key]:
+        if manifest.end == log.ends[name.key]:
+            return
+        if name.epoch == epoch_of(log.history):
             raise log.others(name)
-        return
+        # It is put once more, in today's epoch.
+        own.discard(name.key)
 
 
 def key_of(info: SegmentInfo) -> SegmentKey:

@@ -221,10 +221,11 @@ class _Planner:
         common = common_lsn(self._history, base.manifest.epoch)
         return common is not None and base.lsn <= common
 
-    def _rank(self, piece: Piece) -> tuple[int, bool, int]:
-        """By LSN; of those that begin at one, first whoever ends in this history."""
-        usable = self._usable(piece)
-        return piece.first_lsn, usable < piece.last_lsn, -usable
+    def _rank(self, piece: Piece) -> tuple[int, bool, int, int]:
+        """By LSN; of those that begin at one, first whoever ends in this history, and last was
+        put."""
+        usable, epoch = self._usable(piece), epoch_of(piece.manifest.history)
+        return piece.first_lsn, usable < piece.last_lsn, -usable, -epoch
 
     def plan(self) -> RestorePlan:
         target = self._target
