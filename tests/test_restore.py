@@ -175,6 +175,39 @@ async def test_what_was_restored_goes_on_with_the_same_archive(archived: Archive
     await archived.check(last)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_an_older_history_that_was_restored_goes_on_with_the_same_archive(
+    archived: Archived, damaged: bool
+) -> None:
+    """It is the newest one then, be the one that was not the newest but a name."""
+    files, archive = archived.files, archived.archive
+    before = {*files.names(ARCHIVE)}
+    await archived.restore(to_lsn=30)
+    async with trio_wal.open_wal(RESTORED, files=files, archive=archive) as wal:
+        await wal.append(b"a wrong way")
+        await wal.rotate()
+        await settle()
+        assert wal.statistics().archive_error is None
+    files.discard_directory(RESTORED)
+    if damaged:
+        for name in {*files.names(ARCHIVE)} - before:
+            if name.endswith(".json"):
+                files.write_file(ARCHIVE, name, b"damaged")
+    report = await archived.restore(to_lsn=32, epoch=0)
+    assert (report.last_lsn, report.epoch) == (32, 0)
+    async with trio_wal.open_wal(RESTORED, files=files, archive=archive) as wal:
+        await wal.append(b"the right one")
+        await wal.rotate()
+        await settle()
+        assert wal.statistics().archive_error is None
+        assert wal.statistics().archived_lsn == 33
+        records, epoch = await records_of(wal), wal.epoch
+    files.discard_directory(RESTORED)
+    assert records[:32] == archived.records[:32]
+    assert (await archived.restore()).epoch == epoch
+    await Archived(files, archive, records).check(33)
+
+
 async def test_a_bookmark_of_before_still_says_whether_its_place_is_there(
     archived: Archived,
 ) -> None:

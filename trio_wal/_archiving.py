@@ -77,7 +77,7 @@ def _leave_others(
     before, too, so that the newest one that is the same is enough.
 
     Raises:
-      FileExistsError: in the log's epoch it is the same, or another copy's.
+      FileExistsError: it is not, and in today's epoch nothing can be put beside it.
     """
     places = {key: number for number, key in enumerate(log.ends)}
     common = [name for name in found if name.key in places]
