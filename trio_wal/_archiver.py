@@ -245,13 +245,14 @@ class Archiver:
     async def _ask(self) -> set[SegmentKey]:
         """Which segments the archive has."""
         async with self._asking:
-            if self._there is None:
+            there = self._there
+            if there is None:
                 log_uuid = UUID(bytes=self._directory.log_uuid)
-                self._names, self._there = await self._blocking(
+                self._names, there = await self._blocking(
                     begin_archive, self._archive, log_uuid, self._opened
                 )
-                self._looked_at = -1
-            return self._there
+                self._there, self._looked_at = there, -1
+            return there
 
     async def check(self) -> None:
         """Before anything else is put there.

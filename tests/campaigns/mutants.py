@@ -1203,6 +1203,8 @@ MUTANTS: Final = (
     mutant(
         "an archive that has more than the log is taken for its own", "_archived", ARCHIVE,
         "        if epoch == today and last_lsn > self.last_lsn:\n", "        if False:\n",
+        "            if name.key.last_lsn >= self.first_lsn and name.key not in self.ends:\n",
+        "            if False:\n",
     ),
     mutant(
         "an archive of a newer history is taken for the log's own", "_archived", ARCHIVE,
@@ -1218,12 +1220,6 @@ MUTANTS: Final = (
         "segments that overlap the log's are taken for its own", "_archived", ARCHIVE,
         "            if name.key.last_lsn >= self.first_lsn and name.key not in self.ends:\n",
         "            if False:\n",
-    ),
-    mutant(
-        "an archive is compared with what the log is now, and not with what it was", "_archiver",
-        ARCHIVE,
-        "self._archive, log_uuid, self._opened\n",
-        "self._archive, log_uuid, _opened(self._directory)\n",
     ),
     mutant(
         "a segment counts as archived before it is put", "_archiver", ARCHIVE,
