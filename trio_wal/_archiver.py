@@ -245,13 +245,13 @@ class Archiver:
     async def _ask(self) -> set[SegmentKey]:
         """Which segments the archive has."""
         async with self._asking:
-            there = self._there
-            if there is None:
-                log_uuid = UUID(bytes=self._directory.log_uuid)
-                self._names, there = await self._blocking(
-                    begin_archive, self._archive, log_uuid, self._opened
-                )
-                self._there, self._looked_at = there, -1
+            if self._there is not None:
+                return self._there
+            log_uuid = UUID(bytes=self._directory.log_uuid)
+            names, there = await self._blocking(
+                begin_archive, self._archive, log_uuid, self._opened
+            )
+            self._names, self._there, self._looked_at = names, there, -1
             return there
 
     async def check(self) -> None:

@@ -418,7 +418,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def check_archive(self) -> None:
+    def check_archive(self) -> Awaitable[None]:
         """Before anything but segments is put into the log's archive.
 
         Raises:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 from uuid import UUID
 
 import msgspec
@@ -237,7 +237,7 @@ class LocalEngine:
         self._spare_wanted = False
         """Whether the next segment should be prepared now."""
         self._archiver: Archiver | None = None
-        self.check_archive: Callable[[], Coroutine[Any, Any, None]] = trio.lowlevel.checkpoint
+        self.check_archive: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         if archive is not None:
             # With all that it is made of, of which a log without an archive has no need.
             from ._archiver import Archiver
