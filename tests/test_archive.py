@@ -398,6 +398,37 @@ async def test_a_cut_while_a_segment_is_put_makes_it_anew(files: MemoryFiles) ->
     assert [(m["first_lsn"], m["last_lsn"]) for m in manifests(archive)] == [(1, 2)]
 
 
+async def test_a_segment_that_is_being_cut_is_not_called_damaged(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread it is read beside the cut, which has the archiver go on at its end."""
+    archive = Wayward(archive_in(files))
+    async with open_log(files, archive) as wal:
+        engine = wal._log.engine
+        put, failed = _archiver.put_segments, 0
+
+        def put_segments(*args: Any) -> int:
+            nonlocal failed
+            if failed:
+                return put(*args)
+            failed += 1
+            engine._archiver.begin_cut()
+            engine._directory.cuts += 1
+            raise trio_wal.CorruptLogError("wal-1.log", 4096, "the segment's footer is missing")
+
+        monkeypatch.setattr(_archiver, "put_segments", put_segments)
+        await wal.append(b"one")
+        await wal.rotate()
+        await settle()
+        assert failed
+        assert archive.puts == []
+        engine._directory.cuts += 1
+        engine._archiver.end_cut()
+        await settle()
+        found = wal.statistics()
+        assert (found.archived_lsn, found.archive_failures, found.archive_error) == (1, 0, None)
+
+
 async def test_what_its_owner_has_deleted_from_an_archive_stays_deleted(files: MemoryFiles) -> None:
     archive = Wayward(archive_in(files))
     async with open_log(files, archive) as wal:

@@ -28,7 +28,7 @@ from ._disk.recovery import Plan
 from ._disk.segment import SegmentInfo
 from ._engine import Forked, Moved
 from ._events import tell
-from ._exceptions import UnsupportedFormatError, WrongDirectoryError
+from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from ._manifest import Identity, probe, read_identity
 from ._statistics import ArchiveStatistics
 from ._turns import TURNS
@@ -214,7 +214,7 @@ class Archiver:
     async def _put_all(self) -> None:
         directory = self._directory
         there = await self._ask()
-        while group := self._next(there):
+        while (group := self._next(there)) and not self._cutting:
             if await self._rest():
                 # More may have come.
                 continue
@@ -224,10 +224,10 @@ class Archiver:
                     count = await self._blocking(
                         put_segments, self._archive, directory, group, meta, cuts, self._tick
                     )
-            except (Moved, FileNotFoundError):
+            except (Moved, FileNotFoundError, CorruptLogError):
                 if directory.cuts == cuts:
                     raise
-                # They are other segments by now, or none.
+                # They are other segments by now, or none; or are being cut.
                 continue
             self._alone = False
             self._rest_until = trio.current_time() + self._rest_seconds
