@@ -175,6 +175,32 @@ async def test_what_was_restored_goes_on_with_the_same_archive(archived: Archive
     await archived.check(last)
 
 
+async def test_what_was_archived_in_an_epoch_that_the_log_has_forgotten_is_restored(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_wal._identity.PARTINGS_MAX", 3)
+    files = MemoryFiles()
+    archive = archive_in(files)
+    for _ in range(2):
+        # Twice: of what the log has forgotten it knows nothing when it is opened again.
+        async with trio_wal.open_wal(LOG, files=files, archive=archive) as wal:
+            for number in range(5):
+                await wal.append_many([b"%d" % number, b"%d" % number])
+                await wait_archived(wal)
+                await wal.append(b"cut off")
+                await wal.truncate_after(wal.last_lsn - 1)
+            await wal.append(b"end")
+            await wait_archived(wal)
+            records = await records_of(wal)
+            assert len(wal._log.engine._history) == 3
+    found = Archived(files, archive, records)
+    for lsn in range(found.last_lsn + 1):
+        assert (await found.restore(to_lsn=lsn)).first_lsn == 1
+        await found.check(lsn)
+    await found.restore()
+    await found.check(found.last_lsn)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 async def test_an_older_history_that_was_restored_goes_on_with_the_same_archive(
     archived: Archived, damaged: bool

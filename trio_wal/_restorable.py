@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from ._archived import Frames, SegmentManifest, read_frames, read_header, segment_name_of
 from ._disk.frame import FEATURE_DATABASE, FrameHeader, log_features, to_datetime
 from ._exceptions import CorruptLogError, LogDivergedError, RestoreGapError, WrongDirectoryError
-from ._identity import Bookmark, History, common_lsn, epoch_of
+from ._identity import Bookmark, History, common_lsn, epoch_of, recalled
 from ._snapshots import Manifest, snapshot_name_of
 
 
@@ -201,11 +201,11 @@ class _Planner:
         newest = max(known, key=lambda history: (epoch_of(history), len(history)))
         epoch = self._target.epoch
         if epoch is None or epoch == epoch_of(newest):
-            return newest
+            return recalled(newest, known)
         of_epoch = [history for history in known if epoch_of(history) == epoch]
         if not of_epoch:
             raise LogDivergedError(there.name, Bookmark(self._target.lsn or 0, epoch), None)
-        return max(of_epoch, key=len)
+        return recalled(max(of_epoch, key=len), known)
 
     def _newest_epoch(self) -> int:
         there = self._there

@@ -34,7 +34,7 @@ from ._disk.segment import (
 )
 from ._exceptions import CorruptLogError
 from ._files import Directory, Files, close_quietly
-from ._identity import History, branch, epoch_of, generation
+from ._identity import History, branch, epoch_of, generation, remembered
 from ._manifest import write_pieces
 from ._restorable import Piece, RestorePlan
 from ._snapshots import write_store
@@ -98,7 +98,7 @@ def _history(files: Files, plan: RestorePlan) -> History:
     """Where that is not the newest, with an epoch above all: the copy goes on with the same
     archive, and the next `restore` must take that for the newest."""
     if generation(plan.newest) <= generation(epoch_of(plan.history)):
-        return plan.history
+        return remembered(plan.history)
     return branch(plan.history, plan.lsn, files.random_bytes(4), plan.newest)
 
 
