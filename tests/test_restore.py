@@ -30,6 +30,7 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import DirectoryArchive, KeepSegments, RestoreGapError
+from trio_wal._disk.chain import read_meta
 from trio_wal.testing import MemoryFiles
 
 SECOND = timedelta(seconds=1)
@@ -198,6 +199,10 @@ async def test_what_was_archived_in_an_epoch_that_the_log_has_forgotten_is_resto
         assert (await found.restore(to_lsn=lsn)).first_lsn == 1
         await found.check(lsn)
     await found.restore()
+    # No more than there is room for in log.meta.
+    meta = read_meta(files.open_directory(RESTORED))
+    assert meta is not None
+    assert len(meta.history) == 3
     await found.check(found.last_lsn)
 
 
