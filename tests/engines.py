@@ -422,6 +422,9 @@ class MemoryEngine:
                 history=self._history,
             )
 
+    async def check_archive(self) -> None:
+        await trio.lowlevel.checkpoint()
+
 
 # -- on it: both facades --------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from trio.testing import MockClock
 import trio_wal
 from trio_wal import DirectoryArchive, KeepSegments, _archiver
 from trio_wal._archive import is_same
+from trio_wal._archived import OpenedLog
 from trio_wal._archiver import CLOSE_SECONDS
 from trio_wal._archiving import begin_archive
 from trio_wal._manifest import put_identity, read_identity
@@ -40,6 +42,7 @@ from trio_wal.testing import MemoryFiles
 
 ONE, TWO = (f"{lsn:020d}-0.wal" for lsn in (1, 2))
 """Names of what an archive has."""
+NEW_LOG = OpenedLog(history=(), first_lsn=1, last_lsn=0, ends={})
 
 
 @pytest.fixture
@@ -174,7 +177,7 @@ def test_what_is_put_or_listed_survives_a_crash_at_any_operation(kind: Any) -> N
         for name in names:
             assert b"".join(there.get(name)) == (b"a" * 700 + b"b" * 700 if name == ONE else b"c")
         # What a log has listed is believed: it must not go away any more.
-        begin_archive(there, UUID(int=1))
+        begin_archive(there, UUID(int=1), NEW_LOG)
         for seed in range(5):
             assert set(archive_in(image.crash_image(seed)).list()) >= set(names)
         image.remove_file(ARCHIVE, "archive.json")
@@ -395,6 +398,37 @@ async def test_a_cut_while_a_segment_is_put_makes_it_anew(files: MemoryFiles) ->
     assert [(m["first_lsn"], m["last_lsn"]) for m in manifests(archive)] == [(1, 2)]
 
 
+async def test_a_segment_that_is_being_cut_is_not_called_damaged(
+    files: MemoryFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread it is read beside the cut, which has the archiver go on at its end."""
+    archive = Wayward(archive_in(files))
+    async with open_log(files, archive) as wal:
+        engine = wal._log.engine
+        put, failed = _archiver.put_segments, 0
+
+        def put_segments(*args: Any) -> int:
+            nonlocal failed
+            if failed:
+                return put(*args)
+            failed += 1
+            engine._archiver.begin_cut()
+            engine._directory.cuts += 1
+            raise trio_wal.CorruptLogError("wal-1.log", 4096, "the segment's footer is missing")
+
+        monkeypatch.setattr(_archiver, "put_segments", put_segments)
+        await wal.append(b"one")
+        await wal.rotate()
+        await settle()
+        assert failed
+        assert archive.puts == []
+        engine._directory.cuts += 1
+        engine._archiver.end_cut()
+        await settle()
+        found = wal.statistics()
+        assert (found.archived_lsn, found.archive_failures, found.archive_error) == (1, 0, None)
+
+
 async def test_what_its_owner_has_deleted_from_an_archive_stays_deleted(files: MemoryFiles) -> None:
     archive = Wayward(archive_in(files))
     async with open_log(files, archive) as wal:
@@ -457,6 +491,189 @@ async def test_a_log_that_was_set_back_does_not_archive_beside_what_it_had_archi
         assert re.match("FileExistsError: .* the archive " + told, found.archive_error)
         assert (wal.first_lsn, found.archived_lsn) == (1, 0)
     assert files.contents(ARCHIVE) == kept
+
+
+async def fill(wal: Any, *records: bytes | None) -> None:
+    """None: the segment is sealed."""
+    for data in records:
+        if data is None:
+            await wal.rotate()
+        else:
+            await wal.append(data)
+
+
+SET_BACK_FURTHER: Any = pytest.mark.parametrize(
+    ("archived", "instead"),
+    [
+        # The same segment.
+        ((b"one", None), (b"ONE", None, b"TWO")),
+        # The same one, and another of the same place.
+        ((b"one", None, b"two", None), (b"ONE", None, b"TWO", None)),
+        # What is not sealed yet is nowhere else.
+        ((b"one", None, b"two", None), (b"ONE", None, b"TWO", b"THREE")),
+        # Segments that end elsewhere.
+        ((b"one", b"two", b"three", None), (b"ONE", b"TWO", None, b"THREE", b"FOUR")),
+    ],
+)
+
+
+@SET_BACK_FURTHER
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_log_that_was_set_back_is_told_from_what_was_archived_when_it_has_come_further(
+    files: MemoryFiles,
+    autojump: MockClock,
+    archived: Iterable[bytes | None],
+    instead: Iterable[bytes | None],
+    refused: bool,
+) -> None:
+    """Whether it was refused before, or had no archive meanwhile."""
+    async with open_log(files, None, segment_size=1 << 16) as wal:
+        await wal.append(b"common")
+    before = files.contents(LOG)
+    archive = archive_in(files)
+    async with open_log(files, archive, segment_size=1 << 16) as wal:
+        await fill(wal, *archived)
+    set_back(files, before)
+    kept = files.contents(ARCHIVE)
+    async with open_log(files, archive if refused else None, segment_size=1 << 16) as wal:
+        await fill(wal, *instead)
+    for more in (b"more", b"and more"):
+        async with open_log(files, archive, segment_size=1 << 16, retention=KeepSegments(1)) as wal:
+            await fill(wal, more, None)
+            await trio.sleep(5)
+            found = wal.statistics()
+            assert found.archive_error is not None
+            told = r"has another segment, up to LSN \d, than this log: its files were set back"
+            assert re.match(f"FileExistsError: .* the archive {told}", found.archive_error)
+            assert (wal.first_lsn, found.archived_lsn) == (1, 0)
+    assert files.contents(ARCHIVE) == kept
+
+
+def open_database(path: Path, archive: Any) -> Any:
+    return trio_wal.open_database(path / "db", archive=archive)
+
+
+async def set_back_database(path: Path, archive: Any, *, backup: bool) -> None:
+    """To where it had one key; it had had two."""
+    async with open_database(path, archive) as db:
+        await db.put(b"a", b"1")
+    shutil.copytree(path / "db", path / "older")
+    async with open_database(path, archive) as db:
+        await db.put(b"b", b"1")
+        if backup:
+            await db.backup(path / "backup")
+        else:
+            await db.wal.rotate()
+    shutil.rmtree(path / "db")
+    (path / "older").rename(path / "db")
+
+
+@pytest.mark.parametrize("backup", [False, True])
+async def test_a_database_that_was_set_back_puts_nothing_beside_what_it_had_archived(
+    tmp_path: Path, backup: bool
+) -> None:
+    """Be it a segment or a backup that is there, and that comes."""
+    archive = DirectoryArchive(tmp_path / "archive")
+    await set_back_database(tmp_path, archive, backup=backup)
+    kept = sorted(archive.list())
+    async with open_database(tmp_path, archive) as db:
+        await db.put(b"c", b"1")
+        with pytest.raises(FileExistsError, match="the archive is ahead, of LSN 2; this log ended"):
+            await db.backup(tmp_path / "another")
+        assert not (tmp_path / "another").exists()
+    assert sorted(archive.list()) == kept
+
+
+async def test_a_backup_that_was_put_before_the_archive_was_asked_is_the_logs_own(
+    tmp_path: Path,
+) -> None:
+    archive = Wayward(DirectoryArchive(tmp_path / "archive"))
+    failed = 0
+
+    def fail(method: str, _: str) -> None:
+        nonlocal failed
+        if method == "list" and not failed:
+            failed += 1
+            raise OSError(errno.EIO, "no answer")
+
+    async with open_database(tmp_path, archive) as db:
+        await db.put(b"a", b"1")
+    archive.before = fail
+    async with open_database(tmp_path, archive) as db:
+        await db.put(b"b", b"1")
+        with trio.fail_after(60):
+            while not failed:  # noqa: ASYNC110  (a thread does it)
+                await trio.sleep(0.001)
+        await db.backup(tmp_path / "backup")
+        with trio.fail_after(60):
+            while db.statistics().wal.archive_error is not None:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+
+
+async def test_a_log_that_was_set_back_and_cut_before_the_archive_answers_is_told_from_it(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    async with open_log(files, None, segment_size=1 << 16) as wal:
+        await wal.append(b"common")
+    before = files.contents(LOG)
+    archive = Wayward(archive_in(files))
+    async with open_log(files, archive, segment_size=1 << 16) as wal:
+        await fill(wal, b"one", None)
+    set_back(files, before)
+    kept = files.contents(ARCHIVE)
+
+    def fail(method: str, _: str) -> None:
+        if method == "list":
+            raise OSError(errno.EIO, "no answer")
+
+    archive.before = fail
+    async with open_log(files, archive, segment_size=1 << 16) as wal:
+        await fill(wal, b"ONE", b"TWO")
+        await wal.truncate_after(2)
+        await wal.rotate()
+        archive.before = lambda *_: None
+        await trio.sleep(100)
+        assert "is ahead, of LSN 2; this log ended at 1: " in str(wal.statistics().archive_error)
+    assert files.contents(ARCHIVE) == kept
+
+
+async def test_what_is_said_of_a_segment_is_asked_of_the_next_older_one_where_it_is_damaged(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await fill(wal, b"one", None, b"two", None)
+    newest = max(name for name in files.names(ARCHIVE) if name.endswith(".json") and name[0] == "0")
+    files.write_file(ARCHIVE, newest, b"damaged")
+    async with open_log(files, archive) as wal:
+        await fill(wal, b"three", None)
+        await trio.sleep(5)
+        assert wal.statistics().archive_error is None
+        assert wal.statistics().archived_lsn == 3
+
+
+async def test_a_log_from_whose_last_segment_a_repair_has_taken_something_goes_on(
+    files: MemoryFiles, autojump: MockClock
+) -> None:
+    """The CLOSE frame between its last record and its footer, to which nothing is chained then."""
+    archive = archive_in(files)
+    async with open_log(files, archive) as wal:
+        await wal.append(b"one")
+    async with open_log(files, archive) as wal:
+        await fill(wal, None, b"two", None)
+    names = sorted(name for name in files.names(LOG) if name.startswith("wal-"))
+    files.write_file(LOG, names[1], bytes(4096))
+    report = await trio_wal.repair(LOG, accept_loss=True, files=files)
+    assert (report.done, report.last_lsn) == (True, 1)
+    for number in range(2):
+        async with open_log(files, archive) as wal:
+            await fill(wal, b"%d" % number, None)
+            await trio.sleep(5)
+            assert wal.statistics().archive_error is None
+            assert wal.statistics().archived_lsn == wal.last_lsn
+            records = await records_of(wal)
+    assert [record.data for record in records] == [b"one", b"0", b"1"]
+    await restored(files, records)
 
 
 async def test_a_log_that_was_set_back_to_what_is_archived_goes_on(

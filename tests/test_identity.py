@@ -27,7 +27,15 @@ from trio_wal import (
 from trio_wal._disk.frame import BLOCK, DATA_OFFSET, META_SIZE_MAX, FrameError, Meta, decode_meta
 from trio_wal._disk.verify import verify
 from trio_wal._files import Word
-from trio_wal._identity import PARTINGS_MAX, UNPARTED, Parting, branch, common_lsn, epoch_of
+from trio_wal._identity import (
+    PARTINGS_MAX,
+    UNPARTED,
+    Parting,
+    branch,
+    common_lsn,
+    epoch_of,
+    recalled,
+)
 from trio_wal._util import MiB
 from trio_wal.testing import MemoryFiles
 
@@ -767,3 +775,15 @@ def test_the_records_of_a_cut_log_are_numbered_on() -> None:
     log = open_log(files)
     assert records_of(log) == numbered([data for _, data in RECORDS])
     log.close()
+
+
+def test_what_a_history_has_forgotten_is_recalled_from_what_it_was() -> None:
+    one, two, three, four = (Parting(epoch, 10 * epoch) for epoch in (1, 2, 3, 4))
+    assert recalled((three, four), [(two, three), (one, two), (four,)]) == (one, two, three, four)
+    assert recalled((three, four), [(two, three), (one, two, three)]) == (one, two, three, four)
+    assert recalled((three, four), [(one, two)]) == (three, four)
+    assert recalled((), [(one, two)]) == ()
+    whole = (Parting(0, 0), two)
+    assert recalled(whole, [(one, Parting(0, 0))]) == whole
+    # Of what nobody can have written nothing is believed, and it comes to an end.
+    assert recalled((three, four), [(four, three), (three, four)]) == (three, four)

@@ -30,6 +30,7 @@ from trio.testing import MockClock
 
 import trio_wal
 from trio_wal import DirectoryArchive, KeepSegments, RestoreGapError
+from trio_wal._disk.chain import read_meta
 from trio_wal.testing import MemoryFiles
 
 SECOND = timedelta(seconds=1)
@@ -173,6 +174,69 @@ async def test_what_was_restored_goes_on_with_the_same_archive(archived: Archive
     last = archived.last_lsn
     assert (await archived.restore(epoch=0)).last_lsn == last
     await archived.check(last)
+
+
+async def test_what_was_archived_in_an_epoch_that_the_log_has_forgotten_is_restored(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_wal._identity.PARTINGS_MAX", 3)
+    files = MemoryFiles()
+    archive = archive_in(files)
+    for _ in range(2):
+        # Twice: of what the log has forgotten it knows nothing when it is opened again.
+        async with trio_wal.open_wal(LOG, files=files, archive=archive) as wal:
+            for number in range(5):
+                await wal.append_many([b"%d" % number, b"%d" % number])
+                await wait_archived(wal)
+                await wal.append(b"cut off")
+                await wal.truncate_after(wal.last_lsn - 1)
+            await wal.append(b"end")
+            await wait_archived(wal)
+            records = await records_of(wal)
+            assert len(wal._log.engine._history) == 3
+    found = Archived(files, archive, records)
+    for lsn in range(found.last_lsn + 1):
+        assert (await found.restore(to_lsn=lsn)).first_lsn == 1
+        await found.check(lsn)
+    await found.restore()
+    # No more than there is room for in log.meta.
+    meta = read_meta(files.open_directory(RESTORED))
+    assert meta is not None
+    assert len(meta.history) == 3
+    await found.check(found.last_lsn)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_an_older_history_that_was_restored_goes_on_with_the_same_archive(
+    archived: Archived, damaged: bool
+) -> None:
+    """It is the newest one then, be the one that was not the newest but a name."""
+    files, archive = archived.files, archived.archive
+    before = {*files.names(ARCHIVE)}
+    await archived.restore(to_lsn=30)
+    async with trio_wal.open_wal(RESTORED, files=files, archive=archive) as wal:
+        await wal.append(b"a wrong way")
+        await wal.rotate()
+        await settle()
+        assert wal.statistics().archive_error is None
+    files.discard_directory(RESTORED)
+    if damaged:
+        for name in {*files.names(ARCHIVE)} - before:
+            if name.endswith(".json"):
+                files.write_file(ARCHIVE, name, b"damaged")
+    report = await archived.restore(to_lsn=32, epoch=0)
+    assert (report.last_lsn, report.epoch) == (32, 0)
+    async with trio_wal.open_wal(RESTORED, files=files, archive=archive) as wal:
+        await wal.append(b"the right one")
+        await wal.rotate()
+        await settle()
+        assert wal.statistics().archive_error is None
+        assert wal.statistics().archived_lsn == 33
+        records, epoch = await records_of(wal), wal.epoch
+    files.discard_directory(RESTORED)
+    assert records[:32] == archived.records[:32]
+    assert (await archived.restore()).epoch == epoch
+    await Archived(files, archive, records).check(33)
 
 
 async def test_a_bookmark_of_before_still_says_whether_its_place_is_there(

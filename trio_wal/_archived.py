@@ -40,7 +40,7 @@ from ._disk.frame import (
 from ._disk.scan import FrameScanner, Position, start_of
 from ._disk.window import Read
 from ._exceptions import CorruptLogError
-from ._identity import UNPARTED, History, common_lsn, epoch_of, generation
+from ._identity import History, common_lsn, epoch_of, generation
 from ._manifest import history_as_json, history_of_json, read_manifest
 
 _STEM: Final = r"(\d{20})-(\d{20})-([0-9a-f]{16})-([0-9a-f]{32})"
@@ -356,34 +356,62 @@ def archived_segments(names: Iterable[str]) -> Iterator[SegmentName]:
             yield found
 
 
-def own_segments(found: Iterable[SegmentName], history: History, last_lsn: int) -> set[SegmentKey]:
-    """Which of an archive's segments a log has, or had.
+@final
+@attrs.frozen(kw_only=True)
+class OpenedLog:
+    """What a log had when it was opened."""
 
-    Args:
-      last_lsn: where the log ended when it was opened: others may have gone on from there.
+    history: History
+    first_lsn: int
+    last_lsn: int
+    ends: Mapping[SegmentKey, int]
+    """Its sealed segments, ascending, and `SegmentManifest.end` of each."""
 
-    Raises:
-      FileExistsError: there is more in the log's epoch, or an epoch that it does not know: its
-          files were set back, or a copy of them went on.  `restore` would take that for the log's
-          end, and not what comes now.
-    """
-    epoch, own = epoch_of(history), set[SegmentKey]()
-    for name in found:
-        common = common_lsn(history, name.epoch)
-        if common is None and generation(name.epoch) >= generation(epoch):
-            raise _ahead(name, f"of epoch {name.epoch:x}; this log, in epoch {epoch:x}, is not")
-        if name.epoch == epoch and name.key.last_lsn > last_lsn:
-            raise _ahead(name, f"of LSN {name.key.last_lsn}; this log ended at {last_lsn}")
-        # In an older epoch another copy may have gone on with the same segment.
-        if name.key.last_lsn <= min(last_lsn, UNPARTED if common is None else common):
+    def own_segments(self, found: Iterable[SegmentName]) -> set[SegmentKey]:
+        """Which of an archive's segments the log has, or had.
+
+        Raises:
+          FileExistsError: one is in the way; see `check`.
+        """
+        own = set[SegmentKey]()
+        for name in found:
+            self.check(name.manifest, name.epoch, name.key.last_lsn)
+            common = common_lsn(self.history, name.epoch)
+            if common is None or name.key.last_lsn > common:
+                continue
+            if name.key.last_lsn >= self.first_lsn and name.key not in self.ends:
+                # Segments of one history that differ, though none was cut.
+                raise self.others(name)
             own.add(name.key)
-    return own
+        return own
+
+    def check(self, manifest: str, epoch: int, last_lsn: int) -> None:
+        """Whether what an archive has, by the name of its manifest, is from before the log's end.
+
+        Raises:
+          FileExistsError: there is more in the log's epoch, or an epoch that it does not know: its
+              files were set back, or a copy of them went on.  `restore` would take that for the
+              log's end, and not what comes now.
+        """
+        today = epoch_of(self.history)
+        if common_lsn(self.history, epoch) is None and generation(epoch) >= generation(today):
+            what = f"is ahead, of epoch {epoch:x}; this log, in epoch {today:x}, is not"
+            raise _in_the_way(manifest, what)
+        if epoch == today and last_lsn > self.last_lsn:
+            what = f"is ahead, of LSN {last_lsn}; this log ended at {self.last_lsn}"
+            raise _in_the_way(manifest, what)
+
+    def others(self, name: SegmentName) -> FileExistsError:
+        """The error where a segment ends where none of the log's does, or has other records: the
+        log was set back, and may have come further since then."""
+        what = f"has another segment, up to LSN {name.key.last_lsn}, than this log"
+        return _in_the_way(name.manifest, what)
 
 
-def _ahead(name: SegmentName, what: str) -> FileExistsError:
-    text = f"the archive is ahead, {what}: its files were set back, or a copy of them went on; "
+def _in_the_way(manifest: str, what: str) -> FileExistsError:
+    text = f"the archive {what}: its files were set back, or a copy of them went on; "
     text += "restore the archive, or give the log a new one"
-    return FileExistsError(errno.EEXIST, text, name.manifest)
+    return FileExistsError(errno.EEXIST, text, manifest)
 
 
 def pruned_before(found: Iterable[SegmentName], history: History) -> int:

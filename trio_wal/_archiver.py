@@ -21,14 +21,14 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from ._archive import Archive, puts_groups
-from ._archived import SegmentKey, SegmentName, own_segments, pruned_before
+from ._archived import OpenedLog, SegmentKey, SegmentName, pruned_before
 from ._archiving import begin_archive, key_of, put_segments
 from ._disk.directory import LogDirectory
 from ._disk.recovery import Plan
 from ._disk.segment import SegmentInfo
 from ._engine import Forked, Moved
 from ._events import tell
-from ._exceptions import UnsupportedFormatError, WrongDirectoryError
+from ._exceptions import CorruptLogError, UnsupportedFormatError, WrongDirectoryError
 from ._manifest import Identity, probe, read_identity
 from ._statistics import ArchiveStatistics
 from ._turns import TURNS
@@ -83,10 +83,11 @@ class Archiver:
         """Segments that the archive has; None: it has not answered yet."""
         self._names: list[SegmentName] = []
         """What it had then."""
+        self._asking = trio.Lock()
+        """So that what a backup puts there is not taken for another log's."""
         self._gone = 0
         """Below this LSN its owner has deleted what it had."""
-        self._opened_lsn = directory.last_lsn
-        """Where the log ended when it was opened."""
+        self._opened = _opened(directory)
         self._archived_lsn = directory.first_lsn - 1
         self._waiting = True
         """Whether it may lack a segment."""
@@ -212,12 +213,8 @@ class Archiver:
 
     async def _put_all(self) -> None:
         directory = self._directory
-        if self._there is None:
-            log_uuid = UUID(bytes=directory.log_uuid)
-            self._names = await self._blocking(begin_archive, self._archive, log_uuid)
-            self._there = own_segments(self._names, directory.history, self._opened_lsn)
-            self._looked_at = -1
-        while group := self._next(self._there):
+        there = await self._ask()
+        while (group := self._next(there)) and not self._cutting:
             if await self._rest():
                 # More may have come.
                 continue
@@ -227,15 +224,15 @@ class Archiver:
                     count = await self._blocking(
                         put_segments, self._archive, directory, group, meta, cuts, self._tick
                     )
-            except (Moved, FileNotFoundError):
+            except (Moved, FileNotFoundError, CorruptLogError):
                 if directory.cuts == cuts:
                     raise
-                # They are other segments by now, or none.
+                # They are other segments by now, or none; or are being cut.
                 continue
             self._alone = False
             self._rest_until = trio.current_time() + self._rest_seconds
             for info in group[:count]:
-                self._there.add(key_of(info))
+                there.add(key_of(info))
                 tell(
                     logging.DEBUG,
                     "archived",
@@ -244,6 +241,26 @@ class Archiver:
                     segment=info.header.number,
                     last_lsn=info.next_lsn - 1,
                 )
+
+    async def _ask(self) -> set[SegmentKey]:
+        """Which segments the archive has."""
+        async with self._asking:
+            if self._there is not None:
+                return self._there
+            log_uuid = UUID(bytes=self._directory.log_uuid)
+            names, there = await self._blocking(
+                begin_archive, self._archive, log_uuid, self._opened
+            )
+            self._names, self._there, self._looked_at = names, there, -1
+            return there
+
+    async def check(self) -> None:
+        """Before anything else is put there.
+
+        Raises:
+          FileExistsError: nothing must be; and what an archive raises.
+        """
+        await self._ask()
 
     async def _rest(self) -> bool:
         """Until it is time for the next group; returns whether it was not."""
@@ -316,6 +333,17 @@ class Archiver:
 
 def _first_lsn(info: SegmentInfo) -> int:
     return info.first_lsn
+
+
+def _opened(directory: LogDirectory) -> OpenedLog:
+    sealed, active = directory.shape()
+    headers = [*(info.header for info in sealed), active.header]
+    return OpenedLog(
+        history=directory.history,
+        first_lsn=directory.first_lsn,
+        last_lsn=directory.last_lsn,
+        ends={key_of(s): after.previous for s, after in zip(sealed, headers[1:], strict=True)},
+    )
 
 
 # -- before the log is opened -----------------------------------------------------------

@@ -8,7 +8,7 @@ the manifests are put makes them anew.  These are put when all their segments ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -16,6 +16,7 @@ import attrs
 
 from ._archive import Archive, pieces_of, put_group
 from ._archived import (
+    OpenedLog,
     PassingFile,
     SegmentKey,
     SegmentManifest,
@@ -29,7 +30,9 @@ from ._disk.segment import SegmentInfo
 from ._engine import Moved
 from ._exceptions import CorruptLogError
 from ._files import File, close_quietly
+from ._identity import epoch_of
 from ._manifest import encode_manifest, put_identity
+from ._snapshots import snapshot_name_of
 
 
 class SegmentSource(Protocol):
@@ -43,16 +46,53 @@ class SegmentSource(Protocol):
     def open_segment(self, header: SegmentHeader) -> File: ...
 
 
-def begin_archive(archive: Archive, log_uuid: UUID) -> list[SegmentName]:
-    """Make sure that it is this log's, and say which segments it has.
+def begin_archive(
+    archive: Archive, log_uuid: UUID, log: OpenedLog
+) -> tuple[list[SegmentName], set[SegmentKey]]:
+    """Make sure that it is this log's; returns its segments, and which of them the log has, or had.
 
     Raises:
+      FileExistsError: it has what is not from before the log's end; see `OpenedLog`.
       WrongDirectoryError, CorruptLogError, UnsupportedFormatError, OSError
     """
     names = archive.list()
     # What is seen in a directory may be in the page cache only, until something is put there.
     put_identity(archive, log_uuid)
-    return list(archived_segments(names))
+    found = list(archived_segments(names))
+    own = log.own_segments(found)
+    for name in names:
+        snapshot = snapshot_name_of(name)
+        if snapshot is not None:
+            lsn, epoch = snapshot
+            log.check(name, epoch, lsn)
+    _leave_others(archive, found, own, log)
+    return found, own
+
+
+def _leave_others(
+    archive: Archive, found: Iterable[SegmentName], own: set[SegmentKey], log: OpenedLog
+) -> None:
+    """What ends where the log's own segment ends need not be the same: another copy of the log has
+    filled it, or `repair` has taken a CLOSE frame from its end.  A checksum is of all that was
+    before, too, so that the newest one that is the same is enough.
+
+    Raises:
+      FileExistsError: it is not, and in today's epoch nothing can be put beside it.
+    """
+    places = {key: number for number, key in enumerate(log.ends)}
+    common = [name for name in found if name.key in places]
+    for name in sorted(common, key=lambda name: (places[name.key], name.epoch), reverse=True):
+        try:
+            manifest = read_segment_manifest(archive, name.manifest)
+        except (CorruptLogError, FileNotFoundError):
+            # As far as the others tell.
+            continue
+        if manifest.end == log.ends[name.key]:
+            return
+        if name.epoch == epoch_of(log.history):
+            raise log.others(name)
+        # It is put once more, in today's epoch.
+        own.discard(name.key)
 
 
 def key_of(info: SegmentInfo) -> SegmentKey:

@@ -129,6 +129,8 @@ class Core:
         # In which epoch does not matter to who goes on: LSNs of a log on servers are never
         # given twice, and in a directory the copy's next open begins one of its own.
         uuid, history = self.wal.uuid, self.log.tail.history
+        if kept is self._archive:
+            await self.log.engine.check_archive()
 
         def put() -> None:
             if kept is self._archive:

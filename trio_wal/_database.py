@@ -521,7 +521,8 @@ class Database(metaclass=NoPublicConstructor):
         Returns the LSN whose state the copy has.
 
         Raises:
-          FileExistsError: ``dest`` exists.
+          FileExistsError: ``dest`` exists; or the archive has what is not this log's, because its
+              files were set back.
           CorruptLogError: the store is damaged.
           WrongDirectoryError: the archive is another log's.
           OSError: the copy could not be written, or not be archived; nothing of it is left.

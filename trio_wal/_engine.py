@@ -418,6 +418,14 @@ class Engine(Protocol):
         """
         ...
 
+    def check_archive(self) -> Awaitable[None]:
+        """Before anything but segments is put into the log's archive.
+
+        Raises:
+          FileExistsError: that has what is not this log's; and what an archive raises.
+        """
+        ...
+
     def statistics(self) -> EngineStatistics:
         """Cheap; no checkpoint."""
         ...

@@ -12,6 +12,7 @@ one log, which part from the same history at the same place, never have the same
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Final, final
 
 import attrs
@@ -102,16 +103,41 @@ def common_lsn(history: History, epoch: int) -> int | None:
     return None
 
 
-def branch(history: History, after_lsn: int, random: bytes) -> History:
+def branch(history: History, after_lsn: int, random: bytes, newest: int = 0) -> History:
     """The history with a new epoch that begins after an LSN.
 
     Args:
       random: four bytes.
+      newest: an epoch of another history, above which it is, too.
     """
     known = history or _BEGINNING
-    count = generation(epoch_of(known)) + 1
+    count = generation(max(epoch_of(known), newest)) + 1
     low = int.from_bytes(random, "little") & ((1 << EPOCH_RANDOM_BITS) - 1)
-    return (*known, Parting(count << EPOCH_RANDOM_BITS | low, after_lsn))[-PARTINGS_MAX:]
+    return remembered((*known, Parting(count << EPOCH_RANDOM_BITS | low, after_lsn)))
+
+
+def remembered(history: History) -> History:
+    """As much as a log remembers of it."""
+    return history[-PARTINGS_MAX:]
+
+
+def recalled(history: History, others: Iterable[History]) -> History:
+    """The history with the epochs that it has forgotten, of which what it was before may tell.
+
+    Args:
+      others: of which some are what it was before.
+    """
+    if not history or not history[0].epoch:
+        return history
+    before: dict[int, History] = {}
+    for other in others:
+        for index, parting in enumerate(other):
+            if index > len(before.get(parting.epoch, ())):
+                before[parting.epoch] = other[:index]
+    # Epochs ascend: what somebody else has written there must not lead in a circle.
+    while (older := before.get(history[0].epoch)) and older[0].epoch < history[0].epoch:
+        history = (*older, *history)
+    return history
 
 
 publish(Bookmark)

@@ -237,6 +237,7 @@ class LocalEngine:
         self._spare_wanted = False
         """Whether the next segment should be prepared now."""
         self._archiver: Archiver | None = None
+        self.check_archive: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         if archive is not None:
             # With all that it is made of, of which a log without an archive has no need.
             from ._archiver import Archiver
@@ -244,6 +245,7 @@ class LocalEngine:
             self._archiver = Archiver(
                 archive, directory, self.name, self.hold, self.busy, threaded=files.threaded
             )
+            self.check_archive = self._archiver.check
         # None until the task has begun.
         self._worker_done: trio.Event | None = None
         self._maintenance_done: trio.Event | None = None

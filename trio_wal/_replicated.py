@@ -423,6 +423,10 @@ class ReplicatedEngine:
         )
         await self._blocking(create, self._files, dest)
 
+    async def check_archive(self) -> None:
+        """There is none."""
+        await trio.lowlevel.checkpoint()
+
     # -- retention --
 
     @enable_ki_protection

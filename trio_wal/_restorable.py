@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from ._archived import Frames, SegmentManifest, read_frames, read_header, segment_name_of
 from ._disk.frame import FEATURE_DATABASE, FrameHeader, log_features, to_datetime
 from ._exceptions import CorruptLogError, LogDivergedError, RestoreGapError, WrongDirectoryError
-from ._identity import Bookmark, History, common_lsn, epoch_of
+from ._identity import Bookmark, History, common_lsn, epoch_of, recalled
 from ._snapshots import Manifest, snapshot_name_of
 
 
@@ -138,6 +138,8 @@ class RestorePlan:
     uuid: UUID
     history: History
     """The one that is restored; its end is `lsn`."""
+    newest: int
+    """The newest epoch of all that there are."""
     database: bool
     features: int
     consumers: bool
@@ -199,11 +201,18 @@ class _Planner:
         newest = max(known, key=lambda history: (epoch_of(history), len(history)))
         epoch = self._target.epoch
         if epoch is None or epoch == epoch_of(newest):
-            return newest
+            return recalled(newest, known)
         of_epoch = [history for history in known if epoch_of(history) == epoch]
         if not of_epoch:
             raise LogDivergedError(there.name, Bookmark(self._target.lsn or 0, epoch), None)
-        return max(of_epoch, key=len)
+        return recalled(max(of_epoch, key=len), known)
+
+    def _newest_epoch(self) -> int:
+        there = self._there
+        known = [epoch_of(piece.manifest.history) for piece in there.pieces]
+        known += [base.manifest.epoch for base in there.bases]
+        known += [self._named(error.path)[1] for error in there.damaged]
+        return max([epoch_of(self._history), *known])
 
     def _usable(self, piece: Piece) -> int:
         return piece.manifest.usable_lsn(self._history)
@@ -212,10 +221,11 @@ class _Planner:
         common = common_lsn(self._history, base.manifest.epoch)
         return common is not None and base.lsn <= common
 
-    def _rank(self, piece: Piece) -> tuple[int, bool, int]:
-        """By LSN; of those that begin at one, first whoever ends in this history."""
-        usable = self._usable(piece)
-        return piece.first_lsn, usable < piece.last_lsn, -usable
+    def _rank(self, piece: Piece) -> tuple[int, bool, int, int]:
+        """By LSN; of those that begin at one, first whoever ends in this history, and last was
+        put."""
+        usable, epoch = self._usable(piece), epoch_of(piece.manifest.history)
+        return piece.first_lsn, usable < piece.last_lsn, -usable, -epoch
 
     def plan(self) -> RestorePlan:
         target = self._target
@@ -235,6 +245,7 @@ class _Planner:
                 replace(parting, after_lsn=min(parting.after_lsn, reached))
                 for parting in self._history
             ),
+            newest=self._newest_epoch(),
             database=self._database,
             features=self._features,
             consumers=any(manifest.consumers for manifest in manifests),
@@ -319,11 +330,16 @@ class _Planner:
 
     def _named_end(self, name: str) -> int:
         """Up to where this history was in an object, by the name of its manifest."""
-        segment, snapshot = segment_name_of(name), snapshot_name_of(name)
-        last, epoch = snapshot or (0, 0)
-        if segment is not None:
-            last, epoch = segment.key.last_lsn, segment.epoch
+        last, epoch = self._named(name)
         return min(last, common_lsn(self._history, epoch) or 0)
+
+    @staticmethod
+    def _named(name: str) -> tuple[int, int]:
+        """The last LSN and the epoch of an object, by the name of its manifest; 0: it has none."""
+        segment = segment_name_of(name)
+        if segment is not None:
+            return segment.key.last_lsn, segment.epoch
+        return snapshot_name_of(name) or (0, 0)
 
     # -- times --
 

@@ -34,6 +34,7 @@ from ._disk.segment import (
 )
 from ._exceptions import CorruptLogError
 from ._files import Directory, Files, close_quietly
+from ._identity import History, branch, epoch_of, generation, remembered
 from ._manifest import write_pieces
 from ._restorable import Piece, RestorePlan
 from ._snapshots import write_store
@@ -63,6 +64,7 @@ def restore_to(files: Files, dest: str, plan: RestorePlan, tick: Tick) -> Restor
           left of what was made.
       OSError: likewise.
     """
+    plan = attrs.evolve(plan, history=_history(files, plan))
     temporary = files.begin_directory(dest)
     try:
         consumers = plan.consumers
@@ -90,6 +92,14 @@ def restore_to(files: Files, dest: str, plan: RestorePlan, tick: Tick) -> Restor
         files.discard_directory(temporary)
         raise
     return Restored(files.absolute(dest), None if last_us is None else to_datetime(last_us))
+
+
+def _history(files: Files, plan: RestorePlan) -> History:
+    """Where that is not the newest, with an epoch above all: the copy goes on with the same
+    archive, and the next `restore` must take that for the newest."""
+    if generation(plan.newest) <= generation(epoch_of(plan.history)):
+        return remembered(plan.history)
+    return branch(plan.history, plan.lsn, files.random_bytes(4), plan.newest)
 
 
 def _check_store(files: Files, path: str, plan: RestorePlan) -> bool:

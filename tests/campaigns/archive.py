@@ -11,7 +11,8 @@ fails now and then, before or after it has done what was asked.  After each life
   * of that it can be restored to any LSN, and to any time, exactly; a gap is told;
   * now and then the log is destroyed, and what was restored goes on in its place;
   * now and then its files are set back to what they were a life ago: an archive that has more than
-    that, or other records, takes nothing from it, says so, and nothing is dropped.
+    that, or other records, takes nothing from it, says so, and nothing is dropped; and the same
+    when it has come further.
 
 At the end the archive works, and gets everything.
 
@@ -266,11 +267,13 @@ class World:
         before = self.files.contents(ARCHIVE)
         names = [name for name in before if name[0] == "0" and name.endswith(".json")]
         there = await self._restored() if names else []
+        sealed = await self._ends_sealed()
         options: Any = {"retention": KeepSegments(1), "segment_size": self.rng.choice((1, 8000))}
         async with trio_wal.open_wal(
             LOG, files=self.files, archive=self.archive(), **options
         ) as wal:
-            check(wal.last_lsn == len(model), "the older log is another one")
+            ended = wal.last_lsn
+            check(ended == len(model), "the older log is another one")
             first, epoch = wal.first_lsn, wal.epoch
             for _ in range(self.rng.randint(1, 6)):
                 model = [*model, self._payload()]
@@ -290,13 +293,42 @@ class World:
             check(self.files.contents(ARCHIVE) == before, "what was refused has changed something")
             # Where there is a newer history, restore would not take this one.
             newer = any(int(name.split("-")[2], 16) > epoch for name in names)
-            check(newer or not _begins_one(there, known), f"refused: {found.archive_error}")
+            ahead = newer or not _begins_one(there, known)
+            # Its last segment was sealed before, and goes on; or is sealed there again, with the
+            # same records.
+            again = not sealed and any(int(name.split("-")[1]) == ended for name in names)
+            check(ahead or again, f"refused: {found.archive_error}")
+            if not again:
+                await self._look_again(before, first)
             # As docs/operations.md says.
             self.files.discard_directory(LOG)
             await trio_wal.restore(self.archive(), LOG, files=self.files)
             model = there
         self.past.append(self.model)
         self.model, self.possible, self.older = model, [model], None
+
+    async def _ends_sealed(self) -> bool:
+        """Whether the log's last segment has no records yet."""
+        async with trio_wal.open_wal(LOG, files=self.files.crash_image(0, "kill")) as wal:
+            segments = wal.statistics().segments
+            await wal.rotate()
+            return wal.statistics().segments == segments
+
+    async def _look_again(self, before: dict[str, bytes], first: int) -> None:
+        """What was refused stays so, though the log may have come further than the archive."""
+        size = self.rng.choice((1, 8000))
+        async with trio_wal.open_wal(LOG, files=self.files, segment_size=size) as wal:
+            for _ in range(self.rng.randint(0, 12)):
+                await wal.append(self._payload())
+        async with trio_wal.open_wal(
+            LOG, files=self.files, archive=self.archive(), retention=KeepSegments(1)
+        ) as wal:
+            await wal.rotate()
+            await trio.sleep(100)
+            found = wal.statistics()
+        check(found.archive_error is not None, "what was refused is taken later")
+        check(found.first_lsn == first, "dropped, though refused before")
+        check(self.files.contents(ARCHIVE) == before, "something was put later")
 
     async def _look_for_gap(self, last: int) -> None:
         """What is missing is told, and not passed over."""

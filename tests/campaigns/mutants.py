@@ -1202,16 +1202,24 @@ MUTANTS: Final = (
     ),
     mutant(
         "an archive that has more than the log is taken for its own", "_archived", ARCHIVE,
-        "        if name.epoch == epoch and name.key.last_lsn > last_lsn:\n", "        if False:\n",
+        "        if epoch == today and last_lsn > self.last_lsn:\n", "        if False:\n",
+        "            if name.key.last_lsn >= self.first_lsn and name.key not in self.ends:\n",
+        "            if False:\n",
     ),
     mutant(
         "an archive of a newer history is taken for the log's own", "_archived", ARCHIVE,
-        "        if common is None and generation(name.epoch) >= generation(epoch):\n",
+        "        if common_lsn(self.history, epoch) is None and generation(epoch) >= "
+        "generation(today):\n",
         "        if False:\n",
     ),
     mutant(
-        "what another copy wrote into the same segment counts as archived", "_archived", ARCHIVE,
-        "        if name.key.last_lsn <= min(", "        if True or min(",
+        "what another copy wrote into the same segment counts as archived", "_archiving", ARCHIVE,
+        "        if manifest.end == log.ends[name.key]:\n", "        if True:\n",
+    ),
+    mutant(
+        "segments that overlap the log's are taken for its own", "_archived", ARCHIVE,
+        "            if name.key.last_lsn >= self.first_lsn and name.key not in self.ends:\n",
+        "            if False:\n",
     ),
     mutant(
         "a segment counts as archived before it is put", "_archiver", ARCHIVE,
