@@ -200,6 +200,10 @@ class _Planner:
             known.append(there.tail.history)
         newest = max(known, key=lambda history: (epoch_of(history), len(history)))
         epoch = self._target.epoch
+        for error in there.damaged if epoch is None else ():
+            if self._named(error.path)[1] > epoch_of(newest):
+                # Of the newest history nothing can be read: an older one must be asked for.
+                raise error
         if epoch is None or epoch == epoch_of(newest):
             return recalled(newest, known)
         of_epoch = [history for history in known if epoch_of(history) == epoch]
