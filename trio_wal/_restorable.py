@@ -202,8 +202,9 @@ class _Planner:
         epoch = self._target.epoch
         for error in there.damaged if epoch is None else ():
             if self._named(error.path)[1] > epoch_of(newest):
-                # Of the newest history nothing can be read: an older one must be asked for.
-                raise error
+                reason = f"{error.reason}; nothing else is there of the newest history"
+                reason += ": for an older one give its epoch"
+                raise CorruptLogError(error.path, error.offset, reason) from error
         if epoch is None or epoch == epoch_of(newest):
             return recalled(newest, known)
         of_epoch = [history for history in known if epoch_of(history) == epoch]
