@@ -151,10 +151,14 @@ class Recorder:
         self.states: list[State] = states or [{}]
 
     async def follow(self, db: Database) -> None:
+        engine = db.wal._log.engine
+        # Trio runs the tasks in any order: what this has not read is not dropped.
+        engine.hold("recorder", len(self.states))
         async with db.changes(len(self.states)) as commits:
             async for commit in commits:
                 assert commit.lsn == len(self.states)
                 self.states.append(after(self.states[-1], [commit]))
+                engine.hold("recorder", len(self.states))
 
 
 @pytest.fixture(params=[1, 30, 4 << 20])

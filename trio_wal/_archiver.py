@@ -213,7 +213,9 @@ class Archiver:
 
     async def _put_all(self) -> None:
         directory = self._directory
-        there = await self._ask()
+        there = self._there
+        if there is None:
+            there = await self._ask()
         while (group := self._next(there)) and not self._cutting:
             if await self._rest():
                 # More may have come.

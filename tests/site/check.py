@@ -246,7 +246,8 @@ def main() -> int:
     if program is None:
         print("no Chromium here: links were looked at, and no page was opened")
     else:
-        with tempfile.TemporaryDirectory() as profile:
+        # The browser's other processes may still write when it has been ended.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
             browser = Browser(program, profile)
             try:
                 if given.screenshots:
