@@ -97,8 +97,8 @@ async def test_a_full_disk_is_a_reason_until_there_is_space(
     files: MemoryFiles, autojump_clock: MockClock
 ) -> None:
     async with open_memory(files, segment_size=1) as wal:
-        await wal.append(bytes(3000))
-        files.free_bytes = 0
+        files.free_bytes = 0  # before anything wants the next segment to be prepared
+        await wal.append(b"one")
         for _ in range(2):
             with pytest.raises(LogFullError):
                 await wal.append(bytes(3000))

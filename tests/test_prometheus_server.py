@@ -142,8 +142,8 @@ class Program:
         with pytest.raises(LogFailedError):
             await wal.append(b"record")
         files, wal = await self.memory("full", segment_size=1)
-        await wal.append(bytes(3000))
-        files.free_bytes = 0
+        files.free_bytes = 0  # before anything wants the next segment to be prepared
+        await wal.append(b"one")
         with pytest.raises(LogFullError):
             await wal.append(bytes(3000))
         db_files = MemoryFiles()
