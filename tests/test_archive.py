@@ -458,6 +458,29 @@ def set_back(files: MemoryFiles, before: dict[str, bytes]) -> None:
         files.write_file(LOG, name, data)
 
 
+async def fill(wal: Any, *records: bytes | None) -> None:
+    """None: the segment is sealed."""
+    for data in records:
+        if data is None:
+            await wal.rotate()
+        else:
+            await wal.append(data)
+
+
+async def live_and_set_back(
+    files: MemoryFiles, archive: Any, *records: bytes | None, cut: bool = False
+) -> None:
+    """A log of one record that goes on with these, archived, and is set back to that one."""
+    async with open_log(files, None, segment_size=1 << 16) as wal:
+        await wal.append(b"common")
+    before = files.contents(LOG)
+    async with open_log(files, archive, segment_size=1 << 16) as wal:
+        if cut:
+            await wal.truncate_after(0)
+        await fill(wal, *records)
+    set_back(files, before)
+
+
 @pytest.mark.parametrize(
     ("cut", "more", "told"),
     [
@@ -470,16 +493,8 @@ async def test_a_log_that_was_set_back_does_not_archive_beside_what_it_had_archi
     files: MemoryFiles, autojump: MockClock, cut: bool, more: int, told: str
 ) -> None:
     """The same segment, the same LSNs, other records; or other ones, of which restore takes one."""
-    async with open_log(files, None, segment_size=1 << 16) as wal:
-        await wal.append(b"common")
-    before = files.contents(LOG)
     archive = archive_in(files)
-    async with open_log(files, archive, segment_size=1 << 16) as wal:
-        if cut:
-            await wal.truncate_after(0)
-        await wal.append(b"one")
-        await wal.rotate()
-    set_back(files, before)
+    await live_and_set_back(files, archive, b"one", None, cut=cut)
     kept = files.contents(ARCHIVE)
     async with open_log(files, archive, segment_size=1 << 16, retention=KeepSegments(1)) as wal:
         for _ in range(more):
@@ -491,15 +506,6 @@ async def test_a_log_that_was_set_back_does_not_archive_beside_what_it_had_archi
         assert re.match("FileExistsError: .* the archive " + told, found.archive_error)
         assert (wal.first_lsn, found.archived_lsn) == (1, 0)
     assert files.contents(ARCHIVE) == kept
-
-
-async def fill(wal: Any, *records: bytes | None) -> None:
-    """None: the segment is sealed."""
-    for data in records:
-        if data is None:
-            await wal.rotate()
-        else:
-            await wal.append(data)
 
 
 SET_BACK_FURTHER: Any = pytest.mark.parametrize(
@@ -527,13 +533,8 @@ async def test_a_log_that_was_set_back_is_told_from_what_was_archived_when_it_ha
     refused: bool,
 ) -> None:
     """Whether it was refused before, or had no archive meanwhile."""
-    async with open_log(files, None, segment_size=1 << 16) as wal:
-        await wal.append(b"common")
-    before = files.contents(LOG)
     archive = archive_in(files)
-    async with open_log(files, archive, segment_size=1 << 16) as wal:
-        await fill(wal, *archived)
-    set_back(files, before)
+    await live_and_set_back(files, archive, *archived)
     kept = files.contents(ARCHIVE)
     async with open_log(files, archive if refused else None, segment_size=1 << 16) as wal:
         await fill(wal, *instead)
@@ -613,13 +614,8 @@ async def test_a_backup_that_was_put_before_the_archive_was_asked_is_the_logs_ow
 async def test_a_log_that_was_set_back_and_cut_before_the_archive_answers_is_told_from_it(
     files: MemoryFiles, autojump: MockClock
 ) -> None:
-    async with open_log(files, None, segment_size=1 << 16) as wal:
-        await wal.append(b"common")
-    before = files.contents(LOG)
     archive = Wayward(archive_in(files))
-    async with open_log(files, archive, segment_size=1 << 16) as wal:
-        await fill(wal, b"one", None)
-    set_back(files, before)
+    await live_and_set_back(files, archive, b"one", None)
     kept = files.contents(ARCHIVE)
 
     def fail(method: str, _: str) -> None:
